@@ -1,0 +1,323 @@
+"""From files to batches: uint8 images (N, 3, H, W), RGB, and labels (N,).
+
+`load` gives a training and a test set; `loader` makes batches of one of them. Images are read and
+resized with OpenCV, as those that the original models were trained on: other libraries' pixels
+differ, and the stated accuracies need these. Augmentation works on uint8, and `normalise` is the
+last step, on the device that trains.
+
+A batch is drawn by its indices and a seed of its own, so that the seed of a run fixes every pixel
+of it, whatever the number of workers.
+"""
+
+import os
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+
+import cv2
+import numpy as np
+import torch
+import torchvision
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import RandomResizedCrop
+from tqdm import tqdm
+
+DATASETS = ('CIFAR10', 'CIFAR100', 'Digits', 'ImageNet', 'Folder')
+IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
+MAX_SMALL = 64  # pixels: sets of images up to this size live in memory
+CIFAR_NORMALISATION = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
+IMAGENET_NORMALISATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NORMALISATION = {  # by topology: mean and standard deviation of the channels of inputs in [0, 1]
+    'CIFAR10': CIFAR_NORMALISATION,
+    'CIFAR100': CIFAR_NORMALISATION,
+    'ImageNet': IMAGENET_NORMALISATION,
+}
+
+
+class DataError(ValueError):
+    """What is wrong with a data set, and where."""
+
+
+@dataclass
+class Data:
+    """A training and a test set, their class names, and the topology that suits the images."""
+
+    train: Dataset
+    test: Dataset
+    classes: list
+    topology: str  # 'CIFAR10', 'CIFAR100' or 'ImageNet'
+
+
+def normalise(images, topology, dtype=torch.float32):
+    """Turns uint8 images (N, 3, H, W) into inputs: scaled to [0, 1], less mean, over deviation."""
+    mean, std = (
+        torch.tensor(values, dtype=dtype, device=images.device).mul_(255).view(3, 1, 1)
+        for values in NORMALISATION[topology]
+    )
+    return images.to(dtype).sub_(mean).div_(std)
+
+
+# ---------------------------------------------------------------- images
+
+
+def read_image(path):
+    """Reads an image file: uint8 (H, W, 3), RGB. Raises DataError that names an unreadable one."""
+    image = cv2.imread(path, cv2.IMREAD_COLOR)
+    if image is None:
+        raise DataError(f'{path}: not a readable image')
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def resize_and_crop(image, shorter, size):
+    """Resizes the shorter side to `shorter` (cubic) and cuts the middle `size` x `size` pixels."""
+    height, width = image.shape[:2]
+    if min(height, width) != shorter:
+        scale = shorter / min(height, width)
+        height, width = max(shorter, round(height * scale)), max(shorter, round(width * scale))
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def random_resized_crop(image, size):
+    """Cuts 8 to 100 % of the area at an aspect of 3/4 to 4/3, resizes (cubic), flips half of them.
+
+    Draws from torch's global generator.
+    """
+    shape = torch.empty(3, *image.shape[:2], device='meta')
+    top, left, height, width = RandomResizedCrop.get_params(shape, (0.08, 1.0), (3 / 4, 4 / 3))
+    image = image[top : top + height, left : left + width]
+    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+    return image[:, ::-1] if torch.rand(()) < 0.5 else image
+
+
+# ---------------------------------------------------------------- data sets
+
+
+class MemoryImages(Dataset):
+    """Small square images in memory; a batch is taken and augmented with one gather.
+
+    images: uint8 (N, S, S, 3); labels: (N,). In training, images are padded by `pad` pixels with
+    reflection, cropped back at random, and half of them flipped if `flip`.
+    """
+
+    def __init__(self, images, labels, pad=0, flip=False):
+        if pad >= images.shape[1]:
+            raise DataError(
+                f'randomcrop_pad {pad}: expected less than the image size, {images.shape[1]}'
+            )
+        self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels)
+        self.pad, self.flip = pad, flip
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, batch):
+        """batch: (indices (n,), seed, or None to leave the images as they are)."""
+        indices, seed = batch
+        if seed is None:
+            return self.images[indices].permute(0, 3, 1, 2), self.labels[indices]
+        n, size = len(indices), self.images.shape[1]
+        generator = torch.Generator().manual_seed(seed)
+        shift = torch.randint(-self.pad, self.pad + 1, (2, n, 1), generator=generator)
+        rows, cols = torch.arange(size) + shift  # (n, S) each, reflected into 0 .. S - 1:
+        rows, cols = (size - 1 - (size - 1 - i.abs()).abs() for i in (rows, cols))
+        if self.flip:
+            flipped = torch.rand(n, 1, generator=generator) < 0.5
+            cols = torch.where(flipped, cols.flip(1), cols)
+        images = self.images[indices[:, None, None], rows[:, :, None], cols[:, None, :]]
+        return images.permute(0, 3, 1, 2), self.labels[indices]
+
+
+class ImageFiles(Dataset):
+    """Image files, read as they are needed; batches of uint8 (n, 3, size, size).
+
+    In training each is a random resized crop; in testing the shorter side is resized to
+    256 / 224 of `size` and the middle is cut.
+    """
+
+    def __init__(self, paths, labels, size):
+        self.paths, self.labels, self.size = paths, torch.as_tensor(labels), size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, batch):
+        """batch: (indices (n,), seed, or None in testing)."""
+        indices, seed = batch
+        images = np.empty((len(indices), self.size, self.size, 3), np.uint8)
+        with torch.random.fork_rng(devices=[]):  # get_params knows only the global generator
+            if seed is not None:
+                torch.manual_seed(seed)
+            for i, index in enumerate(indices.tolist()):
+                image = read_image(self.paths[index])
+                if seed is None:
+                    images[i] = resize_and_crop(image, self.size * 256 // 224, self.size)
+                else:
+                    images[i] = random_resized_crop(image, self.size)
+        return torch.from_numpy(images).permute(0, 3, 1, 2), self.labels[indices]
+
+
+# ---------------------------------------------------------------- from names to data sets
+
+
+def list_images(folder):
+    """Lists a folder of class folders: (paths, labels, class names), all sorted.
+
+    Raises DataError for a missing folder, fewer than two classes, or a class without an image.
+    """
+    if not os.path.isdir(folder):
+        raise DataError(f'{folder}: no such folder; expected one folder of images for each class')
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if len(classes) < 2:
+        raise DataError(f'{folder}: {len(classes)} class folders, expected two or more')
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(os.listdir(os.path.join(folder, name)))
+        files = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+        if not files:
+            raise DataError(f'{os.path.join(folder, name)}: a class folder without an image')
+        paths += [os.path.join(folder, name, file) for file in files]
+        labels += [label] * len(files)
+    return paths, labels, classes
+
+
+def _read_all(paths, size, nthread, name):
+    """Reads small images into memory: uint8 (N, size, size, 3)."""
+    images = np.empty((len(paths), size, size, 3), np.uint8)
+
+    def read(i):
+        images[i] = resize_and_crop(read_image(paths[i]), size, size)
+
+    with ThreadPool(max(1, nthread)) as pool:
+        done = pool.imap_unordered(read, range(len(paths)), chunksize=64)
+        for _ in tqdm(done, f'reading {name}', len(paths), unit='img', disable=None, leave=False):
+            pass
+    return images
+
+
+def _load_folder(root, test_folders, size, pad, nthread):
+    """A folder with train/ and one of `test_folders`, each of class folders."""
+    train_folder = os.path.join(root, 'train')
+    test_folder = os.path.join(root, test_folders[0])
+    for folder in test_folders[1:]:
+        if not os.path.isdir(test_folder):
+            test_folder = os.path.join(root, folder)
+    train_paths, train_labels, classes = list_images(train_folder)
+    test_paths, test_labels, test_classes = list_images(test_folder)
+    if test_classes != classes:
+        differ = ', '.join(sorted(set(classes) ^ set(test_classes))[:5])
+        raise DataError(f'{train_folder} and {test_folder}: the class folders differ: {differ}')
+    if size > MAX_SMALL:
+        train = ImageFiles(train_paths, train_labels, size)
+        return Data(train, ImageFiles(test_paths, test_labels, size), classes, 'ImageNet')
+    train_images = _read_all(train_paths, size, nthread, train_folder)
+    train = MemoryImages(train_images, train_labels, pad, flip=True)
+    test = MemoryImages(_read_all(test_paths, size, nthread, test_folder), test_labels)
+    return Data(train, test, classes, 'CIFAR10')
+
+
+def _load_cifar(name, root, pad):
+    """CIFAR-10 or CIFAR-100 from the files of their authors, downloaded if they are not there."""
+    dataset = getattr(torchvision.datasets, name)
+    try:
+        train, test = (dataset(root, train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f'{name} is not in {root} and cannot be downloaded ({error}): '
+            f'put {dataset.filename} or its folder {dataset.base_folder}/ there'
+        ) from error
+    return Data(
+        MemoryImages(train.data, train.targets, pad, flip=True),
+        MemoryImages(test.data, test.targets),
+        train.classes,
+        name,
+    )
+
+
+def _load_digits(pad):
+    """The 1,797 digits of scikit-learn at 32 x 32, four fifths of them to train (a fixed split)."""
+    from sklearn.datasets import load_digits  # slow to import, and needed here alone
+
+    digits = load_digits()
+    grey = [
+        cv2.resize(image, (32, 32), interpolation=cv2.INTER_CUBIC).clip(0, 16) / 16
+        for image in digits.images
+    ]
+    images = np.round(np.stack([grey] * 3, axis=-1) * 255).astype(np.uint8)
+    order = np.random.RandomState(0).permutation(len(images))
+    train, test = np.split(order, [len(order) * 4 // 5])
+    return Data(
+        MemoryImages(images[train], digits.target[train], pad),  # not flipped: a 2 is no 5
+        MemoryImages(images[test], digits.target[test]),
+        [str(name) for name in digits.target_names],
+        'CIFAR10',
+    )
+
+
+def load(name, root='.', image_size=32, pad=4, nthread=4):
+    """Loads one of DATASETS.
+
+    root: the folder with the files; image_size: in pixels, of Folder; pad: pixels, see
+    MemoryImages; nthread: threads that read small images. Raises DataError for what is wrong with
+    the files, naming the path.
+    """
+    if name == 'Digits':
+        return _load_digits(pad)
+    if name in ('CIFAR10', 'CIFAR100'):
+        return _load_cifar(name, root, pad)
+    if name == 'ImageNet':
+        return _load_folder(root, ('val',), 224, pad, nthread)
+    return _load_folder(root, ('test', 'val'), image_size, pad, nthread)
+
+
+# ---------------------------------------------------------------- batches
+
+
+class BatchSampler(Sampler):
+    """Yields (indices (n,), seed) for each batch, the last partial one included.
+
+    seed: with one, the order and the seeds of the batches follow from it and the epoch, which
+    `set_epoch` sets; without, images come in order and are not augmented.
+    """
+
+    def __init__(self, length, batch_size, seed=None):
+        self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 1
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return -(-self.length // self.batch_size)
+
+    def __iter__(self):
+        if self.seed is None:
+            for indices in torch.arange(self.length).split(self.batch_size):
+                yield indices, None
+            return
+        mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(mixed[0] >> np.uint64(1)))
+        order = torch.randperm(self.length, generator=generator)
+        seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
+        yield from zip(order.split(self.batch_size), seeds)
+
+
+def _start_worker(_):
+    cv2.setNumThreads(0)  # the workers are the parallelism
+
+
+def loader(dataset, batch_size, nthread=4, seed=None):
+    """Returns a DataLoader of (images uint8 (n, 3, H, W), labels (n,)) over a data set of `load`.
+
+    nthread: worker processes, for images that are read from files; seed: see BatchSampler, which
+    is the loader's `sampler`.
+    """
+    workers = nthread if isinstance(dataset, ImageFiles) else 0
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the sampler makes the batches
+        sampler=BatchSampler(len(dataset), batch_size, seed),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_available(),
+    )

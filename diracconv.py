@@ -1,0 +1,214 @@
+"""Dirac parameterisation of convolutions (Zagoruyko & Komodakis, arXiv 1706.00388, section 3).
+
+Each filter of a convolution is
+
+    W_hat = diag(alpha) * delta + diag(beta) * normalize(W)                                (eq. 3)
+
+where `delta` is the identity kernel: convolving with it returns the input. The functional form is
+`dirac_weight`; `DiracConv1d/2d/3d` are drop-in layers, and `DiracParametrization` gives any
+existing convolution the same weights through `torch.nn.utils.parametrize`.
+
+    conv = DiracConv2d(64, 64, kernel_size=3, padding=1)
+    plain = conv.fold()                     # nn.Conv2d with the same output
+"""
+
+from numbers import Integral
+
+import torch
+from torch import nn
+
+ALPHA_INIT, BETA_INIT = 1.0, 0.1
+NORM_EPS = 1e-12  # of torch.nn.functional.normalize
+
+
+def _filter_norms(weight):
+    """Returns (out,): the L2 norm of each filter, never below the epsilon of F.normalize."""
+    # 1e-12 is zero in float16, and zero over zero is NaN: there the smallest normal number serves
+    eps = max(NORM_EPS, torch.finfo(weight.dtype).tiny)
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1).clamp_min(eps)
+
+
+def _per_filter(values, weight):
+    """Views `values` (out,) so that it broadcasts over the filters of `weight` (out, ...)."""
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def normalize(weight):
+    """Divides each filter, everything but dimension 0, by its L2 norm (an all-zero one stays zero).
+
+    weight: (out, in / groups, *kernel_size); the result has the same shape.
+    """
+    return weight / _per_filter(_filter_norms(weight), weight)
+
+
+def delta_taps(weight, groups=1):
+    """Views the entries of `weight` where delta is one; everywhere else delta is zero.
+
+    Filter o of a group passes input channel o of that group through its tap `kernel_size // 2`, as
+    in `torch.nn.init.dirac_`: the middle of an odd kernel, the tap after the middle of an even one
+    (identity then needs padding `kernel_size // 2`, and the output one element longer is cut). A
+    filter whose number in its group is at or above `in / groups` has no such entry.
+
+    weight: (out, in / groups, *kernel_size), contiguous.
+    Returns a view (groups, min(out / groups, in / groups)).
+    """
+    channels, kernel_size = weight.shape[1], weight.shape[2:]
+    centre = 0
+    for size in kernel_size:
+        centre = centre * size + size // 2
+    taps = weight.view(groups, -1, channels, kernel_size.numel())[..., centre]
+    return taps.diagonal(dim1=1, dim2=2)
+
+
+def dirac_weight(weight, alpha, beta, groups=1):
+    """Computes W_hat = diag(alpha) * delta + diag(beta) * normalize(weight) (eq. 3).
+
+    Differentiable in all three. An all-zero filter gives `alpha * delta`; no gradient is NaN.
+
+    weight: (out, in / groups, *kernel_size); alpha, beta: (out,).
+    Returns a tensor of the weight's shape.
+    """
+    scale = _per_filter(beta / _filter_norms(weight), weight)
+    w_hat = weight.contiguous() * scale
+    # delta is one number in a filter: adding alpha there spares building a dense identity
+    taps = delta_taps(w_hat, groups)
+    taps.add_(alpha.view(groups, -1)[:, : taps.shape[1]])
+    return w_hat
+
+
+class DiracParametrization(nn.Module):
+    """W_hat in place of the weight of an existing convolution.
+
+        parametrize.register_parametrization(conv, 'weight', DiracParametrization(conv))
+        parametrize.remove_parametrizations(conv, 'weight')          # weights folded
+
+    conv: an nn.Conv1d, nn.Conv2d or nn.Conv3d, whose weight becomes W. Raises ValueError for
+    anything else (transposed convolutions keep their filters in dimension 1, lazy ones have none).
+    """
+
+    def __init__(self, conv):
+        super().__init__()
+        if not isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or nn.parameter.is_lazy(
+            conv.weight
+        ):
+            raise ValueError(
+                f'{type(conv).__name__} cannot be Dirac-parameterised: expected an initialised '
+                'Conv1d, Conv2d or Conv3d'
+            )
+        like_weight = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
+        self.groups = conv.groups
+        self.alpha = nn.Parameter(torch.full((conv.out_channels,), ALPHA_INIT, **like_weight))
+        self.beta = nn.Parameter(torch.full((conv.out_channels,), BETA_INIT, **like_weight))
+
+    def forward(self, weight):
+        return dirac_weight(weight, self.alpha, self.beta, self.groups)
+
+
+def _check_numbers(name, value, ndim, least):
+    """Raises ValueError unless `value` is an integer, or `ndim` of them, of at least `least`."""
+    numbers = value if isinstance(value, (tuple, list)) else (value,) * ndim
+    if len(numbers) != ndim or not all(isinstance(n, Integral) and n >= least for n in numbers):
+        expected = f'an integer of at least {least}' + (f', or {ndim} of them' if ndim > 1 else '')
+        raise ValueError(f'{name} is {value!r}: expected {expected}')
+
+
+class _DiracConv:
+    """What the three layers share; each also inherits from the nn.Conv of its dimension."""
+
+    plain = None  # the nn.Conv class
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode='zeros',
+        device=None,
+        dtype=None,
+    ):
+        for name, value in {
+            'in_channels': in_channels, 'out_channels': out_channels, 'groups': groups
+        }.items():
+            _check_numbers(name, value, 1, 1)
+        ndim = int(self.plain.__name__[-2])  # Conv2d: 2
+        for name, value in {
+            'kernel_size': kernel_size, 'stride': stride, 'dilation': dilation
+        }.items():
+            _check_numbers(name, value, ndim, 1)
+        if not isinstance(padding, str):
+            _check_numbers('padding', padding, ndim, 0)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype,
+        )
+        like_weight = {'device': device, 'dtype': dtype}
+        self.alpha = nn.Parameter(torch.full((out_channels,), ALPHA_INIT, **like_weight))
+        self.beta = nn.Parameter(torch.full((out_channels,), BETA_INIT, **like_weight))
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        if hasattr(self, 'alpha'):  # nn.Conv's constructor calls this before there is one
+            nn.init.constant_(self.alpha, ALPHA_INIT)
+            nn.init.constant_(self.beta, BETA_INIT)
+
+    def transform_weight(self):
+        """Returns W_hat, differentiable: (out_channels, in_channels / groups, *kernel_size)."""
+        return dirac_weight(self.weight, self.alpha, self.beta, self.groups)
+
+    def forward(self, input):
+        return self._conv_forward(input, self.transform_weight(), self.bias)
+
+    @torch.no_grad()
+    def fold(self):
+        """Returns the plain nn.Conv1d, nn.Conv2d or nn.Conv3d that has the same output."""
+        conv = self.plain(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
+            self.dilation, self.groups, self.bias is not None, self.padding_mode,
+            self.weight.device, self.weight.dtype,
+        )
+        conv.weight.copy_(self.transform_weight())
+        if self.bias is not None:
+            conv.bias.copy_(self.bias)
+        return conv.train(self.training)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
+                              unexpected_keys, error_msgs):
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + 'delta' in unexpected_keys:  # the original layers saved theirs, dense
+            unexpected_keys.remove(prefix + 'delta')
+
+
+class DiracConv1d(_DiracConv, nn.Conv1d):
+    """nn.Conv1d with Dirac-parameterised weights: (N, C, L) to (N, out_channels, L').
+
+    Arguments, their order and the errors are those of nn.Conv1d, so the fourth positional one is
+    the stride (in the original layers it was the padding). Learns `weight`, `bias`, and per output
+    channel `alpha` (starts at 1) and `beta` (starts at 0.1). Raises ValueError for bad arguments.
+    """
+
+    plain = nn.Conv1d
+
+
+class DiracConv2d(_DiracConv, nn.Conv2d):
+    """nn.Conv2d with Dirac-parameterised weights: (N, C, H, W) to (N, out_channels, H', W').
+
+    As `DiracConv1d` otherwise.
+    """
+
+    plain = nn.Conv2d
+
+
+class DiracConv3d(_DiracConv, nn.Conv3d):
+    """nn.Conv3d with Dirac-parameterised weights: (N, C, D, H, W) to (N, out_channels, D', H', W').
+
+    As `DiracConv1d` otherwise.
+    """
+
+    plain = nn.Conv3d

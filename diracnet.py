@@ -1,0 +1,259 @@
+"""DiracNets (Zagoruyko & Komodakis, arXiv 1706.00388), functional and folded.
+
+`define_diracnet` gives the network that is trained, a function of its parameters:
+
+    f, params = define_diracnet(depth=28, width=1, dataset='CIFAR10')
+    logits = f(inputs, params, mode=True)           # mode: True in training
+
+`Network(f, params)` carries the two as one nn.Module. `DiracNet` is what is deployed: batch norm
+and the Dirac term folded into plain convolutions, with published weights for ImageNet:
+
+    net = diracnet18(pretrained=True)
+"""
+
+import functools
+import http.client
+import pickle
+from collections import OrderedDict
+from dataclasses import dataclass
+from os.path import basename, join
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diracconv import ALPHA_INIT, BETA_INIT, dirac_weight
+
+BN_EPS, BN_MOMENTUM = 1e-5, 0.1
+IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # of two convolutions each
+CLASSES = {'CIFAR10': 10, 'CIFAR100': 100, 'ImageNet': 1000}
+MODEL_URLS = {
+    18: 'https://s3.amazonaws.com/modelzoo-networks/diracnet18v2folded-a2174e15.pth',
+    34: 'https://s3.amazonaws.com/modelzoo-networks/diracnet34v2folded-dfb15d34.pth',
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The sizes that make one DiracNet (section 3.2, tables 1 and 5)."""
+
+    stem: int  # kernel of the first convolution: 3, or 7 with stride 2 and a max-pool after it
+    channels: tuple  # of each group; the stem has those of the first
+    blocks: tuple  # convolutions in each group
+    num_classes: int
+
+    def layers(self):
+        """Yields (name, in channels, out channels) of the convolutions after the stem."""
+        cin = self.channels[0]
+        for g, (cout, blocks) in enumerate(zip(self.channels, self.blocks)):
+            for b in range(blocks):
+                yield f'group{g}.block{b}', cin, cout
+                cin = cout
+
+
+def topology(depth, width, dataset, num_classes=None):
+    """Returns the Topology of a DiracNet.
+
+    depth: 6n + 4 for the CIFAR networks, 18 or 34 for ImageNet; width: the factor on the numbers of
+    channels, which are rounded down; dataset: 'CIFAR10', 'CIFAR100' or 'ImageNet'; num_classes: in
+    place of the dataset's own. Raises ValueError that names the nearest valid choices.
+    """
+    if dataset not in CLASSES:
+        raise ValueError(f'unknown dataset {dataset!r}: expected one of {", ".join(CLASSES)}')
+    num_classes = CLASSES[dataset] if num_classes is None else num_classes
+    if num_classes < 1:
+        raise ValueError(f'num_classes {num_classes}: expected at least 1')
+    if dataset == 'ImageNet':
+        stem, channels = 7, (64, 128, 256, 512)
+        if depth not in IMAGENET_BLOCKS:
+            raise ValueError(f'depth {depth}: DiracNets for ImageNet have depth 18 or 34')
+        blocks = tuple(2 * n for n in IMAGENET_BLOCKS[depth])
+    else:
+        stem, channels = 3, (16, 32, 64)
+        if depth != int(depth) or depth < 10 or depth % 6 != 4:
+            below = max(10, int((depth - 4) // 6) * 6 + 4)
+            raise ValueError(
+                f'depth {depth}: DiracNets for CIFAR have depth 6n + 4; '
+                f'the nearest are {below} and {below + 6}'
+            )
+        blocks = (2 * ((int(depth) - 4) // 6),) * 3
+    if not int(channels[0] * width) >= 1:
+        raise ValueError(f'width {width}: expected at least {1 / channels[0]}, for one channel')
+    return Topology(stem, tuple(int(c * width) for c in channels), blocks, num_classes)
+
+
+def _bn_params(prefix, channels):
+    return {
+        f'{prefix}.weight': torch.rand(channels),
+        f'{prefix}.bias': torch.zeros(channels),
+        f'{prefix}.running_mean': torch.zeros(channels),
+        f'{prefix}.running_var': torch.ones(channels),
+    }
+
+
+def init_params(net):
+    """Draws the parameters of a Topology: a flat dict from dotted name to tensor (section 3.2).
+
+    Everything but the running statistics requires grad.
+    """
+    kaiming = nn.init.kaiming_normal_  # fan-in, gain sqrt(2)
+    params = {'conv': kaiming(torch.empty(net.channels[0], 3, net.stem, net.stem))}
+    params.update(_bn_params('bn', net.channels[0]))
+    for name, cin, cout in net.layers():
+        params[f'{name}.conv'] = kaiming(torch.empty(cout, cin, 3, 3))
+        params[f'{name}.alpha'] = torch.full((cout,), ALPHA_INIT)
+        params[f'{name}.beta'] = torch.full((cout,), BETA_INIT)
+        params.update(_bn_params(f'{name}.bn', cout))
+    params['fc.weight'] = kaiming(torch.empty(net.num_classes, net.channels[-1]))
+    params['fc.bias'] = torch.zeros(net.num_classes)
+    for name, tensor in params.items():
+        tensor.requires_grad_('running_' not in name)
+    return params
+
+
+def _batch_norm(x, params, prefix, mode):
+    return F.batch_norm(
+        x,
+        params[f'{prefix}.running_mean'],
+        params[f'{prefix}.running_var'],
+        params[f'{prefix}.weight'],
+        params[f'{prefix}.bias'],
+        training=mode,
+        momentum=BN_MOMENTUM,
+        eps=BN_EPS,
+    )
+
+
+def _block(x, params, prefix, mode):
+    w_hat = dirac_weight(
+        params[f'{prefix}.conv'], params[f'{prefix}.alpha'], params[f'{prefix}.beta']
+    )
+    return _batch_norm(F.conv2d(F.relu(x), w_hat, padding=1), params, f'{prefix}.bn', mode)
+
+
+def forward(net, inputs, params, mode):
+    """Runs the network of a Topology: inputs (N, 3, H, W) to logits (N, num_classes).
+
+    With mode=True batch norm uses the statistics of the batch and updates the running ones.
+    """
+    imagenet = net.stem == 7
+    x = F.conv2d(inputs, params['conv'], stride=1 + imagenet, padding=net.stem // 2)
+    x = _batch_norm(x, params, 'bn', mode)
+    if imagenet:
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    # a block begins with ReLU, which is also the one that follows the stem on CIFAR
+    for g, blocks in enumerate(net.blocks):
+        if g > 0:
+            x = F.max_pool2d(x, kernel_size=2)
+        for b in range(blocks):
+            x = _block(x, params, f'group{g}.block{b}', mode)  # (N, channels[g], H', W')
+    x = F.relu(x).mean(dim=(2, 3))  # (N, channels[-1])
+    return F.linear(x, params['fc.weight'], params['fc.bias'])
+
+
+def define_diracnet(depth, width, dataset, num_classes=None):
+    """Returns (f, params): the network as a function and its parameters, newly drawn.
+
+    `f(inputs, params, mode)` takes inputs (N, 3, H, W), square, and returns logits
+    (N, num_classes); mode=True is training. Arguments and errors are those of `topology`.
+    """
+    net = topology(depth, width, dataset, num_classes)
+    return functools.partial(forward, net), init_params(net)
+
+
+class Network(nn.Module):
+    """Carries a functional definition, so that torch.compile, DDP and other tools take it.
+
+    Its state dict has the flat names of `params`; running statistics are its buffers.
+    """
+
+    def __init__(self, f, params):
+        super().__init__()
+        self.f = f
+        for name, tensor in params.items():
+            # a dot may not stand in a parameter's name: each part is a module of its own
+            *parts, leaf = name.split('.')
+            owner = self
+            for part in parts:
+                if not hasattr(owner, part):
+                    owner.add_module(part, nn.Module())
+                owner = getattr(owner, part)
+            if tensor.requires_grad:
+                owner.register_parameter(leaf, nn.Parameter(tensor.detach()))
+            else:
+                owner.register_buffer(leaf, tensor)
+
+    def forward(self, inputs):
+        params = dict(self.named_parameters())
+        params.update(self.named_buffers())
+        return self.f(inputs, params, self.training)
+
+
+class DiracNet(nn.Module):
+    """The folded network: a chain of ReLU and plain convolutions, (N, 3, H, W) to logits.
+
+    Its state dict has the keys of the published folded checkpoints: `features.conv.weight|bias`,
+    `features.group{g}.block{b}.conv.weight|bias`, `fc.weight|bias`. Arguments and errors are those
+    of `topology`.
+    """
+
+    def __init__(self, depth=18, width=1, dataset='ImageNet', num_classes=None):
+        super().__init__()
+        net = topology(depth, width, dataset, num_classes)
+        imagenet = net.stem == 7
+        conv = nn.Conv2d(3, net.channels[0], net.stem, 1 + imagenet, padding=net.stem // 2)
+        self.features = nn.Sequential(OrderedDict(conv=conv))
+        if imagenet:
+            self.features.add_module('max_pool', nn.MaxPool2d(3, stride=2, padding=1))
+        for name, cin, cout in net.layers():
+            group, block = name.split('.')
+            if not hasattr(self.features, group):
+                if group != 'group0':
+                    self.features.add_module(f'{group}_pool', nn.MaxPool2d(2))
+                self.features.add_module(group, nn.Sequential())
+            getattr(self.features, group).add_module(block, nn.Sequential(OrderedDict(
+                relu=nn.ReLU(), conv=nn.Conv2d(cin, cout, 3, padding=1)
+            )))
+        self.features.add_module('relu', nn.ReLU())
+        self.features.add_module('avg_pool', nn.AdaptiveAvgPool2d(1))
+        self.fc = nn.Linear(net.channels[-1], net.num_classes)
+
+    def forward(self, inputs):
+        return self.fc(self.features(inputs).flatten(1))
+
+
+def _load_published(depth):
+    """Loads a published folded state dict through torch.hub's cache, its hash checked."""
+    url = MODEL_URLS[depth]
+    path = join(torch.hub.get_dir(), 'checkpoints', basename(url))
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location='cpu', check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
+        what = f'cannot fetch {url} ({error})'
+    except (pickle.UnpicklingError, EOFError):
+        what = f'{path} is damaged: delete it'
+    raise RuntimeError(f'{what}; or put the file from {url} at {path}')
+
+
+def _diracnet(depth, pretrained):
+    net = DiracNet(depth)
+    if pretrained:
+        net.load_state_dict(_load_published(depth))
+    return net
+
+
+def diracnet18(pretrained=False):
+    """DiracNet-18 for ImageNet, folded: (N, 3, 224, 224) to (N, 1000) logits.
+
+    pretrained: load the published weights, fetched once into torch.hub's cache. Their inputs are
+    RGB in [0, 1], resized with OpenCV, less mean (.485, .456, .406), over std (.229, .224, .225).
+    Raises RuntimeError that says which file to put where if they cannot be had.
+    """
+    return _diracnet(18, pretrained)
+
+
+def diracnet34(pretrained=False):
+    """DiracNet-34 for ImageNet, folded; as `diracnet18` otherwise."""
+    return _diracnet(34, pretrained)
