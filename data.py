@@ -320,4 +320,5 @@ def loader(dataset, batch_size, nthread=4, seed=None):
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # the loader draws from it, and not from the global one
     )

@@ -12,8 +12,6 @@ and the Dirac term folded into plain convolutions, with published weights for Im
 """
 
 import functools
-import http.client
-import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
 from os.path import basename, join
@@ -70,14 +68,14 @@ def topology(depth, width, dataset, num_classes=None):
         blocks = tuple(2 * n for n in IMAGENET_BLOCKS[depth])
     else:
         stem, channels = 3, (16, 32, 64)
-        if depth != int(depth) or depth < 10 or depth % 6 != 4:
+        if depth < 10 or depth % 6 != 4:
             below = max(10, int((depth - 4) // 6) * 6 + 4)
             raise ValueError(
                 f'depth {depth}: DiracNets for CIFAR have depth 6n + 4; '
                 f'the nearest are {below} and {below + 6}'
             )
-        blocks = (2 * ((int(depth) - 4) // 6),) * 3
-    if not int(channels[0] * width) >= 1:
+        blocks = ((depth - 4) // 6 * 2,) * 3
+    if not 1 <= channels[0] * width < float('inf'):
         raise ValueError(f'width {width}: expected at least {1 / channels[0]}, for one channel')
     return Topology(stem, tuple(int(c * width) for c in channels), blocks, num_classes)
 
@@ -230,11 +228,11 @@ def _load_published(depth):
         return torch.hub.load_state_dict_from_url(
             url, map_location='cpu', check_hash=True, weights_only=True
         )
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        what = f'cannot fetch {url} ({error})'
-    except (pickle.UnpicklingError, EOFError):
-        what = f'{path} is damaged: delete it'
-    raise RuntimeError(f'{what}; or put the file from {url} at {path}')
+    except Exception as error:  # damaged bytes make torch.load raise almost anything
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+        raise RuntimeError(
+            f'cannot load {url} ({reason}): put the file from there at {path}'
+        ) from error
 
 
 def _diracnet(depth, pretrained):

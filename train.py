@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 from diracnet import Network, define_diracnet
 
-DTYPES = {'float': torch.float32, 'bfloat16': torch.bfloat16, 'double': torch.float64}
+DTYPES = ('float', 'bfloat16', 'double')
 CHECKPOINT_KEYS = ('params', 'optimizer', 'epoch', 'best', 'args')
 STEPS_PER_READING = 20  # meters are read, which waits for a GPU, once in so many steps
 
@@ -68,12 +68,12 @@ def folder(text):
 
 
 def parse_options(argv=None):
-    parser = Options(
-        prog='train.py',
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
+    parser = Options(prog='train.py', description=__doc__.splitlines()[0])
+
+    def add(*names, default, help, **kwargs):
+        shown = '' if default in ('', False) else ' (default: %(default)s)'
+        parser.add_argument(*names, default=default, help=help + shown, **kwargs)
+
     add('--model', default='diracnet', choices=['diracnet'], help='family of networks')
     add('--depth', default=16, type=int, help='layers: 6n + 4, or 18 and 34 on ImageNet')
     add('--width', default=1, type=at_least(0, float), help='factor on the numbers of channels')
@@ -81,7 +81,7 @@ def parse_options(argv=None):
     add('--dataroot', '--imagenetpath', default='.', type=folder, help='folder of its files')
     add('--image_size', default=32, type=at_least(8, int), help='pixels, for --dataset Folder')
     add('--randomcrop_pad', default=4, type=at_least(0, int), help='pixels, for small images')
-    add('--dtype', default='float', choices=DTYPES, help='bfloat16 is autocast from float32')
+    add('--dtype', default='float', choices=DTYPES, help='bfloat16 is autocast from float')
     add('--nthread', default=4, type=at_least(0, int), help='threads or processes that read images')
     add('--batch_size', '--batchSize', default=128, type=at_least(1, int), help='images in a step')
     add('--lr', default=0.1, type=at_least(0, float), help='learning rate at the start')
@@ -92,10 +92,11 @@ def parse_options(argv=None):
         help='epochs, counted from 1, at whose start the learning rate drops')
     add('--lr_decay_ratio', default=0.2, type=at_least(0, float), help='factor of such a drop')
     add('--resume', default='', type=folder, help='checkpoint, or its folder, to go on from')
-    add('--evaluate', action='store_true', help='test the --resume checkpoint and write nothing')
+    add('--evaluate', default=False, action='store_true',
+        help='test the --resume checkpoint and write nothing')
     add('--seed', default=1, type=at_least(0, int), help='of parameters, order and augmentation')
     add('--save', default='checkpoints', type=folder, help='folder for checkpoints and log')
-    add('--gpu_id', default='', help='CUDA devices to use, such as 0 (empty: no restriction)')
+    add('--gpu_id', default='', help='CUDA devices to use, such as 0; all if not given')
     add('--ngpu', default=1, type=int, choices=[1], help='number of GPUs')
     opt = parser.parse_args(argv)
     if opt.evaluate and not opt.resume:
@@ -313,8 +314,8 @@ def stop(error):
     sys.exit(2)
 
 
-def main():
-    opt = parse_options()
+def main(argv=None):
+    opt = parse_options(argv)
     if opt.gpu_id:
         os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
     cuda = torch.cuda.is_available()

@@ -1,0 +1,254 @@
+"""From files to batches: pixels, order and augmentation."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import data
+
+
+def write_images(folder, classes=('cat', 'dog'), n=4, size=(32, 32), seed=0):
+    """Writes n random PNG images (height, width) a class: {path: pixels (H, W, 3), RGB}."""
+    rng = np.random.default_rng(seed)
+    written = {}
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(n):
+            pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+            path = str(folder / name / f'{i}.png')
+            cv2.imwrite(path, pixels[:, :, ::-1])
+            written[path] = pixels
+    return written
+
+
+@pytest.fixture
+def memory():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (50, 12, 12, 3), dtype=np.uint8)
+    return images, data.MemoryImages(images, np.arange(50), pad=3, flip=True)
+
+
+def test_normalise():
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 5), dtype=np.uint8)
+    for topology, mean, std in [
+        ('CIFAR10', np.array([125.3, 123.0, 113.9]) / 255, np.array([63.0, 62.1, 66.7]) / 255),
+        ('CIFAR100', np.array([125.3, 123.0, 113.9]) / 255, np.array([63.0, 62.1, 66.7]) / 255),
+        ('ImageNet', np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])),
+    ]:
+        expected = (images / 255 - mean[:, None, None]) / std[:, None, None]
+        inputs = data.normalise(torch.from_numpy(images), topology, torch.float64)
+        np.testing.assert_allclose(inputs.numpy(), expected, rtol=1e-6, atol=1e-6)
+        assert data.normalise(torch.from_numpy(images), topology).dtype == torch.float32
+
+
+def test_images_without_seed_are_left_alone(memory):
+    images, dataset = memory
+    batch, labels = dataset[torch.tensor([7, 3]), None]
+    assert batch.shape == (2, 3, 12, 12)
+    np.testing.assert_array_equal(batch.permute(0, 2, 3, 1).numpy(), images[[7, 3]])
+    assert labels.tolist() == [7, 3]
+
+
+def test_augmentation_is_a_crop_of_the_padded_image(memory):
+    images, dataset = memory
+    padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode='reflect')
+    found = set()
+    for seed in range(40):
+        batch, labels = dataset[torch.arange(50), seed]
+        for image, label in zip(batch.permute(0, 2, 3, 1).numpy(), labels.tolist()):
+            where = {
+                (top, left, flip)
+                for top in range(7)
+                for left in range(7)
+                for flip in (False, True)
+                if np.array_equal(
+                    image[:, ::-1] if flip else image,
+                    padded[label, top : top + 12, left : left + 12],
+                )
+            }
+            assert len(where) == 1
+            found |= where
+    assert len(found) == 7 * 7 * 2  # every place, both ways
+
+
+def test_padding_as_wide_as_the_image_is_refused():
+    with pytest.raises(data.DataError, match='randomcrop_pad 8: expected less than .* 8'):
+        data.MemoryImages(np.zeros((1, 8, 8, 3), np.uint8), [0], pad=8)
+
+
+def test_an_epoch_sees_every_image_once_and_follows_from_the_seed(memory):
+    _, dataset = memory
+
+    def epoch(seed, number):
+        loader = data.loader(dataset, batch_size=16, seed=seed)
+        loader.sampler.set_epoch(number)
+        assert len(loader) == 4
+        images, labels = zip(*loader)
+        assert [len(batch) for batch in labels] == [16, 16, 16, 2]
+        return torch.cat(images), torch.cat(labels).tolist()
+
+    images, labels = epoch(1, 1)
+    assert sorted(labels) == list(range(50))
+    again, same_labels = epoch(1, 1)
+    assert torch.equal(images, again)
+    assert labels == same_labels
+    for seed, number in [(2, 1), (1, 2)]:
+        assert epoch(seed, number)[1] != labels
+
+
+def test_test_batches_come_in_order(memory):
+    images, dataset = memory
+    loader = data.loader(dataset, batch_size=20)
+    batches, labels = zip(*loader)
+    assert torch.cat(labels).tolist() == list(range(50))
+    np.testing.assert_array_equal(torch.cat(batches).permute(0, 2, 3, 1).numpy(), images)
+
+
+def test_digits():
+    sets = data.load('Digits', pad=0)
+    assert (len(sets.train), len(sets.test), len(sets.classes)) == (1437, 360, 10)
+    assert (sets.topology, sets.train.flip) == ('CIFAR10', False)
+    images = torch.cat([sets.train.images, sets.test.images])
+    assert images.shape == (1797, 32, 32, 3)
+    assert (images.min(), images.max()) == (0, 255)
+    assert torch.equal(images[..., 0], images[..., 2])
+    from sklearn.datasets import load_digits
+
+    # the mean of each digit survives the resizing; ours are in another order
+    means = np.sort(load_digits().images.mean((1, 2)) / 16 * 255)
+    ours = np.sort(images[..., 0].double().mean((1, 2)).numpy())
+    assert np.abs(means - ours).max() < 6
+    labels = torch.cat([sets.train.labels, sets.test.labels])
+    assert labels.bincount().tolist() == np.bincount(load_digits().target).tolist()
+    assert torch.equal(sets.test.images, data.load('Digits').test.images)
+
+
+@pytest.mark.parametrize('test_folder', ['test', 'val'])
+def test_folder_of_small_images(tmp_path, test_folder):
+    train = write_images(tmp_path / 'train', n=3)
+    test = write_images(tmp_path / test_folder, n=2, seed=1)
+    (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not an image')
+    sets = data.load('Folder', str(tmp_path))
+    assert (sets.classes, sets.topology) == (['cat', 'dog'], 'CIFAR10')
+    assert sets.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert (sets.train.pad, sets.train.flip) == (4, True)
+    for dataset, written in [(sets.train, train), (sets.test, test)]:
+        np.testing.assert_array_equal(dataset.images.numpy(), np.stack(list(written.values())))
+
+
+def test_other_sizes_are_resized_and_cropped(tmp_path):
+    columns = np.repeat(np.arange(0, 240, 6, dtype=np.uint8), 2)  # 80 wide, 40 high: a ramp
+    image = np.broadcast_to(columns[None, :, None], (40, 80, 3))
+    resized = data.resize_and_crop(image, 20, 20)
+    assert resized.shape == (20, 20, 3)
+    # half the size, and of its 40 columns the middle 20
+    np.testing.assert_allclose(resized[0, :, 0], np.arange(0, 240, 6)[10:30], atol=3)
+    untouched = data.resize_and_crop(image, 40, 30)
+    np.testing.assert_array_equal(untouched, image[5:35, 25:55])
+
+
+def slow_cubic(row, size):
+    """Cubic interpolation (a = -0.75) of a row of pixels at another size, its ends repeated."""
+    result = np.zeros(size)
+    for i in range(size):
+        x = (i + 0.5) * len(row) / size - 0.5
+        for k in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+            d = abs(x - k)
+            near, far = 1.25 * d**3 - 2.25 * d**2 + 1, -0.75 * (d**3 - 5 * d**2 + 8 * d - 4)
+            result[i] += row[min(max(k, 0), len(row) - 1)] * (near if d <= 1 else far)
+    return result
+
+
+def test_interpolation_is_cubic():
+    row = np.array([90, 100, 180, 60, 110, 120, 40, 90], np.uint8)
+    image = np.broadcast_to(row[None, :, None], (8, 8, 3))
+    expected = slow_cubic(row, 12)
+    np.testing.assert_allclose(data.resize_and_crop(image, 12, 12)[0, :, 0], expected, atol=1)
+
+
+def test_large_images_are_read_as_needed(tmp_path):
+    write_images(tmp_path / 'train', n=5, size=(80, 100))
+    test = write_images(tmp_path / 'val', n=2, size=(80, 80))
+    sets = data.load('Folder', str(tmp_path), image_size=70)
+    assert sets.topology == 'ImageNet'
+    images, labels = sets.test[torch.tensor([3, 0]), None]
+    assert images.shape == (2, 3, 70, 70)
+    pixels = np.stack([list(test.values())[i][5:75, 5:75] for i in (3, 0)])  # 80 = 70 * 256 // 224
+    np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), pixels)
+    assert labels.tolist() == [1, 0]
+
+    def epoch(nthread):
+        state = torch.get_rng_state()
+        batches = list(data.loader(sets.train, batch_size=4, nthread=nthread, seed=1))
+        assert nthread or torch.equal(torch.get_rng_state(), state)
+        return torch.cat([images for images, _ in batches])
+
+    alone, workers = epoch(0), epoch(2)
+    assert alone.shape == (10, 3, 70, 70)
+    assert torch.equal(alone, workers)  # the seed decides, not the number of workers
+
+
+def test_random_resized_crop_of_a_flat_image_is_flat():
+    image = np.full((50, 60, 3), (10, 20, 30), np.uint8)
+    crop = data.random_resized_crop(image, 24)
+    assert crop.shape == (24, 24, 3)
+    assert (crop == (10, 20, 30)).all()
+
+
+def test_random_resized_crops_flip_half():
+    ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3))
+    torch.manual_seed(0)
+    crops = [data.random_resized_crop(ramp, 32)[0, :, 0].astype(int) for _ in range(400)]
+    rising = np.mean([crop[-1] > crop[0] for crop in crops])
+    assert rising == pytest.approx(0.5, abs=0.08)
+    widths = np.array([abs(crop[-1] - crop[0]) for crop in crops])
+    assert widths.min() >= 10  # 8 % of the area at 3 : 4 is 16 pixels wide
+    assert widths.max() >= 58
+
+
+def test_what_is_wrong_is_named(tmp_path):
+    with pytest.raises(data.DataError, match='train: no such folder'):
+        data.load('Folder', str(tmp_path))
+    write_images(tmp_path / 'train')
+    with pytest.raises(data.DataError, match='val: no such folder'):
+        data.load('ImageNet', str(tmp_path))
+    write_images(tmp_path / 'test', classes=('cat', 'eel'))
+    with pytest.raises(data.DataError, match='class folders differ: dog, eel'):
+        data.load('Folder', str(tmp_path))
+    (tmp_path / 'test' / 'eel').rename(tmp_path / 'test' / 'dog')
+    broken = tmp_path / 'train' / 'dog' / '1.png'
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(data.DataError, match=f'{broken}: not a readable image'):
+        data.load('Folder', str(tmp_path))
+    for image in (tmp_path / 'train' / 'dog').iterdir():
+        image.unlink()
+    with pytest.raises(data.DataError, match='train/dog: a class folder without an image'):
+        data.load('Folder', str(tmp_path))
+    (tmp_path / 'train' / 'dog').rmdir()
+    with pytest.raises(data.DataError, match='1 class folders, expected two or more'):
+        data.load('Folder', str(tmp_path))
+
+
+@pytest.mark.parametrize('name', ['CIFAR10', 'CIFAR100'])
+def test_cifar_that_cannot_be_downloaded(tmp_path, name, monkeypatch):
+    dataset = getattr(data.torchvision.datasets, name)
+    monkeypatch.setattr(dataset, 'url', 'http://127.0.0.1:9/nothing')
+    with pytest.raises(data.DataError, match=f'{name} is not in .* put {dataset.filename}'):
+        data.load(name, str(tmp_path))
+
+
+def test_cifar(tmp_path, monkeypatch):
+    class Few:
+        """Stands in for the files of torchvision's data set, which tests cannot download."""
+
+        classes = ['cat', 'dog']
+
+        def __init__(self, root, train, download):
+            self.data = np.full((4 if train else 2, 32, 32, 3), 7, np.uint8)
+            self.targets = [0, 1] * (2 if train else 1)
+
+    monkeypatch.setattr(data.torchvision.datasets, 'CIFAR100', Few)
+    sets = data.load('CIFAR100', str(tmp_path), pad=2)
+    assert (sets.topology, sets.classes, sets.train.pad) == ('CIFAR100', ['cat', 'dog'], 2)
+    assert (sets.train.flip, sets.test.labels.tolist()) == (True, [0, 1])

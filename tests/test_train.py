@@ -1,0 +1,330 @@
+"""One training: options, schedule, log, checkpoints, resuming and testing."""
+
+import json
+import shlex
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from test_data import write_images
+
+import train
+from diracnet import Network, define_diracnet
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """32 training and 10 test images of two classes."""
+    root = tmp_path_factory.mktemp('images')
+    write_images(root / 'train', n=16)
+    write_images(root / 'test', n=5, seed=1)
+    return root
+
+
+def run(images, save, *options):
+    train.main([
+        '--dataset', 'Folder', '--dataroot', str(images), '--depth', '10', '--batch_size', '12',
+        '--epochs', '2', '--epoch_step', '[2]', '--save', str(save), *map(str, options),
+    ])  # fmt: skip
+
+
+def params_of(folder, name='model.pt7'):
+    return torch.load(folder / name, weights_only=True)['params']
+
+
+def stats_of(folder):
+    lines = (folder / 'log.txt').read_text().splitlines()
+    assert all(line.startswith('json_stats: ') for line in lines)
+    return [json.loads(line.removeprefix('json_stats: ')) for line in lines]
+
+
+def refused(capsys, *options):
+    """What train.py says on stderr as it stops with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train.main([str(option) for option in options])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith('train.py: ')
+    assert error.count('\n') == 1
+    return error
+
+
+@pytest.fixture(scope='module')
+def trained(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run') / 'made' / 'parents'
+    run(images, folder)
+    return folder
+
+
+def test_defaults():
+    opt = vars(train.parse_options([]))
+    assert opt == {
+        'model': 'diracnet', 'depth': 16, 'width': 1, 'dataset': 'CIFAR10', 'dataroot': '.',
+        'image_size': 32, 'randomcrop_pad': 4, 'dtype': 'float', 'nthread': 4, 'batch_size': 128,
+        'lr': 0.1, 'epochs': 200, 'weight_decay': 5e-4, 'epoch_step': [60, 120, 160],
+        'lr_decay_ratio': 0.2, 'resume': '', 'evaluate': False, 'seed': 1, 'save': 'checkpoints',
+        'gpu_id': '', 'ngpu': 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(('line', 'expected'), [
+    ('--save ./logs/diracnets_12 --depth 34 --width 2', {'depth': 34, 'width': 2}),
+    ('--dataroot ~/ILSVRC2012/ --dataset ImageNet --depth 18 --save ./logs/diracnet_12 '
+     '--batchSize 256 --epoch_step [30,60,90] --epochs 100 --weightDecay 0.0001 '
+     '--lr_decay_ratio 0.1',
+     {'dataset': 'ImageNet', 'depth': 18, 'batch_size': 256, 'epoch_step': [30, 60, 90],
+      'epochs': 100, 'weight_decay': 1e-4, 'lr_decay_ratio': 0.1,
+      'dataroot': str(Path.home() / 'ILSVRC2012') + '/'}),
+    ('--imagenetpath /data', {'dataroot': '/data'}),
+])  # fmt: skip
+def test_command_lines(line, expected):
+    opt = vars(train.parse_options(shlex.split(line)))
+    assert {name: opt[name] for name in expected} == expected
+
+
+def test_help_says_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_options(['--help'])
+    printed = ' '.join(capsys.readouterr().out.split())
+    for name, value in vars(train.parse_options([])).items():
+        assert f'--{name}' in printed
+        if value not in ('', False):
+            assert f'(default: {str(value).replace(", ", ",")})' in printed
+
+
+def test_log(trained, images):
+    stats = stats_of(trained)
+    assert [s['epoch'] for s in stats] == [1, 2]
+    assert [s['lr'] for s in stats] == pytest.approx([0.1, 0.02])
+    assert set(vars(train.parse_options([]))) <= set(stats[0])
+    for figure in ('train_loss', 'train_acc', 'train_time', 'test_loss', 'test_acc', 'test_time',
+                   'images_per_second'):
+        assert all(isinstance(s[figure], float) for s in stats)
+    assert stats[0]['images_per_second'] == pytest.approx(32 / stats[0]['train_time'])
+    assert (stats[0]['num_classes'], stats[0]['dataroot']) == (2, str(images))
+    f, params = define_diracnet(10, 1, 'CIFAR10', num_classes=2)
+    trainable = sum(p.numel() for p in params.values() if p.requires_grad)
+    assert stats[0]['n_parameters'] == trainable
+    assert stats[0]['test_acc'] * 10 / 100 == pytest.approx(round(stats[0]['test_acc'] / 10))
+    assert 'test_acc5' not in stats[0]
+
+
+def test_logged_test_figures_against_the_checkpoint(trained, images):
+    f, _ = define_diracnet(10, 1, 'CIFAR10', num_classes=2)
+    correct, loss, n = 0, 0.0, 0
+    for label, name in enumerate(['cat', 'dog']):
+        for path in (images / 'test' / name).iterdir():
+            pixels = torch.from_numpy(cv2.imread(str(path))[:, :, ::-1].copy()).double()
+            mean, std = torch.tensor([125.3, 123.0, 113.9]), torch.tensor([63.0, 62.1, 66.7])
+            inputs = ((pixels - mean) / std).permute(2, 0, 1)[None]
+            params = {name: tensor.double() for name, tensor in params_of(trained).items()}
+            logits = f(inputs, params, False)[0]
+            correct += int(logits.argmax()) == label
+            loss -= logits.log_softmax(0)[label].item()
+            n += 1
+    last = stats_of(trained)[-1]
+    assert n == 10
+    assert last['test_acc'] == pytest.approx(100 * correct / n)
+    assert last['test_loss'] == pytest.approx(loss / n, rel=1e-4)
+
+
+def test_checkpoints(trained):
+    checkpoint = torch.load(trained / 'model.pt7', weights_only=True)
+    assert {'params', 'optimizer', 'epoch', 'args', 'best'} <= set(checkpoint)
+    assert (checkpoint['epoch'], checkpoint['args']['depth']) == (2, 10)
+    _, params = define_diracnet(10, 1, 'CIFAR10', num_classes=2)
+    assert {name: p.shape for name, p in checkpoint['params'].items()} == {
+        name: p.shape for name, p in params.items()
+    }
+    best = torch.load(trained / 'best.pt7', weights_only=True)
+    accuracies = [s['test_acc'] for s in stats_of(trained)]
+    assert accuracies[best['epoch'] - 1] == checkpoint['best'] == max(accuracies)
+    assert sorted(file.name for file in trained.iterdir()) == ['best.pt7', 'log.txt', 'model.pt7']
+
+
+def test_same_seed_same_parameters(trained, images, tmp_path):
+    run(images, tmp_path / 'again')
+    run(images, tmp_path / 'other', '--seed', 2)
+    expected = params_of(trained)
+    assert all(torch.equal(p, expected[k]) for k, p in params_of(tmp_path / 'again').items())
+    assert not torch.equal(expected['conv'], params_of(tmp_path / 'other')['conv'])
+
+
+@pytest.mark.parametrize('resume', ['', 'model.pt7'])
+def test_resumed_run_equals_the_one_that_was_never_stopped(trained, images, tmp_path, resume):
+    run(images, tmp_path / 'whole', '--epochs', 3)
+    run(images, tmp_path / 'rest', '--epochs', 3, '--resume', trained / resume)
+    expected = params_of(tmp_path / 'whole')
+    assert all(torch.equal(p, expected[k]) for k, p in params_of(tmp_path / 'rest').items())
+    rest, whole = stats_of(tmp_path / 'rest'), stats_of(tmp_path / 'whole')
+    assert [(s['epoch'], s['lr']) for s in rest] == [(3, whole[2]['lr'])]
+    assert rest[0]['train_loss'] == whole[2]['train_loss']
+
+
+def test_every_epoch_has_an_order_of_its_own(images, tmp_path):
+    run(images, tmp_path, '--lr', 0)  # nothing is learnt: only the batches can change the loss
+    first, second = stats_of(tmp_path)
+    assert first['train_loss'] != second['train_loss']
+    _, fresh = define_diracnet(10, 1, 'CIFAR10', num_classes=2)
+    assert params_of(tmp_path)['group0.block0.alpha'].tolist() == fresh[
+        'group0.block0.alpha'].tolist()
+
+
+def test_console(images, tmp_path, capsys):
+    run(images, tmp_path / 'run')
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ['depth', '10'] for line in lines)
+    assert any(line.split() == ['group1.block0.conv', '(32,', '16,', '3,', '3)', '4,608']
+               for line in lines)
+    accuracies = [s['test_acc'] for s in stats_of(tmp_path / 'run')]
+    for epoch, accuracy in enumerate(accuracies, start=1):
+        assert f'==> id: {tmp_path / "run"} ({epoch}/2), test_acc: {accuracy:.2f}' in lines
+    assert lines[-1].endswith(str(tmp_path / 'run'))
+
+
+@pytest.mark.parametrize('dtype', ['float', 'bfloat16', 'double'])
+def test_evaluate_writes_nothing(trained, images, tmp_path, capsys, dtype, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = {file: file.read_bytes() for file in trained.iterdir()}
+    train.main(['--evaluate', '--resume', str(trained), '--dataset', 'Folder',
+                '--dataroot', str(images), '--depth', '10', '--dtype', dtype])
+    last = capsys.readouterr().out.splitlines()[-1]
+    if dtype == 'float':
+        assert last == f'test_acc: {stats_of(trained)[-1]["test_acc"]:.2f}'
+    assert last.startswith('test_acc: ')
+    assert {file: file.read_bytes() for file in trained.iterdir()} == before
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'double'])
+def test_dtypes(images, tmp_path, dtype):
+    run(images, tmp_path, '--dtype', dtype, '--epochs', 1)
+    assert stats_of(tmp_path)[0]['dtype'] == dtype
+    stored = torch.float64 if dtype == 'double' else torch.float32
+    assert {p.dtype for p in params_of(tmp_path).values()} == {stored}
+
+
+def test_many_classes_are_judged_by_their_top_five_too(tmp_path):
+    names = [f'class{i:03d}' for i in range(100)]
+    write_images(tmp_path / 'images' / 'train', names, n=1)
+    write_images(tmp_path / 'images' / 'val', names, n=1)
+    run(tmp_path / 'images', tmp_path / 'run', '--epochs', 1)
+    stats = stats_of(tmp_path / 'run')[0]
+    assert stats['test_acc5'] >= stats['test_acc']
+    assert {'train_acc5', 'test_acc5'} <= set(stats)
+
+
+def test_large_images_take_the_imagenet_topology(tmp_path):
+    write_images(tmp_path / 'images' / 'train', n=3, size=(90, 80))
+    write_images(tmp_path / 'images' / 'test', n=1, size=(80, 90))
+    run(tmp_path / 'images', tmp_path / 'run', '--image_size', 70, '--depth', 18, '--width', 0.125,
+        '--epochs', 1, '--nthread', 1)
+    assert params_of(tmp_path / 'run')['conv'].shape == (8, 3, 7, 7)
+
+
+def test_learning_rate_and_momentum():
+    opt = train.parse_options(['--epoch_step', '[2,4]', '--lr', '0.5', '--lr_decay_ratio', '0.1'])
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    layer = torch.nn.Module()
+    layer.weight = weight
+    optimizer = train.make_optimizer(layer, opt)
+    weight.grad = torch.ones(2, 2)
+    optimizer.step()
+    momentum = optimizer.state[weight]['momentum_buffer'].clone()
+    rates = [train.set_learning_rate(optimizer, opt, epoch) for epoch in range(1, 6)]
+    assert rates == pytest.approx([0.5, 0.05, 0.05, 0.005, 0.005])
+    assert {group['lr'] for group in optimizer.param_groups} == {rates[-1]}
+    assert torch.equal(optimizer.state[weight]['momentum_buffer'], momentum)
+
+
+def test_weight_decay_leaves_vectors_alone():
+    network = Network(*define_diracnet(10, 1, 'CIFAR10'))
+    optimizer = train.make_optimizer(network, train.parse_options(['--weight_decay', '0.25']))
+    decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
+    for name, parameter in network.named_parameters():
+        matrix = name.endswith('conv') or name == 'fc.weight'
+        assert decay[id(parameter)] == (0.25 if matrix else 0), name
+    assert {group['momentum'] for group in optimizer.param_groups} == {0.9}
+
+
+def test_meters_weigh_every_image_alike():
+    meters = train.Meters(100, 5, '')
+    logits = torch.zeros(5, 100)
+    logits[:, :6] = torch.tensor([6.0, 5, 4, 3, 2, 1])
+    labels = torch.tensor([0, 1, 5, 4, 0])
+    for part, loss in [(slice(0, 4), 1.0), (slice(4, 5), 6.0)]:
+        state = {'sample': (None, labels[part]), 'loss': torch.tensor(loss), 'output': logits[part]}
+        meters.on_forward(state)
+    figures = meters.figures('test')
+    assert figures.pop('test_time') > 0
+    assert figures == pytest.approx({'test_loss': 2.0, 'test_acc': 40.0, 'test_acc5': 80.0})
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--depth', '17', '--dataset', 'Digits'], 'the nearest are 16 and 22'),
+    (['--depth', 'deep'], 'deep'),
+    (['--epoch_step', '[60,120'], r'[60,120: expected a list of epochs, such as [60,120,160]'),
+    (['--epoch_step', '60'], 'expected a list of epochs'),
+    (['--epoch_step', '[0.5]'], 'expected a list of epochs'),
+    (['--batch_size', '0'], '0: expected a number of at least 1'),
+    (['--lr', '-1'], '-1: expected a number of at least 0'),
+    (['--lr', 'nan'], 'nan: expected a number of at least 0'),
+    (['--width', '0', '--dataset', 'Digits'], 'width 0.0: expected at least 0.0625'),
+    (['--dataset', 'MNIST'], 'MNIST'),
+    (['--dataset', 'Folder', '--dataroot', 'nowhere'], 'nowhere/train: no such folder'),
+    (['--evaluate'], 'expected --resume'),
+    (['--resume', 'nowhere.pt7'], 'nowhere.pt7'),
+    (['--ngpu', '2'], '2'),
+    (['--colour'], '--colour'),
+])  # fmt: skip
+def test_bad_options(capsys, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_checkpoint_of_another_network(trained, images, capsys, tmp_path):
+    options = ['--dataset', 'Folder', '--dataroot', images, '--resume', trained]
+    error = refused(capsys, *options, '--depth', 10, '--width', 2)
+    assert 'bn.bias is (16,), expected (32,)' in error
+    error = refused(capsys, *options, '--depth', 16)
+    assert 'group0.block2.alpha is missing' in error
+    assert 'more' in error
+
+
+@pytest.mark.parametrize('content', [b'', b'half a file', b'PK\x03\x04 cut'])
+def test_damaged_checkpoint(content, capsys, tmp_path):
+    (tmp_path / 'model.pt7').write_bytes(content)
+    assert 'not a checkpoint of train.py' in refused(capsys, '--resume', tmp_path)
+
+
+def test_a_run_is_not_overwritten(trained, images, capsys):
+    before = (trained / 'model.pt7').read_bytes()
+    error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--save', trained)
+    assert f'expected --resume {trained}, or another --save' in error
+    assert (trained / 'model.pt7').read_bytes() == before
+
+
+@pytest.mark.parametrize('nthread', [0, 2])
+def test_unreadable_image_met_in_training(tmp_path, capsys, nthread):
+    write_images(tmp_path / 'train', n=2, size=(70, 70))
+    write_images(tmp_path / 'test', n=2, size=(70, 70))
+    broken = tmp_path / 'train' / 'dog' / '1.png'
+    broken.write_bytes(b'nothing')
+    error = refused(
+        capsys, '--dataset', 'Folder', '--dataroot', tmp_path, '--image_size', 70, '--depth', 18,
+        '--width', 0.125, '--save', tmp_path / 'run', '--nthread', nthread,
+    )  # fmt: skip
+    assert f'{broken}: not a readable image' in error
+
+
+def test_make_train_runs_on_the_digits():
+    makefile = (ROOT / 'Makefile').read_text().replace('\\\n', ' ')
+    line = next(line for line in makefile.splitlines() if 'train.py --dataset Digits' in line)
+    opt = train.parse_options(shlex.split(line)[2:-1])
+    assert (opt.dataset, opt.epochs) == ('Digits', 20)
+    assert 'checkpoints/' in (ROOT / '.gitignore').read_text().splitlines()
