@@ -10,6 +10,7 @@ of it, whatever the number of workers.
 """
 
 import os
+import signal
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 DATASETS = ('CIFAR10', 'CIFAR100', 'Digits', 'ImageNet', 'Folder')
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
+IGNORED = -100  # as a label: what cross_entropy leaves out
 MAX_SMALL = 64  # pixels: sets of images up to this size live in memory
 CIFAR_NORMALISATION = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
 IMAGENET_NORMALISATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -39,12 +41,11 @@ class DataError(ValueError):
 
 @dataclass
 class Data:
-    """A training and a test set, their class names, and the topology that suits the images."""
+    """A training and a test set, and their class names."""
 
     train: Dataset
     test: Dataset
     classes: list
-    topology: str  # 'CIFAR10', 'CIFAR100' or 'ImageNet'
 
 
 def normalise(images, topology, dtype=torch.float32):
@@ -93,7 +94,28 @@ def random_resized_crop(image, size):
 # ---------------------------------------------------------------- data sets
 
 
-class MemoryImages(Dataset):
+class Images(Dataset):
+    """A batch of it is (images uint8 (n, 3, S, S), labels (n,), size of the whole batch).
+
+    It is asked for with (indices of the whole batch, seed, positions in it to return): with the
+    positions split among several processes, all of them together return what one would. The seed
+    is None where images are left as they are. No positions give one image, labelled IGNORED.
+    """
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, batch):
+        indices, seed, share = batch
+        filler = len(share) == 0  # a process without a share still has to take part in the step
+        share = torch.zeros(1, dtype=torch.long) if filler else share
+        labels = self.labels[indices[share]]
+        if filler:
+            labels = torch.full_like(labels, IGNORED)
+        return self.read(indices, seed, share).permute(0, 3, 1, 2), labels, len(indices)
+
+
+class MemoryImages(Images):
     """Small square images in memory; a batch is taken and augmented with one gather.
 
     images: uint8 (N, S, S, 3); labels: (N,). In training, images are padded by `pad` pixels with
@@ -108,14 +130,9 @@ class MemoryImages(Dataset):
         self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels)
         self.pad, self.flip = pad, flip
 
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, batch):
-        """batch: (indices (n,), seed, or None to leave the images as they are)."""
-        indices, seed = batch
+    def read(self, indices, seed, share):
         if seed is None:
-            return self.images[indices].permute(0, 3, 1, 2), self.labels[indices]
+            return self.images[indices[share]]
         n, size = len(indices), self.images.shape[1]
         generator = torch.Generator().manual_seed(seed)
         shift = torch.randint(-self.pad, self.pad + 1, (2, n, 1), generator=generator)
@@ -124,12 +141,12 @@ class MemoryImages(Dataset):
         if self.flip:
             flipped = torch.rand(n, 1, generator=generator) < 0.5
             cols = torch.where(flipped, cols.flip(1), cols)
-        images = self.images[indices[:, None, None], rows[:, :, None], cols[:, None, :]]
-        return images.permute(0, 3, 1, 2), self.labels[indices]
+        indices, rows, cols = indices[share], rows[share], cols[share]
+        return self.images[indices[:, None, None], rows[:, :, None], cols[:, None, :]]
 
 
-class ImageFiles(Dataset):
-    """Image files, read as they are needed; batches of uint8 (n, 3, size, size).
+class ImageFiles(Images):
+    """Image files, read as they are needed, as images of size x size.
 
     In training each is a random resized crop; in testing the shorter side is resized to
     256 / 224 of `size` and the middle is cut.
@@ -138,23 +155,17 @@ class ImageFiles(Dataset):
     def __init__(self, paths, labels, size):
         self.paths, self.labels, self.size = paths, torch.as_tensor(labels), size
 
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, batch):
-        """batch: (indices (n,), seed, or None in testing)."""
-        indices, seed = batch
-        images = np.empty((len(indices), self.size, self.size, 3), np.uint8)
+    def read(self, indices, seed, share):
+        images = np.empty((len(share), self.size, self.size, 3), np.uint8)
         with torch.random.fork_rng(devices=[]):  # get_params knows only the global generator
-            if seed is not None:
-                torch.manual_seed(seed)
-            for i, index in enumerate(indices.tolist()):
-                image = read_image(self.paths[index])
+            for i, position in enumerate(share.tolist()):
+                image = read_image(self.paths[indices[position]])
                 if seed is None:
                     images[i] = resize_and_crop(image, self.size * 256 // 224, self.size)
                 else:
+                    torch.manual_seed(seed + position)
                     images[i] = random_resized_crop(image, self.size)
-        return torch.from_numpy(images).permute(0, 3, 1, 2), self.labels[indices]
+        return torch.from_numpy(images)
 
 
 # ---------------------------------------------------------------- from names to data sets
@@ -209,11 +220,11 @@ def _load_folder(root, test_folders, size, pad, nthread):
         raise DataError(f'{train_folder} and {test_folder}: the class folders differ: {differ}')
     if size > MAX_SMALL:
         train = ImageFiles(train_paths, train_labels, size)
-        return Data(train, ImageFiles(test_paths, test_labels, size), classes, 'ImageNet')
+        return Data(train, ImageFiles(test_paths, test_labels, size), classes)
     train_images = _read_all(train_paths, size, nthread, train_folder)
     train = MemoryImages(train_images, train_labels, pad, flip=True)
     test = MemoryImages(_read_all(test_paths, size, nthread, test_folder), test_labels)
-    return Data(train, test, classes, 'CIFAR10')
+    return Data(train, test, classes)
 
 
 def _load_cifar(name, root, pad):
@@ -230,7 +241,6 @@ def _load_cifar(name, root, pad):
         MemoryImages(train.data, train.targets, pad, flip=True),
         MemoryImages(test.data, test.targets),
         train.classes,
-        name,
     )
 
 
@@ -250,8 +260,14 @@ def _load_digits(pad):
         MemoryImages(images[train], digits.target[train], pad),  # not flipped: a 2 is no 5
         MemoryImages(images[test], digits.target[test]),
         [str(name) for name in digits.target_names],
-        'CIFAR10',
     )
+
+
+def topology(name, image_size=32):
+    """Says which networks suit a data set: 'CIFAR10', 'CIFAR100' or 'ImageNet'."""
+    if name == 'Folder':
+        return 'CIFAR10' if image_size <= MAX_SMALL else 'ImageNet'
+    return 'CIFAR10' if name == 'Digits' else name
 
 
 def load(name, root='.', image_size=32, pad=4, nthread=4):
@@ -274,48 +290,53 @@ def load(name, root='.', image_size=32, pad=4, nthread=4):
 
 
 class BatchSampler(Sampler):
-    """Yields (indices (n,), seed) for each batch, the last partial one included.
+    """Yields (indices, seed, share) for each batch, the last partial one included: see Images.
 
     seed: with one, the order and the seeds of the batches follow from it and the epoch, which
-    `set_epoch` sets; without, images come in order and are not augmented.
+    `set_epoch` sets; without, images come in order and are not augmented. Of each batch, process
+    `rank` of `world` takes its share; shares differ by one image at most.
     """
 
-    def __init__(self, length, batch_size, seed=None):
-        self.length, self.batch_size, self.seed, self.epoch = length, batch_size, seed, 1
+    def __init__(self, length, batch_size, seed=None, rank=0, world=1):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.rank, self.world = rank, world
+        self.set_epoch(1)
 
-    def set_epoch(self, epoch):
-        self.epoch = epoch
+    def set_epoch(self, epoch, step=0):
+        """Sets the epoch, and the steps of it that are done already."""
+        self.epoch, self.step = epoch, step
 
     def __len__(self):
         return -(-self.length // self.batch_size)
 
     def __iter__(self):
-        if self.seed is None:
-            for indices in torch.arange(self.length).split(self.batch_size):
-                yield indices, None
-            return
-        mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(mixed[0] >> np.uint64(1)))
-        order = torch.randperm(self.length, generator=generator)
-        seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
-        yield from zip(order.split(self.batch_size), seeds)
+        order, seeds = torch.arange(self.length), [None] * len(self)
+        if self.seed is not None:
+            mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(mixed[0] >> np.uint64(1)))
+            order = torch.randperm(self.length, generator=generator)
+            seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
+        batches = list(zip(order.split(self.batch_size), seeds))
+        for indices, seed in batches[self.step :]:
+            yield indices, seed, torch.arange(len(indices)).tensor_split(self.world)[self.rank]
 
 
 def _start_worker(_):
     cv2.setNumThreads(0)  # the workers are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training's to answer
 
 
-def loader(dataset, batch_size, nthread=4, seed=None):
-    """Returns a DataLoader of (images uint8 (n, 3, H, W), labels (n,)) over a data set of `load`.
+def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1):
+    """Returns a DataLoader over a data set of `load`: see Images for what a batch is.
 
-    nthread: worker processes, for images that are read from files; seed: see BatchSampler, which
-    is the loader's `sampler`.
+    nthread: worker processes, for images that are read from files; the others: see BatchSampler,
+    which is the loader's `sampler`.
     """
     workers = nthread if isinstance(dataset, ImageFiles) else 0
     return DataLoader(
         dataset,
         batch_size=None,  # the sampler makes the batches
-        sampler=BatchSampler(len(dataset), batch_size, seed),
+        sampler=BatchSampler(len(dataset), batch_size, seed, rank, world),
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,

@@ -8,141 +8,105 @@ ImageNet, with train/ and val/ under --dataroot:
         --save ./logs/diracnet_$RANDOM$RANDOM --batchSize 256 --epoch_step [30,60,90] \
         --epochs 100 --weightDecay 0.0001 --lr_decay_ratio 0.1
 
-Your own small images, in train/CLASS/ and test/CLASS/ under --dataroot:
+Your own small images, in train/CLASS/ and test/CLASS/ under --dataroot; many GPUs:
     python train.py --dataset Folder --dataroot ~/images --save ./logs/mine
+    torchrun --nproc_per_node=8 train.py --dataset Folder --dataroot ~/images --save ./logs/mine
 
-Going on where a run stopped, and testing it:
-    python train.py --save ./logs/mine --resume ./logs/mine --depth 16 ...
-    python train.py --evaluate --resume ./logs/mine --depth 16 ...
+Going on where a run stopped, and testing it (with the run's other options):
+    python train.py --save ./logs/mine --resume auto ...
+    python train.py --evaluate --resume ./logs/mine ...
 """
 
-import argparse
-import json
+import functools
 import os
-import pickle
+import random
+import shlex
+import signal
 import sys
 import time
+from argparse import Namespace
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torchnet.engine import Engine
-from torchnet.meter import AverageValueMeter, ClassErrorMeter
-from tqdm import tqdm
 
+import checkpoint
 import data
+import options
+import ranks
 from diracnet import Network, define_diracnet
-
-DTYPES = ('float', 'bfloat16', 'double')
-CHECKPOINT_KEYS = ('params', 'optimizer', 'epoch', 'best', 'args')
-STEPS_PER_READING = 20  # meters are read, which waits for a GPU, once in so many steps
+from meters import STEPS_PER_READING, DivergedError, Meters
+from ranks import rank, world
 
 
-class Options(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f'{self.prog}: {message}\n')  # one line, without the usage
+class StoppedError(Exception):
+    """A signal asked the run to end; it is saved."""
 
 
-def at_least(least, kind):
-    def read(text):
-        number = kind(text)
-        if not least <= number < float('inf'):
-            raise argparse.ArgumentTypeError(f'{text}: expected a number of at least {least}')
-        return number
+@dataclass
+class Run:
+    """One training: its network and optimizer, and how far it has come."""
 
-    read.__name__ = kind.__name__  # for argparse's own message
-    return read
+    opt: Namespace
+    sets: data.Data
+    network: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0  # finished ones
+    step: int = 0  # finished ones of the next epoch
+    totals: list = None  # of the meters in these steps, where another run did them
+    meters: Meters = None  # of the training in this epoch
+    best: float = 0.0  # test accuracy in per cent
+    saved: float = field(default_factory=time.monotonic)  # when, in seconds
 
+    def save(self, name=checkpoint.MODEL):
+        """Writes a checkpoint into opt.save: the first process does, once all have called this.
 
-def epoch_list(text):
-    try:
-        epochs = json.loads(text)
-        if all(type(epoch) is int and epoch > 0 for epoch in epochs):
-            return epochs
-    except (TypeError, ValueError):
-        pass
-    raise argparse.ArgumentTypeError(f'{text}: expected a list of epochs, such as [60,120,160]')
-
-
-def folder(text):
-    return os.path.expanduser(text)
-
-
-def parse_options(argv=None):
-    parser = Options(prog='train.py', description=__doc__.splitlines()[0])
-
-    def add(*names, default, help, **kwargs):
-        shown = '' if default in ('', False) else ' (default: %(default)s)'
-        parser.add_argument(*names, default=default, help=help + shown, **kwargs)
-
-    add('--model', default='diracnet', choices=['diracnet'], help='family of networks')
-    add('--depth', default=16, type=int, help='layers: 6n + 4, or 18 and 34 on ImageNet')
-    add('--width', default=1, type=at_least(0, float), help='factor on the numbers of channels')
-    add('--dataset', default='CIFAR10', choices=data.DATASETS, help='what to train on')
-    add('--dataroot', '--imagenetpath', default='.', type=folder, help='folder of its files')
-    add('--image_size', default=32, type=at_least(8, int), help='pixels, for --dataset Folder')
-    add('--randomcrop_pad', default=4, type=at_least(0, int), help='pixels, for small images')
-    add('--dtype', default='float', choices=DTYPES, help='bfloat16 is autocast from float')
-    add('--nthread', default=4, type=at_least(0, int), help='threads or processes that read images')
-    add('--batch_size', '--batchSize', default=128, type=at_least(1, int), help='images in a step')
-    add('--lr', default=0.1, type=at_least(0, float), help='learning rate at the start')
-    add('--epochs', default=200, type=at_least(1, int), help='epochs in all, resumed ones counted')
-    add('--weight_decay', '--weightDecay', default=5e-4, type=at_least(0, float),
-        help='of tensors of two or more dimensions; none on alpha, beta, biases and batch norm')
-    add('--epoch_step', default='[60,120,160]', type=epoch_list,
-        help='epochs, counted from 1, at whose start the learning rate drops')
-    add('--lr_decay_ratio', default=0.2, type=at_least(0, float), help='factor of such a drop')
-    add('--resume', default='', type=folder, help='checkpoint, or its folder, to go on from')
-    add('--evaluate', default=False, action='store_true',
-        help='test the --resume checkpoint and write nothing')
-    add('--seed', default=1, type=at_least(0, int), help='of parameters, order and augmentation')
-    add('--save', default='checkpoints', type=folder, help='folder for checkpoints and log')
-    add('--gpu_id', default='', help='CUDA devices to use, such as 0; all if not given')
-    add('--ngpu', default=1, type=int, choices=[1], help='number of GPUs')
-    opt = parser.parse_args(argv)
-    if opt.evaluate and not opt.resume:
-        parser.error('--evaluate: expected --resume with a checkpoint to test')
-    return opt
-
-
-class Meters:
-    """Loss and top-k accuracies of one epoch, shown in a bar."""
-
-    def __init__(self, num_classes, length, description):
-        self.topk = [1, 5] if num_classes >= 100 else [1]
-        self.loss = AverageValueMeter()
-        self.accuracy = ClassErrorMeter(topk=self.topk, accuracy=True)
-        self.unread = []
-        self.bar = tqdm(total=length, desc=description, unit='img', disable=None, leave=False)
-        self.start = time.perf_counter()
-
-    def on_forward(self, state):
-        labels = state['sample'][1]
-        self.unread.append((state['loss'].detach() * len(labels), state['output'].detach(), labels))
-        if len(self.unread) >= STEPS_PER_READING:
-            self.read()
-
-    def read(self):
-        if not self.unread:
+        Raises DivergedError, and writes nothing, if the loss is no number any more.
+        """
+        totals = self.meters.totals() if self.step else None
+        self.saved = time.monotonic()
+        if rank() > 0:
             return
-        losses, logits, labels = zip(*self.unread)
-        self.unread = []
-        labels = torch.cat(labels)
-        self.loss.add(torch.stack(losses).sum().item(), len(labels))
-        self.accuracy.add(torch.cat(logits), labels)
-        self.bar.set_postfix_str(
-            f'loss {self.loss.value()[0]:.3f}, acc {self.accuracy.value(1):.2f} %', refresh=False
-        )
-        self.bar.update(len(labels))
+        checkpoint.save(self.opt.save, {
+            'params': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'epoch': self.epoch, 'step': self.step, 'totals': totals, 'best': self.best,
+            'rng': checkpoint.rng_state(), 'classes': self.sets.classes,
+            'args': vars(self.opt), 'versions': checkpoint.versions(),
+        }, name)  # fmt: skip
 
-    def figures(self, prefix):
-        """Ends the epoch: returns its figures, accuracies in per cent and time in seconds."""
-        self.read()
-        self.bar.close()
-        figures = {f'{prefix}_loss': self.loss.value()[0]}
-        for k in self.topk:
-            figures[f'{prefix}_acc' + str(k) * (k > 1)] = self.accuracy.value(k)
-        figures[f'{prefix}_time'] = time.perf_counter() - self.start
-        return figures
+    def restore(self, loaded):
+        checkpoint.check_fit(loaded['params'], self.network.state_dict())
+        self.network.load_state_dict(loaded['params'])
+        # of the optimizer only the momentum: its settings are the options'
+        groups = self.optimizer.state_dict()['param_groups']
+        self.optimizer.load_state_dict({**loaded['optimizer'], 'param_groups': groups})
+        self.epoch, self.step = loaded['epoch'], loaded.get('step', 0)
+        self.best = loaded.get('best', 0.0)
+        if rank() == 0:  # what all processes did together counts once
+            self.totals = loaded.get('totals')
+        if 'rng' in loaded:
+            checkpoint.set_rng_state(loaded['rng'])
+
+
+class Signals:
+    """Remembers a SIGTERM or Ctrl-C until the step is done; a second Ctrl-C stops at once."""
+
+    def __enter__(self):
+        self.number = 0
+        self.before = {n: signal.signal(n, self.take) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def take(self, number, frame):
+        self.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def make_optimizer(network, opt):
@@ -163,37 +127,43 @@ def set_learning_rate(optimizer, opt, epoch):
     return lr
 
 
-def read_checkpoint(path):
-    """Reads a checkpoint file, or the model.pt7 of a folder. Raises ValueError for a bad one."""
-    path = os.path.join(path, 'model.pt7') if os.path.isdir(path) else path
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        checkpoint = {name: checkpoint[name] for name in CHECKPOINT_KEYS}
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        reason = str(error).split('\n')[0]
-        raise ValueError(f'{path}: not a checkpoint of train.py ({reason})') from error
-    return checkpoint
+def make_process(network, opt, device):
+    """Returns what torchnet's engine calls with each batch: a batch to (loss, logits).
+
+    The loss is the share of this process in the mean over the whole batch, times the number of
+    processes, as DistributedDataParallel takes the mean of their gradients.
+    """
+    precision = torch.float64 if opt.dtype == 'double' else torch.float32
+    topology = data.topology(opt.dataset, opt.image_size)
+
+    def process(batch):
+        images, labels, whole = batch
+        images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
+        inputs = data.normalise(images, topology, precision)
+        with torch.autocast(device.type, torch.bfloat16, enabled=opt.dtype == 'bfloat16'):
+            logits = network(inputs)
+        logits = logits.to(precision)
+        loss = F.cross_entropy(logits, labels, reduction='sum', ignore_index=data.IGNORED)
+        return loss * (world() / whole), logits
+
+    return process
 
 
-def check_fit(params, expected):
-    """Raises ValueError naming the keys and shapes in which a checkpoint's params differ."""
-    differ = [f'{name} is missing' for name in expected.keys() - params.keys()]
-    differ += [f'{name} is unknown' for name in params.keys() - expected.keys()]
-    differ += [
-        f'{name} is {tuple(params[name].shape)}, expected {tuple(expected[name].shape)}'
-        for name in expected.keys() & params.keys()
-        if params[name].shape != expected[name].shape
-    ]
-    if differ:
-        more = f', and {len(differ) - 5} more' if len(differ) > 5 else ''
-        raise ValueError(
-            f'the checkpoint does not fit the network: {", ".join(sorted(differ)[:5])}{more}'
-        )
+def run_epoch(process, loader, meters, on_step, optimizer=None):
+    """Trains with an optimizer, tests without; on_step() is called after each step."""
 
+    def on_forward(state):
+        meters.on_forward(state)
+        if not optimizer:
+            on_step()
 
-def save_checkpoint(path, checkpoint):
-    torch.save(checkpoint, path + '.tmp')
-    os.replace(path + '.tmp', path)  # a save that is cut short leaves the last one whole
+    engine = Engine()
+    engine.hooks = {'on_forward': on_forward, 'on_update': lambda state: on_step()}
+    if optimizer:
+        engine.train(process, loader, 1, optimizer)
+        return
+    with torch.no_grad():
+        engine.test(process, loader)
 
 
 def print_options_and_parameters(opt, params):
@@ -205,137 +175,177 @@ def print_options_and_parameters(opt, params):
     print(f'  {"total":<52}{sum(p.numel() for p in params.values()):>12,}\n')
 
 
-def make_process(network, topology, device, dtype):
-    """Returns what torchnet's engine calls with each batch: (images, labels) to (loss, logits)."""
-    precision = torch.float64 if dtype == 'double' else torch.float32
+def find_checkpoint(opt):
+    """Loads what --resume asks for: a checkpoint, or None to start afresh.
 
-    def process(batch):
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
-        inputs = data.normalise(images, topology, precision)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16'):
-            logits = network(inputs)
-        logits = logits.to(precision)
-        return F.cross_entropy(logits, labels), logits
-
-    return process
+    Raises ValueError for a run that would be overwritten, or that other options began.
+    """
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun's, not ours
+    if opt.resume == 'auto' or (restarted and not opt.evaluate):
+        if not checkpoint.exists(opt.save) and not opt.evaluate:
+            return None
+        opt.resume = opt.save
+    if not opt.resume:
+        if checkpoint.exists(opt.save):
+            raise ValueError(f'{opt.save} holds a run: expected --resume auto, or another --save')
+        return None
+    loaded = checkpoint.load(opt.resume)
+    differences = options.differences(opt, loaded['args'])
+    if differences and not opt.force and not opt.evaluate:
+        raise ValueError(f'{opt.resume}: {"; ".join(differences)}: expected the same, or --force')
+    return loaded
 
 
 def prepare(opt, device):
-    """Loads data and network: returns (data, network, optimizer, finished epochs, best accuracy).
+    """Loads the data and makes the network: a Run, that of the checkpoint where there is one.
 
     Raises ValueError or OSError for what the user can mend.
     """
-    model_file = os.path.join(opt.save, 'model.pt7')
-    if not opt.resume and os.path.exists(model_file):
-        raise ValueError(f'{model_file} exists: expected --resume {opt.save}, or another --save')
-    if opt.resume:
-        checkpoint = read_checkpoint(opt.resume)  # before the data: an error should come at once
-    sets = data.load(opt.dataset, opt.dataroot, opt.image_size, opt.randomcrop_pad, opt.nthread)
-    torch.manual_seed(opt.seed)
-    network = Network(*define_diracnet(opt.depth, opt.width, sets.topology, len(sets.classes)))
+    topology = data.topology(opt.dataset, opt.image_size)
+    define = functools.partial(define_diracnet, opt.depth, opt.width, topology)
+    with torch.device('meta'):
+        define()  # depth and width are checked before anything is read
+    loaded = find_checkpoint(opt)
+    sets = ranks.first_before_others(lambda: data.load(
+        opt.dataset, opt.dataroot, opt.image_size, opt.randomcrop_pad, opt.nthread
+    ))
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(opt.seed % 2**32)
+    network = Network(*define(len(sets.classes)))
     network.to(device, torch.float64 if opt.dtype == 'double' else torch.float32)
-    optimizer = make_optimizer(network, opt)
-    if not opt.resume:
-        return sets, network, optimizer, 0, 0.0
-    check_fit(checkpoint['params'], network.state_dict())
-    network.load_state_dict(checkpoint['params'])
-    optimizer.load_state_dict(checkpoint['optimizer'])
-    return sets, network, optimizer, checkpoint['epoch'], checkpoint['best']
+    run = Run(opt, sets, network, make_optimizer(network, opt))
+    if loaded:
+        run.restore(loaded)
+    return run
 
 
-def run_epoch(process, loader, meters, optimizer=None):
-    """Trains with an optimizer, tests without; the meters take what comes out."""
-    engine = Engine()
-    engine.hooks['on_forward'] = meters.on_forward
-    if optimizer:
-        engine.train(process, loader, 1, optimizer)
-    else:
-        with torch.no_grad():
-            engine.test(process, loader)
+def train_epoch(run, process, loader, title, on_step):
+    """Trains the steps of the next epoch that are not done yet: returns its figures."""
+    lr = set_learning_rate(run.optimizer, run.opt, run.epoch + 1)
+    loader.sampler.set_epoch(run.epoch + 1, run.step)
+    run.network.train()
+    run.meters = Meters(len(run.sets.classes), len(run.sets.train), title, run.totals, run.step)
+    try:
+        run_epoch(process, loader, run.meters, on_step, run.optimizer)
+        figures = run.meters.figures('train')
+    except DivergedError as error:
+        raise DivergedError(
+            f'{error} of epoch {run.epoch + 1}, learning rate {lr:g}; the last checkpoint stays'
+        ) from error
+    rate = len(run.sets.train) / figures['train_time']
+    return {'epoch': run.epoch + 1, 'lr': lr, **figures, 'images_per_second': rate}
 
 
-def train(opt, sets, network, optimizer, process, epoch, best):
-    """Runs the epochs after `epoch`; writes log.txt, model.pt7 and best.pt7 into opt.save."""
-    train_loader = data.loader(sets.train, opt.batch_size, opt.nthread, opt.seed)
-    test_loader = data.loader(sets.test, opt.batch_size, opt.nthread)
-    n_parameters = sum(p.numel() for p in network.parameters())
-    os.makedirs(opt.save, exist_ok=True)
-    first, start = epoch, time.perf_counter()
-    while epoch < opt.epochs:
-        done = epoch - first
-        left = (time.perf_counter() - start) / done * (opt.epochs - epoch) if done else None
-        epoch += 1
-        title = f'epoch {epoch}/{opt.epochs}'
-        title += f', {left / 60:.0f} min left' if left else ''
+def evaluate(run, process, title, on_step=lambda: None):
+    """Tests the network on all test images, shared out among the processes: its figures."""
+    opt, images = run.opt, run.sets.test
+    loader = data.loader(images, opt.batch_size, opt.nthread, rank=rank(), world=world())
+    run.network.eval()
+    meters = Meters(len(run.sets.classes), len(images), title)
+    run_epoch(process, loader, meters, on_step)
+    return meters.figures('test')
 
-        lr = set_learning_rate(optimizer, opt, epoch)
-        train_loader.sampler.set_epoch(epoch)
-        network.train()
-        meters = Meters(len(sets.classes), len(sets.train), title)
-        run_epoch(process, train_loader, meters, optimizer)
-        stats = {**vars(opt), 'epoch': epoch, 'lr': lr, **meters.figures('train')}
-        stats['images_per_second'] = len(sets.train) / stats['train_time']
 
-        network.eval()
-        meters = Meters(len(sets.classes), len(sets.test), title + ', test')
-        run_epoch(process, test_loader, meters)
-        stats.update(
-            meters.figures('test'), num_classes=len(sets.classes), n_parameters=n_parameters
-        )
+def train(run, device, signals):
+    """Runs the epochs that are left; writes log.txt and checkpoints into opt.save."""
+    opt, sets = run.opt, run.sets
+    wrapped = DistributedDataParallel(run.network) if world() > 1 else run.network
+    train_process, test_process = (make_process(n, opt, device) for n in (wrapped, run.network))
+    loader = data.loader(sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world())
+    if rank() == 0:
+        os.makedirs(opt.save, exist_ok=True)
+        checkpoint.cut_log(opt.save, run.epoch)
 
-        with open(os.path.join(opt.save, 'log.txt'), 'a') as log:
-            log.write(f'json_stats: {json.dumps(stats)}\n')
-        improved = stats['test_acc'] >= best
-        best = max(best, stats['test_acc'])
-        checkpoint = {
-            'params': network.state_dict(), 'optimizer': optimizer.state_dict(),
-            'epoch': epoch, 'best': best, 'args': vars(opt),
-        }
-        save_checkpoint(os.path.join(opt.save, 'model.pt7'), checkpoint)
+    def on_train_step():
+        run.step += 1
+        if world() > 1 and run.step % STEPS_PER_READING:
+            return  # several processes agree, which takes time, once in so many steps
+        due = opt.save_every and time.monotonic() - run.saved >= 60 * opt.save_every
+        number, due = ranks.over_ranks([signals.number, bool(due)], dist.ReduceOp.MAX)
+        if number or due:
+            run.save()
+        if number:
+            raise StoppedError(int(number))
+
+    def on_test_step():
+        if signals.number and world() == 1:  # several processes stop in the next training step
+            run.save()
+            raise StoppedError(signals.number)
+
+    first, start = run.epoch, time.monotonic()
+    while run.epoch < opt.epochs:
+        title = f'epoch {run.epoch + 1}/{opt.epochs}'
+        if run.epoch > first:
+            seconds = (time.monotonic() - start) / (run.epoch - first)
+            title += f', {seconds * (opt.epochs - run.epoch) / 60:.0f} min left'
+        stats = {**vars(opt), **train_epoch(run, train_process, loader, title, on_train_step)}
+        stats.update(evaluate(run, test_process, title + ', test', on_test_step))
+        stats['num_classes'] = len(sets.classes)
+        stats['n_parameters'] = sum(p.numel() for p in run.network.parameters())
+
+        run.epoch, run.step, run.totals = run.epoch + 1, 0, None
+        improved = stats['test_acc'] >= run.best
+        run.best = max(run.best, stats['test_acc'])
+        if rank() == 0:
+            checkpoint.append_log(opt.save, stats)
+            print(f'==> id: {opt.save} ({run.epoch}/{opt.epochs}), '
+                  f'test_acc: {stats["test_acc"]:.2f}', flush=True)
         if improved:
-            save_checkpoint(os.path.join(opt.save, 'best.pt7'), checkpoint)
-        print(f'==> id: {opt.save} ({epoch}/{opt.epochs}), test_acc: {stats["test_acc"]:.2f}',
-              flush=True)
-    print(f'best test_acc {best:.2f}; log and checkpoints in {opt.save}')
+            run.save(checkpoint.BEST)
+        run.save()
+    if rank() == 0:
+        print(f'best test_acc {run.best:.2f}; log and checkpoints in {opt.save}')
 
 
-def evaluate(opt, sets, network, process):
-    network.eval()
-    meters = Meters(len(sets.classes), len(sets.test), 'test')
-    run_epoch(process, data.loader(sets.test, opt.batch_size, opt.nthread), meters)
-    figures = meters.figures('test')
-    print(f'test_loss: {figures["test_loss"]:.4f}')
-    print(f'test_acc: {figures["test_acc"]:.2f}')
-
-
-def stop(error):
-    """Ends with one line and status 2: the last line, as a reading process sends its traceback."""
-    print(f'train.py: {str(error).strip().splitlines()[-1]}', file=sys.stderr)
-    sys.exit(2)
+def stop(status, message):
+    """Ends with one line on stderr: the last, as a reading process sends its traceback before."""
+    print(f'train.py: {str(message).strip().splitlines()[-1]}', file=sys.stderr)
+    sys.exit(status)
 
 
 def main(argv=None):
-    opt = parse_options(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    opt = options.parse_options(argv)
+    command = f'train.py {shlex.join(argv)}'
+    if opt.ngpu > 1 and 'LOCAL_RANK' not in os.environ:
+        stop(2, f'--ngpu {opt.ngpu}: start it as: torchrun --nproc_per_node={opt.ngpu} {command}')
     if opt.gpu_id:
         os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
-    cuda = torch.cuda.is_available()
-    device = torch.device('cuda' if cuda else 'cpu')
-    torch.backends.cudnn.benchmark = cuda
+    device = ranks.start()
     try:
-        sets, network, optimizer, epoch, best = prepare(opt, device)
-        process = make_process(network, sets.topology, device, opt.dtype)
-        print_options_and_parameters(opt, dict(network.named_parameters()))
-        print(f'{opt.dataset}: {len(sets.train)} training and {len(sets.test)} test images, '
-              f'{len(sets.classes)} classes; computing on {device} in {opt.dtype}', flush=True)
+        run = prepare(opt, device)
     except (ValueError, OSError) as error:
-        stop(error)
+        stop(2, error)
+    if rank() == 0:
+        print_options_and_parameters(opt, dict(run.network.named_parameters()))
+        print(f'{opt.dataset}: {len(run.sets.train)} training and {len(run.sets.test)} test images,'
+              f' {len(run.sets.classes)} classes; computing on {world()} x {device.type} in '
+              f'{opt.dtype}', flush=True)
     try:
-        if opt.evaluate:
-            evaluate(opt, sets, network, process)
-        else:
-            train(opt, sets, network, optimizer, process, epoch, best)
+        with Signals() as signals:
+            if opt.evaluate:
+                figures = evaluate(run, make_process(run.network, opt, device), 'test')
+                if rank() == 0:
+                    print(f'test_loss: {figures["test_loss"]:.4f}')
+                    print(f'test_acc: {figures["test_acc"]:.2f}')
+            else:
+                train(run, device, signals)
     except data.DataError as error:  # an image that is read only now, and cannot be
-        stop(error)
+        if run.meters and world() == 1:
+            run.save()
+        stop(2, error)
+    except DivergedError as error:
+        stop(3, error)
+    except StoppedError as stopped:
+        number = signal.Signals(stopped.args[0])
+        if rank() == 0:
+            print(f'stopped by {number.name} in epoch {run.epoch + 1} after {run.step} steps, and '
+                  f'saved; go on with: {command} --resume auto')
+        sys.exit(128 + number)
+    except OSError as error:
+        stop(1, error)
+    finally:
+        ranks.end()
 
 
 if __name__ == '__main__':

@@ -44,7 +44,8 @@ def test_normalise():
 
 def test_images_without_seed_are_left_alone(memory):
     images, dataset = memory
-    batch, labels = dataset[torch.tensor([7, 3]), None]
+    batch, labels, whole = dataset[torch.tensor([7, 3]), None, torch.arange(2)]
+    assert whole == 2
     assert batch.shape == (2, 3, 12, 12)
     np.testing.assert_array_equal(batch.permute(0, 2, 3, 1).numpy(), images[[7, 3]])
     assert labels.tolist() == [7, 3]
@@ -55,7 +56,7 @@ def test_augmentation_is_a_crop_of_the_padded_image(memory):
     padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)), mode='reflect')
     found = set()
     for seed in range(40):
-        batch, labels = dataset[torch.arange(50), seed]
+        batch, labels, _ = dataset[torch.arange(50), seed, torch.arange(50)]
         for image, label in zip(batch.permute(0, 2, 3, 1).numpy(), labels.tolist()):
             where = {
                 (top, left, flip)
@@ -84,7 +85,8 @@ def test_an_epoch_sees_every_image_once_and_follows_from_the_seed(memory):
         loader = data.loader(dataset, batch_size=16, seed=seed)
         loader.sampler.set_epoch(number)
         assert len(loader) == 4
-        images, labels = zip(*loader)
+        images, labels, whole = zip(*loader)
+        assert whole == tuple(map(len, labels))
         assert [len(batch) for batch in labels] == [16, 16, 16, 2]
         return torch.cat(images), torch.cat(labels).tolist()
 
@@ -97,10 +99,51 @@ def test_an_epoch_sees_every_image_once_and_follows_from_the_seed(memory):
         assert epoch(seed, number)[1] != labels
 
 
+@pytest.mark.parametrize('kind', ['memory', 'files'])
+@pytest.mark.parametrize('world', [1, 2, 3, 5])
+def test_shares_of_all_ranks_are_the_whole_batch(memory, tmp_path, kind, world):
+    dataset = memory[1]
+    if kind == 'files':
+        write_images(tmp_path, n=26, size=(24, 20))
+        dataset = data.ImageFiles(*data.list_images(str(tmp_path))[:2], size=16)
+    n = len(dataset)
+    for seed in (None, 1):
+        alone = list(data.loader(dataset, 12, 0, seed))  # the last batch: 2 or 4 of 50 or 52
+        ranks = [list(data.loader(dataset, 12, 0, seed, rank, world)) for rank in range(world)]
+        for whole, shares in zip(alone, zip(*ranks)):
+            counted = [labels != data.IGNORED for _, labels, _ in shares]
+            sizes = [int(c.sum()) for c in counted]
+            assert max(sizes) - min(sizes) <= 1
+            images = torch.cat([images[c] for (images, _, _), c in zip(shares, counted)])
+            assert torch.equal(images, whole[0])
+            assert torch.equal(
+                torch.cat([labels[c] for (_, labels, _), c in zip(shares, counted)]), whole[1]
+            )
+            assert {share[2] for share in shares} == {len(whole[1])}
+            assert all(len(labels) for _, labels, _ in shares)
+        assert sum(len(batch[1]) for batch in alone) == n
+
+
+def test_steps_that_are_done_are_left_out(memory):
+    loader = data.loader(memory[1], 16, seed=1)
+    batches = list(loader)
+    loader.sampler.set_epoch(1, step=2)
+    rest = list(loader)
+    assert len(rest) == 2
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(rest, batches[2:]))
+
+
+def test_topologies():
+    assert [data.topology(name) for name in data.DATASETS] == [
+        'CIFAR10', 'CIFAR100', 'CIFAR10', 'ImageNet', 'CIFAR10'
+    ]  # fmt: skip
+    assert [data.topology('Folder', size) for size in (64, 65)] == ['CIFAR10', 'ImageNet']
+
+
 def test_test_batches_come_in_order(memory):
     images, dataset = memory
     loader = data.loader(dataset, batch_size=20)
-    batches, labels = zip(*loader)
+    batches, labels, _ = zip(*loader)
     assert torch.cat(labels).tolist() == list(range(50))
     np.testing.assert_array_equal(torch.cat(batches).permute(0, 2, 3, 1).numpy(), images)
 
@@ -108,7 +151,7 @@ def test_test_batches_come_in_order(memory):
 def test_digits():
     sets = data.load('Digits', pad=0)
     assert (len(sets.train), len(sets.test), len(sets.classes)) == (1437, 360, 10)
-    assert (sets.topology, sets.train.flip) == ('CIFAR10', False)
+    assert not sets.train.flip
     images = torch.cat([sets.train.images, sets.test.images])
     assert images.shape == (1797, 32, 32, 3)
     assert (images.min(), images.max()) == (0, 255)
@@ -130,7 +173,7 @@ def test_folder_of_small_images(tmp_path, test_folder):
     test = write_images(tmp_path / test_folder, n=2, seed=1)
     (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not an image')
     sets = data.load('Folder', str(tmp_path))
-    assert (sets.classes, sets.topology) == (['cat', 'dog'], 'CIFAR10')
+    assert sets.classes == ['cat', 'dog']
     assert sets.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert (sets.train.pad, sets.train.flip) == (4, True)
     for dataset, written in [(sets.train, train), (sets.test, test)]:
@@ -171,8 +214,7 @@ def test_large_images_are_read_as_needed(tmp_path):
     write_images(tmp_path / 'train', n=5, size=(80, 100))
     test = write_images(tmp_path / 'val', n=2, size=(80, 80))
     sets = data.load('Folder', str(tmp_path), image_size=70)
-    assert sets.topology == 'ImageNet'
-    images, labels = sets.test[torch.tensor([3, 0]), None]
+    images, labels, _ = sets.test[torch.tensor([3, 0]), None, torch.arange(2)]
     assert images.shape == (2, 3, 70, 70)
     pixels = np.stack([list(test.values())[i][5:75, 5:75] for i in (3, 0)])  # 80 = 70 * 256 // 224
     np.testing.assert_array_equal(images.permute(0, 2, 3, 1).numpy(), pixels)
@@ -182,7 +224,7 @@ def test_large_images_are_read_as_needed(tmp_path):
         state = torch.get_rng_state()
         batches = list(data.loader(sets.train, batch_size=4, nthread=nthread, seed=1))
         assert nthread or torch.equal(torch.get_rng_state(), state)
-        return torch.cat([images for images, _ in batches])
+        return torch.cat([images for images, *_ in batches])
 
     alone, workers = epoch(0), epoch(2)
     assert alone.shape == (10, 3, 70, 70)
@@ -250,5 +292,5 @@ def test_cifar(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.torchvision.datasets, 'CIFAR100', Few)
     sets = data.load('CIFAR100', str(tmp_path), pad=2)
-    assert (sets.topology, sets.classes, sets.train.pad) == ('CIFAR100', ['cat', 'dog'], 2)
+    assert (sets.classes, sets.train.pad) == (['cat', 'dog'], 2)
     assert (sets.train.flip, sets.test.labels.tolist()) == (True, [0, 1])

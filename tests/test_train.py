@@ -1,6 +1,7 @@
 """One training: options, schedule, log, checkpoints, resuming and testing."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from test_data import write_images
 
+import options
 import train
 from diracnet import Network, define_diracnet
+from meters import Meters
 
 ROOT = Path(train.__file__).parent
 
@@ -61,13 +64,13 @@ def trained(images, tmp_path_factory):
 
 
 def test_defaults():
-    opt = vars(train.parse_options([]))
+    opt = vars(options.parse_options([]))
     assert opt == {
         'model': 'diracnet', 'depth': 16, 'width': 1, 'dataset': 'CIFAR10', 'dataroot': '.',
         'image_size': 32, 'randomcrop_pad': 4, 'dtype': 'float', 'nthread': 4, 'batch_size': 128,
         'lr': 0.1, 'epochs': 200, 'weight_decay': 5e-4, 'epoch_step': [60, 120, 160],
         'lr_decay_ratio': 0.2, 'resume': '', 'evaluate': False, 'seed': 1, 'save': 'checkpoints',
-        'gpu_id': '', 'ngpu': 1,
+        'gpu_id': '', 'ngpu': 1, 'force': False, 'save_every': 0,
     }  # fmt: skip
 
 
@@ -82,15 +85,15 @@ def test_defaults():
     ('--imagenetpath /data', {'dataroot': '/data'}),
 ])  # fmt: skip
 def test_command_lines(line, expected):
-    opt = vars(train.parse_options(shlex.split(line)))
+    opt = vars(options.parse_options(shlex.split(line)))
     assert {name: opt[name] for name in expected} == expected
 
 
 def test_help_says_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
-        train.parse_options(['--help'])
+        options.parse_options(['--help'])
     printed = ' '.join(capsys.readouterr().out.split())
-    for name, value in vars(train.parse_options([])).items():
+    for name, value in vars(options.parse_options([])).items():
         assert f'--{name}' in printed
         if value not in ('', False):
             assert f'(default: {str(value).replace(", ", ",")})' in printed
@@ -100,7 +103,7 @@ def test_log(trained, images):
     stats = stats_of(trained)
     assert [s['epoch'] for s in stats] == [1, 2]
     assert [s['lr'] for s in stats] == pytest.approx([0.1, 0.02])
-    assert set(vars(train.parse_options([]))) <= set(stats[0])
+    assert set(vars(options.parse_options([]))) <= set(stats[0])
     for figure in ('train_loss', 'train_acc', 'train_time', 'test_loss', 'test_acc', 'test_time',
                    'images_per_second'):
         assert all(isinstance(s[figure], float) for s in stats)
@@ -143,7 +146,8 @@ def test_checkpoints(trained):
     best = torch.load(trained / 'best.pt7', weights_only=True)
     accuracies = [s['test_acc'] for s in stats_of(trained)]
     assert accuracies[best['epoch'] - 1] == checkpoint['best'] == max(accuracies)
-    assert sorted(file.name for file in trained.iterdir()) == ['best.pt7', 'log.txt', 'model.pt7']
+    assert sorted(file.name for file in trained.iterdir()) == [
+        'best.pt7', 'log.txt', 'model.pt7', 'previous.pt7']
 
 
 def test_same_seed_same_parameters(trained, images, tmp_path):
@@ -227,7 +231,7 @@ def test_large_images_take_the_imagenet_topology(tmp_path):
 
 
 def test_learning_rate_and_momentum():
-    opt = train.parse_options(['--epoch_step', '[2,4]', '--lr', '0.5', '--lr_decay_ratio', '0.1'])
+    opt = options.parse_options(['--epoch_step', '[2,4]', '--lr', '0.5', '--lr_decay_ratio', '0.1'])
     weight = torch.nn.Parameter(torch.ones(2, 2))
     layer = torch.nn.Module()
     layer.weight = weight
@@ -243,7 +247,7 @@ def test_learning_rate_and_momentum():
 
 def test_weight_decay_leaves_vectors_alone():
     network = Network(*define_diracnet(10, 1, 'CIFAR10'))
-    optimizer = train.make_optimizer(network, train.parse_options(['--weight_decay', '0.25']))
+    optimizer = train.make_optimizer(network, options.parse_options(['--weight_decay', '0.25']))
     decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
     for name, parameter in network.named_parameters():
         matrix = name.endswith('conv') or name == 'fc.weight'
@@ -252,12 +256,13 @@ def test_weight_decay_leaves_vectors_alone():
 
 
 def test_meters_weigh_every_image_alike():
-    meters = train.Meters(100, 5, '')
+    meters = Meters(100, 5, '')
     logits = torch.zeros(5, 100)
     logits[:, :6] = torch.tensor([6.0, 5, 4, 3, 2, 1])
     labels = torch.tensor([0, 1, 5, 4, 0])
     for part, loss in [(slice(0, 4), 1.0), (slice(4, 5), 6.0)]:
-        state = {'sample': (None, labels[part]), 'loss': torch.tensor(loss), 'output': logits[part]}
+        sample = (None, labels[part], len(labels[part]))
+        state = {'sample': sample, 'loss': torch.tensor(loss), 'output': logits[part]}
         meters.on_forward(state)
     figures = meters.figures('test')
     assert figures.pop('test_time') > 0
@@ -267,18 +272,18 @@ def test_meters_weigh_every_image_alike():
 @pytest.mark.parametrize(('options', 'message'), [
     (['--depth', '17', '--dataset', 'Digits'], 'the nearest are 16 and 22'),
     (['--depth', 'deep'], 'deep'),
-    (['--epoch_step', '[60,120'], r'[60,120: expected a list of epochs, such as [60,120,160]'),
+    (['--epoch_step', '[60,120'], r"'[60,120': expected a list of epochs, such as [60,120,160]"),
     (['--epoch_step', '60'], 'expected a list of epochs'),
     (['--epoch_step', '[0.5]'], 'expected a list of epochs'),
-    (['--batch_size', '0'], '0: expected a number of at least 1'),
-    (['--lr', '-1'], '-1: expected a number of at least 0'),
-    (['--lr', 'nan'], 'nan: expected a number of at least 0'),
+    (['--batch_size', '0'], "'0': expected a number of at least 1"),
+    (['--lr', '-1'], "'-1': expected a number of at least 0"),
+    (['--lr', 'nan'], "'nan': expected a number of at least 0"),
     (['--width', '0', '--dataset', 'Digits'], 'width 0.0: expected at least 0.0625'),
     (['--dataset', 'MNIST'], 'MNIST'),
     (['--dataset', 'Folder', '--dataroot', 'nowhere'], 'nowhere/train: no such folder'),
     (['--evaluate'], 'expected --resume'),
     (['--resume', 'nowhere.pt7'], 'nowhere.pt7'),
-    (['--ngpu', '2'], '2'),
+    (['--ngpu', '2'], 'start it as: torchrun --nproc_per_node=2 train.py --ngpu 2'),
     (['--colour'], '--colour'),
 ])  # fmt: skip
 def test_bad_options(capsys, tmp_path, monkeypatch, options, message):
@@ -289,6 +294,9 @@ def test_bad_options(capsys, tmp_path, monkeypatch, options, message):
 
 def test_checkpoint_of_another_network(trained, images, capsys, tmp_path):
     options = ['--dataset', 'Folder', '--dataroot', images, '--resume', trained]
+    error = refused(capsys, *options, '--depth', 10, '--width', 2, '--batch_size', 12)
+    assert 'width was 1, is 2.0; epoch_step was [2], is [60, 120, 160]: expected the same' in error
+    options.append('--force')
     error = refused(capsys, *options, '--depth', 10, '--width', 2)
     assert 'bn.bias is (16,), expected (32,)' in error
     error = refused(capsys, *options, '--depth', 16)
@@ -305,7 +313,7 @@ def test_damaged_checkpoint(content, capsys, tmp_path):
 def test_a_run_is_not_overwritten(trained, images, capsys):
     before = (trained / 'model.pt7').read_bytes()
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--save', trained)
-    assert f'expected --resume {trained}, or another --save' in error
+    assert f'{trained} holds a run: expected --resume auto, or another --save' in error
     assert (trained / 'model.pt7').read_bytes() == before
 
 
@@ -322,9 +330,19 @@ def test_unreadable_image_met_in_training(tmp_path, capsys, nthread):
     assert f'{broken}: not a readable image' in error
 
 
+def test_commands_of_the_readme_are_options_of_ours():
+    text = (ROOT / 'README.md').read_text().replace('\\\n', ' ')
+    lines = re.findall(r'^ +(?:python|torchrun).*train\.py .*', text, re.M)
+    assert len(lines) >= 6
+    for line in lines:
+        words = shlex.split(line.split(' train.py ')[1].split('  #')[0])
+        opt = options.parse_options([word for word in words if word != '...'])
+        assert opt.save or opt.evaluate
+
+
 def test_make_train_runs_on_the_digits():
     makefile = (ROOT / 'Makefile').read_text().replace('\\\n', ' ')
     line = next(line for line in makefile.splitlines() if 'train.py --dataset Digits' in line)
-    opt = train.parse_options(shlex.split(line)[2:-1])
+    opt = options.parse_options(shlex.split(line)[2:-1])
     assert (opt.dataset, opt.epochs) == ('Digits', 20)
     assert 'checkpoints/' in (ROOT / '.gitignore').read_text().splitlines()

@@ -1,0 +1,90 @@
+"""What is measured in an epoch: torchnet's meters, read seldom and added up over all processes."""
+
+import time
+
+import torch
+from torchnet.meter import AverageValueMeter, ClassErrorMeter
+from tqdm import tqdm
+
+import data
+from ranks import over_ranks, rank, world
+
+STEPS_PER_READING = 20  # meters are read, which waits for a GPU, once in so many steps
+
+
+class DivergedError(Exception):
+    """The loss is no number any more."""
+
+
+class Meters:
+    """Loss and top-k accuracies of one epoch, shown in a bar, and summed over all processes.
+
+    totals: of the first `steps` of this epoch, which another run did.
+    """
+
+    def __init__(self, num_classes, length, description, totals=None, steps=0):
+        self.topk = [1, 5] if num_classes >= 100 else [1]
+        self.loss = AverageValueMeter()
+        self.accuracy = ClassErrorMeter(topk=self.topk, accuracy=True)
+        self.unread, self.steps = [], steps
+        hidden = True if rank() > 0 else None  # None: where stderr is no terminal
+        self.bar = tqdm(total=length, desc=description, unit='img', disable=hidden, leave=False)
+        self.start = time.perf_counter()
+        if totals:
+            seconds, *sums = totals
+            self.start -= seconds
+            self._set_sums(sums)
+            self.bar.update(self.loss.n)
+
+    def _sums(self):
+        return [self.loss.sum, self.loss.n, *(int(self.accuracy.sum[k]) for k in self.topk)]
+
+    def _set_sums(self, sums):
+        loss, n, *errors = sums
+        self.loss.reset()
+        self.loss.add(loss, int(n))
+        self.accuracy.n, self.accuracy.sum = int(n), dict(zip(self.topk, map(int, errors)))
+
+    def on_forward(self, state):
+        _, labels, whole = state['sample']
+        loss = state['loss'].detach() * (whole / world())  # the sum over this process' images
+        self.unread.append((loss, state['output'].detach(), labels))
+        if len(self.unread) >= STEPS_PER_READING:
+            self.read()
+
+    def read(self):
+        """Takes in the steps since the last reading. Raises DivergedError: a loss is no number."""
+        if not self.unread:
+            return
+        losses, logits, labels = zip(*self.unread)
+        self.unread = []
+        losses = torch.stack(losses).cpu()
+        if not losses.isfinite().all():
+            step = int((~losses.isfinite()).nonzero()[0])
+            loss = losses[step].item()
+            raise DivergedError(f'the loss is {loss} in step {self.steps + step + 1}')
+        self.steps += len(losses)
+        labels = torch.cat(labels)
+        counted = labels != data.IGNORED
+        n = int(counted.sum())
+        self.loss.add(losses.sum().item(), n)
+        self.accuracy.add(torch.cat(logits).cpu()[counted], labels[counted])
+        self.bar.set_postfix_str(
+            f'loss {self.loss.value()[0]:.3f}, acc {self.accuracy.value(1):.2f} %', refresh=False
+        )
+        self.bar.update(n * world())
+
+    def totals(self):
+        self.read()
+        return [time.perf_counter() - self.start, *over_ranks(self._sums())]
+
+    def figures(self, prefix):
+        """Ends the epoch: returns its figures, accuracies in per cent and time in seconds."""
+        seconds, *sums = self.totals()
+        self.bar.close()
+        self._set_sums(sums)
+        figures = {f'{prefix}_loss': self.loss.value()[0]}
+        for k in self.topk:
+            figures[f'{prefix}_acc' + str(k) * (k > 1)] = self.accuracy.value(k)
+        figures[f'{prefix}_time'] = seconds
+        return figures

@@ -1,0 +1,364 @@
+"""Runs that are stopped, killed, damaged or fed nonsense, and runs on several processes."""
+
+import io
+import operator
+import os
+import random
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_data import write_images
+from test_train import params_of, refused, run, stats_of
+
+import checkpoint
+import options
+import train
+from experiments.kill import flat, survive
+
+ROOT = Path(train.__file__).parent
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """40 training and 7 test images: shares that differ, and a last batch of one (of 13)."""
+    root = tmp_path_factory.mktemp('images')
+    write_images(root / 'train', n=20)
+    write_images(root / 'test', n=4, seed=1)
+    (root / 'test' / 'dog' / '3.png').unlink()
+    return root
+
+
+@pytest.fixture(scope='module')
+def whole(images, tmp_path_factory):
+    """A run of three epochs that nothing stopped."""
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    run(images, folder, '--epochs', 3)
+    return folder
+
+
+def assert_same_run(folder, whole):
+    expected = params_of(whole)
+    assert all(torch.equal(p, expected[name]) for name, p in params_of(folder).items())
+    figures = [[(s['epoch'], s['lr'], s['train_acc'], s['test_acc']) for s in stats_of(f)]
+               for f in (folder, whole)]
+    assert figures[0] == figures[1]
+    losses = [[s['train_loss'] for s in stats_of(f)] for f in (folder, whole)]
+    assert losses[0] == pytest.approx(losses[1])
+
+
+def environment(**changes):
+    """Without what an outer torchrun would have set; the C++ warnings of gloo left out."""
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR', **changes}
+
+
+# ---------------------------------------------------------------- stopped and killed
+
+
+def test_killed_runs_end_like_the_one_that_was_not(tmp_path):
+    alive, _, differ = survive(tmp_path, kills=3, epochs=4, seed=1)
+    assert differ == []
+    assert alive == 3
+
+
+@pytest.mark.parametrize(('number', 'where'), [
+    (signal.SIGTERM, 'set_learning_rate'), (signal.SIGINT, 'set_learning_rate'),
+    (signal.SIGTERM, 'evaluate'),
+])  # fmt: skip
+def test_signals(images, whole, tmp_path, capsys, monkeypatch, number, where):
+    calls, original = [], getattr(train, where)
+
+    def sending(*arguments, **more):
+        calls.append(1)
+        if len(calls) == 2:  # in the second epoch
+            os.kill(os.getpid(), number)
+        return original(*arguments, **more)
+
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, sending)
+        with pytest.raises(SystemExit) as stopped:
+            run(images, tmp_path, '--epochs', 3)
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(signal.SIGINT) is before
+    last = capsys.readouterr().out.splitlines()[-1]
+    steps = 1 if where == 'set_learning_rate' else 4
+    assert f'stopped by {number.name} in epoch 2 after {steps} steps, and saved' in last
+    saved = torch.load(tmp_path / 'model.pt7', weights_only=True)
+    assert (saved['epoch'], saved['step']) == (1, steps)
+    command = last.split('go on with: train.py ')[1]
+    train.main(shlex.split(command))
+    assert_same_run(tmp_path, whole)
+
+
+def test_second_ctrl_c_stops_at_once():
+    with train.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.number == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def test_resume_auto_starts_afresh_and_goes_on(images, whole, tmp_path):
+    run(images, tmp_path, '--epochs', 2, '--resume', 'auto')
+    run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
+    assert_same_run(tmp_path, whole)
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(images, whole, tmp_path, capsys):
+    run(images, tmp_path, '--epochs', 2)
+    model = tmp_path / 'model.pt7'
+    damaged = bytearray(model.read_bytes())
+    damaged[len(damaged) // 2] ^= 1  # a number of a tensor: torch.load alone would take it
+    model.write_bytes(damaged)
+    run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
+    assert f'taking {tmp_path / "previous.pt7"}' in capsys.readouterr().err
+    assert_same_run(tmp_path, whole)
+
+
+def test_log_that_a_crash_cut(images, whole, tmp_path):
+    run(images, tmp_path, '--epochs', 2)
+    log = tmp_path / 'log.txt'
+    text = log.read_text()
+    log.write_text(text[:-40])
+    assert [s['epoch'] for s in checkpoint.read_log(str(log))] == [1]
+    log.write_text(text + text.splitlines()[1].replace('"epoch": 2', '"epoch": 3')[:-50])
+    run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
+    assert_same_run(tmp_path, whole)
+
+
+def test_full_disk(images, whole, tmp_path, capsys):
+    run(images, tmp_path, '--epochs', 1)
+    before = params_of(tmp_path)
+    size = (tmp_path / 'model.pt7').stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith('train.py: ')
+    assert 'cannot be written' in error
+    assert error.count('\n') == 1
+    after = params_of(tmp_path)
+    assert all(torch.equal(p, after[name]) for name, p in before.items())
+    assert not list(tmp_path.glob('*.tmp'))
+    run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
+    assert_same_run(tmp_path, whole)
+
+
+def test_diverged_run(images, tmp_path, capsys):
+    run(images, tmp_path, '--epochs', 1)
+    with pytest.raises(SystemExit) as stopped:
+        run(images, tmp_path, '--epochs', 3, '--resume', 'auto', '--force', '--lr', '1e30')
+    assert stopped.value.code == 3
+    error = capsys.readouterr().err
+    assert re.fullmatch(r'train.py: the loss is (nan|inf) in step [2-4] of epoch 2, '
+                        r'learning rate 2e\+29; the last checkpoint stays\n', error)
+    saved = torch.load(tmp_path / 'model.pt7', weights_only=True)
+    assert saved['epoch'] == 1
+    assert all(tensor.isfinite().all() for tensor in saved['params'].values())
+
+
+def test_no_checkpoint_of_a_loss_that_is_no_number(images, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        run(images, tmp_path, '--lr', '1e30', '--save_every', '1e-9')
+    assert stopped.value.code == 3
+    saved = torch.load(tmp_path / 'model.pt7', weights_only=True)
+    assert saved['epoch'] == 0
+    assert saved['totals'][1] == pytest.approx(saved['totals'][1])  # no NaN
+
+
+def test_unreadable_image_met_in_training_comes_after_a_save(tmp_path, capsys):
+    def options_(save):
+        return ['--dataset', 'Folder', '--dataroot', tmp_path, '--image_size', 70, '--depth', 18,
+                '--width', 0.125, '--save', tmp_path / save, '--nthread', 0, '--epochs', 1,
+                '--batch_size', 2, '--resume', 'auto']  # fmt: skip
+
+    write_images(tmp_path / 'train', n=4, size=(70, 70))
+    write_images(tmp_path / 'test', n=2, size=(70, 70))
+    train.main([str(option) for option in options_('whole')])
+    broken = tmp_path / 'train' / 'dog' / '1.png'
+    content = broken.read_bytes()
+    broken.write_bytes(b'nothing')
+    assert f'{broken}: not a readable image' in refused(capsys, *options_('run'))
+    saved = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
+    assert 0 <= saved['step'] < 4
+    broken.write_bytes(content)
+    train.main([str(option) for option in options_('run')])
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+# ---------------------------------------------------------------- nonsense
+
+
+@pytest.fixture(scope='module')
+def small_checkpoint(tmp_path_factory):
+    """The bytes of a checkpoint as train.py writes it, of a small network."""
+    folder = tmp_path_factory.mktemp('small')
+    checkpoint.save(str(folder), {
+        'params': {'conv': torch.randn(4, 3, 3, 3), 'fc.bias': torch.zeros(2)},
+        'optimizer': {'state': {0: {'momentum_buffer': torch.randn(4, 3, 3, 3)}}},
+        'epoch': 3, 'step': 0, 'args': {'depth': 10, 'width': 0.25, 'save': 'logs/a'},
+        'rng': checkpoint.rng_state(), 'versions': checkpoint.versions(),
+    })  # fmt: skip
+    return (folder / 'model.pt7').read_bytes()
+
+
+def test_damaged_bytes_give_an_error_or_the_checkpoint(small_checkpoint, tmp_path, request):
+    good = dict(flat(torch.load(io.BytesIO(small_checkpoint), weights_only=True)))
+    path = tmp_path / 'best.pt7'
+
+    @settings(max_examples=request.config.getoption('--fuzz'), deadline=None, database=None,
+              derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.tuples(st.integers(0, len(small_checkpoint) - 1), st.integers(1, 255)),
+                    max_size=3),
+           st.integers(0, 200) | st.integers(0, len(small_checkpoint)), st.booleans())
+    def flip_and_cut(flips, cut, from_end):
+        content = bytearray(small_checkpoint)
+        for position, change in flips:
+            content[position] ^= change
+        if from_end:
+            del content[len(content) - cut :]
+        path.write_bytes(content)
+        loaded, message = None, None
+        try:
+            loaded = checkpoint.load(str(path))
+        except checkpoint.CheckpointError as error:
+            message = str(error)
+        if message:
+            assert '\n' not in message
+            assert str(path) in message
+            return
+        loaded = dict(flat(loaded))
+        assert loaded.keys() == good.keys()
+        for name, value in good.items():
+            same = torch.equal if isinstance(value, torch.Tensor) else operator.eq
+            assert same(value, loaded[name]), name
+
+    flip_and_cut()
+
+
+def test_pickle_that_would_run_code(tmp_path, capsys):
+    class Touch:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / 'code ran'),))
+
+    torch.save({'params': Touch(), 'optimizer': {}, 'epoch': 1, 'args': {}}, tmp_path / 'a.pt7')
+    assert 'not a checkpoint' in refused(capsys, '--resume', tmp_path / 'a.pt7')
+    assert not (tmp_path / 'code ran').exists()
+
+
+def test_nonsense_in_options_gives_one_line(request, capsys):
+    names = sorted('--' + name for name in vars(options.parse_options([])))
+    text = st.text(st.characters(codec='utf-8', exclude_characters='\x00'), max_size=12)
+    number = st.integers() | st.floats() | st.lists(st.integers(-5, 500) | st.floats(), max_size=3)
+
+    @settings(max_examples=request.config.getoption('--fuzz'), deadline=None, database=None,
+              derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.tuples(st.sampled_from(names), text | number.map(str)), min_size=1,
+                    max_size=3))
+    def parse(pairs):
+        capsys.readouterr()
+        opt, status = None, None
+        try:
+            opt = options.parse_options([f'{name}={value}' for name, value in pairs])
+        except SystemExit as stopped:
+            status = stopped.code
+        if status is not None:
+            assert status == 2
+            assert re.fullmatch('train.py: [^\n]+\n', capsys.readouterr().err)
+            return
+        assert opt.batch_size >= 1
+        assert opt.lr >= 0
+        assert all(isinstance(epoch, int) for epoch in opt.epoch_step)
+
+    parse()
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def torchrun(*arguments, **kwargs):
+    return subprocess.run([*TORCHRUN, *map(str, arguments)], env=environment(), cwd=ROOT,
+                          capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def options_of(images, folder, *more):
+    return ['train.py', '--dataset', 'Folder', '--dataroot', images, '--depth', '10',
+            '--batch_size', '13', '--save', folder, *more]  # fmt: skip
+
+
+@pytest.mark.parametrize('count', [2, 3])
+def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path, count):
+    one, many = tmp_path / 'one.pt', tmp_path / 'many.pt'
+    script = str(ROOT / 'tests' / 'gradients.py')
+    subprocess.run([sys.executable, script, str(one)], env=environment(), check=True, cwd=ROOT)
+    done = torchrun(f'--nproc_per_node={count}', script, many)
+    assert done.returncode == 0, done.stderr
+    one, many = torch.load(one), torch.load(many)
+    assert len(one) == len(many) == 4
+    for alone, shared in zip(one, many):
+        for name, gradient in alone.items():
+            error = (gradient - shared[name]).abs().max() / gradient.abs().max().clamp_min(1e-6)
+            assert error < 1e-10, name
+
+
+def test_two_machines_then_tested_on_one_two_and_three_ranks(images, tmp_path):
+    folder = tmp_path / 'run'
+    address = f'--rdzv_endpoint=127.0.0.1:{random.randint(20000, 60000)}'
+    agents = [
+        subprocess.Popen(
+            [*TORCHRUN, '--nnodes=2', '--nproc_per_node=1', '--rdzv_backend=c10d', '--rdzv_id=7',
+             address, *map(str, options_of(images, folder, '--epochs', 2))],
+            env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [agent.communicate(timeout=300) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    printed = ''.join(out for out, _ in outputs)
+    assert printed.count('==> id: ') == 2  # of the first rank alone
+    assert 'computing on 2 x cpu' in printed
+    assert [s['epoch'] for s in stats_of(folder)] == [1, 2]
+
+    command = ['--evaluate', '--resume', folder]
+    lines = []
+    for count in (1, 2, 3):
+        done = torchrun(f'--nproc_per_node={count}', *options_of(images, folder, *command))
+        assert done.returncode == 0, done.stderr
+        lines.append(done.stdout.splitlines()[-2:])
+    assert lines[0] == lines[1] == lines[2]
+    accuracy = float(lines[0][1].removeprefix('test_acc: '))
+    assert accuracy == pytest.approx(stats_of(folder)[-1]['test_acc'], abs=0.005)
+    assert accuracy * 7 / 100 == pytest.approx(round(accuracy * 7 / 100), abs=0.001)
+
+
+def test_killed_worker_goes_on_by_itself(images, tmp_path):
+    folder = tmp_path / 'run'
+    agent = subprocess.Popen(
+        [*TORCHRUN, '--nproc_per_node=2', '--max_restarts=3', '--monitor_interval=0.1',
+         *map(str, options_of(images, folder, '--epochs', 30, '--batch_size', 8))],
+        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    log = folder / 'log.txt'
+    while agent.poll() is None and not (log.exists() and len(checkpoint.read_log(str(log))) >= 3):
+        time.sleep(0.01)
+    children = Path(f'/proc/{agent.pid}/task/{agent.pid}/children').read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert agent.wait(timeout=300) == 0
+    assert [s['epoch'] for s in stats_of(folder)] == list(range(1, 31))
+    printed = agent.stdout.read()
+    assert printed.count('computing on 2 x cpu') == 2  # it was started twice
