@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 MODEL, PREVIOUS, BEST, LOG = 'model.pt7', 'previous.pt7', 'best.pt7', 'log.txt'
+MARK = 'json_stats: '  # before each record of the log
 REQUIRED = {'params': dict, 'optimizer': dict, 'epoch': int, 'args': dict}
 
 
@@ -128,19 +129,25 @@ def check_fit(params, expected):
 
 def append_log(folder, stats):
     with open(os.path.join(folder, LOG), 'a') as log:
-        log.write(f'json_stats: {json.dumps(stats)}\n')  # one write: a line is whole or missing
+        log.write(f'{MARK}{json.dumps(stats)}\n')  # one write: a line is whole or missing
 
 
 def read_log(path):
-    """Reads a log.txt: a list of dicts, one for each epoch; a line that was cut is left out."""
-    stats = []
-    with open(path) as log:
-        for line in log:
-            try:
-                stats.append(json.loads(line.removeprefix('json_stats: ')))
-            except ValueError:
-                continue
-    return stats
+    """Reads a log.txt: a list of dicts, one for each epoch, in order.
+
+    An epoch that ran again counts as it was last. A record that a crash cut short is left out, also
+    where a later one follows it in the same line.
+    """
+    epochs = {}
+    with open(path, encoding='utf-8', errors='replace') as log:
+        records = log.read().split(MARK)[1:]
+    for record in records:
+        try:
+            stats, _ = json.JSONDecoder().raw_decode(record)
+            epochs[stats['epoch']] = stats
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    return [epochs[epoch] for epoch in sorted(epochs)]
 
 
 def cut_log(folder, epoch):
@@ -150,5 +157,5 @@ def cut_log(folder, epoch):
         return
     kept = [stats for stats in read_log(path) if stats['epoch'] <= epoch]
     with open(path + '.tmp', 'w') as log:
-        log.writelines(f'json_stats: {json.dumps(stats)}\n' for stats in kept)
+        log.writelines(f'{MARK}{json.dumps(stats)}\n' for stats in kept)
     os.replace(path + '.tmp', path)

@@ -41,11 +41,12 @@ class DataError(ValueError):
 
 @dataclass
 class Data:
-    """A training and a test set, and their class names."""
+    """A training and a test set, their class names, and a validation set if one is held out."""
 
     train: Dataset
     test: Dataset
     classes: list
+    val: Dataset = None
 
 
 def normalise(images, topology, dtype=torch.float32):
@@ -118,17 +119,21 @@ class Images(Dataset):
 class MemoryImages(Images):
     """Small square images in memory; a batch is taken and augmented with one gather.
 
-    images: uint8 (N, S, S, 3); labels: (N,). In training, images are padded by `pad` pixels with
-    reflection, cropped back at random, and half of them flipped if `flip`.
+    images: uint8 (N, S, S, 3); labels: (N,). In training, images are padded by `pad` pixels, with
+    reflection or with zeros (black), cropped back at random, and half of them flipped if `flip`.
     """
 
-    def __init__(self, images, labels, pad=0, flip=False):
+    def __init__(self, images, labels, pad=0, flip=False, reflect=True):
         if pad >= images.shape[1]:
             raise DataError(
                 f'randomcrop_pad {pad}: expected less than the image size, {images.shape[1]}'
             )
         self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels)
-        self.pad, self.flip = pad, flip
+        self.pad, self.flip, self.reflect = pad, flip, reflect
+
+    def subset(self, indices):
+        images, labels = self.images[indices], self.labels[indices]
+        return MemoryImages(images, labels, self.pad, self.flip, self.reflect)
 
     def read(self, indices, seed, share):
         if seed is None:
@@ -136,13 +141,15 @@ class MemoryImages(Images):
         n, size = len(indices), self.images.shape[1]
         generator = torch.Generator().manual_seed(seed)
         shift = torch.randint(-self.pad, self.pad + 1, (2, n, 1), generator=generator)
-        rows, cols = torch.arange(size) + shift  # (n, S) each, reflected into 0 .. S - 1:
-        rows, cols = (size - 1 - (size - 1 - i.abs()).abs() for i in (rows, cols))
+        rows, cols = torch.arange(size) + shift  # (n, S) each
         if self.flip:
             flipped = torch.rand(n, 1, generator=generator) < 0.5
             cols = torch.where(flipped, cols.flip(1), cols)
-        indices, rows, cols = indices[share], rows[share], cols[share]
-        return self.images[indices[:, None, None], rows[:, :, None], cols[:, None, :]]
+        rows, cols = rows[share][:, :, None], cols[share][:, None, :]
+        inside = (rows >= 0) & (rows < size) & (cols >= 0) & (cols < size)  # (n, S, S)
+        rows, cols = (size - 1 - (size - 1 - i.abs()).abs() for i in (rows, cols))  # reflected
+        images = self.images[indices[share][:, None, None], rows, cols]
+        return images if self.reflect else images * inside[..., None]
 
 
 class ImageFiles(Images):
@@ -154,6 +161,9 @@ class ImageFiles(Images):
 
     def __init__(self, paths, labels, size):
         self.paths, self.labels, self.size = paths, torch.as_tensor(labels), size
+
+    def subset(self, indices):
+        return ImageFiles([self.paths[i] for i in indices], self.labels[indices], self.size)
 
     def read(self, indices, seed, share):
         images = np.empty((len(share), self.size, self.size, 3), np.uint8)
@@ -206,7 +216,7 @@ def _read_all(paths, size, nthread, name):
     return images
 
 
-def _load_folder(root, test_folders, size, pad, nthread):
+def _load_folder(root, test_folders, size, nthread, **crops):
     """A folder with train/ and one of `test_folders`, each of class folders."""
     train_folder = os.path.join(root, 'train')
     test_folder = os.path.join(root, test_folders[0])
@@ -222,12 +232,12 @@ def _load_folder(root, test_folders, size, pad, nthread):
         train = ImageFiles(train_paths, train_labels, size)
         return Data(train, ImageFiles(test_paths, test_labels, size), classes)
     train_images = _read_all(train_paths, size, nthread, train_folder)
-    train = MemoryImages(train_images, train_labels, pad, flip=True)
+    train = MemoryImages(train_images, train_labels, flip=True, **crops)
     test = MemoryImages(_read_all(test_paths, size, nthread, test_folder), test_labels)
     return Data(train, test, classes)
 
 
-def _load_cifar(name, root, pad):
+def _load_cifar(name, root, **crops):
     """CIFAR-10 or CIFAR-100 from the files of their authors, downloaded if they are not there."""
     dataset = getattr(torchvision.datasets, name)
     try:
@@ -238,13 +248,13 @@ def _load_cifar(name, root, pad):
             f'put {dataset.filename} or its folder {dataset.base_folder}/ there'
         ) from error
     return Data(
-        MemoryImages(train.data, train.targets, pad, flip=True),
+        MemoryImages(train.data, train.targets, flip=True, **crops),
         MemoryImages(test.data, test.targets),
         train.classes,
     )
 
 
-def _load_digits(pad):
+def _load_digits(**crops):
     """The 1,797 digits of scikit-learn at 32 x 32, four fifths of them to train (a fixed split)."""
     from sklearn.datasets import load_digits  # slow to import, and needed here alone
 
@@ -257,7 +267,7 @@ def _load_digits(pad):
     order = np.random.RandomState(0).permutation(len(images))
     train, test = np.split(order, [len(order) * 4 // 5])
     return Data(
-        MemoryImages(images[train], digits.target[train], pad),  # not flipped: a 2 is no 5
+        MemoryImages(images[train], digits.target[train], **crops),  # not flipped: a 2 is no 5
         MemoryImages(images[test], digits.target[test]),
         [str(name) for name in digits.target_names],
     )
@@ -270,20 +280,31 @@ def topology(name, image_size=32):
     return 'CIFAR10' if name == 'Digits' else name
 
 
-def load(name, root='.', image_size=32, pad=4, nthread=4):
+def load(name, root='.', image_size=32, nthread=4, **crops):
     """Loads one of DATASETS.
 
-    root: the folder with the files; image_size: in pixels, of Folder; pad: pixels, see
-    MemoryImages; nthread: threads that read small images. Raises DataError for what is wrong with
-    the files, naming the path.
+    root: the folder with the files; image_size: in pixels, of Folder; nthread: threads that read
+    small images; crops: `pad` and `reflect` of MemoryImages. Raises DataError for what is wrong
+    with the files, naming the path.
     """
     if name == 'Digits':
-        return _load_digits(pad)
+        return _load_digits(**crops)
     if name in ('CIFAR10', 'CIFAR100'):
-        return _load_cifar(name, root, pad)
+        return _load_cifar(name, root, **crops)
     if name == 'ImageNet':
-        return _load_folder(root, ('val',), 224, pad, nthread)
-    return _load_folder(root, ('test', 'val'), image_size, pad, nthread)
+        return _load_folder(root, ('val',), 224, nthread, **crops)
+    return _load_folder(root, ('test', 'val'), image_size, nthread, **crops)
+
+
+def hold_out(dataset, n, seed=0):
+    """Splits a data set at random into all but n images, and n. Raises DataError if n is too many.
+
+    The split is that of the seed, which has a default so that runs of any seed hold out the same.
+    """
+    if not 0 < n < len(dataset):
+        raise DataError(f'{n} images to hold out: expected fewer than all {len(dataset)}')
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return dataset.subset(order[:-n]), dataset.subset(order[-n:])
 
 
 # ---------------------------------------------------------------- batches
@@ -292,14 +313,14 @@ def load(name, root='.', image_size=32, pad=4, nthread=4):
 class BatchSampler(Sampler):
     """Yields (indices, seed, share) for each batch, the last partial one included: see Images.
 
-    seed: with one, the order and the seeds of the batches follow from it and the epoch, which
-    `set_epoch` sets; without, images come in order and are not augmented. Of each batch, process
-    `rank` of `world` takes its share; shares differ by one image at most.
+    seed: with one, the order and (with `augment`) the seeds of the batches follow from it and the
+    epoch, which `set_epoch` sets; without, images come in order and are not augmented. Of each
+    batch, process `rank` of `world` takes its share; shares differ by one image at most.
     """
 
-    def __init__(self, length, batch_size, seed=None, rank=0, world=1):
+    def __init__(self, length, batch_size, seed=None, rank=0, world=1, augment=True):
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.rank, self.world = rank, world
+        self.augment, self.rank, self.world = augment, rank, world
         self.set_epoch(1)
 
     def set_epoch(self, epoch, step=0):
@@ -315,7 +336,8 @@ class BatchSampler(Sampler):
             mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(mixed[0] >> np.uint64(1)))
             order = torch.randperm(self.length, generator=generator)
-            seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
+            if self.augment:
+                seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
         batches = list(zip(order.split(self.batch_size), seeds))
         for indices, seed in batches[self.step :]:
             yield indices, seed, torch.arange(len(indices)).tensor_split(self.world)[self.rank]
@@ -326,7 +348,7 @@ def _start_worker(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training's to answer
 
 
-def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1):
+def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1, augment=True):
     """Returns a DataLoader over a data set of `load`: see Images for what a batch is.
 
     nthread: worker processes, for images that are read from files; the others: see BatchSampler,
@@ -336,7 +358,7 @@ def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1):
     return DataLoader(
         dataset,
         batch_size=None,  # the sampler makes the batches
-        sampler=BatchSampler(len(dataset), batch_size, seed, rank, world),
+        sampler=BatchSampler(len(dataset), batch_size, seed, rank, world, augment),
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,

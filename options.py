@@ -3,14 +3,22 @@
 import argparse
 import json
 import os
+import shlex
+from pathlib import Path
 
 import data
+from baselines import FAMILIES
+from baselines.replace import BLOCKS
 
 DTYPES = ('float', 'bfloat16', 'double')
+SCHEDULES = ('step', 'cosine', 'onecycle')
+RECIPE_FOLDER = Path(__file__).parent / 'recipes'
+RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
+MODEL_OPTIONS = sorted({name for row in FAMILIES.values() for name in row.options})
 # what may differ when a run goes on; every other option changes its result
 FREE_ON_RESUME = {
-    'dataroot', 'epochs', 'evaluate', 'force', 'gpu_id', 'ngpu', 'nthread', 'resume', 'save',
-    'save_every',
+    'checkpointing', 'dataroot', 'epochs', 'evaluate', 'force', 'gpu_id', 'name', 'ngpu',
+    'nthread', 'recipe', 'resume', 'save', 'save_every', 'tensorboard',
 }  # fmt: skip
 
 
@@ -44,46 +52,114 @@ def folder(text):
     return os.path.expanduser(text)
 
 
-def parse_options(argv=None):
-    parser = Options(prog='train.py', description=__doc__.splitlines()[0])
+def make_parser():
+    parser = Options(prog='train.py', description='Trains a network, or tests a trained one.')
 
     def add(*names, default, help, **kwargs):
         shown = '' if default in ('', False) else ' (default: %(default)s)'
         parser.add_argument(*names, default=default, help=help + shown, **kwargs)
 
-    add('--model', default='diracnet', choices=['diracnet'], help='family of networks')
-    add('--depth', default=16, type=int, help='layers: 6n + 4, or 18 and 34 on ImageNet')
-    add('--width', default=1, type=at_least(0, float), help='factor on the numbers of channels')
+    def add_model(name, help, **kwargs):  # without a default: each family has its own
+        own = [f'{row.options[name]} for {family}' for family, row in FAMILIES.items()
+               if name in row.options]
+        shown = f'{help} (default: {own[0]}{", ..." if own[1:] else ""})'
+        parser.add_argument(f'--{name}', default=argparse.SUPPRESS, help=shown, **kwargs)
+
+    add('--recipe', default='', choices=RECIPES, help="a paper's settings; other flags given win")
+    add('--model', default='diracnet', choices=FAMILIES, metavar='NAME',
+        help=f'family of networks: {", ".join(FAMILIES)}')
+    add_model('depth', 'layers: 6n + 4, or 18 and 34 on ImageNet', type=int)
+    add_model('width', 'factor on the numbers of channels', type=at_least(0, float))
+    add_model('block', 'what stands for a convolution', choices=list(BLOCKS))
+    add_model('layers', 'of a DenseNet', type=int)
+    add_model('growth', 'channels that each layer of a DenseNet adds', type=int)
+    add_model('reduce', 'share of the channels that pass a transition', type=at_least(0, float))
+    add_model('bottleneck', '1x1 before each 3x3', action=argparse.BooleanOptionalAction)
+    add_model('droprate', 'of dropout', type=at_least(0, float))
+    add_model('checkpointing', 'compute layers again in the backward pass, to save memory',
+              action=argparse.BooleanOptionalAction)
+
     add('--dataset', default='CIFAR10', choices=data.DATASETS, help='what to train on')
     add('--dataroot', '--imagenetpath', default='.', type=folder, help='folder of its files')
     add('--image_size', default=32, type=at_least(8, int), help='pixels, for --dataset Folder')
     add('--randomcrop_pad', default=4, type=at_least(0, int), help='pixels, for small images')
-    add('--dtype', default='float', choices=DTYPES, help='bfloat16 is autocast from float')
+    add('--augment', default=True, action=argparse.BooleanOptionalAction,
+        help='crop and flip the training images at random')
+    add('--val', default=0, type=at_least(0, int),
+        help='training images to hold out; best.pt7 is then chosen by them, not by the test set')
     add('--nthread', default=4, type=at_least(0, int), help='threads or processes that read images')
+
+    add('--dtype', default='float', choices=DTYPES, help='bfloat16 is autocast from float')
     add('--batch_size', '--batchSize', default=128, type=at_least(1, int), help='images in a step')
-    add('--lr', default=0.1, type=at_least(0, float), help='learning rate at the start')
     add('--epochs', default=200, type=at_least(1, int), help='epochs in all, resumed ones counted')
-    add('--weight_decay', '--weightDecay', default=5e-4, type=at_least(0, float),
-        help='of tensors of two or more dimensions; none on alpha, beta, biases and batch norm')
+    add('--lr', default=0.1, type=at_least(0, float), help='learning rate, the highest')
+    add('--lr_schedule', default='step', choices=SCHEDULES, help='how it changes')
     add('--epoch_step', default='[60,120,160]', type=epoch_list,
         help='epochs, counted from 1, at whose start the learning rate drops')
     add('--lr_decay_ratio', default=0.2, type=at_least(0, float), help='factor of such a drop')
+    add('--nesterov', default=False, action=argparse.BooleanOptionalAction,
+        help="Nesterov's momentum")
+    add('--weight_decay', '--weightDecay', default=5e-4, type=at_least(0, float),
+        help='of tensors of two or more dimensions; of all tensors for diracnet-v1')
+    add('--label_smoothing', default=0, type=at_least(0, float), help='in training, below 1')
+    add('--seed', default=1, type=at_least(0, int), help='of parameters, order and augmentation')
+
+    add('--save', default='checkpoints', type=folder, help='folder for checkpoints and log')
+    add('--name', default='', help='short for --save runs/NAME')
+    add('--save_every', default=0, type=at_least(0, float),
+        help='minutes between checkpoints within an epoch; 0: at its end only')
     add('--resume', default='', type=folder,
         help='checkpoint, or its folder, to go on from; auto: that of --save, if there is one')
     add('--force', default=False, action='store_true',
         help='go on though options differ that change the result')
-    add('--save_every', default=0, type=at_least(0, float),
-        help='minutes between checkpoints within an epoch; 0: at its end only')
     add('--evaluate', default=False, action='store_true',
         help='test the --resume checkpoint and write nothing')
-    add('--seed', default=1, type=at_least(0, int), help='of parameters, order and augmentation')
-    add('--save', default='checkpoints', type=folder, help='folder for checkpoints and log')
+    add('--tensorboard', default=False, action='store_true',
+        help='write the figures for TensorBoard into --save too')
     add('--gpu_id', default='', help='CUDA devices to use, such as 0; all if not given')
     add('--ngpu', default=1, type=at_least(1, int), help='number of GPUs; torchrun starts them')
+    return parser
+
+
+def _with_recipe(parser, argv, recipe):
+    """Parses the flags of a recipe, then those given, which win."""
+    flags = shlex.split((RECIPE_FOLDER / f'{recipe}.txt').read_text(), comments=True)
+    of_recipe, given = parser.parse_args(flags), parser.parse_args(argv)
+    opt = parser.parse_args(argv, argparse.Namespace(**vars(of_recipe)))
+    if opt.model != of_recipe.model:  # the sizes are those of the recipe's own network
+        for name in FAMILIES[of_recipe.model].options.keys() & vars(opt).keys():
+            if name not in given:
+                delattr(opt, name)
+    return opt
+
+
+def parse_options(argv):
+    """Parses a list of flags: a namespace of plain values, with those of the model's family only.
+
+    Anything wrong ends the process with one line on stderr and status 2.
+    """
+    parser = make_parser()
     opt = parser.parse_args(argv)
+    if opt.recipe:
+        opt = _with_recipe(parser, argv, opt.recipe)
+    family = FAMILIES[opt.model].options
+    unknown = [f'--{name}' for name in MODEL_OPTIONS if name in opt and name not in family]
+    if unknown:
+        taken = ', '.join(f'--{name}' for name in family)
+        parser.error(f'--model {opt.model} takes no {", ".join(unknown)}: expected of {taken}')
+    opt = argparse.Namespace(**{'model': opt.model, **family, **vars(opt)})
     if opt.evaluate and not opt.resume:
         parser.error('--evaluate: expected --resume with a checkpoint to test')
+    if opt.label_smoothing >= 1:
+        parser.error(f'--label_smoothing {opt.label_smoothing}: expected less than 1')
+    if opt.name:
+        opt.save = os.path.join('runs', opt.name)
     return opt
+
+
+def of_model(opt):
+    """The options that size the network: those of its family."""
+    return {name: getattr(opt, name) for name in FAMILIES[opt.model].options}
 
 
 def differences(opt, before):

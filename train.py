@@ -1,4 +1,4 @@
-"""Trains a DiracNet, or tests a trained one.
+"""Trains a DiracNet, or a network it is compared with, or tests a trained one.
 
 CIFAR-10, the paper's recipe:
     python train.py --save ./logs/diracnets_$RANDOM$RANDOM --depth 34 --width 2
@@ -12,12 +12,17 @@ Your own small images, in train/CLASS/ and test/CLASS/ under --dataroot; many GP
     python train.py --dataset Folder --dataroot ~/images --save ./logs/mine
     torchrun --nproc_per_node=8 train.py --dataset Folder --dataroot ~/images --save ./logs/mine
 
+A network that DiracNets are compared with, and a paper's settings (python train.py --help):
+    python train.py --model resnet --depth 28 --name resnet-28-1
+    python train.py --recipe densenet --name densenet
+
 Going on where a run stopped, and testing it (with the run's other options):
     python train.py --save ./logs/mine --resume auto ...
     python train.py --evaluate --resume ./logs/mine ...
 """
 
 import functools
+import math
 import os
 import random
 import shlex
@@ -34,11 +39,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchnet.engine import Engine
 
+import baselines
 import checkpoint
 import data
 import options
 import ranks
-from diracnet import Network, define_diracnet
 from meters import STEPS_PER_READING, DivergedError, Meters
 from ranks import rank, world
 
@@ -59,7 +64,7 @@ class Run:
     step: int = 0  # finished ones of the next epoch
     totals: list = None  # of the meters in these steps, where another run did them
     meters: Meters = None  # of the training in this epoch
-    best: float = 0.0  # test accuracy in per cent
+    best: float = 0.0  # test (or, with --val, validation) accuracy in per cent
     saved: float = field(default_factory=time.monotonic)  # when, in seconds
 
     def save(self, name=checkpoint.MODEL):
@@ -110,24 +115,47 @@ class Signals:
 
 
 def make_optimizer(network, opt):
-    """SGD; the decay leaves one-dimensional tensors (alpha, beta, biases, batch norm) alone."""
+    """SGD; the decay leaves one-dimensional tensors (alpha, beta, biases, batch norm) alone.
+
+    Except in the families whose papers decay them all.
+    """
     params = list(network.parameters())
+    decayed = [p.dim() > 1 or baselines.FAMILIES[opt.model].decay_all for p in params]
     groups = [
-        {'params': [p for p in params if p.dim() > 1], 'weight_decay': opt.weight_decay},
-        {'params': [p for p in params if p.dim() <= 1], 'weight_decay': 0.0},
+        {'params': [p for p, d in zip(params, decayed) if d], 'weight_decay': opt.weight_decay},
+        {'params': [p for p, d in zip(params, decayed) if not d], 'weight_decay': 0.0},
     ]
-    return torch.optim.SGD(groups, lr=opt.lr, momentum=0.9)
+    return torch.optim.SGD(groups, lr=opt.lr, momentum=0.9, nesterov=opt.nesterov)
 
 
-def set_learning_rate(optimizer, opt, epoch):
-    """The rate of an epoch, counted from 1; the momentum stays (the original lost it at drops)."""
-    lr = opt.lr * opt.lr_decay_ratio ** sum(step <= epoch for step in opt.epoch_step)
+def learning_rate(opt, done):
+    """The learning rate when `done` epochs (a fraction within an epoch) are done.
+
+    `step` drops it at the start of the epochs of --epoch_step, counted from 1. `cosine` lowers it
+    to 0. `onecycle` raises it from 1/25 in the first 30 %, then lowers it to 1/250000 (arXiv
+    1708.07120, with the defaults of torch's OneCycleLR).
+    """
+    if opt.lr_schedule == 'step':
+        return opt.lr * opt.lr_decay_ratio ** sum(epoch <= done + 1 for epoch in opt.epoch_step)
+
+    def half_cosine(start, end, part):
+        return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+
+    part = done / opt.epochs
+    if opt.lr_schedule == 'cosine':
+        return half_cosine(opt.lr, 0, part)
+    if part < 0.3:
+        return half_cosine(opt.lr / 25, opt.lr, part / 0.3)
+    return half_cosine(opt.lr, opt.lr / 250_000, (part - 0.3) / 0.7)
+
+
+def set_learning_rate(optimizer, lr):
+    """Sets the rate; the momentum stays (the original lost it where the rate drops)."""
     for group in optimizer.param_groups:
         group['lr'] = lr
-    return lr
 
 
-def make_process(network, opt, device):
+def make_process(network, opt, device, label_smoothing=0.0):
     """Returns what torchnet's engine calls with each batch: a batch to (loss, logits).
 
     The loss is the share of this process in the mean over the whole batch, times the number of
@@ -143,7 +171,10 @@ def make_process(network, opt, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=opt.dtype == 'bfloat16'):
             logits = network(inputs)
         logits = logits.to(precision)
-        loss = F.cross_entropy(logits, labels, reduction='sum', ignore_index=data.IGNORED)
+        loss = F.cross_entropy(
+            logits, labels, reduction='sum', ignore_index=data.IGNORED,
+            label_smoothing=label_smoothing,
+        )
         return loss * (world() / whole), logits
 
     return process
@@ -164,6 +195,23 @@ def run_epoch(process, loader, meters, on_step, optimizer=None):
         return
     with torch.no_grad():
         engine.test(process, loader)
+
+
+def open_tensorboard(opt):
+    from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
+
+    return SummaryWriter(opt.save)
+
+
+def write_tensorboard(board, stats, network):
+    """Writes the losses, accuracies and learning rate, and the means of each alpha and beta."""
+    for name, value in stats.items():
+        if name == 'lr' or name.split('_')[-1] in ('loss', 'acc', 'acc5'):
+            board.add_scalar(name, value, stats['epoch'])
+    for name, parameter in network.named_parameters():
+        if name.split('.')[-1] in ('alpha', 'beta'):
+            board.add_scalar(f'mean/{name}', parameter.mean().item(), stats['epoch'])
+    board.flush()
 
 
 def print_options_and_parameters(opt, params):
@@ -202,16 +250,20 @@ def prepare(opt, device):
     Raises ValueError or OSError for what the user can mend.
     """
     topology = data.topology(opt.dataset, opt.image_size)
-    define = functools.partial(define_diracnet, opt.depth, opt.width, topology)
+    build = functools.partial(baselines.build, opt.model, topology, **options.of_model(opt))
     with torch.device('meta'):
-        define()  # depth and width are checked before anything is read
+        build()  # depth, width and the like are checked before anything is read
     loaded = find_checkpoint(opt)
+    reflect = baselines.FAMILIES[opt.model].crop_padding == 'reflect'
     sets = ranks.first_before_others(lambda: data.load(
-        opt.dataset, opt.dataroot, opt.image_size, opt.randomcrop_pad, opt.nthread
+        opt.dataset, opt.dataroot, opt.image_size, opt.nthread, pad=opt.randomcrop_pad,
+        reflect=reflect,
     ))
+    if opt.val:
+        sets.train, sets.val = data.hold_out(sets.train, opt.val)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(opt.seed % 2**32)
-    network = Network(*define(len(sets.classes)))
+    network = build(len(sets.classes))
     network.to(device, torch.float64 if opt.dtype == 'double' else torch.float32)
     run = Run(opt, sets, network, make_optimizer(network, opt))
     if loaded:
@@ -221,7 +273,6 @@ def prepare(opt, device):
 
 def train_epoch(run, process, loader, title, on_step):
     """Trains the steps of the next epoch that are not done yet: returns its figures."""
-    lr = set_learning_rate(run.optimizer, run.opt, run.epoch + 1)
     loader.sampler.set_epoch(run.epoch + 1, run.step)
     run.network.train()
     run.meters = Meters(len(run.sets.classes), len(run.sets.train), title, run.totals, run.step)
@@ -230,34 +281,45 @@ def train_epoch(run, process, loader, title, on_step):
         figures = run.meters.figures('train')
     except DivergedError as error:
         raise DivergedError(
-            f'{error} of epoch {run.epoch + 1}, learning rate {lr:g}; the last checkpoint stays'
+            f'{error} of epoch {run.epoch + 1}, learning rate '
+            f'{run.optimizer.param_groups[0]["lr"]:g}; the last checkpoint stays'
         ) from error
     rate = len(run.sets.train) / figures['train_time']
+    lr = learning_rate(run.opt, run.epoch)  # that of its first step
     return {'epoch': run.epoch + 1, 'lr': lr, **figures, 'images_per_second': rate}
 
 
-def evaluate(run, process, title, on_step=lambda: None):
-    """Tests the network on all test images, shared out among the processes: its figures."""
-    opt, images = run.opt, run.sets.test
+def evaluate(run, process, split, title, on_step=lambda: None):
+    """Tests the network on the images of a split, 'val' or 'test': returns its figures."""
+    opt, images = run.opt, getattr(run.sets, split)
     loader = data.loader(images, opt.batch_size, opt.nthread, rank=rank(), world=world())
     run.network.eval()
     meters = Meters(len(run.sets.classes), len(images), title)
     run_epoch(process, loader, meters, on_step)
-    return meters.figures('test')
+    return meters.figures(split)
 
 
 def train(run, device, signals):
     """Runs the epochs that are left; writes log.txt and checkpoints into opt.save."""
     opt, sets = run.opt, run.sets
     wrapped = DistributedDataParallel(run.network) if world() > 1 else run.network
-    train_process, test_process = (make_process(n, opt, device) for n in (wrapped, run.network))
-    loader = data.loader(sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world())
+    train_process = make_process(wrapped, opt, device, opt.label_smoothing)
+    test_process = make_process(run.network, opt, device)
+    loader = data.loader(
+        sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world(), opt.augment
+    )
+    judge = 'val' if opt.val else 'test'  # whose accuracy chooses best.pt7
+    board = open_tensorboard(opt) if opt.tensorboard and rank() == 0 else None
     if rank() == 0:
         os.makedirs(opt.save, exist_ok=True)
         checkpoint.cut_log(opt.save, run.epoch)
 
+    def set_rate():
+        set_learning_rate(run.optimizer, learning_rate(opt, run.epoch + run.step / len(loader)))
+
     def on_train_step():
         run.step += 1
+        set_rate()
         if world() > 1 and run.step % STEPS_PER_READING:
             return  # several processes agree, which takes time, once in so many steps
         due = opt.save_every and time.monotonic() - run.saved >= 60 * opt.save_every
@@ -278,23 +340,27 @@ def train(run, device, signals):
         if run.epoch > first:
             seconds = (time.monotonic() - start) / (run.epoch - first)
             title += f', {seconds * (opt.epochs - run.epoch) / 60:.0f} min left'
+        set_rate()
         stats = {**vars(opt), **train_epoch(run, train_process, loader, title, on_train_step)}
-        stats.update(evaluate(run, test_process, title + ', test', on_test_step))
+        for split in ('val', 'test') if opt.val else ('test',):
+            stats.update(evaluate(run, test_process, split, f'{title}, {split}', on_test_step))
         stats['num_classes'] = len(sets.classes)
         stats['n_parameters'] = sum(p.numel() for p in run.network.parameters())
 
         run.epoch, run.step, run.totals = run.epoch + 1, 0, None
-        improved = stats['test_acc'] >= run.best
-        run.best = max(run.best, stats['test_acc'])
+        improved = stats[f'{judge}_acc'] >= run.best
+        run.best = max(run.best, stats[f'{judge}_acc'])
         if rank() == 0:
             checkpoint.append_log(opt.save, stats)
             print(f'==> id: {opt.save} ({run.epoch}/{opt.epochs}), '
                   f'test_acc: {stats["test_acc"]:.2f}', flush=True)
+        if board:
+            write_tensorboard(board, stats, run.network)
         if improved:
             run.save(checkpoint.BEST)
         run.save()
     if rank() == 0:
-        print(f'best test_acc {run.best:.2f}; log and checkpoints in {opt.save}')
+        print(f'best {judge}_acc {run.best:.2f}; log and checkpoints in {opt.save}')
 
 
 def stop(status, message):
@@ -324,7 +390,8 @@ def main(argv=None):
     try:
         with Signals() as signals:
             if opt.evaluate:
-                figures = evaluate(run, make_process(run.network, opt, device), 'test')
+                process = make_process(run.network, opt, device)
+                figures = evaluate(run, process, 'test', 'test')
                 if rank() == 0:
                     print(f'test_loss: {figures["test_loss"]:.4f}')
                     print(f'test_acc: {figures["test_acc"]:.2f}')

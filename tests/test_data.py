@@ -73,6 +73,52 @@ def test_augmentation_is_a_crop_of_the_padded_image(memory):
     assert len(found) == 7 * 7 * 2  # every place, both ways
 
 
+def test_padding_with_zeros(memory):
+    images, _ = memory
+    dataset = data.MemoryImages(images, np.arange(50), pad=3, reflect=False)
+    padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)))
+    found = set()
+    for seed in range(20):
+        batch, labels, _ = dataset[torch.arange(50), seed, torch.arange(50)]
+        for image, label in zip(batch.permute(0, 2, 3, 1).numpy(), labels.tolist()):
+            where = [
+                (top, left) for top in range(7) for left in range(7)
+                if np.array_equal(image, padded[label, top : top + 12, left : left + 12])
+            ]  # fmt: skip
+            assert len(where) == 1
+            found.add(where[0])
+    assert len(found) == 7 * 7
+
+
+def test_without_augmentation_only_the_order_is_random(memory):
+    images, dataset = memory
+    batches = list(data.loader(dataset, 16, seed=1, augment=False))
+    labels = torch.cat([labels for _, labels, _ in batches])
+    assert labels.tolist() != list(range(50))
+    pixels = torch.cat([images for images, _, _ in batches]).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(pixels, images[labels.numpy()])
+
+
+@pytest.mark.parametrize('kind', ['memory', 'files'])
+def test_images_held_out(memory, tmp_path, kind):
+    dataset = memory[1]
+    if kind == 'files':
+        write_images(tmp_path, n=25, size=(20, 20))
+        dataset = data.ImageFiles(*data.list_images(str(tmp_path))[:2], size=16)
+    train, val = data.hold_out(dataset, 8)
+    assert (len(train), len(val)) == (42, 8)
+
+    def pixels(images):
+        return {images[torch.tensor([i]), None, torch.arange(1)][0].numpy().tobytes()
+                for i in range(len(images))}
+
+    assert pixels(train) | pixels(val) == pixels(dataset)
+    assert not pixels(train) & pixels(val)
+    assert pixels(data.hold_out(dataset, 8)[1]) == pixels(val)
+    with pytest.raises(data.DataError, match='50 images to hold out: expected fewer than all 50'):
+        data.hold_out(dataset, 50)
+
+
 def test_padding_as_wide_as_the_image_is_refused():
     with pytest.raises(data.DataError, match='randomcrop_pad 8: expected less than .* 8'):
         data.MemoryImages(np.zeros((1, 8, 8, 3), np.uint8), [0], pad=8)
@@ -172,7 +218,7 @@ def test_folder_of_small_images(tmp_path, test_folder):
     train = write_images(tmp_path / 'train', n=3)
     test = write_images(tmp_path / test_folder, n=2, seed=1)
     (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not an image')
-    sets = data.load('Folder', str(tmp_path))
+    sets = data.load('Folder', str(tmp_path), pad=4)
     assert sets.classes == ['cat', 'dog']
     assert sets.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert (sets.train.pad, sets.train.flip) == (4, True)

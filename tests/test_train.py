@@ -70,7 +70,9 @@ def test_defaults():
         'image_size': 32, 'randomcrop_pad': 4, 'dtype': 'float', 'nthread': 4, 'batch_size': 128,
         'lr': 0.1, 'epochs': 200, 'weight_decay': 5e-4, 'epoch_step': [60, 120, 160],
         'lr_decay_ratio': 0.2, 'resume': '', 'evaluate': False, 'seed': 1, 'save': 'checkpoints',
-        'gpu_id': '', 'ngpu': 1, 'force': False, 'save_every': 0,
+        'gpu_id': '', 'ngpu': 1, 'force': False, 'save_every': 0, 'recipe': '', 'augment': True,
+        'val': 0, 'lr_schedule': 'step', 'nesterov': False, 'label_smoothing': 0, 'name': '',
+        'tensorboard': False,
     }  # fmt: skip
 
 
@@ -95,7 +97,7 @@ def test_help_says_every_option_with_its_default(capsys):
     printed = ' '.join(capsys.readouterr().out.split())
     for name, value in vars(options.parse_options([])).items():
         assert f'--{name}' in printed
-        if value not in ('', False):
+        if value not in ('', False) and name not in ('depth', 'width'):
             assert f'(default: {str(value).replace(", ", ",")})' in printed
 
 
@@ -239,10 +241,113 @@ def test_learning_rate_and_momentum():
     weight.grad = torch.ones(2, 2)
     optimizer.step()
     momentum = optimizer.state[weight]['momentum_buffer'].clone()
-    rates = [train.set_learning_rate(optimizer, opt, epoch) for epoch in range(1, 6)]
-    assert rates == pytest.approx([0.5, 0.05, 0.05, 0.005, 0.005])
+    rates = [train.learning_rate(opt, done) for done in (0, 0.9, 1, 2.9, 3, 4)]
+    assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
+    train.set_learning_rate(optimizer, rates[-1])
     assert {group['lr'] for group in optimizer.param_groups} == {rates[-1]}
     assert torch.equal(optimizer.state[weight]['momentum_buffer'], momentum)
+
+
+def test_schedules_are_those_of_torch():
+    for name in ('cosine', 'onecycle'):
+        opt = options.parse_options(['--lr_schedule', name, '--lr', '0.5', '--epochs', '10'])
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+        if name == 'cosine':
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+        else:
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, 0.5, total_steps=101, pct_start=31 / 101, cycle_momentum=False
+            )
+        for step in range(100):
+            rate = train.learning_rate(opt, step / 10)
+            assert rate == pytest.approx(optimizer.param_groups[0]['lr'], abs=1e-9), (name, step)
+            optimizer.step()
+            schedule.step()
+
+
+def test_recipes_and_families():
+    opt = options.parse_options(['--recipe', 'densenet', '--growth', '24', '--name', 'wide'])
+    assert (opt.model, opt.layers, opt.growth, opt.epochs) == ('densenet', 100, 24, 300)
+    assert (opt.nesterov, opt.save, opt.bottleneck) == (True, 'runs/wide', True)
+    assert 'depth' not in opt
+    opt = options.parse_options(['--recipe', 'diracnet-imagenet', '--model', 'resnet34'])
+    assert (opt.model, opt.dataset, opt.block, opt.batch_size) == (
+        'resnet34', 'ImageNet', 'base', 256)
+    assert 'depth' not in opt
+    for recipe in options.RECIPES:
+        assert options.parse_options(['--recipe', recipe]).recipe == recipe
+    assert options.parse_options(['--model', 'wide-resnet']).depth == 28
+    assert not options.parse_options(['--model', 'densenet', '--no-bottleneck']).bottleneck
+    assert not options.parse_options(['--recipe', 'densenet', '--no-nesterov']).nesterov
+
+
+def test_validation_images_choose_the_best(images, tmp_path):
+    run(images, tmp_path, '--val', 8, '--epochs', 3)
+    stats = stats_of(tmp_path)
+    accuracies = [s['val_acc'] for s in stats]
+    assert all(a in (0, 12.5, 25, 37.5, 50, 62.5, 75, 87.5, 100) for a in accuracies)
+    best = torch.load(tmp_path / 'best.pt7', weights_only=True)
+    assert accuracies[best['epoch'] - 1] == best['best'] == max(accuracies)
+    assert stats[0]['images_per_second'] == pytest.approx(24 / stats[0]['train_time'])
+
+
+def test_label_smoothing_is_for_training_alone(images, tmp_path):
+    run(images, tmp_path / 'hard', '--lr', 0, '--epochs', 1)
+    run(images, tmp_path / 'soft', '--lr', 0, '--epochs', 1, '--label_smoothing', 0.9)
+    (hard,), (soft,) = stats_of(tmp_path / 'hard'), stats_of(tmp_path / 'soft')
+    assert hard['test_loss'] == soft['test_loss']
+    assert hard['train_loss'] != soft['train_loss']
+    assert hard['train_acc'] == soft['train_acc']
+
+
+def test_tensorboard(images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(images, tmp_path, '--tensorboard')
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.value for e in events.Scalars('lr')] == pytest.approx([0.1, 0.02])
+    logged = [s['test_acc'] for s in stats_of(tmp_path)]
+    assert [e.value for e in events.Scalars('test_acc')] == pytest.approx(logged)
+    alpha = params_of(tmp_path)['group1.block0.alpha'].mean().item()
+    assert events.Scalars('mean/group1.block0.alpha')[-1].value == pytest.approx(alpha)
+    assert len([tag for tag in events.Tags()['scalars'] if tag.startswith('mean/')]) == 12
+
+
+FAMILIES = {  # of each for CIFAR, the smallest
+    'diracnet': ['--depth', 10], 'diracnet-v1': ['--depth', 10], 'plain': ['--depth', 10],
+    'plain, dbb': ['--depth', 10, '--block', 'dbb'],
+    'dirac-init': ['--depth', 10], 'resnet': ['--depth', 10],
+    'wide-resnet': ['--depth', 10, '--width', 1, '--droprate', 0.1],
+    'densenet': ['--layers', 10, '--growth', 4, '--droprate', 0.1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_every_family_trains_and_resumes(family, tmp_path):
+    write_images(tmp_path / 'images' / 'train', n=32)
+    write_images(tmp_path / 'images' / 'test', n=4)
+    common = ['--dataset', 'Folder', '--dataroot', tmp_path / 'images', '--batch_size', 16,
+              '--model', family.split(',')[0], *FAMILIES[family]]  # fmt: skip
+
+    def go(folder, *more):
+        train.main([str(option) for option in (*common, '--save', tmp_path / folder, *more)])
+
+    go('whole', '--epochs', 3)
+    go('run', '--epochs', 2)
+    go('run', '--epochs', 3, '--resume', 'auto')
+    whole, resumed = (torch.load(tmp_path / f / 'model.pt7', weights_only=True)['params']
+                      for f in ('whole', 'run'))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert len(stats_of(tmp_path / 'run')) == 3
+
+
+def test_v1_decays_everything():
+    for model in ('diracnet', 'diracnet-v1'):
+        opt = options.parse_options(['--model', model])
+        groups = train.make_optimizer(torch.nn.BatchNorm2d(3), opt).param_groups
+        decayed = [len(g['params']) for g in groups if g['weight_decay']]
+        assert decayed == ([2] if model == 'diracnet-v1' else [0])
 
 
 def test_weight_decay_leaves_vectors_alone():
@@ -283,6 +388,11 @@ def test_meters_weigh_every_image_alike():
     (['--dataset', 'Folder', '--dataroot', 'nowhere'], 'nowhere/train: no such folder'),
     (['--evaluate'], 'expected --resume'),
     (['--resume', 'nowhere.pt7'], 'nowhere.pt7'),
+    (['--model', 'densenet', '--depth', '10'], 'densenet takes no --depth: expected of --layers'),
+    (['--model', 'resnet18', '--dataset', 'Digits'], "resnet18 is not for 'CIFAR10'"),
+    (['--label_smoothing', '1'], '--label_smoothing 1.0: expected less than 1'),
+    (['--val', '1437', '--dataset', 'Digits'], '1437 images to hold out'),
+    (['--recipe', 'mine'], 'mine'),
     (['--ngpu', '2'], 'start it as: torchrun --nproc_per_node=2 train.py --ngpu 2'),
     (['--colour'], '--colour'),
 ])  # fmt: skip

@@ -1,0 +1,67 @@
+"""Wide residual networks for CIFAR (Zagoruyko & Komodakis, arXiv 1605.07146, table 1)."""
+
+from collections import OrderedDict
+
+import torch.nn.functional as F
+from torch import nn
+
+from diracnet import topology
+
+STEM_CHANNELS = 16  # whatever the width
+
+
+def _conv(cin, cout, kernel_size, stride=1):
+    conv = nn.Conv2d(cin, cout, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode='fan_out')
+    return conv
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block, dropout between its convolutions: (N, C, H, W) to (N, C', H', W')."""
+
+    def __init__(self, cin, cout, stride, droprate):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(cin)
+        self.conv1 = _conv(cin, cout, 3, stride)
+        self.bn2 = nn.BatchNorm2d(cout)
+        self.dropout = nn.Dropout(droprate)
+        self.conv2 = _conv(cout, cout, 3)
+        self.shortcut = _conv(cin, cout, 1, stride) if cin != cout else None
+
+    def forward(self, x):
+        activated = F.relu(self.bn1(x))
+        out = self.conv2(self.dropout(F.relu(self.bn2(self.conv1(activated)))))
+        return out + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(nn.Module):
+    """(N, 3, H, W) to logits (N, num_classes), of the sizes of a diracnet.Topology."""
+
+    def __init__(self, net, droprate):
+        super().__init__()
+        self.conv = _conv(3, STEM_CHANNELS, 3)
+        cin, groups = STEM_CHANNELS, OrderedDict()
+        for g, (cout, convolutions) in enumerate(zip(net.channels, net.blocks)):
+            blocks = OrderedDict()
+            for b in range(convolutions // 2):
+                stride = 2 if g > 0 and b == 0 else 1
+                blocks[f'block{b}'] = WideBlock(cin, cout, stride, droprate)
+                cin = cout
+            groups[f'group{g}'] = nn.Sequential(blocks)
+        self.features = nn.Sequential(groups)
+        self.bn = nn.BatchNorm2d(cin)
+        self.fc = nn.Linear(cin, net.num_classes)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, inputs):
+        x = self.features(self.conv(inputs))  # (N, 64 width, H / 4, W / 4)
+        return self.fc(F.relu(self.bn(x)).mean(dim=(2, 3)))
+
+
+def wide_resnet(dataset, num_classes, depth, width, droprate):
+    """WRN-depth-width for CIFAR: (N, 3, H, W) to logits (N, num_classes).
+
+    depth: 6n + 4; width: the factor on 16, 32 and 64 channels; droprate: of the dropout between
+    the convolutions of a block. Raises ValueError as `diracnet.topology` does.
+    """
+    return WideResNet(topology(depth, width, dataset, num_classes), droprate)

@@ -1,0 +1,101 @@
+"""Draws the losses, accuracies and learning rates of one or more trainings as one PNG.
+
+    python plot.py logs/diracnet-28-1 logs/plain-28-1 --save comparison.png
+
+Each argument is the log.txt of a training or its folder. Needs matplotlib.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from checkpoint import MARK, read_log
+
+STYLES = {'train': {'linestyle': '--', 'linewidth': 1.1, 'alpha': 0.75},
+          'test': {'linestyle': '-', 'linewidth': 1.9}}
+STEPS = {'linestyle': '-', 'linewidth': 1.9, 'drawstyle': 'steps-mid'}  # one rate per epoch
+PANELS = [  # what stands in each: its axis, and the lines by their key in the log
+    ('cross-entropy loss', {'train_loss': STYLES['train'], 'test_loss': STYLES['test']}),
+    ('top-1 accuracy (%)', {'train_acc': STYLES['train'], 'test_acc': STYLES['test']}),
+    ('learning rate', {'lr': STEPS}),
+]
+
+
+def log_file(path):
+    """The log of a training: the path, or the log.txt in that folder."""
+    path = Path(path)
+    return path / 'log.txt' if path.is_dir() else path
+
+
+def read_logs(files):
+    """Reads log.txt files: {short name: epochs}. Raises ValueError for one without an epoch."""
+    logs = dict(zip(names(files), map(read_log, files)))
+    for path, epochs in zip(files, logs.values()):
+        if not epochs:
+            raise ValueError(f'{path}: no epochs, expected lines of {MARK}{{...}}')
+    return logs
+
+
+def names(paths):
+    """Short names of logs: their folders', or the whole paths where those would be the same."""
+    short = [path.parent.name if path.name == 'log.txt' else path.stem for path in paths]
+    unique = len(set(short)) == len(short) and all(short)
+    return short if unique else [str(path) for path in paths]
+
+
+def draw(logs):
+    """Draws {name: epochs of `read_log`}; returns a matplotlib Figure."""
+    figure = Figure(figsize=(13, 4.4), dpi=150, layout='constrained')
+    palette = colormaps['tab10' if len(logs) <= 10 else 'tab20'].colors
+    figure.get_layout_engine().set(w_pad=0.12)
+    panels = figure.subplots(1, len(PANELS))
+    for (title, keys), axes in zip(PANELS, panels):
+        for i, epochs in enumerate(logs.values()):
+            numbers = [stats['epoch'] for stats in epochs]
+            for key, style in keys.items():
+                values = [stats.get(key, math.nan) for stats in epochs]
+                axes.plot(
+                    numbers, values, color=palette[i % len(palette)], **style,
+                    marker='o' if len(numbers) == 1 else None,
+                )
+        axes.set_xlabel('epoch')
+        axes.set_ylabel(title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+        axes.spines[['top', 'right']].set_visible(False)
+    panels[-1].set_yscale('symlog', linthresh=1e-4)  # a cosine ends at zero
+    panels[-1].set_ylim(bottom=0)
+
+    lines = [Line2D([], [], color='0.3', label=label, **style) for label, style in STYLES.items()]
+    for i, (name, epochs) in enumerate(logs.items()):
+        accuracies = [stats['test_acc'] for stats in epochs if 'test_acc' in stats]
+        last = f' ({accuracies[-1]:.2f} % at epoch {epochs[-1]["epoch"]})' if accuracies else ''
+        lines.append(Line2D([], [], color=palette[i % len(palette)], label=name + last))
+    figure.legend(handles=lines, loc='outside lower center', ncols=min(len(lines), 4),
+                  frameon=False)
+    return figure
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog='plot.py', description=__doc__.splitlines()[0])
+    parser.add_argument('logs', nargs='+', metavar='LOG', help='log.txt of a training, or folder')
+    parser.add_argument('--save', default='training.png', help='PNG to write (%(default)s)')
+    opt = parser.parse_args(argv)
+    files = [log_file(log) for log in opt.logs]
+    try:
+        logs = read_logs(files)
+        draw(logs).savefig(opt.save, format='png')
+    except (ValueError, OSError) as error:
+        print(f'plot.py: {error}', file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    print(f'{len(logs)} trainings drawn in {opt.save}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,98 @@
+"""plot.py: what it reads of logs, whole and damaged, and what it draws."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+
+import plot
+
+ROOT = Path(plot.__file__).parent
+
+
+def record(epoch, **stats):
+    stats = {'train_loss': 2 / epoch, 'test_loss': 3 / epoch, 'train_acc': 40 + epoch,
+             'test_acc': 50 + epoch, 'lr': 0.1, **stats}
+    return f'json_stats: {json.dumps({"epoch": epoch, **stats})}\n'
+
+
+def write(folder, *records):
+    folder.mkdir()
+    (folder / 'log.txt').write_text(''.join(records))
+    return folder / 'log.txt'
+
+
+def run(*arguments, cwd):
+    return subprocess.run([sys.executable, ROOT / 'plot.py', *map(str, arguments)], cwd=cwd,
+                          capture_output=True, text=True)
+
+
+def test_reads_epochs_in_order_and_the_last_of_a_repeated_one(tmp_path):
+    log = write(tmp_path / 'a', record(1), record(3), record(2), record(3, test_acc=60.5))
+    epochs = plot.read_log(log)
+    assert [stats['epoch'] for stats in epochs] == [1, 2, 3]
+    assert epochs[-1]['test_acc'] == 60.5
+
+
+@pytest.mark.parametrize('cut', range(len('json_stats: '), len(record(2)) - 2, 13))
+def test_reads_a_log_cut_mid_line_and_one_that_went_on_behind_the_cut(tmp_path, cut):
+    log = write(tmp_path / 'a', record(1), record(2)[:cut])
+    assert [stats['epoch'] for stats in plot.read_log(log)] == [1]
+    with open(log, 'a') as file:
+        file.write(record(2) + record(3))
+    assert [stats['epoch'] for stats in plot.read_log(log)] == [1, 2, 3]
+
+
+def test_draws_what_the_logs_hold(tmp_path):
+    first = write(tmp_path / 'plain', record(1), record(2), record(3))
+    second = write(tmp_path / 'resnet', record(1), record(2, lr=0.02))
+    logs = dict(zip(plot.names([first, second]), map(plot.read_log, [first, second])))
+    loss, accuracy, rate = plot.draw(logs).axes
+    drawn = [list(map(list, zip(*line.get_data()))) for line in loss.lines]
+    train, test = [[1, 2], [2, 1], [3, 2 / 3]], [[1, 3], [2, 1.5], [3, 1]]
+    assert drawn == [train, test, train[:2], test[:2]]
+    assert [line.get_ydata()[-1] for line in accuracy.lines] == [43, 53, 42, 52]
+    assert [list(line.get_ydata()) for line in rate.lines] == [[0.1] * 3, [0.1, 0.02]]
+    assert 'accuracy (%)' in accuracy.get_ylabel()
+    legend = [text.get_text() for text in plot.draw(logs).legends[0].texts]
+    assert 'plain (53.00 % at epoch 3)' in legend
+    assert 'resnet (52.00 % at epoch 2)' in legend
+
+
+def test_figures_that_an_older_log_lacks_leave_a_gap(tmp_path):
+    log = write(tmp_path / 'old', 'json_stats: {"epoch": 1, "test_acc": 9.0}\n', record(2))
+    loss, accuracy, _ = plot.draw({'old': plot.read_log(log)}).axes
+    assert list(loss.lines[0].get_ydata())[1] == 1.0
+    assert list(accuracy.lines[1].get_ydata()) == [9.0, 52]
+
+
+def test_logs_of_one_folder_name_go_by_their_paths(tmp_path):
+    paths = [tmp_path / 'a' / 'run' / 'log.txt', tmp_path / 'b' / 'run' / 'log.txt']
+    assert plot.names(paths) == [str(path) for path in paths]
+    assert plot.names([tmp_path / 'run' / 'log.txt', tmp_path / 'other.txt']) == ['run', 'other']
+
+
+def test_command_writes_one_png_of_files_and_folders(tmp_path):
+    write(tmp_path / 'plain', record(1), record(2))
+    write(tmp_path / 'resnet', record(1))
+    done = run('plain', 'resnet/log.txt', '--save', 'both.png', cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, '')
+    image = cv2.imread(str(tmp_path / 'both.png'))
+    assert image.shape[0] >= 500
+    assert image.shape[1] >= 1500
+    assert len({tuple(pixel) for pixel in image.reshape(-1, 3)[::7].tolist()}) > 10
+
+
+@pytest.mark.parametrize(('text', 'status'), [('', 2), ('json_stats: {"epo', 2), (None, 1)])
+def test_nothing_to_draw_is_one_line(tmp_path, text, status):
+    if text is not None:
+        (tmp_path / 'log.txt').write_text(text)
+    done = run('log.txt', cwd=tmp_path)
+    assert done.returncode == status
+    assert done.stderr.startswith('plot.py: ')
+    assert 'log.txt' in done.stderr
+    assert done.stderr.count('\n') == 1
+    assert not (tmp_path / 'training.png').exists()
