@@ -19,10 +19,11 @@ class DivergedError(Exception):
 class Meters:
     """Loss and top-k accuracies of one epoch, shown in a bar, and summed over all processes.
 
-    totals: of the first `steps` of this epoch, which another run did.
+    totals: of the first `steps` of this epoch, which another run did. In testing steps is None, and
+    a loss that is no number is a figure like others.
     """
 
-    def __init__(self, num_classes, length, description, totals=None, steps=0):
+    def __init__(self, num_classes, length, description, totals=None, steps=None):
         self.topk = [1, 5] if num_classes >= 100 else [1]
         self.loss = AverageValueMeter()
         self.accuracy = ClassErrorMeter(topk=self.topk, accuracy=True)
@@ -53,17 +54,14 @@ class Meters:
             self.read()
 
     def read(self):
-        """Takes in the steps since the last reading. Raises DivergedError: a loss is no number."""
+        """Takes in the steps since the last reading; raises DivergedError in training."""
         if not self.unread:
             return
         losses, logits, labels = zip(*self.unread)
         self.unread = []
         losses = torch.stack(losses).cpu()
-        if not losses.isfinite().all():
-            step = int((~losses.isfinite()).nonzero()[0])
-            loss = losses[step].item()
-            raise DivergedError(f'the loss is {loss} in step {self.steps + step + 1}')
-        self.steps += len(losses)
+        if self.steps is not None:
+            self._check(losses)
         labels = torch.cat(labels)
         counted = labels != data.IGNORED
         n = int(counted.sum())
@@ -73,6 +71,13 @@ class Meters:
             f'loss {self.loss.value()[0]:.3f}, acc {self.accuracy.value(1):.2f} %', refresh=False
         )
         self.bar.update(n * world())
+
+    def _check(self, losses):
+        lost = (~losses.isfinite()).nonzero().flatten().tolist()
+        if lost:
+            step = self.steps + lost[0] + 1
+            raise DivergedError(f'the loss is {losses[lost[0]].item()} in step {step}')
+        self.steps += len(losses)
 
     def totals(self):
         self.read()
@@ -88,3 +93,16 @@ class Meters:
             figures[f'{prefix}_acc' + str(k) * (k > 1)] = self.accuracy.value(k)
         figures[f'{prefix}_time'] = seconds
         return figures
+
+
+def write_tensorboard(folder, stats, network):
+    """Writes an epoch's losses, accuracies, learning rate, and means of each alpha and beta."""
+    from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
+
+    with SummaryWriter(folder) as board:
+        for name, value in stats.items():
+            if name == 'lr' or name.split('_')[-1] in ('loss', 'acc', 'acc5'):
+                board.add_scalar(name, value, stats['epoch'])
+        for name, parameter in network.named_parameters():
+            if name.split('.')[-1] in ('alpha', 'beta'):
+                board.add_scalar(f'mean/{name}', parameter.mean().item(), stats['epoch'])

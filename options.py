@@ -1,6 +1,7 @@
 """What may be asked of train.py, checked before anything is read."""
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -152,6 +153,8 @@ def parse_options(argv):
         parser.error('--evaluate: expected --resume with a checkpoint to test')
     if opt.label_smoothing >= 1:
         parser.error(f'--label_smoothing {opt.label_smoothing}: expected less than 1')
+    if opt.tensorboard and not importlib.util.find_spec('tensorboard'):
+        parser.error('--tensorboard: expected the package: pip install tensorboard')
     if opt.name:
         opt.save = os.path.join('runs', opt.name)
     return opt

@@ -44,7 +44,7 @@ import checkpoint
 import data
 import options
 import ranks
-from meters import STEPS_PER_READING, DivergedError, Meters
+from meters import STEPS_PER_READING, DivergedError, Meters, write_tensorboard
 from ranks import rank, world
 
 
@@ -197,23 +197,6 @@ def run_epoch(process, loader, meters, on_step, optimizer=None):
         engine.test(process, loader)
 
 
-def open_tensorboard(opt):
-    from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
-
-    return SummaryWriter(opt.save)
-
-
-def write_tensorboard(board, stats, network):
-    """Writes the losses, accuracies and learning rate, and the means of each alpha and beta."""
-    for name, value in stats.items():
-        if name == 'lr' or name.split('_')[-1] in ('loss', 'acc', 'acc5'):
-            board.add_scalar(name, value, stats['epoch'])
-    for name, parameter in network.named_parameters():
-        if name.split('.')[-1] in ('alpha', 'beta'):
-            board.add_scalar(f'mean/{name}', parameter.mean().item(), stats['epoch'])
-    board.flush()
-
-
 def print_options_and_parameters(opt, params):
     for name, value in vars(opt).items():
         print(f'  {name:<16}{value}')
@@ -309,7 +292,6 @@ def train(run, device, signals):
         sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world(), opt.augment
     )
     judge = 'val' if opt.val else 'test'  # whose accuracy chooses best.pt7
-    board = open_tensorboard(opt) if opt.tensorboard and rank() == 0 else None
     if rank() == 0:
         os.makedirs(opt.save, exist_ok=True)
         checkpoint.cut_log(opt.save, run.epoch)
@@ -354,8 +336,8 @@ def train(run, device, signals):
             checkpoint.append_log(opt.save, stats)
             print(f'==> id: {opt.save} ({run.epoch}/{opt.epochs}), '
                   f'test_acc: {stats["test_acc"]:.2f}', flush=True)
-        if board:
-            write_tensorboard(board, stats, run.network)
+            if opt.tensorboard:
+                write_tensorboard(opt.save, stats, run.network)
         if improved:
             run.save(checkpoint.BEST)
         run.save()

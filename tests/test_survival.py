@@ -72,7 +72,7 @@ def test_killed_runs_end_like_the_one_that_was_not(tmp_path):
 
 
 @pytest.mark.parametrize(('number', 'where'), [
-    (signal.SIGTERM, 'set_learning_rate'), (signal.SIGINT, 'set_learning_rate'),
+    (signal.SIGTERM, 'train_epoch'), (signal.SIGINT, 'train_epoch'),
     (signal.SIGTERM, 'evaluate'),
 ])  # fmt: skip
 def test_signals(images, whole, tmp_path, capsys, monkeypatch, number, where):
@@ -92,7 +92,7 @@ def test_signals(images, whole, tmp_path, capsys, monkeypatch, number, where):
     assert stopped.value.code == 128 + number
     assert signal.getsignal(signal.SIGINT) is before
     last = capsys.readouterr().out.splitlines()[-1]
-    steps = 1 if where == 'set_learning_rate' else 4
+    steps = 1 if where == 'train_epoch' else 4
     assert f'stopped by {number.name} in epoch 2 after {steps} steps, and saved' in last
     saved = torch.load(tmp_path / 'model.pt7', weights_only=True)
     assert (saved['epoch'], saved['step']) == (1, steps)
