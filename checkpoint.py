@@ -111,22 +111,6 @@ def exists(folder):
     return any(os.path.exists(os.path.join(folder, name)) for name in (MODEL, PREVIOUS))
 
 
-def check_fit(params, expected):
-    """Raises CheckpointError naming the keys and shapes in which `params` differs."""
-    differ = [f'{name} is missing' for name in expected.keys() - params.keys()]
-    differ += [f'{name} is unknown' for name in params.keys() - expected.keys()]
-    differ += [
-        f'{name} is {tuple(params[name].shape)}, expected {tuple(expected[name].shape)}'
-        for name in expected.keys() & params.keys()
-        if params[name].shape != expected[name].shape
-    ]
-    if differ:
-        more = f', and {len(differ) - 5} more' if len(differ) > 5 else ''
-        raise CheckpointError(
-            f'the checkpoint does not fit the network: {", ".join(sorted(differ)[:5])}{more}'
-        )
-
-
 def append_log(folder, stats):
     with open(os.path.join(folder, LOG), 'a') as log:
         log.write(f'{MARK}{json.dumps(stats)}\n')  # one write: a line is whole or missing

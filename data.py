@@ -1,9 +1,8 @@
 """From files to batches: uint8 images (N, 3, H, W), RGB, and labels (N,).
 
-`load` gives a training and a test set; `loader` makes batches of one of them. Images are read and
-resized with OpenCV, as those that the original models were trained on: other libraries' pixels
-differ, and the stated accuracies need these. Augmentation works on uint8, and `normalise` is the
-last step, on the device that trains.
+`load` gives a training and a test set; `loader` makes batches of one of them. How one
+image is read is in diracimage. Augmentation works on uint8, and `diracimage.normalise` is the last
+step, on the device that trains.
 
 A batch is drawn by its indices and a seed of its own, so that the seed of a run fixes every pixel
 of it, whatever the number of workers.
@@ -22,21 +21,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
+from diracimage import MAX_SMALL, DataError, read_image, read_test_image
+
 DATASETS = ('CIFAR10', 'CIFAR100', 'Digits', 'ImageNet', 'Folder')
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 IGNORED = -100  # as a label: what cross_entropy leaves out
-MAX_SMALL = 64  # pixels: sets of images up to this size live in memory
-CIFAR_NORMALISATION = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
-IMAGENET_NORMALISATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NORMALISATION = {  # by topology: mean and standard deviation of the channels of inputs in [0, 1]
-    'CIFAR10': CIFAR_NORMALISATION,
-    'CIFAR100': CIFAR_NORMALISATION,
-    'ImageNet': IMAGENET_NORMALISATION,
-}
-
-
-class DataError(ValueError):
-    """What is wrong with a data set, and where."""
 
 
 @dataclass
@@ -49,35 +38,7 @@ class Data:
     val: Dataset = None
 
 
-def normalise(images, topology, dtype=torch.float32):
-    """Turns uint8 images (N, 3, H, W) into inputs: scaled to [0, 1], less mean, over deviation."""
-    mean, std = (
-        torch.tensor(values, dtype=dtype, device=images.device).mul_(255).view(3, 1, 1)
-        for values in NORMALISATION[topology]
-    )
-    return images.to(dtype).sub_(mean).div_(std)
-
-
 # ---------------------------------------------------------------- images
-
-
-def read_image(path):
-    """Reads an image file: uint8 (H, W, 3), RGB. Raises DataError that names an unreadable one."""
-    image = cv2.imread(path, cv2.IMREAD_COLOR)
-    if image is None:
-        raise DataError(f'{path}: not a readable image')
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def resize_and_crop(image, shorter, size):
-    """Resizes the shorter side to `shorter` (cubic) and cuts the middle `size` x `size` pixels."""
-    height, width = image.shape[:2]
-    if min(height, width) != shorter:
-        scale = shorter / min(height, width)
-        height, width = max(shorter, round(height * scale)), max(shorter, round(width * scale))
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
-    top, left = (height - size) // 2, (width - size) // 2
-    return image[top : top + size, left : left + size]
 
 
 def random_resized_crop(image, size):
@@ -169,12 +130,12 @@ class ImageFiles(Images):
         images = np.empty((len(share), self.size, self.size, 3), np.uint8)
         with torch.random.fork_rng(devices=[]):  # get_params knows only the global generator
             for i, position in enumerate(share.tolist()):
-                image = read_image(self.paths[indices[position]])
+                path = self.paths[indices[position]]
                 if seed is None:
-                    images[i] = resize_and_crop(image, self.size * 256 // 224, self.size)
+                    images[i] = read_test_image(path, self.size)
                 else:
                     torch.manual_seed(seed + position)
-                    images[i] = random_resized_crop(image, self.size)
+                    images[i] = random_resized_crop(read_image(path), self.size)
         return torch.from_numpy(images)
 
 
@@ -207,7 +168,7 @@ def _read_all(paths, size, nthread, name):
     images = np.empty((len(paths), size, size, 3), np.uint8)
 
     def read(i):
-        images[i] = resize_and_crop(read_image(paths[i]), size, size)
+        images[i] = read_test_image(paths[i], size)
 
     with ThreadPool(max(1, nthread)) as pool:
         done = pool.imap_unordered(read, range(len(paths)), chunksize=64)

@@ -220,13 +220,16 @@ class DiracNet(nn.Module):
         return self.fc(self.features(inputs).flatten(1))
 
 
-def _load_published(depth):
-    """Loads a published folded state dict through torch.hub's cache, its hash checked."""
-    url = MODEL_URLS[depth]
+def load_published(url, check_hash=True):
+    """Loads a published file through torch.hub's cache, weights only, on the CPU.
+
+    check_hash: its name ends in the start of its SHA-256. Raises RuntimeError that says which file
+    to put where if it cannot be had.
+    """
     path = join(torch.hub.get_dir(), 'checkpoints', basename(url))
     try:
         return torch.hub.load_state_dict_from_url(
-            url, map_location='cpu', check_hash=True, weights_only=True
+            url, map_location='cpu', check_hash=check_hash, weights_only=True
         )
     except Exception as error:  # damaged bytes make torch.load raise almost anything
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
@@ -238,7 +241,7 @@ def _load_published(depth):
 def _diracnet(depth, pretrained):
     net = DiracNet(depth)
     if pretrained:
-        net.load_state_dict(_load_published(depth))
+        net.load_state_dict(load_published(MODEL_URLS[depth]))
     return net
 
 

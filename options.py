@@ -10,6 +10,7 @@ from pathlib import Path
 import data
 from baselines import FAMILIES
 from baselines.replace import BLOCKS
+from command import Options
 
 DTYPES = ('float', 'bfloat16', 'double')
 SCHEDULES = ('step', 'cosine', 'onecycle')
@@ -21,11 +22,6 @@ FREE_ON_RESUME = {
     'checkpointing', 'dataroot', 'epochs', 'evaluate', 'force', 'gpu_id', 'name', 'ngpu',
     'nthread', 'recipe', 'resume', 'save', 'save_every', 'tensorboard',
 }  # fmt: skip
-
-
-class Options(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f'{self.prog}: {message}\n')  # one line, without the usage
 
 
 def at_least(least, kind):

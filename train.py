@@ -44,6 +44,8 @@ import checkpoint
 import data
 import options
 import ranks
+from diracfold import check_fit
+from diracimage import normalise
 from meters import STEPS_PER_READING, DivergedError, Meters, write_tensorboard
 from ranks import rank, world
 
@@ -84,7 +86,7 @@ class Run:
         }, name)  # fmt: skip
 
     def restore(self, loaded):
-        checkpoint.check_fit(loaded['params'], self.network.state_dict())
+        check_fit(loaded['params'], self.network.state_dict())
         self.network.load_state_dict(loaded['params'])
         # of the optimizer only the momentum: its settings are the options'
         groups = self.optimizer.state_dict()['param_groups']
@@ -167,7 +169,7 @@ def make_process(network, opt, device, label_smoothing=0.0):
     def process(batch):
         images, labels, whole = batch
         images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
-        inputs = data.normalise(images, topology, precision)
+        inputs = normalise(images, topology, precision)
         with torch.autocast(device.type, torch.bfloat16, enabled=opt.dtype == 'bfloat16'):
             logits = network(inputs)
         logits = logits.to(precision)

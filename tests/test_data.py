@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+import diracimage
 
 
 def write_images(folder, classes=('cat', 'dog'), n=4, size=(32, 32), seed=0):
@@ -37,9 +38,9 @@ def test_normalise():
         ('ImageNet', np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])),
     ]:
         expected = (images / 255 - mean[:, None, None]) / std[:, None, None]
-        inputs = data.normalise(torch.from_numpy(images), topology, torch.float64)
+        inputs = diracimage.normalise(torch.from_numpy(images), topology, torch.float64)
         np.testing.assert_allclose(inputs.numpy(), expected, rtol=1e-6, atol=1e-6)
-        assert data.normalise(torch.from_numpy(images), topology).dtype == torch.float32
+        assert diracimage.normalise(torch.from_numpy(images), topology).dtype == torch.float32
 
 
 def test_images_without_seed_are_left_alone(memory):
@@ -229,11 +230,11 @@ def test_folder_of_small_images(tmp_path, test_folder):
 def test_other_sizes_are_resized_and_cropped(tmp_path):
     columns = np.repeat(np.arange(0, 240, 6, dtype=np.uint8), 2)  # 80 wide, 40 high: a ramp
     image = np.broadcast_to(columns[None, :, None], (40, 80, 3))
-    resized = data.resize_and_crop(image, 20, 20)
+    resized = diracimage.resize_and_crop(image, 20, 20)
     assert resized.shape == (20, 20, 3)
     # half the size, and of its 40 columns the middle 20
     np.testing.assert_allclose(resized[0, :, 0], np.arange(0, 240, 6)[10:30], atol=3)
-    untouched = data.resize_and_crop(image, 40, 30)
+    untouched = diracimage.resize_and_crop(image, 40, 30)
     np.testing.assert_array_equal(untouched, image[5:35, 25:55])
 
 
@@ -253,7 +254,7 @@ def test_interpolation_is_cubic():
     row = np.array([90, 100, 180, 60, 110, 120, 40, 90], np.uint8)
     image = np.broadcast_to(row[None, :, None], (8, 8, 3))
     expected = slow_cubic(row, 12)
-    np.testing.assert_allclose(data.resize_and_crop(image, 12, 12)[0, :, 0], expected, atol=1)
+    np.testing.assert_allclose(diracimage.resize_and_crop(image, 12, 12)[0, :, 0], expected, atol=1)
 
 
 def test_large_images_are_read_as_needed(tmp_path):

@@ -1,0 +1,329 @@
+"""Exports a trained DiracNet: folded, verified against what was trained, and measured.
+
+The ending chooses the format: .onnx, .pt2 (torch.export), .safetensors or .pth (state dicts):
+    python export.py logs/diracnet-28-1 --to diracnet.onnx
+
+In int8, its ranges calibrated on a folder of images, with the accuracy that is left:
+    python export.py logs/diracnet-28-1 --to diracnet-int8.onnx --int8 ~/images/train \
+        --dataset Folder --dataroot ~/images
+"""
+
+import argparse
+import importlib.util
+import os
+import statistics
+import tempfile
+import time
+
+import torch
+from tqdm import tqdm
+
+import data
+from command import Options, errors_in_one_line
+from diracfold import fold, load_checkpoint, preprocess
+from diracimage import NORMALISATION, normalise
+from diracnet import DiracNet, forward, topology
+
+BATCH = 16  # images, in verifying and measuring
+ROUNDS = 10
+CALIBRATION_IMAGES = 256
+TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of the largest logit
+
+
+# ---------------------------------------------------------------- formats
+
+
+def write_onnx(net, inputs, path):
+    program = torch.onnx.export(
+        net, (inputs,), input_names=['inputs'], output_names=['logits'], opset_version=18,
+        dynamic_shapes={'inputs': {0: torch.export.Dim('N')}}, dynamo=True, verbose=False,
+    )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces: paths of this machine
+    program.save(path, external_data=False)
+
+
+def open_onnx(path, options):
+    import onnxruntime
+
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        path, session_options, providers=['CPUExecutionProvider']
+    )
+    return lambda inputs: torch.from_numpy(session.run(None, {'inputs': inputs.numpy()})[0])
+
+
+def write_pt2(net, inputs, path):
+    program = torch.export.export(net, (inputs,), dynamic_shapes=({0: torch.export.Dim('N')},))
+    torch.export.save(program, path)
+
+
+def open_pt2(path, options):
+    return torch.export.load(path).module()
+
+
+def open_state_dict(state, options):
+    with torch.device('meta'):
+        net = DiracNet(**options)
+    net.load_state_dict(state, assign=True)
+    return net.eval()
+
+
+def write_safetensors(net, inputs, path):
+    from safetensors.torch import save_file
+
+    save_file(net.state_dict(), path)
+
+
+def open_safetensors(path, options):
+    from safetensors.torch import load_file
+
+    return open_state_dict(load_file(path), options)
+
+
+def write_pth(net, inputs, path):
+    torch.save(net.state_dict(), path)
+
+
+def open_pth(path, options):
+    return open_state_dict(torch.load(path, weights_only=True), options)
+
+
+FORMATS = {  # write(net, example inputs, path), open(path, options) -> inputs to logits, packages
+    '.onnx': (write_onnx, open_onnx, ('onnx', 'onnxruntime', 'onnxscript')),
+    '.pt2': (write_pt2, open_pt2, ()),
+    '.safetensors': (write_safetensors, open_safetensors, ('safetensors',)),
+    '.pth': (write_pth, open_pth, ()),
+}
+
+
+class Calibration:
+    """Hands batches of inputs to ONNX Runtime's quantizer: {'inputs': (n, 3, S, S)}, then None."""
+
+    def __init__(self, paths, transform):
+        self.paths = tqdm(paths, 'calibrating', unit='img', disable=None, leave=False)
+        self.batches = map(transform, self.paths)
+
+    def get_next(self):
+        inputs = next(self.batches, None)
+        return None if inputs is None else {'inputs': inputs[None].numpy()}
+
+
+def quantise(path, int8_path, paths, transform):
+    """Writes a float32 ONNX file in int8: activations per tensor, filters per output channel."""
+    from onnxruntime.quantization import quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    quant_pre_process(path, path)
+    quantize_static(path, int8_path, Calibration(paths, transform), per_channel=True)
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def calibration_paths(folder):
+    """Lists up to CALIBRATION_IMAGES image files under a folder, evenly over the sorted paths."""
+    paths = sorted(
+        os.path.join(parent, file)
+        for parent, _, files in os.walk(folder)
+        for file in files
+        if file.lower().endswith(data.IMAGE_ENDINGS)
+    )
+    if not paths:
+        raise ValueError(f'--int8 {folder}: no image in it: expected images to calibrate on')
+    return paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
+
+
+def load_test_set(opt, checkpoint):
+    """Loads the test set of --dataset; raises ValueError if it is not what the network knows."""
+    sets = data.load(opt.dataset, opt.dataroot, checkpoint['image_size'])
+    classes = checkpoint['classes'] or [None] * checkpoint['options']['num_classes']
+    if len(sets.classes) != len(classes) or sets.classes != (checkpoint['classes'] or sets.classes):
+        raise ValueError(
+            f'--dataset {opt.dataset} has {len(sets.classes)} classes, {sets.classes[0]} to '
+            f'{sets.classes[-1]}: expected the {len(classes)} of the checkpoint'
+        )
+    return sets
+
+
+def verification_inputs(checkpoint, sets, paths):
+    """Returns (inputs (BATCH, 3, S, S), what they are): test images, calibration ones or noise."""
+    dataset, size = checkpoint['options']['dataset'], checkpoint['image_size']
+    if sets:
+        chosen = torch.linspace(0, len(sets.test) - 1, BATCH).long()
+        images = sets.test[chosen, None, torch.arange(BATCH)][0]
+        return normalise(images, dataset), f'{BATCH} test images'
+    if paths:
+        transform = preprocess(checkpoint['options']['depth'], dataset, size)
+        inputs = torch.stack([transform(path) for path in paths[:: -(-len(paths) // BATCH)]])
+        return inputs, f'{len(inputs)} calibration images'
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(BATCH, 3, size, size, generator=generator), f'{BATCH} random inputs'
+
+
+# ---------------------------------------------------------------- figures
+
+
+def max_difference(logits, expected):
+    """Returns the largest difference, over the largest logit."""
+    return ((logits - expected).abs().max() / expected.abs().max()).item()
+
+
+def rates(networks, inputs):
+    """Measures images per second of each network, in turns: the median of ROUNDS."""
+    seconds = [[] for _ in networks]
+    bar = tqdm(range(1 + ROUNDS), 'measuring', unit='round', disable=None, leave=False)
+    for i in bar:
+        for network, times in zip(networks, seconds):
+            start = time.perf_counter()
+            network(inputs)
+            if i > 0:  # the first round warms up
+                times.append(time.perf_counter() - start)
+    return [len(inputs) / statistics.median(times) for times in seconds]
+
+
+def top1(network, test, dataset, title):
+    """Returns the accuracy on the test set in per cent."""
+    loader = data.loader(test, BATCH)
+    right = sum(
+        (network(normalise(images, dataset)).argmax(1) == labels).sum().item()
+        for images, labels, _ in tqdm(loader, f'top-1, {title}', disable=None, leave=False)
+    )
+    return 100 * right / len(test)
+
+
+def describe(opt, checkpoint, verified_on):
+    """Prints what goes in, and how the figures that follow are taken."""
+    options, size = checkpoint['options'], checkpoint['image_size']
+    mean, std = (', '.join(f'{v:.4f}' for v in vs) for vs in NORMALISATION[options['dataset']])
+    print(f'{opt.checkpoint}: DiracNet-{options["depth"]}-{options["width"]:g}, '
+          f'{options["num_classes"]} classes')
+    print(f'inputs: (N, 3, {size}, {size}), RGB in [0, 1], less ({mean}), over ({std})')
+    print(f'max difference: of logits, over the largest, on {verified_on}; from the unfolded '
+          'network in float64')
+    print(f'images per second: in batches of {BATCH}, CPU threads: {torch.get_num_threads()}\n',
+          flush=True)
+
+
+def print_table(columns, rows):
+    """Prints rows {name: cells} as a table that Markdown takes too."""
+    lines = [['', *columns]] + [[name, *cells] for name, cells in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for i, (name, *cells) in enumerate(lines):
+        padded = [name.ljust(widths[0])] + [c.rjust(w) for c, w in zip(cells, widths[1:])]
+        print('| ' + ' | '.join(padded) + ' |')
+        if i == 0:
+            rules = ['-' * (widths[0] + 2)] + ['-' * (w + 1) + ':' for w in widths[1:]]
+            print('|' + '|'.join(rules) + '|')
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse_options(argv=None):
+    parser = Options(
+        prog='export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add('checkpoint', help='of train.py or the folder of its run, or any file of parameters')
+    add('--to', required=True, metavar='FILE', help=f'to write: {", ".join(FORMATS)}')
+    add('--int8', metavar='FOLDER', help='quantise the .onnx, calibrated on the images in there')
+    add('--dataset', choices=data.DATASETS, help='measure top-1 on its test set (default: none)')
+    add('--dataroot', default='.', help='folder of its files (default: .)')
+    opt = parser.parse_args(argv)
+    opt.ending = os.path.splitext(opt.to)[1]
+    if opt.ending not in FORMATS:
+        parser.error(f'--to {opt.to}: expected a name that ends in {", ".join(FORMATS)}')
+    if opt.int8 and opt.ending != '.onnx':
+        parser.error(f'--int8 with --to {opt.to}: expected a name that ends in .onnx')
+    if os.path.realpath(opt.to) == os.path.realpath(opt.checkpoint):
+        parser.error(f'--to {opt.to} is the checkpoint itself: expected another name')
+    missing = [name for name in FORMATS[opt.ending][2] if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{', '.join(missing)} missing: expected pip install '.[deploy]'")
+    return opt
+
+
+def write(opt, net, checkpoint, paths, folder):
+    """Writes the folded network into a folder: {title: (file, tolerance)}, that of --to last."""
+    name, size = os.path.basename(opt.to), checkpoint['image_size']
+    path = os.path.join(folder, 'float32-' + name if opt.int8 else name)
+    FORMATS[opt.ending][0](net, torch.zeros(2, 3, size, size), path)
+    if not opt.int8:
+        return {name: (path, TOLERANCE)}
+    int8_path = os.path.join(folder, name)
+    depth, dataset = (checkpoint['options'][option] for option in ('depth', 'dataset'))
+    quantise(path, int8_path, paths, preprocess(depth, dataset, size))
+    return {'float32': (path, TOLERANCE), name: (int8_path, INT8_TOLERANCE)}
+
+
+def unfolded(checkpoint, dtype):
+    """Returns the functional network in evaluation mode, inputs to logits."""
+    net = topology(**checkpoint['options'])
+    params = {name: tensor.to(dtype) for name, tensor in checkpoint['params'].items()}
+    return lambda inputs: forward(net, inputs, params, mode=False)
+
+
+def verify(networks, tolerances, inputs, expected):
+    """Returns the table's cells; raises RuntimeError for a network that differs by too much."""
+    cells = []
+    for (name, network), tolerance in zip(networks.items(), tolerances):
+        difference = max_difference(network(inputs), expected)
+        if not difference <= tolerance:  # NaN is too much
+            raise RuntimeError(
+                f'{name} differs from the unfolded network by {difference:.1e} of the largest '
+                f'logit: expected at most {tolerance:g}'
+            )
+        cells.append(f'{difference:.0e} (at most {tolerance:g})')
+    return cells
+
+
+@torch.no_grad()
+def export(opt):
+    """Loads, folds, writes, verifies and measures; --to appears when all of it went well."""
+    checkpoint = load_checkpoint(opt.checkpoint)
+    paths = calibration_paths(opt.int8) if opt.int8 else []
+    sets = load_test_set(opt, checkpoint) if opt.dataset else None
+    inputs, described = verification_inputs(checkpoint, sets, paths)
+    net = fold(checkpoint['params'])
+    options = checkpoint['options']
+    describe(opt, checkpoint, described)
+    target = os.path.dirname(os.path.abspath(opt.to))
+    os.makedirs(target, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target) as folder:
+        written = write(opt, net, checkpoint, paths, folder)
+        files, tolerances = zip(*written.values())
+        networks = {'unfolded': unfolded(checkpoint, torch.float32)}
+        for title, path in zip(written, files):
+            networks[title] = FORMATS[opt.ending][1](path, options)
+        expected = unfolded(checkpoint, torch.float64)(inputs.double())
+        trained = [p for p in checkpoint['params'].values() if p.requires_grad]
+        sizes = [sum(p.nbytes for p in checkpoint['params'].values()), *map(os.path.getsize, files)]
+        rows = {
+            'parameters': [
+                f'{sum(p.numel() for p in parameters):,}'
+                for parameters in [trained] + [list(net.parameters())] * len(files)
+            ],
+            'size, MB': [f'{size / 1e6:.2f}' for size in sizes],
+            'max difference': verify(networks, (TOLERANCE, *tolerances), inputs, expected),
+            'images per second': [f'{r:,.0f}' for r in rates(networks.values(), inputs)],
+        }
+        if sets:
+            rows['top-1, %'] = [
+                f'{top1(network, sets.test, options["dataset"], title):.2f}'
+                for title, network in networks.items()
+            ]
+        os.replace(files[-1], opt.to)
+    print_table(networks, rows)
+    print(f'written to {opt.to}')
+
+
+def main(argv=None):
+    opt = parse_options(argv)
+    with errors_in_one_line('export.py'):
+        export(opt)
+
+
+if __name__ == '__main__':
+    main()

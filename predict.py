@@ -1,0 +1,69 @@
+"""Labels image files with a trained DiracNet: the five best, with their probabilities.
+
+    python predict.py cat.jpg dog.jpg --model logs/diracnet-28-1
+    python predict.py cat.jpg --model diracnet18            # the published network, of ImageNet
+"""
+
+import argparse
+
+import torch
+
+from command import Options, errors_in_one_line
+from diracfold import fold, load_checkpoint, preprocess
+from diracnet import diracnet18, diracnet34
+
+PUBLISHED = {'diracnet18': (diracnet18, 18), 'diracnet34': (diracnet34, 34)}
+
+
+def parse_options(argv=None):
+    parser = Options(
+        prog='predict.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
+    parser.add_argument(
+        '--model', required=True,
+        help=f'checkpoint, folder of a run, or one of {", ".join(PUBLISHED)}',
+    )
+    return parser.parse_args(argv)
+
+
+def imagenet_classes():
+    try:
+        from torchvision.models import ResNet18_Weights
+    except ImportError:  # labels are the numbers of the classes then
+        return None
+    return ResNet18_Weights.IMAGENET1K_V1.meta['categories']
+
+
+def load(model):
+    """Returns (folded network, transform from file to input, class names) of a name or file."""
+    if model in PUBLISHED:
+        make, depth = PUBLISHED[model]
+        return make(pretrained=True).eval(), preprocess(depth), imagenet_classes()
+    checkpoint = load_checkpoint(model)
+    options = checkpoint['options']
+    transform = preprocess(options['depth'], options['dataset'], checkpoint['image_size'])
+    classes = checkpoint['classes']
+    if classes is None and (options['dataset'], options['num_classes']) == ('ImageNet', 1000):
+        classes = imagenet_classes()
+    return fold(checkpoint['params']), transform, classes
+
+
+@torch.inference_mode()
+def predict(opt):
+    net, transform, classes = load(opt.model)
+    for path in opt.images:
+        probabilities = net(transform(path)[None]).softmax(dim=1)[0]  # (num_classes,)
+        print(path)
+        for p, label in zip(*probabilities.topk(min(5, len(probabilities)))):
+            print(f'  {100 * p:6.2f} %  {classes[label] if classes else f"class {label}"}')
+
+
+def main(argv=None):
+    opt = parse_options(argv)
+    with errors_in_one_line('predict.py'):
+        predict(opt)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,330 @@
+"""The commands that deploy a trained network, run for real: export.py, predict.py, torch.hub."""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_fold import DAMAGES, damaged
+
+import export
+import hubconf
+import predict
+from diracnet import DiracNet, define_diracnet
+
+pytest_plugins = ['trained_networks']
+ROOT = Path(__file__).parent.parent
+OPTIONS = {'depth': 10, 'width': 0.5, 'dataset': 'CIFAR10', 'num_classes': 10}
+
+
+def run_onnx(path, inputs):
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return torch.from_numpy(session.run(['logits'], {'inputs': inputs.numpy()})[0])
+
+
+def run_state_dict(state, inputs):
+    net = DiracNet(**OPTIONS)
+    net.load_state_dict(state)
+    return net(inputs)
+
+
+RUN = {
+    '.onnx': run_onnx,
+    '.pt2': lambda path, inputs: torch.export.load(path).module()(inputs),
+    '.safetensors': lambda path, inputs: run_state_dict(load_file(path), inputs),
+    '.pth': lambda path, inputs: run_state_dict(torch.load(path, weights_only=True), inputs),
+}
+
+
+def table_of(text):
+    """Reads a printed table: {row: {column: cell}}."""
+    rows = [[cell.strip() for cell in line.strip('|').split('|')]
+            for line in text.splitlines() if line.startswith('|')]
+    return {name: dict(zip(rows[0][1:], cells)) for name, *cells in rows[2:]}
+
+
+@pytest.fixture(scope='module')
+def exported(run_folder, tmp_path_factory):
+    """A folder of exports, one of each format, and what the command printed for each."""
+    folder = tmp_path_factory.mktemp('exported')
+    printed = {}
+    for ending in RUN:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            export.main([str(run_folder), '--to', str(folder / 'made' / f'diracnet{ending}')])
+        printed[ending] = out.getvalue()
+    return folder / 'made', printed
+
+
+# ---------------------------------------------------------------- export.py
+
+
+@pytest.mark.parametrize('ending', RUN)
+def test_exported_files_give_the_logits_of_the_unfolded_network(exported, trained, digits, ending):
+    f, params = trained
+    folder, printed = exported
+    with torch.no_grad():
+        for n in (1, 7):
+            expected = f(digits[0][:n], params, False)
+            logits = RUN[ending](str(folder / f'diracnet{ending}'), digits[0][:n])
+            assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize('ending', RUN)
+def test_table(exported, ending):
+    folder, printed = exported
+    table = table_of(printed[ending])
+    name = f'diracnet{ending}'
+    # 3 x 3 filters of stem and six layers, alpha, beta, batch norm (2 each), fc
+    weights = 9 * (3 * 8 + 2 * 8 * 8 + 8 * 16 + 16 * 16 + 16 * 32 + 32 * 32)
+    channels = 2 * (8 + 16 + 32)
+    assert table['parameters']['unfolded'] == f'{weights + 4 * channels + 2 * 8 + 330:,}'
+    assert table['parameters'][name] == f'{weights + channels + 8 + 330:,}'
+    assert table['size, MB'][name] == f'{(folder / name).stat().st_size / 1e6:.2f}'
+    assert table['max difference'][name].endswith(' (at most 0.0001)')
+    assert float(table['max difference'][name].split()[0]) < 1e-4
+    assert float(table['images per second'][name].replace(',', '')) > 0
+    assert '16 random inputs' in printed[ending]
+
+
+def test_onnx_argmax_and_logits_on_all_digits(exported, trained, digits):
+    f, params = trained
+    inputs, labels = digits
+    with torch.no_grad():
+        expected = f(inputs, params, False)
+    logits = run_onnx(str(exported[0] / 'diracnet.onnx'), inputs)
+    assert len(logits) == 1797
+    assert (logits - expected).abs().max() < 1e-4
+    assert torch.equal(logits.argmax(1), expected.argmax(1))
+    assert (expected.argmax(1) == labels).float().mean() > 0.5  # the network knows something
+
+
+def test_onnx_is_one_file_of_plain_convolutions(exported):
+    folder = exported[0]
+    assert sorted(os.listdir(folder)) == [f'diracnet{ending}' for ending in sorted(RUN)]
+    model = onnx.load(str(folder / 'diracnet.onnx'))
+    onnx.checker.check_model(model, full_check=True)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count('Conv') == 7
+    assert 'BatchNormalization' not in kinds
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert str(ROOT).encode() not in (folder / 'diracnet.onnx').read_bytes()
+
+
+def test_a_file_that_differs_is_not_left_behind(run_folder, tmp_path, capsys, monkeypatch):
+    fold = export.fold
+    monkeypatch.setattr(export, 'fold', lambda params: fold({**params, 'fc.bias': torch.ones(10)}))
+    with pytest.raises(SystemExit) as exit:
+        export.main([str(run_folder), '--to', str(tmp_path / 'wrong.pth')])
+    assert exit.value.code == 1
+    assert re.fullmatch(
+        r'export.py: wrong.pth differs from the unfolded network by \S+ of the largest logit: '
+        'expected at most 0.0001\n',
+        capsys.readouterr().err,
+    )
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture(scope='module')
+def images(digits, tmp_path_factory):
+    """A folder of digits as image files: train/CLASS/ and test/CLASS/, some of each class."""
+    folder = tmp_path_factory.mktemp('images')
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in
+                 ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)))
+    for i in range(200):
+        pixels = (digits[0][i] * std + mean).round().to(torch.uint8).permute(1, 2, 0).numpy()
+        parent = folder / ('train' if i < 100 else 'test') / f'digit {digits[1][i]}'
+        parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(parent / f'{i:03}.png'), pixels)
+    return folder
+
+
+def test_int8(run_folder, images, digits, tmp_path, capsys):
+    path = str(tmp_path / 'int8.onnx')
+    export.main([
+        str(run_folder), '--to', path, '--int8', str(images / 'train'),
+        '--dataset', 'Folder', '--dataroot', str(images),
+    ])
+    table = table_of(capsys.readouterr().out)
+    assert list(table['top-1, %']) == ['unfolded', 'float32', 'int8.onnx']
+    model = onnx.load(path)
+    kinds = [node.op_type for node in model.graph.node]
+    assert 'QuantizeLinear' in kinds
+    filters = [w for w in model.graph.initializer if len(w.dims) == 4]
+    assert len(filters) == 7
+    assert all(w.data_type == onnx.TensorProto.INT8 for w in filters)
+    inputs, labels = digits[0][100:200], digits[1][100:200]
+    right = (run_onnx(path, inputs).argmax(1) == labels).float().mean().item()
+    assert float(table['top-1, %']['int8.onnx']) == pytest.approx(100 * right, abs=0.01)
+    assert os.listdir(tmp_path) == ['int8.onnx']
+
+
+# ---------------------------------------------------------------- errors
+
+
+def error_of(main, arguments, capsys):
+    """Runs a command that must end with status 2 and one line on stderr: returns the line."""
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    printed = capsys.readouterr()
+    assert exit.value.code == 2
+    assert printed.out == ''
+    assert printed.err.count('\n') == 1
+    return printed.err
+
+
+@pytest.mark.parametrize('kind', DAMAGES)
+def test_damaged_files(trained, tmp_path, capsys, kind):
+    path = damaged(kind, trained[1], tmp_path)
+    for name, main, arguments in (
+        ('export.py', export.main, [path, '--to', str(tmp_path / 'x.pth')]),
+        ('predict.py', predict.main, ['x.png', '--model', path]),
+    ):
+        line = error_of(main, arguments, capsys)
+        assert line.startswith(f'{name}: {path}: ')
+        assert re.search(DAMAGES[kind], line)
+    assert not (tmp_path / 'ran').exists()
+    assert not (tmp_path / 'x.pth').exists()
+
+
+def test_malicious_pickle_as_a_user_meets_it(trained, tmp_path):
+    path = damaged('malicious', trained[1], tmp_path)
+    command = [sys.executable, 'export.py', path, '--to', str(tmp_path / 'x.onnx')]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ''
+    assert done.stderr.count('\n') == 1
+    assert 'refused' in done.stderr
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    (['--to', 'x.h5'], 'x.h5: expected a name that ends in .onnx, .pt2, .safetensors, .pth'),
+    (['--to', 'x.pt2', '--int8', '.'], '--int8 with --to x.pt2: expected .* .onnx'),
+    (['--to', 'x.onnx', '--int8', 'tests/nowhere'], 'nowhere: no image in it: expected images'),
+    (['--to', 'x.pth', '--dataset', 'Folder', '--dataroot', 'nowhere'], 'nowhere/train: no such'),
+    (['--to', 'x.pth', '--dataset', 'Digits'], "Digits has 10 classes, .*: expected the 10 of"),
+    ([], 'the following arguments are required: --to'),
+])
+def test_bad_options(run_folder, capsys, options, message):
+    assert re.search(message, error_of(export.main, [str(run_folder), *options], capsys))
+
+
+def test_the_checkpoint_is_not_overwritten(run_folder, tmp_path, capsys):
+    path = str(shutil.copy(run_folder / 'model.pt7', tmp_path / 'model.pth'))
+    line = error_of(export.main, [path, '--to', path], capsys)
+    assert 'is the checkpoint itself: expected another name' in line
+
+
+def test_missing_packages(run_folder, capsys, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
+    line = error_of(export.main, [str(run_folder), '--to', 'x.onnx'], capsys)
+    assert line == (
+        "export.py: onnx, onnxruntime, onnxscript missing: expected pip install '.[deploy]'\n"
+    )
+
+
+# ---------------------------------------------------------------- predict.py
+
+
+def test_predict(run_folder, trained, images, digits, capsys):
+    files = sorted(str(path) for path in (images / 'test').rglob('*.png'))[:2]
+    predict.main([*files, '--model', str(run_folder)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [lines[0], lines[6]] == files
+    f, params = trained
+    for path, printed in zip(files, (lines[1:6], lines[7:])):
+        with torch.no_grad():
+            logits = f(digits[0][int(Path(path).stem)][None], params, False)[0].double().numpy()
+        p = np.exp(logits - logits.max())
+        p /= p.sum()
+        expected = [f'  {100 * p[i]:6.2f} %  digit {i}' for i in np.argsort(-p)[:5]]
+        assert printed == expected
+
+
+def test_predict_numbers_classes_without_names(trained, images, tmp_path, capsys):
+    torch.save(trained[1], tmp_path / 'params.pth')
+    predict.main([str(next(images.rglob('*.png'))), '--model', str(tmp_path / 'params.pth')])
+    assert re.search(r'^ +\d+\.\d\d %  class \d$', capsys.readouterr().out, re.MULTILINE)
+
+
+def test_predict_names_an_unreadable_image(run_folder, capsys):
+    line = error_of(predict.main, [__file__, '--model', str(run_folder)], capsys)
+    assert line == f'predict.py: {__file__}: not a readable image\n'
+
+
+# ---------------------------------------------------------------- torch.hub, README
+
+
+@pytest.fixture(scope='module')
+def torch_home(tmp_path_factory):
+    """A cache of torch.hub with stand-ins for the published files of DiracNet-18."""
+    home = tmp_path_factory.mktemp('torch_home')
+    cache = home / 'hub' / 'checkpoints'
+    cache.mkdir(parents=True)
+    torch.manual_seed(3)
+    torch.save(DiracNet(18).state_dict(), cache / 'diracnet18v2folded-a2174e15.pth')
+    params = define_diracnet(18, 1, 'ImageNet')[1]
+    torch.save({'params': params, 'epoch': 100}, cache / 'diracnet18-v2_checkpoint.pth')
+    return home
+
+
+def test_hub(torch_home, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(torch_home))
+    net = torch.hub.load(str(ROOT), 'diracnet18', source='local', pretrained=True)
+    file = torch_home / 'hub' / 'checkpoints' / 'diracnet18v2folded-a2174e15.pth'
+    state = torch.load(file, weights_only=True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    net = torch.hub.load(str(ROOT), 'diracnet34', source='local')
+    # the published 21,638,952 less alpha, beta and batch norm, plus the biases that folding leaves
+    channels = 2 * (3 * 64 + 4 * 128 + 6 * 256 + 3 * 512)
+    folded = 21_638_952 - 4 * channels - 2 * 64 + channels + 64
+    assert sum(p.numel() for p in net.parameters()) == folded
+    net = torch.hub.load(
+        str(ROOT), 'diracnet_cifar', source='local', depth=28, width=1, num_classes=100
+    )
+    assert sum(p.numel() for p in net.parameters()) == 374_580
+    for name in ('diracnet18', 'diracnet34', 'diracnet_cifar'):
+        text = getattr(hubconf, name).__doc__
+        assert all(word in text for word in ('Inputs (N, 3,', 'deviation', 'classes', 'figures'))
+
+
+def section_blocks():
+    """Returns the fenced blocks of README's section 'Use a trained network': (language, text)."""
+    text = (ROOT / 'README.md').read_text()
+    section = re.search(r'^## Use a trained network\n(.*?)(?=^## |\Z)', text, re.M | re.S)[1]
+    return re.findall(r'^```(\w+)\n(.*?)^```', section, re.M | re.S)
+
+
+def test_every_command_of_the_readme(run_folder, images, torch_home, tmp_path):
+    """Runs the section's blocks as they stand, in a copy of the project, on small stand-ins."""
+    project = tmp_path / 'project'
+    others = ('.*', '__pycache__', '*.egg-info', 'build', 'checkpoints', 'logs', 'runs', 'tests')
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(*others))
+    shutil.copytree(run_folder, project / 'logs' / 'diracnet-28-1')
+    shutil.copytree(images, tmp_path / 'home' / 'images')
+    shutil.copy(next(images.rglob('*.png')), project / 'cat.jpg')
+    env = {
+        **os.environ, 'HOME': str(tmp_path / 'home'), 'TORCH_HOME': str(torch_home),
+        'PATH': os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH'],
+        # pip installs what is here, aside, without fetching anything
+        'PIP_NO_INDEX': '1', 'PIP_NO_DEPS': '1', 'PIP_NO_BUILD_ISOLATION': '0',
+        'PIP_TARGET': str(tmp_path / 'installed'),
+    }
+    blocks = section_blocks()
+    assert {language for language, _ in blocks} == {'bash', 'python'}
+    for language, text in blocks:
+        command = ['bash', '-ec', text] if language == 'bash' else [sys.executable, '-c', text]
+        done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, f'{text}\n{done.stdout}\n{done.stderr}'
+    for name in ('diracnet.onnx', 'diracnet-int8.onnx', 'diracnet.safetensors'):
+        assert (project / name).exists()

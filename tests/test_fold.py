@@ -1,0 +1,458 @@
+"""Folding, and the files that folding starts from."""
+
+import os
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils import parametrize
+
+from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization
+from diracfold import (
+    checkpoint_path,
+    fold,
+    identify,
+    load_checkpoint,
+    load_params,
+    preprocess,
+    pretrained_params,
+)
+from diracnet import DiracNet, Network, define_diracnet
+
+pytest_plugins = ['trained_networks']
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ---------------------------------------------------------------- networks
+
+
+@pytest.mark.parametrize(('depth', 'width', 'dataset', 'num_classes', 'size'), [
+    (16, 1, 'CIFAR10', None, 32),
+    (34, 0.5, 'CIFAR100', None, 16),
+    (100, 0.25, 'CIFAR10', 7, 16),
+    (18, 1, 'ImageNet', None, 64),
+    (34, 1, 'ImageNet', None, 64),
+])
+def test_folded_logits(train_a_little, depth, width, dataset, num_classes, size):
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(5, 4, 3, size, size, generator=generator, dtype=torch.float64)
+    labels = torch.randint(7, (5, 4), generator=generator)
+    f, params = train_a_little(depth, width, dataset, num_classes, list(zip(inputs, labels))[:4])
+    with torch.no_grad():
+        expected = f(inputs[4], params, mode=False)
+        net = fold(params, torch.float64)
+        assert relative(net(inputs[4]), expected) < 1e-10
+        assert relative(net.float()(inputs[4].float()), expected) < 1e-4
+    convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) == depth - 1 if dataset == 'ImageNet' else depth - 3
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+
+
+def test_one_folded_filter_in_plain_loops(trained):
+    """The filter and bias of the formula, number by number."""
+    params = {name: tensor.double().tolist() for name, tensor in trained[1].items()}
+    net = fold(trained[1], torch.float64)
+    name, o = 'group1.block0', 3
+    w = np.array(params[f'{name}.conv'][o])  # (in, 3, 3)
+    norm = sum(v * v for v in w.flat) ** 0.5
+    bn = {part: params[f'{name}.bn.{part}'][o]
+          for part in ('weight', 'bias', 'running_mean', 'running_var')}
+    a = bn['weight'] / (bn['running_var'] + 1e-5) ** 0.5
+    expected = w * params[f'{name}.beta'][o] / norm
+    expected[o, 1, 1] += params[f'{name}.alpha'][o]
+    conv = net.features.group1.block0.conv
+    np.testing.assert_allclose(conv.weight[o].detach(), a * expected, rtol=1e-12)
+    assert conv.bias[o].item() == pytest.approx(bn['bias'] - bn['running_mean'] * a, rel=1e-12)
+
+
+def test_module_and_wrappers_fold_as_their_parameters(trained, tmp_path):
+    f, params = trained
+    expected = fold(params).state_dict()
+    init = (tmp_path / 'store').as_uri()
+    dist.init_process_group('gloo', init_method=init, rank=0, world_size=1)
+    try:
+        define = {name: t.clone().requires_grad_('running_' not in name)
+                  for name, t in params.items()}
+        network = Network(f, define)
+        wrapped = nn.parallel.DistributedDataParallel(network)
+        for module in (network, wrapped, torch.compile(network)):
+            state = fold(module).state_dict()
+            assert state.keys() == expected.keys()
+            assert all(torch.equal(state[name], expected[name]) for name in state)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_folding_leaves_parameters_and_generator_alone(trained):
+    params = {name: tensor.double() for name, tensor in trained[1].items()}
+    before = {name: tensor.clone() for name, tensor in params.items()}
+    state = torch.get_rng_state()
+    net = fold(params, torch.float64)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    assert all(torch.equal(params[name], before[name]) for name in params)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not net.training
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_anything_else_is_refused():
+    with pytest.raises(ValueError, match='int cannot be folded'):
+        fold(3)
+
+
+# ---------------------------------------------------------------- other modules
+
+
+def settle(module, *shape):
+    """Gives every batch norm statistics and parameters that matter."""
+    torch.manual_seed(2)
+    for layer in module.modules():
+        for part in ('weight', 'bias', 'running_mean', 'running_var', 'alpha'):
+            tensor = getattr(layer, part, None)
+            if tensor is not None and (part == 'alpha' or 'Norm' in type(layer).__name__):
+                nn.init.uniform_(tensor, 0.5, 2)
+    return module.double().eval(), torch.randn(*shape, dtype=torch.float64)
+
+
+def count(module, kind):
+    return sum(isinstance(layer, kind) for layer in module.modules())
+
+
+class Branches(nn.Module):
+    """Everything that folds, and a good deal that must not."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+        self.dirac = DiracConv2d(4, 4, 3, padding=1, groups=2)
+        self.dirac_bn = nn.BatchNorm2d(4, affine=False, eps=1e-2)
+        self.twice = nn.Conv2d(4, 4, 1)  # stays: its second output has no batch norm
+        self.twice_bn = nn.BatchNorm2d(4)
+        self.seen = nn.Conv2d(4, 4, 1)  # stays: its output goes elsewhere too
+        self.seen_bn = nn.BatchNorm2d(4)
+        self.read = nn.Conv2d(4, 4, 1)  # stays: its weight is read
+        self.read_bn = nn.BatchNorm2d(4)
+        self.batch = nn.Conv2d(4, 4, 1)  # stays: no running statistics
+        self.batch_bn = nn.BatchNorm2d(4, track_running_stats=False)
+        self.hooked = nn.Conv2d(4, 4, 1)  # stays: a hook changes what the batch norm sees
+        self.hooked_bn = nn.BatchNorm2d(4)
+        self.hooked.register_forward_hook(_double)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))  # stays
+        self.normed_bn = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.dirac_bn(self.dirac(F.relu(self.stem(x))))
+        x = self.twice(self.twice_bn(self.twice(x)))
+        seen = self.seen(x)
+        x = self.seen_bn(seen) * seen
+        x = self.read_bn(self.read(x)) + F.conv2d(x, self.read.weight)
+        x = self.batch_bn(self.batch(x))
+        x = self.hooked_bn(self.hooked(x))
+        return self.normed_bn(self.normed(x))
+
+
+def _double(module, inputs, output):
+    return 2 * output
+
+
+def test_only_what_can_be_folded_is():
+    module, inputs = settle(Branches(), 2, 3, 8, 8)
+    expected = module(inputs)
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    folded = fold(module, torch.float64)
+    assert relative(folded(inputs), expected) < 1e-12
+    assert type(folded) is Branches
+    assert type(folded.dirac) is nn.Conv2d
+    assert count(folded, nn.BatchNorm2d) == 6
+    assert isinstance(folded.stem[1], nn.Identity)
+    assert isinstance(folded.dirac_bn, nn.Identity)
+    assert torch.equal(module(inputs), expected)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+
+def test_training_mode_of_the_original_stays():
+    module, inputs = settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 2, 3, 8, 8)
+    expected = module(inputs)
+    folded = fold(module.train(), torch.float64)
+    assert module.training
+    assert all(layer.training for layer in module.modules())
+    assert not any(layer.training for layer in folded.modules())
+    assert relative(folded(inputs), expected) < 1e-12
+
+
+@pytest.mark.parametrize(('layer', 'norm', 'shape'), [
+    (DiracConv1d, nn.BatchNorm1d, (2, 3, 9)),
+    (DiracConv2d, nn.SyncBatchNorm, (2, 3, 6, 6)),
+    (DiracConv3d, nn.BatchNorm3d, (2, 3, 5, 5, 5)),
+])
+def test_all_dimensions(layer, norm, shape):
+    module, inputs = settle(nn.Sequential(layer(3, 5, 3), norm(5), nn.ReLU()), *shape)
+    folded = fold(module, torch.float64)
+    assert type(folded[0]) is layer.plain
+    assert relative(folded(inputs), module(inputs)) < 1e-12
+
+
+def test_parametrized_convolution_and_shared_layers():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    parametrize.register_parametrization(conv, 'weight', DiracParametrization(conv))
+    shared = DiracConv2d(4, 4, 3, padding=1)
+    module, inputs = settle(
+        nn.Sequential(conv, nn.BatchNorm2d(4), shared, nn.ReLU(), shared), 2, 4, 6, 6
+    )
+    folded = fold(module, torch.float64)
+    assert type(folded[0]) is nn.Conv2d
+    assert type(folded[2]) is nn.Conv2d
+    assert folded[2] is folded[4]
+    assert count(folded, nn.BatchNorm2d) == 0
+    assert relative(folded(inputs), module(inputs)) < 1e-12
+    assert parametrize.is_parametrized(conv)
+
+
+def test_a_single_layer_and_dtype():
+    conv = DiracConv2d(3, 3, 3)
+    folded = fold(conv, torch.bfloat16)
+    assert type(folded) is nn.Conv2d
+    assert folded.weight.dtype == torch.bfloat16
+    expected = conv.double().transform_weight()
+    assert relative(folded.weight.double(), expected) < 2**-8
+
+
+class Depends(nn.Module):
+    """Its forward depends on a value, which no symbolic trace can follow."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.body = nn.Sequential(DiracConv2d(3, 3, 3), norm)
+
+    def forward(self, x):
+        return self.body(x) if x.sum() > 0 else self.body(-x)
+
+
+def test_module_that_cannot_be_traced():
+    with pytest.raises(ValueError, match='Depends cannot be traced .*: expected a forward'):
+        fold(Depends(nn.BatchNorm2d(3)))
+    module, inputs = settle(Depends(nn.Identity()), 2, 3, 6, 6)  # nothing to trace for
+    folded = fold(module, torch.float64)
+    assert count(folded, DiracConv2d) == 0
+    assert relative(folded(inputs), module(inputs)) < 1e-12
+
+
+# ---------------------------------------------------------------- files
+
+
+def split_stats(params):
+    stats = {name: tensor for name, tensor in params.items() if 'running_' in name}
+    return {name: t for name, t in params.items() if name not in stats}, stats
+
+
+def of_original(params):
+    deltas = {'eye8_8_3_3': torch.eye(8), 'eye8_16_3_3': torch.eye(8)}
+    return {'params': {**params, **deltas}, 'epoch': 200, 'optimizer': {}}
+
+
+def of_original_with_stats(params):
+    params, stats = split_stats(params)
+    stats['eye16_16_3_3'] = torch.eye(16)
+    return {'params': params, 'stats': stats, 'epoch': 200, 'optimizer': {}}
+
+
+FORMATS = {
+    'model.pt7': lambda params: {
+        'params': params, 'optimizer': {}, 'epoch': 1, 'args': {'depth': 10, 'width': 0.5}
+    },
+    'original.pth': of_original,
+    'original_stats.pth': of_original_with_stats,
+    'ddp.pt7': lambda params: {
+        'params': {f'module.{name}': tensor for name, tensor in params.items()}
+    },
+    'compiled.pth': lambda params: {f'_orig_mod.{name}': t for name, t in params.items()},
+    'legacy.pth': lambda params: params,
+    'plain.safetensors': lambda params: params,
+    'ddp.safetensors': lambda params: {f'module.{name}': t for name, t in params.items()},
+}
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_formats_round_trip(trained, digits, tmp_path, name):
+    f, params = trained
+    path = str(tmp_path / name)
+    if name.endswith('.safetensors'):
+        save_file(FORMATS[name](params), path)
+    else:
+        zipped = not name.startswith('legacy')
+        torch.save(FORMATS[name](params), path, _use_new_zipfile_serialization=zipped)
+    read = load_params(path)
+    assert read.keys() == params.keys()
+    assert all(torch.equal(read[key], params[key]) for key in params)
+    assert all(t.requires_grad == ('running_' not in key) for key, t in read.items())
+    inputs = digits[0][:8]
+    with torch.no_grad():
+        assert torch.equal(f(inputs, read, False), f(inputs, params, False))
+        assert relative(fold(read)(inputs), f(inputs, params, False)) < 1e-4
+
+
+def test_folder_of_a_run_with_what_it_says(run_folder):
+    checkpoint = load_checkpoint(str(run_folder))
+    assert checkpoint['options'] == {
+        'depth': 10, 'width': 0.5, 'dataset': 'CIFAR10', 'num_classes': 10
+    }
+    assert checkpoint['image_size'] == 32
+    assert checkpoint['classes'][3] == 'digit 3'
+
+
+@pytest.mark.parametrize(('arguments', 'width'), [
+    ((28, 0.3, 'CIFAR10', 3), 19 / 64),
+    ((16, 2, 'CIFAR100', None), 2),
+    ((18, 1, 'ImageNet', None), 1),
+    ((34, 0.25, 'ImageNet', 5), 0.25),
+])
+def test_topology_is_told_by_keys_and_shapes(arguments, width):
+    with torch.device('meta'):
+        params = define_diracnet(*arguments)[1]
+    found = identify(params)
+    depth, _, dataset, num_classes = arguments
+    assert found['depth'] == depth
+    assert found['width'] == width
+    assert (found['dataset'] == 'ImageNet') == (dataset == 'ImageNet')
+    assert found['num_classes'] == params['fc.bias'].numel()
+    assert fold_shapes(found) == fold_shapes(dict(zip(found, arguments)))
+
+
+def fold_shapes(options):
+    with torch.device('meta'):
+        return {name: tensor.shape for name, tensor in DiracNet(**options).state_dict().items()}
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def damaged(kind, params, tmp_path):
+    """Writes one of the files that must be refused: returns its path."""
+    path = tmp_path / f'{kind}.pt7'
+    params = dict(params)
+    if kind.startswith('pickle'):
+        contents = {'params': Evil(str(tmp_path / 'ran'))}
+        path.write_bytes(pickle.dumps(contents, protocol=2 if kind == 'pickle' else None))
+        return str(path)
+    if kind == 'truncated.safetensors':
+        path = tmp_path / kind
+        save_file(params, path)
+    contents = {'params': params, 'args': {'depth': 10, 'width': 0.5}}
+    if kind == 'malicious':
+        contents['optimizer'] = Evil(str(tmp_path / 'ran'))
+    if kind == 'missing':
+        del params['group1.block0.conv']
+    if kind == 'shape':
+        params['group1.block0.alpha'] = torch.ones(3)
+    if kind == 'unknown':
+        params['group1.block0.gamma'] = torch.ones(3)
+    if kind == 'depth':
+        contents['args']['depth'] = 16
+    if kind == 'blocks':
+        contents['params'] = {k: t for k, t in params.items() if 'group2.block1' not in k}
+    if kind == 'folded':
+        contents = fold(params).state_dict()
+    if kind == 'list':
+        contents = [1, 2]
+    if kind == 'other':
+        contents = {'weight': torch.ones(2)}
+    if not kind.endswith('.safetensors'):
+        torch.save(contents, path)
+    if kind.startswith('truncated'):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if kind == 'altered':
+        number = params['fc.bias'].numpy().tobytes()
+        path.write_bytes(path.read_bytes().replace(number, bytes(len(number))))
+    return str(path)
+
+
+DAMAGES = {
+    'malicious': r'refused, its pickle would run \S*mkdir: expected tensors',
+    'pickle': r'refused, its pickle would run \S*mkdir: expected tensors',
+    'pickle of today': 'no weights: expected a file that torch.load reads with weights_only',
+    'truncated': 'truncated, damaged or no weights: expected',
+    'altered': 'truncated, damaged or no weights: expected',
+    'truncated.safetensors': 'truncated, or not a safetensors file',
+    'missing': 'group1.block0.conv is missing',
+    'shape': r'group1.block0.alpha is \(3,\), expected \(16,\)',
+    'unknown': 'group1.block0.gamma is unknown',
+    'depth': 'say depth 16, width 0.5: expected those of its parameters, depth 10, width 0.5',
+    'blocks': 'groups of 2, 2, 1 blocks: expected three groups of the same even number',
+    'folded': 'holds a folded network: expected',
+    'list': 'holds a list: expected a dict',
+    'other': 'conv is missing: expected',
+}
+
+
+@pytest.mark.parametrize('kind', DAMAGES)
+def test_damages_are_named(trained, tmp_path, kind):
+    path = damaged(kind, trained[1], tmp_path)
+    with pytest.raises(ValueError, match=DAMAGES[kind]) as caught:
+        load_params(path)
+    assert str(caught.value).startswith(path)
+    assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_no_file():
+    with pytest.raises(OSError, match='nowhere: no such file: expected'):
+        load_params('nowhere')
+
+
+# ---------------------------------------------------------------- published
+
+
+def test_pretrained_params(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    path = checkpoint_path(18)
+    assert path == str(tmp_path / 'hub' / 'checkpoints' / 'diracnet18-v2_checkpoint.pth')
+    params = define_diracnet(18, 1, 'ImageNet')[1]
+    os.makedirs(os.path.dirname(path))
+    torch.save(of_original_with_stats(params), path)
+    read = pretrained_params(18)
+    assert read.keys() == params.keys()
+    assert sum(t.numel() for t in read.values() if t.requires_grad) == 11_523_368
+    with pytest.raises(ValueError, match='depth 50: expected 18 or 34'):
+        pretrained_params(50)
+    torch.save({'params': {}}, path)
+    with pytest.raises(RuntimeError, match='18-v2_checkpoint.pth: conv is missing'):
+        pretrained_params(18)
+
+
+def test_preprocess(tmp_path):
+    path = str(tmp_path / 'image.png')
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 450, 3), np.uint8)  # BGR
+    cv2.imwrite(path, pixels)
+    resized = cv2.resize(pixels, (384, 256), interpolation=cv2.INTER_CUBIC)
+    middle = resized[16:240, 80:304, ::-1] / 255
+    expected = (middle - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    inputs = preprocess(18)(path)
+    assert inputs.shape == (3, 224, 224)
+    assert inputs.dtype == torch.float32
+    np.testing.assert_allclose(inputs.permute(1, 2, 0), expected, atol=1e-5)
+
+    small = cv2.resize(pixels, (48, 32), interpolation=cv2.INTER_CUBIC)[:, 8:40, ::-1]
+    expected = (small - [125.3, 123.0, 113.9]) / [63.0, 62.1, 66.7]
+    inputs = preprocess(28, 'CIFAR10')(path).permute(1, 2, 0)
+    np.testing.assert_allclose(inputs, expected, atol=1e-5)
+
+    with pytest.raises(ValueError, match='depth 50'):
+        preprocess(50)
+    with pytest.raises(ValueError, match='not a readable image'):
+        preprocess(18)(__file__)
