@@ -306,7 +306,8 @@ class BatchSampler(Sampler):
 
 def _start_worker(_):
     cv2.setNumThreads(0)  # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training's to answer
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are the training's to answer
+        signal.signal(number, signal.SIG_IGN)
 
 
 def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1, augment=True):

@@ -9,6 +9,7 @@ Komodakis, arXiv 1706.00388, eq. 3) are linear in the input, so the folded netwo
 """
 
 import copy
+import functools
 import os
 import re
 import warnings
@@ -25,7 +26,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import diracimage
-from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization, dirac_weight
+from diracconv import DiracParametrization, dirac_weight
 from diracnet import (
     BN_EPS,
     IMAGENET_BLOCKS,
@@ -56,16 +57,18 @@ def fold(what, dtype=torch.float32):
     what: one of
     - the parameters of a functional DiracNet (flat name -> tensor), or the Network that carries
       them: returns a DiracNet;
-    - any other nn.Module: returns a copy, in which each DiracConv, each convolution with a
-      DiracParametrization, and each nn.Conv1d, 2d or 3d whose output goes to a batch norm and
-      nowhere else, is one plain convolution, and nn.Identity stands where that batch norm was.
-      Names, sharing and everything else stay; a layer with hooks, or with another
-      parametrization, keeps its batch norm, and so does one that is used twice.
+    - any other nn.Module: returns a copy, in which each layer with a `fold()` (a DiracConv, say, or
+      a block of diverse branches) is what that returns, and each convolution with a
+      DiracParametrization, or whose output goes to a batch norm and nowhere else, is one plain
+      convolution. Such a batch norm is gone from an nn.Sequential of named layers; elsewhere
+      nn.Identity stands for it. Names, sharing and everything else stay; a layer with hooks, or
+      with another parametrization, keeps its batch norm, and so does one that is used twice.
     dtype: of the result; the arithmetic is done in float64.
 
-    The result is on the CPU for parameters, on the module's device for a module, and in evaluation
-    mode. Raises ValueError for parameters that are no DiracNet's, and for a module with batch norm
-    that torch.fx cannot trace (whose forward depends on values of tensors, say): fold its parts.
+    The result is on the CPU for parameters, on the module's device for a module (meta included),
+    and in evaluation mode. Raises ValueError for parameters that are no DiracNet's, and for a
+    module with batch norm that torch.fx cannot trace (whose forward depends on values of tensors,
+    say): fold its parts.
     """
     if isinstance(what, DistributedDataParallel):
         what = what.module
@@ -104,7 +107,7 @@ def _fold_params(params, dtype):
 def _fold_module(module, dtype):
     root = nn.ModuleList([copy.deepcopy(module)]).eval().double()  # so that all have a parent
     for layer in list(root.modules()):
-        if isinstance(layer, (DiracConv1d, DiracConv2d, DiracConv3d)):
+        if hasattr(layer, 'fold'):
             _replace(root, layer, layer.fold())
         elif parametrize.is_parametrized(layer, 'weight') and any(
             isinstance(p, DiracParametrization) for p in layer.parametrizations.weight
@@ -117,17 +120,19 @@ def _fold_module(module, dtype):
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
         )
-        _replace(root, bn, nn.Identity())
-    return root[0].to(dtype)
+        _replace(root, bn, None)
+    return root[0].to(dtype).eval()
 
 
 def _replace(root, old, new):
-    """Puts `new` in every place of the tree where `old` is: a shared layer stays shared."""
-    new.train(old.training)
+    """Puts `new`, or nothing, in every place of the tree where `old` is: sharing stays."""
     for parent in list(root.modules()):
-        for name, child in parent._modules.items():  # named_children() leaves out repeated ones
-            if child is old:
-                setattr(parent, name, new)
+        # named_children() would leave out repeated ones
+        for name in [name for name, child in parent._modules.items() if child is old]:
+            if new is None and isinstance(parent, nn.Sequential) and not name.isdigit():
+                delattr(parent, name)  # no number that may be used as an index changes
+            else:
+                setattr(parent, name, new or nn.Identity())
 
 
 def _trace(module):
@@ -173,31 +178,35 @@ def _conv_bn_pairs(module):
 # ---------------------------------------------------------------- read
 
 
-def load_checkpoint(path):
-    """Reads whatever file holds the parameters of a functional DiracNet.
+def read(path):
+    """Reads the parameters of any network, and what a checkpoint says beside them.
 
     path: a checkpoint of train.py or the folder of its run (the model.pt7 there); one of the
     original repository (running statistics in `params`, or in `stats`; dense deltas are dropped);
     a bare state dict, saved by torch or as .safetensors. Prefixes of DDP are dropped.
 
-    Returns a dict: `params` (flat name -> tensor on the CPU; all but running statistics require
-    grad), `options` (of `topology`, told by the shapes), `image_size` (pixels) and `classes` (their
-    names, or None). Raises ValueError for what is wrong with the contents, OSError for a file that
-    cannot be read. Pickles are read with weights_only: none can run code.
+    Returns a dict: `params` (flat name -> tensor on the CPU), `args` (the options of its training,
+    or empty) and `classes` (their names, or None). Raises ValueError for what is wrong with the
+    contents, OSError for a file that cannot be read. Pickles are read with weights_only: none can
+    run code.
     """
     path = os.path.join(path, 'model.pt7') if os.path.isdir(path) else path
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path}: no such file: expected a checkpoint or a folder with one')
     contents = _load_safetensors(path) if path.endswith('.safetensors') else _load_pickle(path)
-    try:
-        return _checkpoint(contents)
-    except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
+    if not isinstance(contents, Mapping):
+        raise ValueError(f'{path}: holds a {type(contents).__name__}: expected a dict')
+    return _entries(contents)
 
 
 def load_params(path):
-    """Reads the `params` of `load_checkpoint`, ready for `f`, `Network` and `fold`."""
-    return load_checkpoint(path)['params']
+    """Reads the parameters of a functional DiracNet, ready for `f`, `Network` and `fold`.
+
+    path and errors are those of `read` and `describe`.
+    """
+    contents = read(path)
+    describe(contents, path)
+    return contents['params']
 
 
 def _load_safetensors(path):
@@ -235,31 +244,46 @@ def _load_pickle(path):
             ) from error
 
 
-def _checkpoint(contents):
-    """Brings the contents of a file to the dict of `load_checkpoint`."""
-    if not isinstance(contents, Mapping):
-        raise ValueError(f'holds a {type(contents).__name__}: expected a dict')
+def _entries(contents):
+    """Brings the contents of a file to the dict of `read`."""
     if not isinstance(contents.get('params'), Mapping):
         contents = {'params': contents}
     params = {**contents['params'], **(contents.get('stats') or {})}
     params = {WRAPPERS.sub('', name): tensor for name, tensor in params.items()}
-    params = {name: tensor for name, tensor in params.items() if not DELTA.match(name)}
-    options = identify(params)
-    args = contents.get('args') or {}
+    return {
+        'params': {name: tensor for name, tensor in params.items() if not DELTA.match(name)},
+        'args': contents.get('args') or {},
+        'classes': contents.get('classes'),
+    }
+
+
+def describe(contents, path):
+    """Tells which functional DiracNet a file holds; from now on its parameters require grad.
+
+    contents: what `read` returned. Returns a dict: `options` (of `topology`, told by the shapes)
+    and `image_size` (pixels). Raises ValueError, naming the file, for parameters that are no
+    DiracNet's or contradict the options beside them.
+    """
+    params, args = contents['params'], contents['args']
+    try:
+        options = identify(params)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
     stated = options | {name: args[name] for name in ('depth', 'width') if name in args}
     if topology(**stated) != topology(**options):
         raise ValueError(
-            f'its args say depth {stated["depth"]}, width {stated["width"]}: expected those of its '
-            f'parameters, depth {options["depth"]}, width {options["width"]:g}'
+            f'{path}: its args say depth {stated["depth"]}, width {stated["width"]}: expected '
+            f'those of its parameters, depth {options["depth"]}, width {options["width"]:g}'
         )
     for name, tensor in params.items():
         tensor.requires_grad_('running_' not in name)
+    return {'options': options, 'image_size': image_size(args, options['dataset'])}
+
+
+def image_size(args, dataset):
+    """The size of a network's inputs in pixels, by the options of its training if there are any."""
     chosen = args.get('dataset') == 'Folder'  # the other sets have a size of their own
-    image_size = args['image_size'] if chosen else IMAGE_SIZES[options['dataset']]
-    return {
-        'params': params, 'options': options, 'image_size': image_size,
-        'classes': contents.get('classes'),
-    }
+    return args['image_size'] if chosen else IMAGE_SIZES[dataset]
 
 
 def identify(params):
@@ -343,11 +367,12 @@ def pretrained_params(depth):
     """
     if depth not in CHECKPOINT_URLS:
         raise ValueError(f'depth {depth}: expected 18 or 34, of which there are published weights')
-    contents = load_published(CHECKPOINT_URLS[depth], check_hash=False)
+    contents = _entries(load_published(CHECKPOINT_URLS[depth], check_hash=False))
     try:
-        return _checkpoint(contents)['params']
+        describe(contents, checkpoint_path(depth))
     except ValueError as error:
-        raise RuntimeError(f'{checkpoint_path(depth)}: {error}') from error
+        raise RuntimeError(str(error)) from error
+    return contents['params']
 
 
 def preprocess(depth, dataset='ImageNet', image_size=None):
@@ -360,10 +385,5 @@ def preprocess(depth, dataset='ImageNet', image_size=None):
     raises ValueError for a file that is no image.
     """
     topology(depth, 1, dataset)  # for its errors
-    size = image_size or IMAGE_SIZES[dataset]
-
-    def transform(path):
-        image = torch.from_numpy(diracimage.read_test_image(path, size))  # (S, S, 3)
-        return diracimage.normalise(image.permute(2, 0, 1)[None], dataset)[0]
-
-    return transform
+    return functools.partial(diracimage.read_input, dataset=dataset,
+                             size=image_size or IMAGE_SIZES[dataset])

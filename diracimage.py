@@ -4,6 +4,7 @@ Images are read and resized with OpenCV, as those that the original models were 
 libraries' pixels differ, and the stated accuracies need these.
 """
 
+import numpy as np
 import torch
 
 try:
@@ -34,12 +35,21 @@ def normalise(images, topology, dtype=torch.float32):
     return images.to(dtype).sub_(mean).div_(std)
 
 
+def _is_cut(content):
+    """Tells a JPEG file that ends too early, of which OpenCV makes grey rows without a word."""
+    return content.startswith(b'\xff\xd8') and b'\xff\xd9' not in content[-1024:]
+
+
 def read_image(path):
     """Reads an image file: uint8 (H, W, 3), RGB. Raises DataError that names an unreadable one."""
     if cv2 is None:
         raise DataError('cv2 is missing: expected OpenCV, as of pip install opencv-python-headless')
-    image = cv2.imread(path, cv2.IMREAD_COLOR)
-    if image is None:
+    try:
+        content = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(f'{path}: not readable ({error.strerror})') from error
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
+    if image is None or _is_cut(content.tobytes()):
         raise DataError(f'{path}: not a readable image')
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
@@ -63,3 +73,9 @@ def read_test_image(path, size):
     """
     shorter = size if size <= MAX_SMALL else size * 256 // 224
     return resize_and_crop(read_image(path), shorter, size)
+
+
+def read_input(path, dataset, size):
+    """Reads an image file as the input of a network in testing: float32 (3, size, size)."""
+    image = torch.from_numpy(read_test_image(path, size))  # (S, S, 3)
+    return normalise(image.permute(2, 0, 1)[None], dataset)[0]

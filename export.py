@@ -1,4 +1,4 @@
-"""Exports a trained DiracNet: folded, verified against what was trained, and measured.
+"""Exports a trained network: folded, verified against what was trained, and measured.
 
 The ending chooses the format: .onnx, .pt2 (torch.export), .safetensors or .pth (state dicts):
     python export.py logs/diracnet-28-1 --to diracnet.onnx
@@ -9,6 +9,8 @@ In int8, its ranges calibrated on a folder of images, with the accuracy that is 
 """
 
 import argparse
+import copy
+import functools
 import importlib.util
 import os
 import statistics
@@ -18,11 +20,11 @@ import time
 import torch
 from tqdm import tqdm
 
+import baselines
 import data
 from command import Options, errors_in_one_line
-from diracfold import fold, load_checkpoint, preprocess
-from diracimage import NORMALISATION, normalise
-from diracnet import DiracNet, forward, topology
+from diracfold import fold
+from diracimage import NORMALISATION, normalise, read_input
 
 BATCH = 16  # images, in verifying and measuring
 ROUNDS = 10
@@ -43,7 +45,7 @@ def write_onnx(net, inputs, path):
     program.save(path, external_data=False)
 
 
-def open_onnx(path, options):
+def open_onnx(path, net):
     import onnxruntime
 
     session_options = onnxruntime.SessionOptions()
@@ -59,15 +61,14 @@ def write_pt2(net, inputs, path):
     torch.export.save(program, path)
 
 
-def open_pt2(path, options):
+def open_pt2(path, net):
     return torch.export.load(path).module()
 
 
-def open_state_dict(state, options):
-    with torch.device('meta'):
-        net = DiracNet(**options)
+def open_state_dict(state, net):
+    net = copy.deepcopy(net)
     net.load_state_dict(state, assign=True)
-    return net.eval()
+    return net
 
 
 def write_safetensors(net, inputs, path):
@@ -76,21 +77,21 @@ def write_safetensors(net, inputs, path):
     save_file(net.state_dict(), path)
 
 
-def open_safetensors(path, options):
+def open_safetensors(path, net):
     from safetensors.torch import load_file
 
-    return open_state_dict(load_file(path), options)
+    return open_state_dict(load_file(path), net)
 
 
 def write_pth(net, inputs, path):
     torch.save(net.state_dict(), path)
 
 
-def open_pth(path, options):
-    return open_state_dict(torch.load(path, weights_only=True), options)
+def open_pth(path, net):
+    return open_state_dict(torch.load(path, weights_only=True), net)
 
 
-FORMATS = {  # write(net, example inputs, path), open(path, options) -> inputs to logits, packages
+FORMATS = {  # write(net, inputs, path), open(path, net) -> inputs to logits, packages
     '.onnx': (write_onnx, open_onnx, ('onnx', 'onnxruntime', 'onnxscript')),
     '.pt2': (write_pt2, open_pt2, ()),
     '.safetensors': (write_safetensors, open_safetensors, ('safetensors',)),
@@ -135,28 +136,28 @@ def calibration_paths(folder):
     return paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
 
 
-def load_test_set(opt, checkpoint):
+def load_test_set(opt, trained):
     """Loads the test set of --dataset; raises ValueError if it is not what the network knows."""
-    sets = data.load(opt.dataset, opt.dataroot, checkpoint['image_size'])
-    classes = checkpoint['classes'] or [None] * checkpoint['options']['num_classes']
-    if len(sets.classes) != len(classes) or sets.classes != (checkpoint['classes'] or sets.classes):
+    sets = data.load(opt.dataset, opt.dataroot, trained.image_size)
+    known = trained.classes or sets.classes
+    if len(sets.classes) != trained.num_classes or sets.classes != known:
         raise ValueError(
             f'--dataset {opt.dataset} has {len(sets.classes)} classes, {sets.classes[0]} to '
-            f'{sets.classes[-1]}: expected the {len(classes)} of the checkpoint'
+            f'{sets.classes[-1]}: expected the {trained.num_classes} of the checkpoint'
         )
     return sets
 
 
-def verification_inputs(checkpoint, sets, paths):
+def verification_inputs(trained, sets, paths):
     """Returns (inputs (BATCH, 3, S, S), what they are): test images, calibration ones or noise."""
-    dataset, size = checkpoint['options']['dataset'], checkpoint['image_size']
+    dataset, size = trained.dataset, trained.image_size
     if sets:
         chosen = torch.linspace(0, len(sets.test) - 1, BATCH).long()
         images = sets.test[chosen, None, torch.arange(BATCH)][0]
         return normalise(images, dataset), f'{BATCH} test images'
     if paths:
-        transform = preprocess(checkpoint['options']['depth'], dataset, size)
-        inputs = torch.stack([transform(path) for path in paths[:: -(-len(paths) // BATCH)]])
+        paths = paths[:: -(-len(paths) // BATCH)]
+        inputs = torch.stack([read_input(path, dataset, size) for path in paths])
         return inputs, f'{len(inputs)} calibration images'
     generator = torch.Generator().manual_seed(0)
     return torch.randn(BATCH, 3, size, size, generator=generator), f'{BATCH} random inputs'
@@ -193,12 +194,11 @@ def top1(network, test, dataset, title):
     return 100 * right / len(test)
 
 
-def describe(opt, checkpoint, verified_on):
+def describe(opt, trained, verified_on):
     """Prints what goes in, and how the figures that follow are taken."""
-    options, size = checkpoint['options'], checkpoint['image_size']
-    mean, std = (', '.join(f'{v:.4f}' for v in vs) for vs in NORMALISATION[options['dataset']])
-    print(f'{opt.checkpoint}: DiracNet-{options["depth"]}-{options["width"]:g}, '
-          f'{options["num_classes"]} classes')
+    size = trained.image_size
+    mean, std = (', '.join(f'{v:.4f}' for v in vs) for vs in NORMALISATION[trained.dataset])
+    print(f'{opt.checkpoint}: {trained.title}, {trained.num_classes} classes')
     print(f'inputs: (N, 3, {size}, {size}), RGB in [0, 1], less ({mean}), over ({std})')
     print(f'max difference: of logits, over the largest, on {verified_on}; from the unfolded '
           'network in float64')
@@ -245,24 +245,17 @@ def parse_options(argv=None):
     return opt
 
 
-def write(opt, net, checkpoint, paths, folder):
+def write(opt, net, trained, paths, folder):
     """Writes the folded network into a folder: {title: (file, tolerance)}, that of --to last."""
-    name, size = os.path.basename(opt.to), checkpoint['image_size']
+    name, size = os.path.basename(opt.to), trained.image_size
     path = os.path.join(folder, 'float32-' + name if opt.int8 else name)
     FORMATS[opt.ending][0](net, torch.zeros(2, 3, size, size), path)
     if not opt.int8:
         return {name: (path, TOLERANCE)}
     int8_path = os.path.join(folder, name)
-    depth, dataset = (checkpoint['options'][option] for option in ('depth', 'dataset'))
-    quantise(path, int8_path, paths, preprocess(depth, dataset, size))
+    transform = functools.partial(read_input, dataset=trained.dataset, size=size)
+    quantise(path, int8_path, paths, transform)
     return {'float32': (path, TOLERANCE), name: (int8_path, INT8_TOLERANCE)}
-
-
-def unfolded(checkpoint, dtype):
-    """Returns the functional network in evaluation mode, inputs to logits."""
-    net = topology(**checkpoint['options'])
-    params = {name: tensor.to(dtype) for name, tensor in checkpoint['params'].items()}
-    return lambda inputs: forward(net, inputs, params, mode=False)
 
 
 def verify(networks, tolerances, inputs, expected):
@@ -282,28 +275,27 @@ def verify(networks, tolerances, inputs, expected):
 @torch.no_grad()
 def export(opt):
     """Loads, folds, writes, verifies and measures; --to appears when all of it went well."""
-    checkpoint = load_checkpoint(opt.checkpoint)
+    trained = baselines.load(opt.checkpoint)
     paths = calibration_paths(opt.int8) if opt.int8 else []
-    sets = load_test_set(opt, checkpoint) if opt.dataset else None
-    inputs, described = verification_inputs(checkpoint, sets, paths)
-    net = fold(checkpoint['params'])
-    options = checkpoint['options']
-    describe(opt, checkpoint, described)
+    sets = load_test_set(opt, trained) if opt.dataset else None
+    inputs, described = verification_inputs(trained, sets, paths)
+    unfolded, net = trained.network.float(), fold(trained.network)
+    describe(opt, trained, described)
     target = os.path.dirname(os.path.abspath(opt.to))
     os.makedirs(target, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target) as folder:
-        written = write(opt, net, checkpoint, paths, folder)
+        written = write(opt, net, trained, paths, folder)
         files, tolerances = zip(*written.values())
-        networks = {'unfolded': unfolded(checkpoint, torch.float32)}
+        networks = {'unfolded': unfolded}
         for title, path in zip(written, files):
-            networks[title] = FORMATS[opt.ending][1](path, options)
-        expected = unfolded(checkpoint, torch.float64)(inputs.double())
-        trained = [p for p in checkpoint['params'].values() if p.requires_grad]
-        sizes = [sum(p.nbytes for p in checkpoint['params'].values()), *map(os.path.getsize, files)]
+            networks[title] = FORMATS[opt.ending][1](path, net)
+        expected = copy.deepcopy(unfolded).double()(inputs.double())
+        memory = sum(tensor.nbytes for tensor in unfolded.state_dict().values())
+        sizes = [memory, *map(os.path.getsize, files)]
         rows = {
             'parameters': [
-                f'{sum(p.numel() for p in parameters):,}'
-                for parameters in [trained] + [list(net.parameters())] * len(files)
+                f'{sum(p.numel() for p in network.parameters()):,}'
+                for network in [unfolded] + [net] * len(files)
             ],
             'size, MB': [f'{size / 1e6:.2f}' for size in sizes],
             'max difference': verify(networks, (TOLERANCE, *tolerances), inputs, expected),
@@ -311,7 +303,7 @@ def export(opt):
         }
         if sets:
             rows['top-1, %'] = [
-                f'{top1(network, sets.test, options["dataset"], title):.2f}'
+                f'{top1(network, sets.test, trained.dataset, title):.2f}'
                 for title, network in networks.items()
             ]
         os.replace(files[-1], opt.to)

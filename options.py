@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from baselines import FAMILIES
 from baselines.replace import BLOCKS
 from command import Options
 
+MOST = 10_000  # of what makes a network: an error is better than a machine that swaps
 DTYPES = ('float', 'bfloat16', 'double')
 SCHEDULES = ('step', 'cosine', 'onecycle')
 RECIPE_FOLDER = Path(__file__).parent / 'recipes'
@@ -20,15 +22,16 @@ MODEL_OPTIONS = sorted({name for row in FAMILIES.values() for name in row.option
 # what may differ when a run goes on; every other option changes its result
 FREE_ON_RESUME = {
     'checkpointing', 'dataroot', 'epochs', 'evaluate', 'force', 'gpu_id', 'name', 'ngpu',
-    'nthread', 'recipe', 'resume', 'save', 'save_every', 'tensorboard',
+    'nthread', 'pretrained', 'recipe', 'resume', 'save', 'save_every', 'tensorboard',
 }  # fmt: skip
 
 
-def at_least(least, kind):
+def at_least(least, kind, most=2**31):
     def read(text):
         number = kind(text)
-        if not least <= number < float('inf'):
-            raise argparse.ArgumentTypeError(f'{text!r}: expected a number of at least {least}')
+        if not least <= number <= most:
+            expected = f'a number of at least {least}' + f' and at most {most}' * (number > most)
+            raise argparse.ArgumentTypeError(f'{text!r}: expected {expected}')
         return number
 
     read.__name__ = kind.__name__  # for argparse's own message
@@ -38,9 +41,9 @@ def at_least(least, kind):
 def epoch_list(text):
     try:
         epochs = json.loads(text)
-        if all(type(epoch) is int and epoch > 0 for epoch in epochs):
+        if isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs):
             return epochs
-    except (TypeError, ValueError):
+    except (ValueError, RecursionError):
         pass
     raise argparse.ArgumentTypeError(f'{text!r}: expected a list of epochs, such as [60,120,160]')
 
@@ -53,7 +56,7 @@ def make_parser():
     parser = Options(prog='train.py', description='Trains a network, or tests a trained one.')
 
     def add(*names, default, help, **kwargs):
-        shown = '' if default in ('', False) else ' (default: %(default)s)'
+        shown = '' if default == '' or default is False else ' (default: %(default)s)'
         parser.add_argument(*names, default=default, help=help + shown, **kwargs)
 
     def add_model(name, help, **kwargs):  # without a default: each family has its own
@@ -65,14 +68,15 @@ def make_parser():
     add('--recipe', default='', choices=RECIPES, help="a paper's settings; other flags given win")
     add('--model', default='diracnet', choices=FAMILIES, metavar='NAME',
         help=f'family of networks: {", ".join(FAMILIES)}')
-    add_model('depth', 'layers: 6n + 4, or 18 and 34 on ImageNet', type=int)
-    add_model('width', 'factor on the numbers of channels', type=at_least(0, float))
+    add_model('depth', 'layers: 6n + 4, or 18 and 34 on ImageNet', type=at_least(1, int, MOST))
+    add_model('width', 'factor on the numbers of channels', type=at_least(0, float, MOST))
     add_model('block', 'what stands for a convolution', choices=list(BLOCKS))
-    add_model('layers', 'of a DenseNet', type=int)
-    add_model('growth', 'channels that each layer of a DenseNet adds', type=int)
-    add_model('reduce', 'share of the channels that pass a transition', type=at_least(0, float))
+    add_model('layers', 'of a DenseNet', type=at_least(1, int, MOST))
+    add_model('growth', 'channels that each layer of a DenseNet adds',
+              type=at_least(1, int, MOST))
+    add_model('reduce', 'share of the channels that pass a transition', type=at_least(0, float, 1))
     add_model('bottleneck', '1x1 before each 3x3', action=argparse.BooleanOptionalAction)
-    add_model('droprate', 'of dropout', type=at_least(0, float))
+    add_model('droprate', 'of dropout', type=at_least(0, float, 1))
     add_model('checkpointing', 'compute layers again in the backward pass, to save memory',
               action=argparse.BooleanOptionalAction)
 
@@ -97,7 +101,7 @@ def make_parser():
     add('--nesterov', default=False, action=argparse.BooleanOptionalAction,
         help="Nesterov's momentum")
     add('--weight_decay', '--weightDecay', default=5e-4, type=at_least(0, float),
-        help='of tensors of two or more dimensions; of all tensors for diracnet-v1')
+        help='of tensors of two or more dimensions; of all in families that decay all')
     add('--label_smoothing', default=0, type=at_least(0, float), help='in training, below 1')
     add('--seed', default=1, type=at_least(0, int), help='of parameters, order and augmentation')
 
@@ -107,6 +111,8 @@ def make_parser():
         help='minutes between checkpoints within an epoch; 0: at its end only')
     add('--resume', default='', type=folder,
         help='checkpoint, or its folder, to go on from; auto: that of --save, if there is one')
+    add('--pretrained', default='', type=folder,
+        help='parameters to start from: a file, a run, or 18 or 34 for the published ones')
     add('--force', default=False, action='store_true',
         help='go on though options differ that change the result')
     add('--evaluate', default=False, action='store_true',
@@ -151,9 +157,23 @@ def parse_options(argv):
         parser.error(f'--label_smoothing {opt.label_smoothing}: expected less than 1')
     if opt.tensorboard and not importlib.util.find_spec('tensorboard'):
         parser.error('--tensorboard: expected the package: pip install tensorboard')
+    size = 32 if opt.dataset != 'Folder' else opt.image_size
+    if data.topology(opt.dataset, size) != 'ImageNet' and opt.randomcrop_pad >= size:
+        parser.error(f'--randomcrop_pad {opt.randomcrop_pad}: expected less than the image, {size}')
+    if not re.fullmatch(r'(\d+(,\d+)*)?', opt.gpu_id):
+        parser.error(f'--gpu_id {opt.gpu_id!r}: expected numbers of devices, such as 0 or 0,1')
+    if opt.name and opt.save != parser.get_default('save'):
+        parser.error('--name and --save both given: expected one of them')
     if opt.name:
         opt.save = os.path.join('runs', opt.name)
+    if not opt.save or not opt.evaluate and not _can_be_made(opt.save):
+        parser.error(f'--save {opt.save!r}: expected a folder that can be written')
     return opt
+
+
+def _can_be_made(path):
+    there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 def of_model(opt):
@@ -163,8 +183,13 @@ def of_model(opt):
 
 def differences(opt, before):
     """Lists the options that change a run's result and are not those it began with."""
+    free = set(FREE_ON_RESUME)
+    if opt.evaluate:  # only what makes the network matters
+        free = vars(opt).keys() - {'model', *of_model(opt)}
+    if opt.lr_schedule != 'step':
+        free -= {'epochs'}  # the other schedules stretch over all of them
     return [
         f'{name} was {before[name]}, is {value}'
         for name, value in vars(opt).items()
-        if name not in FREE_ON_RESUME and name in before and before[name] != value
+        if name not in free and name in before and before[name] != value
     ]

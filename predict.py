@@ -1,15 +1,18 @@
-"""Labels image files with a trained DiracNet: the five best, with their probabilities.
+"""Labels image files with a trained network: the five best, with their probabilities.
 
     python predict.py cat.jpg dog.jpg --model logs/diracnet-28-1
     python predict.py cat.jpg --model diracnet18            # the published network, of ImageNet
 """
 
 import argparse
+import functools
 
 import torch
 
+import baselines
 from command import Options, errors_in_one_line
-from diracfold import fold, load_checkpoint, preprocess
+from diracfold import fold, preprocess
+from diracimage import read_input
 from diracnet import diracnet18, diracnet34
 
 PUBLISHED = {'diracnet18': (diracnet18, 18), 'diracnet34': (diracnet34, 34)}
@@ -40,13 +43,12 @@ def load(model):
     if model in PUBLISHED:
         make, depth = PUBLISHED[model]
         return make(pretrained=True).eval(), preprocess(depth), imagenet_classes()
-    checkpoint = load_checkpoint(model)
-    options = checkpoint['options']
-    transform = preprocess(options['depth'], options['dataset'], checkpoint['image_size'])
-    classes = checkpoint['classes']
-    if classes is None and (options['dataset'], options['num_classes']) == ('ImageNet', 1000):
+    trained = baselines.load(model)
+    transform = functools.partial(read_input, dataset=trained.dataset, size=trained.image_size)
+    classes = trained.classes
+    if classes is None and (trained.dataset, trained.num_classes) == ('ImageNet', 1000):
         classes = imagenet_classes()
-    return fold(checkpoint['params']), transform, classes
+    return fold(trained.network), transform, classes
 
 
 @torch.inference_mode()

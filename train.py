@@ -44,7 +44,7 @@ import checkpoint
 import data
 import options
 import ranks
-from diracfold import check_fit
+from diracfold import check_fit, fold, pretrained_params, read
 from diracimage import normalise
 from meters import STEPS_PER_READING, DivergedError, Meters, write_tensorboard
 from ranks import rank, world
@@ -82,21 +82,33 @@ class Run:
             'params': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'epoch': self.epoch, 'step': self.step, 'totals': totals, 'best': self.best,
             'rng': checkpoint.rng_state(), 'classes': self.sets.classes,
-            'args': vars(self.opt), 'versions': checkpoint.versions(),
+            'args': vars(self.opt), 'versions': checkpoint.versions(), 'launcher': os.getppid(),
         }, name)  # fmt: skip
 
     def restore(self, loaded):
+        """Takes over what a checkpoint holds. Raises CheckpointError if it cannot be this run's."""
+        if loaded.get('classes', self.sets.classes) != self.sets.classes:
+            raise checkpoint.CheckpointError(
+                'the checkpoint is of other classes: expected those of the data set'
+            )
+        try:
+            self._take(loaded)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = f'{type(error).__name__}: {error}'
+            raise checkpoint.CheckpointError(f'not a checkpoint of this run: {reason}') from error
+
+    def _take(self, loaded):
         check_fit(loaded['params'], self.network.state_dict())
         self.network.load_state_dict(loaded['params'])
         # of the optimizer only the momentum: its settings are the options'
         groups = self.optimizer.state_dict()['param_groups']
         self.optimizer.load_state_dict({**loaded['optimizer'], 'param_groups': groups})
-        self.epoch, self.step = loaded['epoch'], loaded.get('step', 0)
+        self.epoch, self.step = loaded['epoch'], int(loaded.get('step', 0))
         self.best = loaded.get('best', 0.0)
-        if rank() == 0:  # what all processes did together counts once
+        if rank() == 0:  # what all processes did together counts once; the state is of the first
             self.totals = loaded.get('totals')
-        if 'rng' in loaded:
-            checkpoint.set_rng_state(loaded['rng'])
+            if 'rng' in loaded:
+                checkpoint.set_rng_state(loaded['rng'])
 
 
 class Signals:
@@ -135,7 +147,7 @@ def learning_rate(opt, done):
 
     `step` drops it at the start of the epochs of --epoch_step, counted from 1. `cosine` lowers it
     to 0. `onecycle` raises it from 1/25 in the first 30 %, then lowers it to 1/250000 (arXiv
-    1708.07120, with the defaults of torch's OneCycleLR).
+    1708.07120, with the defaults of torch's OneCycleLR; the momentum stays).
     """
     if opt.lr_schedule == 'step':
         return opt.lr * opt.lr_decay_ratio ** sum(epoch <= done + 1 for epoch in opt.epoch_step)
@@ -213,20 +225,59 @@ def find_checkpoint(opt):
 
     Raises ValueError for a run that would be overwritten, or that other options began.
     """
-    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun's, not ours
-    if opt.resume == 'auto' or (restarted and not opt.evaluate):
-        if not checkpoint.exists(opt.save) and not opt.evaluate:
-            return None
+    own, log = checkpoint.exists(opt.save), os.path.join(opt.save, checkpoint.LOG)
+    epochs = len(checkpoint.read_log(log)) if os.path.exists(log) else 0
+    # torchrun starts all processes again when one died: they go on with what they began
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and own
+    if restarted and checkpoint.load(opt.save).get('launcher') == os.getppid():
         opt.resume = opt.save
-    if not opt.resume:
-        if checkpoint.exists(opt.save):
-            raise ValueError(f'{opt.save} holds a run: expected --resume auto, or another --save')
-        return None
-    loaded = checkpoint.load(opt.resume)
-    differences = options.differences(opt, loaded['args'])
-    if differences and not opt.force and not opt.evaluate:
+    if opt.resume == 'auto':
+        opt.resume = opt.save if own else ''
+        epochs = max(0, epochs - 1)  # a crash may come between the first line and the checkpoint
+    source = opt.resume if os.path.isdir(opt.resume) else os.path.dirname(opt.resume) or '.'
+    goes_on = bool(opt.resume) and os.path.realpath(source) == os.path.realpath(opt.save)
+    if (own or epochs) and not goes_on:
+        raise ValueError(f'{opt.save} holds a run: expected --resume auto, or another --save')
+    return checkpoint.load(opt.resume) if opt.resume else None
+
+
+def check_options(opt, before):
+    """Raises ValueError if a checkpoint was made with other options, unless --force is given."""
+    differences = options.differences(opt, before)
+    if differences and not opt.force:
         raise ValueError(f'{opt.resume}: {"; ".join(differences)}: expected the same, or --force')
-    return loaded
+
+
+def load_to_test(network, params):
+    """Returns the network with the parameters, or their folded form if that is what they are."""
+    if params.keys() != network.state_dict().keys():
+        folded = fold(network, next(network.parameters()).dtype)
+        if params.keys() == folded.state_dict().keys():
+            network = folded
+    check_fit(params, network.state_dict())
+    network.load_state_dict(params)
+    return network
+
+
+def take_pretrained(opt, network, num_classes):
+    """Starts the network from --pretrained, with a new last layer for another number of classes.
+
+    Raises ValueError for parameters that do not fit otherwise or, published, cannot be had.
+    """
+    try:
+        published = opt.pretrained in ('18', '34')
+        params = pretrained_params(int(opt.pretrained)) if published else read(opt.pretrained)[
+            'params']
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+    expected = network.state_dict()
+    if 'fc.bias' in params and len(params['fc.bias']) != num_classes:
+        if rank() == 0:
+            print(f'{opt.pretrained}: the last layer, of {len(params["fc.bias"])} classes, is '
+                  f'replaced by a new one of {num_classes}')
+        params = {**params, **{name: expected[name] for name in ('fc.weight', 'fc.bias')}}
+    check_fit(params, expected)
+    network.load_state_dict(params)
 
 
 def prepare(opt, device):
@@ -238,18 +289,33 @@ def prepare(opt, device):
     build = functools.partial(baselines.build, opt.model, topology, **options.of_model(opt))
     with torch.device('meta'):
         build()  # depth, width and the like are checked before anything is read
-    loaded = find_checkpoint(opt)
+    if opt.evaluate and opt.resume == 'auto':
+        opt.resume = opt.save
+    loaded = read(opt.resume) if opt.evaluate else find_checkpoint(opt)
+    if loaded:
+        check_options(opt, loaded['args'])
     reflect = baselines.FAMILIES[opt.model].crop_padding == 'reflect'
-    sets = ranks.first_before_others(lambda: data.load(
-        opt.dataset, opt.dataroot, opt.image_size, opt.nthread, pad=opt.randomcrop_pad,
+    load = functools.partial(
+        data.load, opt.dataset, opt.dataroot, opt.image_size, opt.nthread, pad=opt.randomcrop_pad,
         reflect=reflect,
-    ))
+    )
+    # what one process downloads, the others read
+    sets = ranks.first_before_others(load) if opt.dataset.startswith('CIFAR') else load()
     if opt.val:
         sets.train, sets.val = data.hold_out(sets.train, opt.val)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(opt.seed % 2**32)
-    network = build(len(sets.classes))
-    network.to(device, torch.float64 if opt.dtype == 'double' else torch.float32)
+    try:
+        network = build(len(sets.classes))
+        network.to(device, torch.float64 if opt.dtype == 'double' else torch.float32)
+    except RuntimeError as error:  # of memory
+        raise ValueError(f'the network cannot be made: {str(error).splitlines()[0]}') from error
+    torch.manual_seed(opt.seed + rank())  # the same network, but dropout of its own
+    if opt.evaluate:
+        network = load_to_test(network, loaded['params'])
+        return Run(opt, sets, network.to(device), make_optimizer(network, opt))
+    if opt.pretrained and not loaded:
+        take_pretrained(opt, network, len(sets.classes))
     run = Run(opt, sets, network, make_optimizer(network, opt))
     if loaded:
         run.restore(loaded)
@@ -277,6 +343,9 @@ def train_epoch(run, process, loader, title, on_step):
 def evaluate(run, process, split, title, on_step=lambda: None):
     """Tests the network on the images of a split, 'val' or 'test': returns its figures."""
     opt, images = run.opt, getattr(run.sets, split)
+    if world() > 1:  # each has batch statistics of its own: those of the first are saved
+        for buffer in run.network.buffers():
+            dist.broadcast(buffer, 0)
     loader = data.loader(images, opt.batch_size, opt.nthread, rank=rank(), world=world())
     run.network.eval()
     meters = Meters(len(run.sets.classes), len(images), title)
@@ -304,7 +373,7 @@ def train(run, device, signals):
     def on_train_step():
         run.step += 1
         set_rate()
-        if world() > 1 and run.step % STEPS_PER_READING:
+        if world() > 1 and run.step % STEPS_PER_READING and run.step < len(loader):
             return  # several processes agree, which takes time, once in so many steps
         due = opt.save_every and time.monotonic() - run.saved >= 60 * opt.save_every
         number, due = ranks.over_ranks([signals.number, bool(due)], dist.ReduceOp.MAX)
@@ -349,7 +418,8 @@ def train(run, device, signals):
 
 def stop(status, message):
     """Ends with one line on stderr: the last, as a reading process sends its traceback before."""
-    print(f'train.py: {str(message).strip().splitlines()[-1]}', file=sys.stderr)
+    line = str(message).strip().splitlines()[-1].removeprefix('diracimage.DataError: ')
+    print(f'train.py: {line}', file=sys.stderr)
     sys.exit(status)
 
 
@@ -366,6 +436,8 @@ def main(argv=None):
         run = prepare(opt, device)
     except (ValueError, OSError) as error:
         stop(2, error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)  # nothing is there yet to be saved
     if rank() == 0:
         print_options_and_parameters(opt, dict(run.network.named_parameters()))
         print(f'{opt.dataset}: {len(run.sets.train)} training and {len(run.sets.test)} test images,'
@@ -391,7 +463,7 @@ def main(argv=None):
         number = signal.Signals(stopped.args[0])
         if rank() == 0:
             print(f'stopped by {number.name} in epoch {run.epoch + 1} after {run.step} steps, and '
-                  f'saved; go on with: {command} --resume auto')
+                  f'saved; go on with the same command and --resume auto: {command} --resume auto')
         sys.exit(128 + number)
     except OSError as error:
         stop(1, error)

@@ -2,23 +2,28 @@
 
     network = baselines.build('plain', 'CIFAR10', depth=28, width=1, block='dbb')
     logits = network(inputs)                        # (N, 3, H, W) to (N, num_classes)
-    deployed = baselines.deploy(network)            # a copy of plain convolutions
+    trained = baselines.load('logs/compare-plain')  # the network of a checkpoint
+    deployed = diracfold.fold(trained.network)      # plain convolutions
 
 `python -m baselines` prints their sizes, the table of the README.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torchvision
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
+import diracfold
 from baselines import densenet, diracnet_v1, mobilenet, plain, wide_resnet
-from baselines.replace import deploy, with_block
-from diracnet import CLASSES, Network, define_diracnet
+from baselines.replace import with_block
+from diracnet import CLASSES, Network, define_diracnet, forward, topology
 
-__all__ = ['FAMILIES', 'Family', 'build', 'deploy', 'multiply_adds', 'with_block']
+__all__ = ['FAMILIES', 'Family', 'Trained', 'build', 'load', 'multiply_adds', 'with_block']
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,44 @@ def build(name, dataset, num_classes=None, **options):
     if not 0 <= options.get('droprate', 0) < 1:
         raise ValueError(f'droprate {options["droprate"]}: expected at least 0 and less than 1')
     return family.build(dataset, num_classes, **options)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The network of a checkpoint, as it was trained, and what its inputs and outputs are."""
+
+    network: nn.Module  # in evaluation mode
+    title: str
+    dataset: str  # the kind of the images: 'CIFAR10', 'CIFAR100' or 'ImageNet'
+    image_size: int  # pixels
+    num_classes: int
+    classes: list  # their names, or None
+
+
+def load(path):
+    """Loads the network of a checkpoint, of any family: a Trained.
+
+    path and errors are those of `diracfold.read`; a file without the options of its training holds
+    a DiracNet. Raises ValueError too for parameters that do not fit the options.
+    """
+    contents = diracfold.read(path)
+    params, args = contents['params'], contents['args']
+    name = args.get('model', 'diracnet')
+    if name == 'diracnet':
+        found = diracfold.describe(contents, path)
+        options, size = found['options'], found['image_size']
+        dataset, num_classes = options['dataset'], options['num_classes']
+        network = Network(functools.partial(forward, topology(**options)), params)
+        title = f'DiracNet-{options["depth"]}-{options["width"]:g}'
+    else:
+        dataset = data.topology(args['dataset'], args['image_size'])
+        size, num_classes = diracfold.image_size(args, dataset), len(contents['classes'])
+        options = {option: args[option] for option in FAMILIES[name].options}
+        network = build(name, dataset, num_classes, **options)
+        diracfold.check_fit(params, network.state_dict())
+        network.load_state_dict(params)
+        title = ', '.join([name, *(f'{option} {value}' for option, value in options.items())])
+    return Trained(network.eval(), title, dataset, size, num_classes, contents['classes'])
 
 
 def multiply_adds(network, size):

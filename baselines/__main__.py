@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from baselines import build, deploy, multiply_adds
+from baselines import build, multiply_adds
+from diracfold import fold
 from diracnet import DiracNet
 
 RECIPES = Path(__file__).parent.parent / 'recipes'
@@ -63,7 +64,7 @@ def row(name, dataset, options, recipe):
     with torch.device('meta'):
         network = build(name, dataset, **options)
         # the functional form folds into this; the others are networks of modules
-        deployed = DiracNet(dataset=dataset, **options) if name == 'diracnet' else deploy(network)
+        deployed = DiracNet(dataset=dataset, **options) if name == 'diracnet' else fold(network)
     parameters, deployed_parameters = (
         f'{sum(p.numel() for p in form.parameters()):,}' for form in (network, deployed)
     )

@@ -1,8 +1,8 @@
 """The DiracNet topology with other convolutions: plain, started at the identity, with skips.
 
 What differs from a DiracNet is the one thing in a network's name; the rest, initialisation of the
-batch norms included, is the DiracNet's. Folded (`deploy`), plain and dirac-init have the state
-dict of a `diracnet.DiracNet` and load into one.
+batch norms included, is the DiracNet's. Folded by `diracfold.fold`, plain and dirac-init have the
+state dict of a `diracnet.DiracNet` and load into one.
 """
 
 from collections import OrderedDict

@@ -1,14 +1,12 @@
-"""Networks with their convolutions replaced: by blocks to train with, by plain ones to deploy.
+"""Networks with their convolutions replaced by blocks to train with; `diracfold.fold` undoes it.
 
-Both follow the order in which a module registers its children, in which all networks of this
+It follows the order in which a module registers its children, in which all networks of this
 folder and of torchvision name a convolution and then the batch norm that takes its output.
 """
 
-import copy
 from collections import OrderedDict
 
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from baselines.diverse_branch import ACBlock, DiverseBranchBlock
 
@@ -59,23 +57,3 @@ def with_block(network, block):
             bn = nn.BatchNorm2d(conv.out_channels)
             setattr(parent, name, nn.Sequential(OrderedDict(conv=conv, bn=bn)))
     return network
-
-
-def deploy(network):
-    """Returns a copy in evaluation mode whose layers that can fold are plain convolutions.
-
-    Those are the layers with a `fold()` (Dirac convolutions, DiverseBranchBlock, ACBlock), and
-    after them each convolution directly followed by its batch norm. The arithmetic is float64, the
-    result has the network's dtype. Works on the meta device.
-    """
-    dtype = next(network.parameters()).dtype
-    network = copy.deepcopy(network).eval().double()
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if hasattr(child, 'fold'):
-                setattr(parent, name, child.fold())
-    for parent, name, norm in _convolutions(network):
-        if norm:
-            setattr(parent, name, fuse_conv_bn_eval(getattr(parent, name), getattr(parent, norm)))
-            _take_out(parent, norm)
-    return network.to(dtype)

@@ -16,6 +16,7 @@ from baselines import densenet, diracnet_v1, diverse_branch
 from baselines.__main__ import NETWORKS, RECIPES, row
 from baselines.diverse_branch import ACBlock, DiverseBranchBlock
 from baselines.plain import PlainNet
+from diracfold import fold
 from diracnet import DiracNet, define_diracnet
 
 PLAIN_DENSE = {'bottleneck': False, 'growth': 12, 'layers': 40}
@@ -82,7 +83,7 @@ def test_parameters(name, dataset, options, parameters):
 def test_parameters_of_diverse_branches_in_training_and_deployed(name, base, dbb, deployed):
     networks = [build_on_meta(name, 'ImageNet', block=block) for block in ('base', 'dbb', 'acb')]
     assert [count(network) for network in networks[:2]] == [base, dbb]
-    assert [count(baselines.deploy(network)) for network in networks] == [deployed] * 3
+    assert [count(fold(network)) for network in networks] == [deployed] * 3
 
 
 @pytest.mark.parametrize(('dataset', 'depth', 'width'), [('CIFAR10', 28, 1), ('ImageNet', 18, 1)])
@@ -222,7 +223,7 @@ def test_trains_then_deploys_with_the_same_logits(name, dataset, options):
 
     network = network.double().eval()
     state = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    deployed = baselines.deploy(network)
+    deployed = fold(network, torch.float64)
     with torch.no_grad():
         logits = network(images[:4].double())
         difference = (deployed(images[:4].double()) - logits).abs().max()
@@ -230,16 +231,15 @@ def test_trains_then_deploys_with_the_same_logits(name, dataset, options):
     assert difference <= 1e-9 * logits.abs().max()
     assert not deployed.training
     assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
-    if name != 'diracnet':
-        again = baselines.build(name, dataset, num_classes=5, **options)
-        again.load_state_dict(network.state_dict())
-        baselines.deploy(again).load_state_dict(deployed.state_dict())
+    again = baselines.build(name, dataset, num_classes=5, **options)
+    again.load_state_dict(network.state_dict())
+    fold(again).load_state_dict(deployed.state_dict())
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'mobilenet', 'plain', 'diracnet-v1'])
 def test_deployed_chains_have_no_batch_norm_left(name):
     options = {'depth': 18} if name in ('plain', 'diracnet-v1') else {'block': 'dbb'}
-    deployed = baselines.deploy(build_on_meta(name, 'ImageNet', **options))
+    deployed = fold(build_on_meta(name, 'ImageNet', **options))
     assert not [m for m in deployed.modules() if isinstance(m, nn.BatchNorm2d)]
     assert {type(m) for m in deployed.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
 
@@ -321,7 +321,7 @@ def test_v1_is_ncrelu_then_convolution_then_batch_norm(dataset, depth, last_relu
 def test_folded_v1_is_the_published_chain():
     network = build_on_meta('diracnet-v1', 'ImageNet', depth=18, width=0.75)
     chain = []
-    for module in baselines.deploy(network).modules():
+    for module in fold(network).modules():
         if isinstance(module, nn.Conv2d):
             size = (module.in_channels, module.out_channels, *module.kernel_size, *module.stride)
             chain.append(('conv', *size, module.bias is not None))
@@ -372,7 +372,7 @@ def test_plain_is_a_diracnet_without_the_parameterisation(dataset, depth):
 def test_folded_plain_networks_load_into_a_diracnet(name, dataset, depth):
     network = perturb(baselines.build(name, dataset, depth=depth, width=0.5)).double().eval()
     folded = DiracNet(depth, 0.5, dataset).double().eval()
-    folded.load_state_dict(baselines.deploy(network).state_dict())
+    folded.load_state_dict(fold(network, torch.float64).state_dict())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(folded(images), network(images), rtol=1e-9, atol=1e-9)

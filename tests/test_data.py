@@ -310,6 +310,13 @@ def test_what_is_wrong_is_named(tmp_path):
     broken.write_bytes(broken.read_bytes()[:40])
     with pytest.raises(data.DataError, match=f'{broken}: not a readable image'):
         data.load('Folder', str(tmp_path))
+    cv2.imwrite(str(broken.with_suffix('.jpg')), np.full((32, 32, 3), 90, np.uint8))
+    broken.unlink()
+    broken = broken.with_suffix('.jpg')
+    data.load('Folder', str(tmp_path))
+    broken.write_bytes(broken.read_bytes()[:-60])  # OpenCV would make grey rows of what is missing
+    with pytest.raises(data.DataError, match=f'{broken}: not a readable image'):
+        data.load('Folder', str(tmp_path))
     for image in (tmp_path / 'train' / 'dog').iterdir():
         image.unlink()
     with pytest.raises(data.DataError, match='train/dog: a class folder without an image'):

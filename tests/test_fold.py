@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
+import baselines
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization
 from diracfold import (
     checkpoint_path,
     fold,
     identify,
-    load_checkpoint,
     load_params,
     preprocess,
     pretrained_params,
@@ -303,12 +303,11 @@ def test_formats_round_trip(trained, digits, tmp_path, name):
 
 
 def test_folder_of_a_run_with_what_it_says(run_folder):
-    checkpoint = load_checkpoint(str(run_folder))
-    assert checkpoint['options'] == {
-        'depth': 10, 'width': 0.5, 'dataset': 'CIFAR10', 'num_classes': 10
-    }
-    assert checkpoint['image_size'] == 32
-    assert checkpoint['classes'][3] == 'digit 3'
+    trained = baselines.load(str(run_folder))
+    assert (trained.title, trained.dataset) == ('DiracNet-10-0.5', 'CIFAR10')
+    assert trained.num_classes == 10
+    assert trained.image_size == 32
+    assert trained.classes[3] == 'digit 3'
 
 
 @pytest.mark.parametrize(('arguments', 'width'), [

@@ -10,8 +10,10 @@ import pytest
 import torch
 from test_data import write_images
 
+import baselines
 import options
 import train
+from diracfold import fold
 from diracnet import Network, define_diracnet
 from meters import Meters
 
@@ -72,7 +74,7 @@ def test_defaults():
         'lr_decay_ratio': 0.2, 'resume': '', 'evaluate': False, 'seed': 1, 'save': 'checkpoints',
         'gpu_id': '', 'ngpu': 1, 'force': False, 'save_every': 0, 'recipe': '', 'augment': True,
         'val': 0, 'lr_schedule': 'step', 'nesterov': False, 'label_smoothing': 0, 'name': '',
-        'tensorboard': False,
+        'tensorboard': False, 'pretrained': '',
     }  # fmt: skip
 
 
@@ -97,7 +99,7 @@ def test_help_says_every_option_with_its_default(capsys):
     printed = ' '.join(capsys.readouterr().out.split())
     for name, value in vars(options.parse_options([])).items():
         assert f'--{name}' in printed
-        if value not in ('', False) and name not in ('depth', 'width'):
+        if value != '' and value is not False and name not in ('depth', 'width'):
             assert f'(default: {str(value).replace(", ", ",")})' in printed
 
 
@@ -342,6 +344,89 @@ def test_every_family_trains_and_resumes(family, tmp_path):
     assert len(stats_of(tmp_path / 'run')) == 3
 
 
+def test_another_run_is_not_overwritten_by_a_resumed_one(trained, images, tmp_path, capsys):
+    run(images, tmp_path / 'other', '--epochs', 1)
+    before = (tmp_path / 'other' / 'log.txt').read_text()
+    error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10,
+                    '--resume', trained, '--save', tmp_path / 'other')
+    assert 'other holds a run: expected --resume auto, or another --save' in error
+    for name in ('model.pt7', 'best.pt7', 'previous.pt7'):  # as in a clone: the log alone
+        (tmp_path / 'other' / name).unlink(missing_ok=True)
+    assert 'holds a run' in refused(capsys, '--dataset', 'Folder', '--dataroot', images,
+                                    '--save', tmp_path / 'other')
+    assert (tmp_path / 'other' / 'log.txt').read_text() == before
+
+
+def test_evaluate_takes_no_other_family(images, tmp_path, capsys):
+    run(images, tmp_path, '--model', 'resnet', '--epochs', 1)
+    common = ['--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--evaluate',
+              '--resume', tmp_path]  # fmt: skip
+    error = refused(capsys, *common, '--model', 'plain')
+    assert 'model was resnet, is plain: expected the same, or --force' in error
+
+
+def test_evaluate_of_other_files(images, tmp_path, capsys):
+    """Prefixes of DDP, the original's dense deltas, and the folded form give the same figures."""
+    run(images, tmp_path / 'run', '--model', 'plain', '--block', 'dbb', '--epochs', 1)
+    run(images, tmp_path / 'dirac', '--epochs', 1)
+    for folder, options_ in [('run', ['--model', 'plain', '--block', 'dbb']), ('dirac', [])]:
+        loaded = torch.load(tmp_path / folder / 'model.pt7', weights_only=True)
+        params = loaded['params']
+        files = {
+            'ddp.pt7': {**loaded, 'params': {f'module.{k}': v for k, v in params.items()}},
+            'folded.pth': fold(baselines.load(tmp_path / folder).network).state_dict(),
+        }
+        if folder == 'dirac':
+            eye = torch.eye(16).view(16, 16, 1, 1)
+            files['original.pt7'] = {'params': {**params, 'eye16_16_3_3': eye}, 'epoch': 1}
+        for name, contents in files.items():
+            torch.save(contents, tmp_path / folder / name)
+            train.main(['--evaluate', '--resume', str(tmp_path / folder / name), '--dataset',
+                        'Folder', '--dataroot', str(images), '--depth', '10', *options_])
+            loss = float(capsys.readouterr().out.splitlines()[-2].removeprefix('test_loss: '))
+            logged = stats_of(tmp_path / folder)[-1]['test_loss']
+            assert loss == pytest.approx(logged, abs=1e-3), name
+
+
+def test_fine_tuning_from_a_file(trained, images, tmp_path, capsys):
+    write_images(tmp_path / 'three' / 'train', ('a', 'b', 'c'), n=4)
+    write_images(tmp_path / 'three' / 'test', ('a', 'b', 'c'), n=4)
+    run(tmp_path / 'three', tmp_path / 'run', '--pretrained', trained, '--epochs', 1, '--lr', 0)
+    printed = capsys.readouterr().out
+    assert 'the last layer, of 2 classes, is replaced by a new one of 3' in printed
+    before, after = params_of(trained), params_of(tmp_path / 'run')
+    assert torch.equal(before['group2.block1.conv'], after['group2.block1.conv'])
+    assert after['fc.weight'].shape == (3, 64)
+    error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 16,
+                    '--save', tmp_path / 'new', '--pretrained', trained)
+    assert 'group0.block2.alpha is missing' in error
+
+
+def test_resuming_with_other_classes(trained, tmp_path, capsys):
+    write_images(tmp_path / 'train', ('owl', 'yak'), n=2)
+    write_images(tmp_path / 'test', ('owl', 'yak'), n=2)
+    error = refused(capsys, '--dataset', 'Folder', '--dataroot', tmp_path, '--depth', 10,
+                    '--resume', trained, '--save', tmp_path / 'run', '--force')
+    assert 'of other classes' in error
+
+
+@pytest.mark.parametrize('change', [
+    {'optimizer': {}}, {'rng': {}}, {'params': {'conv': 3}}, {'step': 'one'},
+])  # fmt: skip
+def test_odd_checkpoints(trained, images, tmp_path, capsys, change):
+    loaded = torch.load(trained / 'model.pt7', weights_only=True)
+    torch.save({**loaded, **change}, tmp_path / 'odd.pt7')
+    refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--force',
+            '--resume', tmp_path / 'odd.pt7', '--save', tmp_path / 'run')
+
+
+def test_longer_cosine_is_another_run(images, tmp_path, capsys):
+    run(images, tmp_path, '--lr_schedule', 'cosine', '--epochs', 1)
+    with pytest.raises(SystemExit):
+        run(images, tmp_path, '--lr_schedule', 'cosine', '--epochs', 2, '--resume', 'auto')
+    assert 'epochs was 1, is 2: expected the same, or --force' in capsys.readouterr().err
+
+
 def test_v1_decays_everything():
     for model in ('diracnet', 'diracnet-v1'):
         opt = options.parse_options(['--model', model])
@@ -392,6 +477,15 @@ def test_meters_weigh_every_image_alike():
     (['--model', 'resnet18', '--dataset', 'Digits'], "resnet18 is not for 'CIFAR10'"),
     (['--label_smoothing', '1'], '--label_smoothing 1.0: expected less than 1'),
     (['--val', '1437', '--dataset', 'Digits'], '1437 images to hold out'),
+    (['--width', '1e300'], 'expected a number of at least 0 and at most 10000'),
+    (['--batch_size', '9' * 20], 'at most 2147483648'),
+    (['--epoch_step', '[' * 20_000], 'expected a list of epochs'),
+    (['--epoch_step', '{}'], 'expected a list of epochs'),
+    (['--randomcrop_pad', '32'], '--randomcrop_pad 32: expected less than the image, 32'),
+    (['--gpu_id', 'first'], "--gpu_id 'first': expected numbers of devices"),
+    (['--save', '/dev/null/x'], "--save '/dev/null/x': expected a folder that can be written"),
+    (['--save', ''], "--save '': expected a folder"),
+    (['--name', 'a', '--save', 'b'], '--name and --save both given'),
     (['--recipe', 'mine'], 'mine'),
     (['--ngpu', '2'], 'start it as: torchrun --nproc_per_node=2 train.py --ngpu 2'),
     (['--colour'], '--colour'),
@@ -404,7 +498,8 @@ def test_bad_options(capsys, tmp_path, monkeypatch, options, message):
 
 def test_checkpoint_of_another_network(trained, images, capsys, tmp_path):
     options = ['--dataset', 'Folder', '--dataroot', images, '--resume', trained]
-    error = refused(capsys, *options, '--depth', 10, '--width', 2, '--batch_size', 12)
+    options += ['--save', tmp_path / 'new', '--batch_size', 12]
+    error = refused(capsys, *options, '--depth', 10, '--width', 2)
     assert 'width was 1, is 2.0; epoch_step was [2], is [60, 120, 160]: expected the same' in error
     options.append('--force')
     error = refused(capsys, *options, '--depth', 10, '--width', 2)
