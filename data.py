@@ -9,7 +9,6 @@ of it, whatever the number of workers.
 """
 
 import os
-import signal
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 
@@ -306,8 +305,7 @@ class BatchSampler(Sampler):
 
 def _start_worker(_):
     cv2.setNumThreads(0)  # the workers are the parallelism
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are the training's to answer
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgid(0, 0)  # Ctrl-C and SIGTERM to the group are the training's to answer
 
 
 def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1, augment=True):

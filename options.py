@@ -93,7 +93,7 @@ def make_parser():
     add('--dtype', default='float', choices=DTYPES, help='bfloat16 is autocast from float')
     add('--batch_size', '--batchSize', default=128, type=at_least(1, int), help='images in a step')
     add('--epochs', default=200, type=at_least(1, int), help='epochs in all, resumed ones counted')
-    add('--lr', default=0.1, type=at_least(0, float), help='learning rate, the highest')
+    add('--lr', default=0.1, type=at_least(0, float, 1e38), help='learning rate, the highest')
     add('--lr_schedule', default='step', choices=SCHEDULES, help='how it changes')
     add('--epoch_step', default='[60,120,160]', type=epoch_list,
         help='epochs, counted from 1, at whose start the learning rate drops')

@@ -487,10 +487,8 @@ def published(tmp_path, monkeypatch):
     monkeypatch.setitem(
         diracnet.MODEL_URLS, 18, f'http://127.0.0.1:{server.server_port}/{file.name}'
     )
-    hub = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path / 'hub'))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     yield file, tmp_path / 'hub' / 'checkpoints' / file.name
-    torch.hub.set_dir(hub)
     server.shutdown()
     server.server_close()
 

@@ -462,8 +462,9 @@ def main(argv=None):
     except StoppedError as stopped:
         number = signal.Signals(stopped.args[0])
         if rank() == 0:
+            launcher = 'python' if world() == 1 else 'torchrun ...'
             print(f'stopped by {number.name} in epoch {run.epoch + 1} after {run.step} steps, and '
-                  f'saved; go on with the same command and --resume auto: {command} --resume auto')
+                  f'saved; go on with: {launcher} {command} --resume auto')
         sys.exit(128 + number)
     except OSError as error:
         stop(1, error)

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Trains a DiracNet and the networks it is compared with on the same images with the same budget,
 # and draws their logs: bash experiments/compare.sh FOLDER, of images in train/CLASS and test/CLASS.
+# The DenseNet is the one with the next fewer multiply-adds (43.7 million; 54.7 million the others).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { # name, flags of the model
     python train.py --dataset Folder --dataroot "$images" --dtype bfloat16 --epochs 8 \
-        --lr_schedule cosine --depth 28 --save "logs/compare-$1" --resume auto "${@:2}"
+        --lr_schedule cosine --save "logs/compare-$1" --resume auto "${@:2}"
 }
 images=$1
-run diracnet --model diracnet
-run plain --model plain
-run resnet --model resnet
-run plain-dbb --model plain --block dbb
-python plot.py logs/compare-{diracnet,plain,resnet,plain-dbb} --save logs/compare.png
+run diracnet --model diracnet --depth 28
+run plain --model plain --depth 28
+run resnet --model resnet --depth 28
+run densenet --model densenet --layers 28 --growth 12
+python plot.py logs/compare-{diracnet,plain,resnet,densenet} --save logs/compare.png

@@ -123,7 +123,9 @@ def test_onnx_is_one_file_of_plain_convolutions(exported):
 
 def test_a_file_that_differs_is_not_left_behind(run_folder, tmp_path, capsys, monkeypatch):
     fold = export.fold
-    monkeypatch.setattr(export, 'fold', lambda params: fold({**params, 'fc.bias': torch.ones(10)}))
+    monkeypatch.setattr(export, 'fold', lambda network: fold(
+        {**network.state_dict(), 'fc.bias': torch.ones(10)}
+    ))
     with pytest.raises(SystemExit) as exit:
         export.main([str(run_folder), '--to', str(tmp_path / 'wrong.pth')])
     assert exit.value.code == 1

@@ -96,7 +96,7 @@ def test_signals(images, whole, tmp_path, capsys, monkeypatch, number, where):
     assert f'stopped by {number.name} in epoch 2 after {steps} steps, and saved' in last
     saved = torch.load(tmp_path / 'model.pt7', weights_only=True)
     assert (saved['epoch'], saved['step']) == (1, steps)
-    command = last.split('go on with: train.py ')[1]
+    command = last.split('go on with: python train.py ')[1]
     train.main(shlex.split(command))
     assert_same_run(tmp_path, whole)
 

@@ -467,6 +467,7 @@ def test_meters_weigh_every_image_alike():
     (['--epoch_step', '[0.5]'], 'expected a list of epochs'),
     (['--batch_size', '0'], "'0': expected a number of at least 1"),
     (['--lr', '-1'], "'-1': expected a number of at least 0"),
+    (['--lr', 'inf'], 'at most 1e+38'),
     (['--lr', 'nan'], "'nan': expected a number of at least 0"),
     (['--width', '0', '--dataset', 'Digits'], 'width 0.0: expected at least 0.0625'),
     (['--dataset', 'MNIST'], 'MNIST'),
