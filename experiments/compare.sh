@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a DiracNet and the networks it is compared with on the same images with the same budget,
 # and draws their logs: bash experiments/compare.sh FOLDER, of images in train/CLASS and test/CLASS.
-# The DenseNet is the one with the next fewer multiply-adds (43.7 million; 54.7 million the others).
+# The DenseNet is a small one, of what the time allowed: 19.0 million multiply-adds to their 54.7.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run() { # name, flags of the model
@@ -12,5 +12,5 @@ images=$1
 run diracnet --model diracnet --depth 28
 run plain --model plain --depth 28
 run resnet --model resnet --depth 28
-run densenet --model densenet --layers 28 --growth 12
+run densenet --model densenet --layers 16 --growth 12
 python plot.py logs/compare-{diracnet,plain,resnet,densenet} --save logs/compare.png

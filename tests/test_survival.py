@@ -101,6 +101,25 @@ def test_signals(images, whole, tmp_path, capsys, monkeypatch, number, where):
     assert_same_run(tmp_path, whole)
 
 
+def test_sigterm_to_the_whole_group_spares_the_reading_processes(tmp_path):
+    write_images(tmp_path / 'train', n=8, size=(70, 70))
+    write_images(tmp_path / 'test', n=2, size=(70, 70))
+    command = ['train.py', '--dataset', 'Folder', '--dataroot', tmp_path, '--image_size', 70,
+               '--depth', 18, '--width', 0.125, '--nthread', 2, '--batch_size', 4,
+               '--save', tmp_path / 'run']  # fmt: skip
+    training = subprocess.Popen(
+        [sys.executable, *map(str, command)], env=environment(), cwd=ROOT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    while training.poll() is None and not (tmp_path / 'run' / 'model.pt7').exists():
+        time.sleep(0.01)
+    os.killpg(training.pid, signal.SIGTERM)
+    printed, errors = training.communicate(timeout=120)
+    assert training.returncode == 128 + signal.SIGTERM, errors
+    assert 'stopped by SIGTERM' in printed
+    assert torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)['step'] > 0
+
+
 def test_second_ctrl_c_stops_at_once():
     with train.Signals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
@@ -341,6 +360,8 @@ def test_two_machines_then_tested_on_one_two_and_three_ranks(images, tmp_path):
         assert done.returncode == 0, done.stderr
         lines.append(done.stdout.splitlines()[-2:])
     assert lines[0] == lines[1] == lines[2]
+    loss = float(lines[0][0].removeprefix('test_loss: '))
+    assert loss == pytest.approx(stats_of(folder)[-1]['test_loss'], abs=1e-4)
     accuracy = float(lines[0][1].removeprefix('test_acc: '))
     assert accuracy == pytest.approx(stats_of(folder)[-1]['test_acc'], abs=0.005)
     assert accuracy * 7 / 100 == pytest.approx(round(accuracy * 7 / 100), abs=0.001)
