@@ -304,6 +304,17 @@ def test_names_and_initialisation():
     assert params['fc.bias'].tolist() == [0] * 7
 
 
+@pytest.mark.parametrize('shape', [(4, 4, 3, 3), (6, 4, 3, 3), (4, 6, 3, 3)])
+def test_the_four_lines_of_the_readme(shape):
+    text = (ROOT / 'README.md').read_text()
+    code = re.search(r'```python\n(scale = .*?)```', text, re.S).group(1)
+    names = dict(zip(('weight', 'alpha', 'beta'), map(torch.randn, (shape, shape[:1], shape[:1]))))
+    expected = slow_w_hat(*names.values(), groups=1)
+    exec(code, names)
+    assert len(code.splitlines()) == 4
+    torch.testing.assert_close(names['w_hat'].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def modular_network():
     """The network that the README builds from DiracConv2d modules, DiracNet-28-1 for CIFAR-10."""
     text = (ROOT / 'README.md').read_text()

@@ -795,3 +795,9 @@ def test_blocks_replace_only_kernels_between_1_and_7():
     assert kinds == [nn.Conv2d, ACBlock, nn.Conv2d]
     kinds = [type(m) for m in (bottleneck.bn1, bottleneck.bn2, bottleneck.bn3)]
     assert kinds == [nn.BatchNorm2d, nn.Identity, nn.BatchNorm2d]
+
+
+def test_table_of_the_readme():
+    text = (Path(baselines.__file__).parent.parent / 'README.md').read_text()
+    for network in NETWORKS:
+        assert '| ' + ' | '.join(row(*network)) + ' |' in text
