@@ -15,12 +15,13 @@ import data  # noqa: E402
 import options  # noqa: E402
 import ranks  # noqa: E402
 import train  # noqa: E402
+from run import prepare  # noqa: E402
 
 
 def main():
     opt = options.parse_options(['--dataset', 'Digits', '--depth', '10', '--dtype', 'double'])
     device = ranks.start()
-    run = train.prepare(opt, device)
+    run = prepare(opt, device)
     run.network.eval()
     network = DistributedDataParallel(run.network) if ranks.world() > 1 else run.network
     process = train.make_process(network, opt, device)

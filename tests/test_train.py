@@ -16,6 +16,7 @@ import train
 from diracfold import fold
 from diracnet import Network, define_diracnet
 from meters import Meters
+from run import make_optimizer
 
 ROOT = Path(train.__file__).parent
 
@@ -239,7 +240,7 @@ def test_learning_rate_and_momentum():
     weight = torch.nn.Parameter(torch.ones(2, 2))
     layer = torch.nn.Module()
     layer.weight = weight
-    optimizer = train.make_optimizer(layer, opt)
+    optimizer = make_optimizer(layer, opt)
     weight.grad = torch.ones(2, 2)
     optimizer.step()
     momentum = optimizer.state[weight]['momentum_buffer'].clone()
@@ -430,14 +431,14 @@ def test_longer_cosine_is_another_run(images, tmp_path, capsys):
 def test_v1_decays_everything():
     for model in ('diracnet', 'diracnet-v1'):
         opt = options.parse_options(['--model', model])
-        groups = train.make_optimizer(torch.nn.BatchNorm2d(3), opt).param_groups
+        groups = make_optimizer(torch.nn.BatchNorm2d(3), opt).param_groups
         decayed = [len(g['params']) for g in groups if g['weight_decay']]
         assert decayed == ([2] if model == 'diracnet-v1' else [0])
 
 
 def test_weight_decay_leaves_vectors_alone():
     network = Network(*define_diracnet(10, 1, 'CIFAR10'))
-    optimizer = train.make_optimizer(network, options.parse_options(['--weight_decay', '0.25']))
+    optimizer = make_optimizer(network, options.parse_options(['--weight_decay', '0.25']))
     decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
     for name, parameter in network.named_parameters():
         matrix = name.endswith('conv') or name == 'fc.weight'
