@@ -1,6 +1,8 @@
 """The processes that torchrun starts, and what they add up; alone, there is one."""
 
 import os
+import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -15,12 +17,40 @@ def start():
     torch.backends.cudnn.benchmark = cuda
     if 'LOCAL_RANK' not in os.environ:
         return torch.device('cuda' if cuda else 'cpu')
-    dist.init_process_group('nccl' if cuda else 'gloo')
+    store, number, count = next(dist.rendezvous('env://'))
+    store = _fresh_store(store, number, count)
+    dist.init_process_group(
+        'nccl' if cuda else 'gloo', store=store, rank=number, world_size=count
+    )
     if not cuda:
         return torch.device('cpu')
     device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
     torch.cuda.set_device(device)
     return device
+
+
+def _fresh_store(store, rank, world):
+    """Returns the part of torchrun's store that these processes, and none before them, write to.
+
+    torchrun keeps its store when it starts processes again, with the addresses of the dead ones: a
+    process that reads one of those waits for ever. The count of restarts does not tell them apart,
+    as each machine counts its own. So the first process makes a new name, and answers with it each
+    process that calls; a call that a dead one left is answered too, and heard by nobody.
+    """
+    if rank > 0:
+        caller = uuid.uuid4().hex
+        store.set(f'call/{rank}', caller)
+        name = store.get(f'answer/{caller}').decode()  # waits for it
+        store.set(f'{name}/heard/{rank}', '')
+        return dist.PrefixStore(name, store)
+    name, silent = uuid.uuid4().hex, set(range(1, world))
+    while silent:
+        for other in silent:
+            if store.check([f'call/{other}']):
+                store.set(f'answer/{store.get(f"call/{other}").decode()}', name)
+        silent = {other for other in silent if not store.check([f'{name}/heard/{other}'])}
+        time.sleep(0.01)  # in seconds
+    return dist.PrefixStore(name, store)
 
 
 def end():
