@@ -21,6 +21,7 @@ from test_fold import DAMAGES, damaged
 import export
 import hubconf
 import predict
+import train
 from diracnet import DiracNet, define_diracnet
 
 pytest_plugins = ['trained_networks']
@@ -169,6 +170,33 @@ def test_int8(run_folder, images, digits, tmp_path, capsys):
     right = (run_onnx(path, inputs).argmax(1) == labels).float().mean().item()
     assert float(table['top-1, %']['int8.onnx']) == pytest.approx(100 * right, abs=0.01)
     assert os.listdir(tmp_path) == ['int8.onnx']
+
+
+def test_diverse_branches_are_converted_and_both_forms_evaluate(images, tmp_path, capsys):
+    data = ['--dataset', 'Folder', '--dataroot', str(images)]
+    flags = [*data, '--model', 'plain', '--depth', '10', '--width', '0.5', '--block', 'dbb']
+    run = str(tmp_path / 'run')
+    train.main([*flags, '--epochs', '3', '--batch_size', '10', '--lr', '0.05', '--save', run])
+    branches = torch.load(run + '/model.pt7', weights_only=True)['params']
+    assert any('dbb_1x1_kxk.conv2' in name for name in branches)
+
+    accuracies = []
+    for form in (run, str(tmp_path / 'deployed.pth')):
+        if form != run:
+            export.main([run, '--to', form])
+            assert 'group0.block0.conv.weight' in ' '.join(torch.load(form, weights_only=True))
+        capsys.readouterr()
+        train.main([*flags, '--evaluate', '--resume', form])
+        accuracies.append(capsys.readouterr().out.splitlines()[-1])
+    assert accuracies[0] == accuracies[1]
+
+    path = str(tmp_path / 'int8.onnx')
+    export.main([run, '--to', path, '--int8', str(images / 'train'), *data])
+    table = table_of(capsys.readouterr().out)
+    filters = [w for w in onnx.load(path).graph.initializer if len(w.dims) == 4]
+    assert len(filters) == 7  # the branches of each block are one convolution
+    assert all(w.data_type == onnx.TensorProto.INT8 for w in filters)
+    assert f'test_acc: {table["top-1, %"]["unfolded"]}' == accuracies[0]
 
 
 # ---------------------------------------------------------------- errors

@@ -316,33 +316,56 @@ def test_tensorboard(images, tmp_path):
     assert len([tag for tag in events.Tags()['scalars'] if tag.startswith('mean/')]) == 12
 
 
-FAMILIES = {  # of each for CIFAR, the smallest
-    'diracnet': ['--depth', 10], 'diracnet-v1': ['--depth', 10], 'plain': ['--depth', 10],
+IMAGENET = ['--image_size', 72, '--nthread', 0]
+FAMILIES = {  # the smallest of each
+    'diracnet': ['--depth', 10],
+    'diracnet, ImageNet': [*IMAGENET, '--depth', 18, '--width', 0.25],
+    'diracnet-v1': ['--depth', 10],
+    'diracnet-v1, ImageNet': [*IMAGENET, '--depth', 18, '--width', 0.25],
+    'plain': ['--depth', 10],
     'plain, dbb': ['--depth', 10, '--block', 'dbb'],
-    'dirac-init': ['--depth', 10], 'resnet': ['--depth', 10],
+    'plain, ImageNet': [*IMAGENET, '--depth', 18, '--width', 0.25],
+    'dirac-init': ['--depth', 10],
+    'resnet': ['--depth', 10],
     'wide-resnet': ['--depth', 10, '--width', 1, '--droprate', 0.1],
     'densenet': ['--layers', 10, '--growth', 4, '--droprate', 0.1],
+    'densenet121': IMAGENET,
+    'resnet18': [*IMAGENET, '--block', 'acb'],
+    'resnet34': IMAGENET,
+    'resnet50': IMAGENET,
+    'alexnet': [*IMAGENET, '--batch_size', 64],
+    'mobilenet': [*IMAGENET, '--block', 'dbb'],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-def test_every_family_trains_and_resumes(family, tmp_path):
-    write_images(tmp_path / 'images' / 'train', n=32)
-    write_images(tmp_path / 'images' / 'test', n=4)
+def test_every_family_trains_resumes_and_folds(family, tmp_path):
+    size = (72, 72) if '--image_size' in FAMILIES[family] else (32, 32)
+    write_images(tmp_path / 'images' / 'train', n=32, size=size)
+    write_images(tmp_path / 'images' / 'test', n=4, size=size)
     common = ['--dataset', 'Folder', '--dataroot', tmp_path / 'images', '--batch_size', 16,
-              '--model', family.split(',')[0], *FAMILIES[family]]  # fmt: skip
+              '--lr', 0.01, '--model', family.split(',')[0], *FAMILIES[family]]  # fmt: skip
 
     def go(folder, *more):
         train.main([str(option) for option in (*common, '--save', tmp_path / folder, *more)])
 
-    go('whole', '--epochs', 3)
-    go('run', '--epochs', 2)
-    go('run', '--epochs', 3, '--resume', 'auto')
-    whole, resumed = (torch.load(tmp_path / f / 'model.pt7', weights_only=True)['params']
-                      for f in ('whole', 'run'))
+    go('whole', '--epochs', 2)
+    go('run', '--epochs', 1)
+    go('run', '--epochs', 2, '--resume', 'auto')
+    whole, resumed = params_of(tmp_path / 'whole'), params_of(tmp_path / 'run')
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
-    assert len(stats_of(tmp_path / 'run')) == 3
+    assert [s['epoch'] for s in stats_of(tmp_path / 'run')] == [1, 2]
+
+    network = baselines.load(tmp_path / 'run').network.double()
+    inputs = torch.randn(2, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        logits, folded = network(inputs), fold(network, torch.float64)(inputs)
+    assert (folded - logits).abs().max() <= 1e-9 * logits.abs().max()
+
+
+def test_every_family_is_in_the_test():
+    assert {family.split(',')[0] for family in FAMILIES} == set(baselines.FAMILIES)
 
 
 def test_another_run_is_not_overwritten_by_a_resumed_one(trained, images, tmp_path, capsys):
