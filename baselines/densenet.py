@@ -141,7 +141,11 @@ def densenet(dataset, num_classes, layers, growth, reduce, bottleneck, droprate,
 
 
 def densenet121(dataset, num_classes, droprate, checkpointing):
-    """torchvision's DenseNet-121 for ImageNet, four blocks: (N, 3, H, W) to (N, num_classes)."""
+    """torchvision's DenseNet-121 for ImageNet, four blocks: (N, 3, H, W) to (N, num_classes).
+
+    checkpointing: torchvision's own, in which a batch counts twice in the running statistics of
+    the first batch norm of each layer, as it passes twice.
+    """
     return torchvision.models.densenet121(
         num_classes=num_classes, drop_rate=droprate, memory_efficient=checkpointing
     )
