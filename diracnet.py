@@ -126,7 +126,7 @@ def _block(x, params, prefix, mode):
     w_hat = dirac_weight(
         params[f'{prefix}.conv'], params[f'{prefix}.alpha'], params[f'{prefix}.beta']
     )
-    return _batch_norm(F.conv2d(F.relu(x), w_hat, padding=1), params, f'{prefix}.bn', mode)
+    return _batch_norm(F.conv2d(x, w_hat, padding=1), params, f'{prefix}.bn', mode)
 
 
 def forward(net, inputs, params, mode):
@@ -144,7 +144,8 @@ def forward(net, inputs, params, mode):
         if g > 0:
             x = F.max_pool2d(x, kernel_size=2)
         for b in range(blocks):
-            x = _block(x, params, f'group{g}.block{b}', mode)  # (N, channels[g], H', W')
+            # in place, as batch norm and pooling need not keep what they return
+            x = _block(F.relu(x, inplace=True), params, f'group{g}.block{b}', mode)
     x = F.relu(x).mean(dim=(2, 3))  # (N, channels[-1])
     return F.linear(x, params['fc.weight'], params['fc.bias'])
 

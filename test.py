@@ -101,6 +101,16 @@ def test_gradients_against_finite_differences(shape, groups):
     )
     w_hat = functools.partial(dirac_weight, groups=groups)
     assert torch.autograd.gradcheck(w_hat, (weight, alpha, beta))
+    assert torch.autograd.gradgradcheck(w_hat, (weight, alpha, beta))
+
+
+def test_gradient_of_a_filter_whose_norm_is_below_the_epsilon():
+    """There W_hat is linear in W: alpha * delta + beta / 1e-12 * W."""
+    weight = (torch.randn(2, 2, 3, dtype=torch.float64) * 1e-14).requires_grad_()
+    alpha, beta = torch.ones(2).double(), torch.tensor([0.1, -0.3], dtype=torch.float64)
+    grad = torch.randn(2, 2, 3, dtype=torch.float64)
+    (dirac_weight(weight, alpha, beta) * grad).sum().backward()
+    torch.testing.assert_close(weight.grad, grad * beta.view(2, 1, 1) * 1e12)
 
 
 @pytest.mark.parametrize('layer', LAYERS)
