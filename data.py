@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
-from diracimage import MAX_SMALL, DataError, read_image, read_test_image
+from diracimage import MAX_SMALL, DataError, decode, read_file, read_test_image
 
 DATASETS = ('CIFAR10', 'CIFAR100', 'Digits', 'ImageNet', 'Folder')
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
@@ -40,13 +40,47 @@ class Data:
 # ---------------------------------------------------------------- images
 
 
-def random_resized_crop(image, size):
-    """Cuts 8 to 100 % of the area at an aspect of 3/4 to 4/3, resizes (cubic), flips half of them.
+def jpeg_size(content):
+    """Reads (height, width) from the head of a JPEG file, uint8 (bytes,).
 
-    Draws from torch's global generator.
+    Returns None for anything else, and where Exif data may turn the image.
     """
-    shape = torch.empty(3, *image.shape[:2], device='meta')
-    top, left, height, width = RandomResizedCrop.get_params(shape, (0.08, 1.0), (3 / 4, 4 / 3))
+    head = content[: 1 << 16].tobytes()
+    if not head.startswith(b'\xff\xd8'):
+        return None
+    at = 2  # of a segment: two bytes of its kind, two of its length, its content
+    while at + 9 <= len(head) and head[at] == 0xFF:
+        kind, length = head[at + 1], int.from_bytes(head[at + 2 : at + 4], 'big')
+        if kind == 0xE1:
+            return None
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # the start of a frame
+            return tuple(int.from_bytes(head[at + k : at + k + 2], 'big') for k in (5, 7))
+        at += 2 + length
+    return None
+
+
+def reduction(height, width, size):
+    """The most of 1, 2, 4 and 8 by which a crop may shrink and still not be below the size."""
+    return max(k for k in (1, 2, 4, 8) if k == 1 or min(height, width) >= k * size)
+
+
+def read_random_crop(path, size):
+    """Reads an image file as it is in training: uint8 (size, size, 3), RGB.
+
+    Cuts 8 to 100 % of the area at an aspect of 3/4 to 4/3, resizes (cubic), flips half of them.
+    Draws from torch's global generator. Raises DataError that names an unreadable file.
+    """
+    content = read_file(path)
+    whole, image, factor = jpeg_size(content), None, 1
+    if whole is None:
+        image = decode(content, path)
+        whole = image.shape[:2]
+    shape = torch.empty(3, *whole, device='meta')
+    crop = RandomResizedCrop.get_params(shape, (0.08, 1.0), (3 / 4, 4 / 3))
+    if image is None:  # a large crop is decoded at a part of its size, in a part of the time
+        factor = reduction(*crop[2:], size)
+        image = decode(content, path, factor)
+    top, left, height, width = (round(number / factor) for number in crop)
     image = image[top : top + height, left : left + width]
     image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
     return image[:, ::-1] if torch.rand(()) < 0.5 else image
@@ -134,7 +168,7 @@ class ImageFiles(Images):
                     images[i] = read_test_image(path, self.size)
                 else:
                     torch.manual_seed(seed + position)
-                    images[i] = random_resized_crop(read_image(path), self.size)
+                    images[i] = read_random_crop(path, self.size)
         return torch.from_numpy(images)
 
 

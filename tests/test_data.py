@@ -278,22 +278,66 @@ def test_large_images_are_read_as_needed(tmp_path):
     assert torch.equal(alone, workers)  # the seed decides, not the number of workers
 
 
-def test_random_resized_crop_of_a_flat_image_is_flat():
-    image = np.full((50, 60, 3), (10, 20, 30), np.uint8)
-    crop = data.random_resized_crop(image, 24)
+def test_random_crop_of_a_flat_image_is_flat(tmp_path):
+    path = str(tmp_path / 'flat.png')
+    cv2.imwrite(path, np.full((50, 60, 3), (30, 20, 10), np.uint8))
+    crop = data.read_random_crop(path, 24)
     assert crop.shape == (24, 24, 3)
     assert (crop == (10, 20, 30)).all()
 
 
-def test_random_resized_crops_flip_half():
+def test_random_crops_flip_half(tmp_path):
     ramp = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None], (64, 64, 3))
+    path = str(tmp_path / 'ramp.png')
+    cv2.imwrite(path, ramp)
     torch.manual_seed(0)
-    crops = [data.random_resized_crop(ramp, 32)[0, :, 0].astype(int) for _ in range(400)]
+    crops = [data.read_random_crop(path, 32)[0, :, 0].astype(int) for _ in range(400)]
     rising = np.mean([crop[-1] > crop[0] for crop in crops])
     assert rising == pytest.approx(0.5, abs=0.08)
     widths = np.array([abs(crop[-1] - crop[0]) for crop in crops])
     assert widths.min() >= 10  # 8 % of the area at 3 : 4 is 16 pixels wide
     assert widths.max() >= 58
+
+
+@pytest.fixture
+def photograph(tmp_path):
+    """A JPEG file of 402 x 603 smooth pixels, sides that no reduction divides."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    path = str(tmp_path / 'photograph.jpg')
+    cv2.imwrite(path, cv2.resize(noise, (603, 402), interpolation=cv2.INTER_CUBIC))
+    return path
+
+
+@pytest.mark.parametrize('size', [32, 70, 140, 300])
+def test_crops_of_reduced_images_have_the_pixels_of_whole_ones(photograph, size, monkeypatch):
+    def crops():
+        torch.manual_seed(1)
+        return np.stack([data.read_random_crop(photograph, size) for _ in range(30)]).astype(float)
+
+    used, decode = [], data.decode
+    monkeypatch.setattr(data, 'decode', lambda *args: used.append((*args, 1)[2]) or decode(*args))
+    reduced = crops()
+    monkeypatch.setattr(data, 'jpeg_size', lambda content: None)  # which decodes the whole image
+    difference = np.abs(reduced - crops())
+    largest = {32: 8, 70: 4, 140: 2, 300: 1}[size]
+    assert max(used[:30]) == largest  # the smaller side is 402: 402 // 32 = 12, 402 // 70 = 5, ...
+    if largest == 1:
+        assert difference.max() == 0
+    # of 255: a corner moves by half a pixel of the reduced image, whose steps are some 10 levels
+    assert difference.mean() < 5
+    whole = np.array(used[:30]) == 1
+    assert (difference[whole] == 0).all()
+
+
+def test_size_in_the_head_of_a_jpeg_file(photograph, tmp_path):
+    content = np.fromfile(photograph, np.uint8)
+    assert data.jpeg_size(content) == (402, 603)
+    exif = bytes([0xFF, 0xD8, 0xFF, 0xE1, 0, 4, 0, 0])  # which may say that the image is turned
+    assert data.jpeg_size(np.frombuffer(exif + content.tobytes()[2:], np.uint8)) is None
+    cv2.imwrite(str(tmp_path / 'image.png'), np.zeros((4, 5, 3), np.uint8))
+    assert data.jpeg_size(np.fromfile(tmp_path / 'image.png', np.uint8)) is None
+    for length in range(200):
+        assert data.jpeg_size(content[:length]) in (None, (402, 603))
 
 
 def test_what_is_wrong_is_named(tmp_path):
