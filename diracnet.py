@@ -19,6 +19,7 @@ from os.path import basename, join
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from diracconv import ALPHA_INIT, BETA_INIT, dirac_weight
 
@@ -109,7 +110,7 @@ def init_params(net):
     return params
 
 
-def _batch_norm(x, params, prefix, mode):
+def _batch_norm(x, params, prefix, mode, tracked=True):
     return F.batch_norm(
         x,
         params[f'{prefix}.running_mean'],
@@ -117,22 +118,48 @@ def _batch_norm(x, params, prefix, mode):
         params[f'{prefix}.weight'],
         params[f'{prefix}.bias'],
         training=mode,
-        momentum=BN_MOMENTUM,
+        momentum=BN_MOMENTUM * tracked,
         eps=BN_EPS,
     )
 
 
-def _block(x, params, prefix, mode):
+def _block(x, params, prefix, mode, tracked=True):
     w_hat = dirac_weight(
         params[f'{prefix}.conv'], params[f'{prefix}.alpha'], params[f'{prefix}.beta']
     )
-    return _batch_norm(F.conv2d(x, w_hat, padding=1), params, f'{prefix}.bn', mode)
+    x = F.conv2d(x, w_hat, padding=1)
+    return _batch_norm(x, params, f'{prefix}.bn', mode, tracked)
 
 
-def forward(net, inputs, params, mode):
+def _group(x, params, names, mode, tracked=True):
+    """Runs the blocks of these names, each begun by ReLU: (N, C, H, W) to (N, C', H, W)."""
+    for name in names:
+        # in place, as batch norm and pooling need not keep what they return
+        x = _block(F.relu(x, inplace=True), params, name, mode, tracked)
+    return x
+
+
+def _checkpointed_group(x, params, names, mode):
+    """As `_group`, keeping for the backward pass the outputs of about the root of the blocks."""
+    length = max(1, round(len(names) ** 0.5))
+    for start in range(0, len(names), length):
+        first = iter([True])
+
+        def blocks(x, names=names[start : start + length], first=first):
+            # a batch counts once in the running statistics, though it passes twice
+            tracked = next(first, False)
+            x = _block(x, params, names[0], mode, tracked)
+            return _group(x, params, names[1:], mode, tracked)
+
+        x = checkpoint(blocks, F.relu(x, inplace=True), use_reentrant=False)
+    return x
+
+
+def forward(net, inputs, params, mode, checkpointing=False):
     """Runs the network of a Topology: inputs (N, 3, H, W) to logits (N, num_classes).
 
     With mode=True batch norm uses the statistics of the batch and updates the running ones.
+    checkpointing: compute most blocks again in the backward pass, for less memory.
     """
     imagenet = net.stem == 7
     x = F.conv2d(inputs, params['conv'], stride=1 + imagenet, padding=net.stem // 2)
@@ -140,24 +167,25 @@ def forward(net, inputs, params, mode):
     if imagenet:
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
     # a block begins with ReLU, which is also the one that follows the stem on CIFAR
+    run_group = _checkpointed_group if checkpointing and mode else _group
     for g, blocks in enumerate(net.blocks):
         if g > 0:
             x = F.max_pool2d(x, kernel_size=2)
-        for b in range(blocks):
-            # in place, as batch norm and pooling need not keep what they return
-            x = _block(F.relu(x, inplace=True), params, f'group{g}.block{b}', mode)
+        names = [f'group{g}.block{b}' for b in range(blocks)]
+        x = run_group(x, params, names, mode)  # (N, channels[g], H', W')
     x = F.relu(x).mean(dim=(2, 3))  # (N, channels[-1])
     return F.linear(x, params['fc.weight'], params['fc.bias'])
 
 
-def define_diracnet(depth, width, dataset, num_classes=None):
+def define_diracnet(depth, width, dataset, num_classes=None, checkpointing=False):
     """Returns (f, params): the network as a function and its parameters, newly drawn.
 
     `f(inputs, params, mode)` takes inputs (N, 3, H, W), square, and returns logits
-    (N, num_classes); mode=True is training. Arguments and errors are those of `topology`.
+    (N, num_classes); mode=True is training. checkpointing: less memory in training for more time,
+    with the same results. The other arguments and the errors are those of `topology`.
     """
     net = topology(depth, width, dataset, num_classes)
-    return functools.partial(forward, net), init_params(net)
+    return functools.partial(forward, net, checkpointing=checkpointing), init_params(net)
 
 
 class Network(nn.Module):

@@ -9,12 +9,14 @@ import shlex
 from pathlib import Path
 
 import data
+import ranks
 from baselines import FAMILIES
 from baselines.replace import BLOCKS
 from command import Options
 
 MOST = 10_000  # of what makes a network: an error is better than a machine that swaps
-DTYPES = ('float', 'bfloat16', 'double')
+DTYPES = ('auto', 'float', 'bfloat16', 'double')
+MOST_WORKERS = 8  # by default; of more, each has little to do
 SCHEDULES = ('step', 'cosine', 'onecycle')
 RECIPE_FOLDER = Path(__file__).parent / 'recipes'
 RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
@@ -88,9 +90,12 @@ def make_parser():
         help='crop and flip the training images at random')
     add('--val', default=0, type=at_least(0, int),
         help='training images to hold out; best.pt7 is then chosen by them, not by the test set')
-    add('--nthread', default=4, type=at_least(0, int), help='threads or processes that read images')
+    add('--nthread', default=min(ranks.cores(), MOST_WORKERS), type=at_least(0, int),
+        help='threads or processes that read images')
 
-    add('--dtype', default='float', choices=DTYPES, help='bfloat16 is autocast from float')
+    add('--dtype', default='auto', choices=DTYPES,
+        help='bfloat16 is autocast from float; auto: bfloat16 where the hardware computes in it')
+    add('--compile', default=False, action='store_true', help='run torch.compile on the network')
     add('--batch_size', '--batchSize', default=128, type=at_least(1, int), help='images in a step')
     add('--epochs', default=200, type=at_least(1, int), help='epochs in all, resumed ones counted')
     add('--lr', default=0.1, type=at_least(0, float, 1e38), help='learning rate, the highest')

@@ -8,6 +8,12 @@ import torch
 import torch.distributed as dist
 
 
+def cores():
+    """The CPU cores that fall to this process, of those that torchrun's here may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, allowed // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
 def start():
     """Joins the processes of torchrun, if it started this one; returns this one's device.
 
@@ -23,6 +29,8 @@ def start():
         'nccl' if cuda else 'gloo', store=store, rank=number, world_size=count
     )
     if not cuda:
+        if os.environ.get('OMP_NUM_THREADS') == '1':  # as torchrun sets it where nobody did
+            torch.set_num_threads(cores())
         return torch.device('cpu')
     device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
     torch.cuda.set_device(device)

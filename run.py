@@ -15,9 +15,10 @@ import checkpoint
 import data
 import options
 import ranks
+from diracdeploy import native_bfloat16
 from diracfold import check_fit, fold, pretrained_params, read
 from meters import Meters
-from ranks import rank
+from ranks import rank, world
 
 
 @dataclass
@@ -119,6 +120,14 @@ def check_options(opt, before):
         raise ValueError(f'{opt.resume}: {"; ".join(differences)}: expected the same, or --force')
 
 
+def automatic_dtype(device, loaded):
+    """What --dtype auto stands for, and why: that of the run that goes on or is tested, if any."""
+    if loaded and loaded['args'].get('dtype', 'auto') != 'auto':
+        return loaded['args']['dtype'], 'as the checkpoint'
+    native, shown = native_bfloat16(device)
+    return 'bfloat16' if native else 'float', f'{device.type}: {shown}'
+
+
 def load_to_test(network, params):
     """Returns the network with the parameters, or their folded form if that is what they are."""
     if params.keys() != network.state_dict().keys():
@@ -163,6 +172,10 @@ def prepare(opt, device):
     if opt.evaluate and opt.resume == 'auto':
         opt.resume = opt.save
     loaded = read(opt.resume) if opt.evaluate else find_checkpoint(opt)
+    if opt.dtype == 'auto':
+        opt.dtype, why = automatic_dtype(device, loaded)
+        if rank() == 0:
+            print(f'--dtype auto: {opt.dtype} ({why})')
     if loaded:
         check_options(opt, loaded['args'])
     reflect = baselines.FAMILIES[opt.model].crop_padding == 'reflect'
@@ -191,3 +204,26 @@ def prepare(opt, device):
     if loaded:
         run.restore(loaded)
     return run
+
+
+def warm_up(run, train_process, test_process):
+    """Compiles what the two do, for every size of batch: returns the seconds it took.
+
+    Leaves the network, the optimizer and the random numbers as they were.
+    """
+    start = time.perf_counter()
+    before = {name: buffer.clone() for name, buffer in run.network.named_buffers()}
+    with torch.random.fork_rng():
+        for images, process in ((run.sets.train, train_process), (run.sets.test, test_process)):
+            run.network.train(process is train_process)
+            for size in {min(run.opt.batch_size, len(images)), len(images) % run.opt.batch_size}:
+                share = torch.arange(size).tensor_split(world())[rank()]
+                if size == 0:
+                    continue
+                with torch.set_grad_enabled(process is train_process):
+                    loss, _ = process(images[torch.arange(size), None, share])
+                if process is train_process:
+                    loss.backward()
+    run.optimizer.zero_grad()
+    run.network.load_state_dict(before, strict=False)
+    return time.perf_counter() - start

@@ -41,7 +41,7 @@ import ranks
 from diracimage import normalise
 from meters import STEPS_PER_READING, DivergedError, Meters, write_tensorboard
 from ranks import rank, world
-from run import prepare
+from run import prepare, warm_up
 
 
 class StoppedError(Exception):
@@ -178,8 +178,11 @@ def train(run, device, signals):
     """Runs the epochs that are left; writes log.txt and checkpoints into opt.save."""
     opt, sets = run.opt, run.sets
     wrapped = DistributedDataParallel(run.network) if world() > 1 else run.network
+    tested = run.network
+    if opt.compile:
+        wrapped, tested = (torch.compile(n, dynamic=False) for n in (wrapped, tested))
     train_process = make_process(wrapped, opt, device, opt.label_smoothing)
-    test_process = make_process(run.network, opt, device)
+    test_process = make_process(tested, opt, device)
     loader = data.loader(
         sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world(), opt.augment
     )
@@ -208,6 +211,8 @@ def train(run, device, signals):
             run.save()
             raise StoppedError(signals.number)
 
+    if opt.compile:
+        compile_time = warm_up(run, train_process, test_process)
     first, start = run.epoch, time.monotonic()
     while run.epoch < opt.epochs:
         title = f'epoch {run.epoch + 1}/{opt.epochs}'
@@ -218,6 +223,8 @@ def train(run, device, signals):
         stats = {**vars(opt), **train_epoch(run, train_process, loader, title, on_train_step)}
         for split in ('val', 'test') if opt.val else ('test',):
             stats.update(evaluate(run, test_process, split, f'{title}, {split}', on_test_step))
+        if opt.compile:
+            stats['compile_time'] = compile_time
         stats['num_classes'] = len(sets.classes)
         stats['n_parameters'] = sum(p.numel() for p in run.network.parameters())
 

@@ -37,8 +37,8 @@ class Family:
     crop_padding: str = 'reflect'  # or 'constant': around small images, before the random crop
 
 
-def _diracnet(dataset, num_classes, depth, width):
-    return Network(*define_diracnet(depth, width, dataset, num_classes))
+def _diracnet(dataset, num_classes, depth, width, checkpointing):
+    return Network(*define_diracnet(depth, width, dataset, num_classes, checkpointing))
 
 
 def _from_torchvision(name):
@@ -55,7 +55,7 @@ DENSENET = {'layers': 100, 'growth': 12, 'reduce': 0.5, 'bottleneck': True, 'dro
             'checkpointing': False}
 
 FAMILIES = {
-    'diracnet': Family(_diracnet, SIZE),
+    'diracnet': Family(_diracnet, {**SIZE, 'checkpointing': False}),
     'diracnet-v1': Family(diracnet_v1.diracnet_v1, SIZE, decay_all=True),
     'plain': Family(plain.plain, {**SIZE, **BLOCK}),
     'dirac-init': Family(plain.dirac_init, SIZE),

@@ -70,12 +70,13 @@ def test_defaults():
     opt = vars(options.parse_options([]))
     assert opt == {
         'model': 'diracnet', 'depth': 16, 'width': 1, 'dataset': 'CIFAR10', 'dataroot': '.',
-        'image_size': 32, 'randomcrop_pad': 4, 'dtype': 'float', 'nthread': 4, 'batch_size': 128,
-        'lr': 0.1, 'epochs': 200, 'weight_decay': 5e-4, 'epoch_step': [60, 120, 160],
+        'image_size': 32, 'randomcrop_pad': 4, 'dtype': 'auto', 'batch_size': 128,
+        'nthread': opt['nthread'], 'lr': 0.1, 'epochs': 200, 'weight_decay': 5e-4,
+        'epoch_step': [60, 120, 160],
         'lr_decay_ratio': 0.2, 'resume': '', 'evaluate': False, 'seed': 1, 'save': 'checkpoints',
         'gpu_id': '', 'ngpu': 1, 'force': False, 'save_every': 0, 'recipe': '', 'augment': True,
         'val': 0, 'lr_schedule': 'step', 'nesterov': False, 'label_smoothing': 0, 'name': '',
-        'tensorboard': False, 'pretrained': '',
+        'tensorboard': False, 'pretrained': '', 'compile': False, 'checkpointing': False,
     }  # fmt: skip
 
 
@@ -391,8 +392,9 @@ def test_evaluate_takes_no_other_family(images, tmp_path, capsys):
 
 def test_evaluate_of_other_files(images, tmp_path, capsys):
     """Prefixes of DDP, the original's dense deltas, and the folded form give the same figures."""
-    run(images, tmp_path / 'run', '--model', 'plain', '--block', 'dbb', '--epochs', 1)
-    run(images, tmp_path / 'dirac', '--epochs', 1)
+    common = ['--epochs', 1, '--dtype', 'float']
+    run(images, tmp_path / 'run', '--model', 'plain', '--block', 'dbb', *common)
+    run(images, tmp_path / 'dirac', *common)
     for folder, options_ in [('run', ['--model', 'plain', '--block', 'dbb']), ('dirac', [])]:
         loaded = torch.load(tmp_path / folder / 'model.pt7', weights_only=True)
         params = loaded['params']
@@ -406,7 +408,8 @@ def test_evaluate_of_other_files(images, tmp_path, capsys):
         for name, contents in files.items():
             torch.save(contents, tmp_path / folder / name)
             train.main(['--evaluate', '--resume', str(tmp_path / folder / name), '--dataset',
-                        'Folder', '--dataroot', str(images), '--depth', '10', *options_])
+                        'Folder', '--dataroot', str(images), '--depth', '10', '--dtype', 'float',
+                        *options_])
             loss = float(capsys.readouterr().out.splitlines()[-2].removeprefix('test_loss: '))
             logged = stats_of(tmp_path / folder)[-1]['test_loss']
             assert loss == pytest.approx(logged, abs=1e-3), name

@@ -1,0 +1,183 @@
+"""What makes it fast changes no results: bfloat16, channels last, compilation, checkpointing."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_data import write_images
+from test_train import params_of, run, stats_of
+
+import data
+import options
+import ranks
+import train
+from diracdeploy import deploy, native_bfloat16
+from diracfold import fold
+from diracimage import normalise
+from diracnet import Network, define_diracnet
+from run import automatic_dtype
+
+pytest_plugins = ['trained_networks']
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    write_images(root / 'train', n=10)
+    write_images(root / 'test', n=4, seed=1)
+    return root
+
+
+# ---------------------------------------------------------------- precision and memory layout
+
+
+def test_automatic_dtype_is_the_hardwares_or_that_of_the_checkpoint(monkeypatch):
+    for native, expected in ((True, 'bfloat16'), (False, 'float')):
+        monkeypatch.setattr('run.native_bfloat16', lambda device, n=native: (n, 'because'))
+        assert automatic_dtype(torch.device('cpu'), None) == (expected, 'cpu: because')
+        loaded = {'args': {'dtype': 'double'}}
+        assert automatic_dtype(torch.device('cpu'), loaded)[0] == 'double'
+        assert automatic_dtype(torch.device('cpu'), {'args': {}})[0] == expected
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/cpuinfo'), reason='no list of what the CPU can do')
+def test_native_bfloat16_is_what_the_system_says_of_the_cpu():
+    with open('/proc/cpuinfo') as file:
+        flags = file.read().split()
+    native, shown = native_bfloat16('cpu')
+    assert native == any(flag in flags for flag in ('avx512_bf16', 'amx_bf16', 'bf16'))
+    assert ('bf16' in shown) == native
+
+
+def test_a_run_says_which_dtype_and_why(images, tmp_path, capsys):
+    run(images, tmp_path, '--epochs', 1)
+    expected = 'bfloat16' if native_bfloat16('cpu')[0] else 'float'
+    printed = capsys.readouterr().out
+    assert printed.startswith(f'--dtype auto: {expected} (cpu: ')
+    assert f'computing on 1 x cpu in {expected}\n' in printed
+    assert stats_of(tmp_path)[0]['dtype'] == expected
+    assert all(p.dtype == torch.float32 for p in params_of(tmp_path).values())
+
+
+def test_bfloat16_logits_and_gradients_are_those_of_float64(digits):
+    inputs, labels = digits[0][:64], digits[1][:64]
+    torch.manual_seed(0)
+    f, params = define_diracnet(10, 1, 'CIFAR10')
+    networks = [Network(f, {k: p.to(dtype) for k, p in params.items()})
+                for dtype in (torch.float32, torch.float64)]  # fmt: skip
+    with torch.autocast('cpu', torch.bfloat16):
+        logits = networks[0](inputs).float()
+    exact = networks[1](inputs.double())
+    assert (logits - exact).abs().max() < 0.03 * exact.abs().max()  # 8 bits: 0.4 % a rounding
+    for out in (logits, exact):
+        F.cross_entropy(out, labels).backward()
+    for (name, p), q in zip(networks[0].named_parameters(), networks[1].parameters()):
+        if q.grad.norm() > 1e-6:  # that of a bias before a batch norm is rounding alone
+            assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.98, name
+
+
+def test_batches_are_channels_last_and_logits_the_same():
+    sets = data.load('Digits')
+    images, *_ = next(iter(data.loader(sets.train, 16, seed=1)))
+    inputs = normalise(images, 'CIFAR10', torch.float64)
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    f, params = define_diracnet(10, 1, 'CIFAR10')
+    params = {name: p.double() for name, p in params.items()}
+    outputs = [f(x, params, True) for x in (inputs, inputs.contiguous())]
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------- compilation
+
+
+def test_compiled_training_is_the_same_and_its_warm_up_is_logged(images, tmp_path):
+    same = ['--dtype', 'double', '--batch_size', 10]
+    run(images, tmp_path / 'eager', *same)
+    run(images, tmp_path / 'compiled', *same, '--compile')
+    eager, compiled = params_of(tmp_path / 'eager'), params_of(tmp_path / 'compiled')
+    assert eager.keys() == compiled.keys()
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-6, atol=1e-9)
+    logs = stats_of(tmp_path / 'eager'), stats_of(tmp_path / 'compiled')
+    assert all(s['compile_time'] > 0 for s in logs[1])
+    assert not any('compile_time' in s for s in logs[0])
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(('depth', 'dataset', 'size'), [(40, 'CIFAR10', 16), (34, 'ImageNet', 64)])
+def test_checkpointing_keeps_less_and_changes_nothing(depth, dataset, size):
+    inputs, labels = torch.randn(4, 3, size, size), torch.arange(4)
+    kept, results = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = Network(*define_diracnet(depth, 0.25, dataset, 5, checkpointing))
+        sizes = []
+
+        def keep(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        for _ in range(2):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = F.cross_entropy(network(inputs), labels)
+            loss.backward()
+        kept.append(sum(sizes))
+        gradients = {f'{name}.grad': p.grad for name, p in network.named_parameters()}
+        results.append({'loss': loss.detach(), **network.state_dict(), **gradients})
+    assert kept[1] < kept[0] / 4
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_checkpointed_run_is_the_one_without(images, tmp_path):
+    run(images, tmp_path / 'plain', '--depth', 16)
+    run(images, tmp_path / 'checkpointed', '--depth', 16, '--checkpointing')
+    plain, checkpointed = params_of(tmp_path / 'plain'), params_of(tmp_path / 'checkpointed')
+    assert all(torch.equal(tensor, checkpointed[name]) for name, tensor in plain.items())
+
+
+# ---------------------------------------------------------------- deployed
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance', 'agree'), [
+    (torch.bfloat16, 0.03, 990), (torch.float32, 1e-5, 1000),
+])  # fmt: skip
+def test_deployed_network_agrees_on_1000_images(trained, digits, dtype, tolerance, agree):
+    network = fold(trained[1])
+    inputs = digits[0][:1000]
+    with torch.no_grad():
+        logits = network(inputs)
+    deployed = deploy(network, (500, 3, 32, 32), dtype)
+    found = torch.cat([deployed(half) for half in inputs.split(500)])
+    assert found.dtype == torch.float32
+    assert (found - logits).abs().max() <= tolerance * logits.abs().max()
+    assert (found.argmax(1) == logits.argmax(1)).sum() >= agree
+    assert next(network.parameters()).dtype == torch.float32  # which stays as it was
+    with pytest.raises(ValueError, match=r'shape \(1, 3, 32, 32\): expected \(500, 3, 32, 32\)'):
+        deployed(inputs[:1])
+
+
+def test_deployed_dtype():
+    with pytest.raises(ValueError, match='float16: expected torch.bfloat16 or torch.float32'):
+        deploy(torch.nn.Conv2d(3, 3, 1), (1, 3, 8, 8), torch.float16)
+
+
+# ---------------------------------------------------------------- threads
+
+
+def test_cores_are_shared_among_the_processes_of_a_machine(monkeypatch):
+    for allowed, processes, expected in ((2, 1, 2), (2, 3, 1), (128, 1, 128), (128, 8, 16)):
+        monkeypatch.setattr(os, 'sched_getaffinity', lambda _, n=allowed: set(range(n)))
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
+        assert ranks.cores() == expected
+        assert options.parse_options([]).nthread == min(expected, 8)
+
+
+def test_no_more_processes_than_cores_read_images(tmp_path, recwarn):
+    write_images(tmp_path / 'train', n=8, size=(70, 70))
+    write_images(tmp_path / 'test', n=2, size=(70, 70))
+    train.main(['--dataset', 'Folder', '--dataroot', str(tmp_path), '--image_size', '70', '--depth',
+                '18', '--width', '0.125', '--epochs', '1', '--save', str(tmp_path / 'run')])
+    assert not [w for w in recwarn if 'worker' in str(w.message)]

@@ -1,0 +1,81 @@
+"""What the benchmarks make of the seconds that they measured."""
+
+import csv
+
+import matplotlib.image
+import pytest
+import torch
+
+import turns
+
+
+def test_interval_of_the_median():
+    # of ten values the second and the ninth: 1 - 2 (1 + 10) / 2**10 = 97.9 %
+    assert turns.median_interval([7, 1, 2, 3, 4, 5, 6, 8, 9, 10]) == (5.5, 2, 9)
+    # of forty the fourteenth and the twenty-seventh: 96.2 %
+    assert turns.median_interval(list(range(1, 41))) == (20.5, 14, 27)
+    assert turns.median_interval([3.0] * 12) == (3, 3, 3)
+
+
+def test_sides_work_in_turns_each_in_a_process_of_its_own(tmp_path):
+    path = tmp_path / 'calls.txt'
+    sides = [turns.Side(name, writing, (str(path), name), 1) for name in 'ab']
+    turns.measure(sides, 3, 'letters')
+    calls = [line.split() for line in path.read_text().splitlines()]
+    assert ''.join(name for name, _ in calls) == 'aabb' + 'ababab'  # twice each to warm up
+    assert len({process for _, process in calls}) == 2
+    assert [len(side.seconds) for side in sides] == [3, 3]
+    assert all(side.memory > 10 for side in sides)
+
+
+def writing(path, name):
+    import os
+
+    def work():
+        with open(path, 'a') as file:
+            file.write(f'{name} {os.getpid()}\n')
+
+    return work
+
+
+def test_rows_table_and_figure(tmp_path, capsys, monkeypatch):
+    def measured(sides, pairs, title):
+        for side, seconds in zip(sides, ([2.0, 4.0, 4.0, 8.0] * 3, [1.0, 1.0, 2.0, 2.0] * 3)):
+            side.seconds, side.memory = seconds, 512.4
+
+    monkeypatch.setattr(turns, 'measure', measured)
+    monkeypatch.setattr(turns, 'product_peak', lambda dtype: 100.0)
+    table = tmp_path / 'bench.csv'
+    sides = [turns.Side('slow', None, (), 100, 1e9), turns.Side('fast', None, (), 100, 1e9)]
+    turns.compare('two', sides, 12, table, target=3)
+    for side in sides:
+        side.multiply_adds = 0
+    turns.compare('two', sides, 12, table)
+    with open(table, newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['what'] for row in rows] == ['slow', 'fast'] * 2
+    slow, fast, *_ = rows
+    assert float(slow['images_per_second']) == 25  # 100 in 4 seconds, at the median
+    assert float(slow['gflop_per_second']) == 50  # 25 times a billion multiply-adds
+    assert float(slow['percent_of_product_peak']) == 50
+    assert float(fast['ratio']) == 3  # of 2, 4, 2 and 4: by turns, not of the medians
+    assert (float(fast['ratio_low']), float(fast['ratio_high'])) == (2, 4)
+    assert (fast['target'], slow['target'], rows[3]['target']) == ('3', '', '')
+    assert (fast['torch'], fast['n'], fast['peak_memory_mb']) == (torch.__version__, '12', '512')
+    printed = capsys.readouterr().out
+    assert 'two: 12 turns, target 3 times' in printed
+    assert '3.00 (2.00 to 4.00)' in printed
+
+    turns.compare('depth, a step', [turns.Side('DiracNet-28-1', None, (), 1)], 12, table)
+    turns.draw(table).savefig(tmp_path / 'bench.png')
+    assert matplotlib.image.imread(tmp_path / 'bench.png').std() > 0.05
+
+
+def test_unknown_benchmark_is_one_line(capsys):
+    import bench
+
+    for argv in (['speed'], ['train', '--pairs', '2']):
+        with pytest.raises(SystemExit) as exit:
+            bench.main(argv)
+        assert exit.value.code == 2
+        assert capsys.readouterr().err.count('\n') == 1

@@ -1,0 +1,185 @@
+"""Measures things in turn, A B A B, as the speed of a machine drifts: medians and ratios.
+
+Each side of a comparison is a process of its own, so that its peak memory is its own too.
+"""
+
+import csv
+import functools
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent
+
+
+@dataclass
+class Side:
+    """One side of a comparison: `prepare(*arguments)` returns a function that does the work."""
+
+    name: str
+    prepare: object
+    arguments: tuple
+    images: int  # in one call
+    multiply_adds: float = 0  # of one image, in that work
+    dtype: str = 'float32'
+    seconds: list = field(default_factory=list)
+    memory: float = 0  # peak, resident, MB
+
+
+def serve(pipe, side):
+    """What the process of a side does: its work, once for each word that comes."""
+    torch.manual_seed(0)
+    work = side.prepare(*side.arguments)
+    work()
+    work()
+    pipe.send(0)
+    while pipe.recv():
+        start = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - start
+        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+
+
+def measure(sides, pairs, title):
+    """Lets the sides work in turns; fills their seconds and memory."""
+    context = multiprocessing.get_context('spawn')
+    pipes = []
+    for side in sides:
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, side)).start()
+        theirs.close()
+        ours.recv()  # one at a time: what they compile and load is not measured
+        pipes.append(ours)
+    for _ in tqdm(range(pairs), title, disable=None, leave=False):
+        for side, pipe in zip(sides, pipes):
+            pipe.send(True)
+            seconds, side.memory = pipe.recv()
+            side.seconds.append(seconds)
+    for pipe in pipes:
+        pipe.send(False)
+
+
+def median_interval(values):
+    """Returns (median, low, high): the 95 % interval of the median, by the order of the values."""
+    ordered, n = sorted(values), len(values)
+    low = max(0, round(n / 2 - 0.98 * n**0.5) - 1)
+    return statistics.median(ordered), ordered[low], ordered[n - 1 - low]
+
+
+@functools.cache
+def product_peak(dtype):
+    """The GFLOP/s of a product of two 4096 x 4096 matrices: the median of ten."""
+    a, b = (torch.randn(4096, 4096, dtype=getattr(torch, dtype)) for _ in range(2))
+    rates = []
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        rates.append(2 * 4096**3 / 1e9 / (time.perf_counter() - start))
+    return statistics.median(rates[2:])
+
+
+def environment():
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
+                            text=True).stdout.strip()  # fmt: skip
+    cpus = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
+    names = [line.split(':')[1].strip() for line in cpus.splitlines() if 'model name' in line]
+    return {'cpu': names[0] if names else platform.processor(), 'cores': os.cpu_count(),
+            'threads': torch.get_num_threads(), 'torch': torch.__version__, 'commit': commit}
+
+
+def compare(title, sides, pairs, table, target=''):
+    """Measures the sides, prints them, appends their rows to a CSV file: returns the rows.
+
+    Ratios are to the first side; target: the ratio that is hoped for, of the second.
+    """
+    peaks = {side.dtype: product_peak(side.dtype) for side in sides if side.multiply_adds}
+    measure(sides, pairs, title)
+    rows = []
+    for side in sides:
+        rates = [side.images / s for s in side.seconds]
+        quartiles = statistics.quantiles(rates, n=4)
+        ratio, low, high = median_interval(
+            [a / b for a, b in zip(sides[0].seconds, side.seconds)])
+        gflops = 2e-9 * side.multiply_adds * statistics.median(rates)
+        rows.append({
+            'compared': title, 'what': side.name, 'n': pairs,
+            'images_per_second': round(statistics.median(rates), 2),
+            'first_quartile': round(quartiles[0], 2), 'third_quartile': round(quartiles[2], 2),
+            'milliseconds': round(1000 * statistics.median(side.seconds), 2),
+            'ratio': round(ratio, 3), 'ratio_low': round(low, 3), 'ratio_high': round(high, 3),
+            'gflop_per_second': round(gflops, 1),
+            'percent_of_product_peak':
+                round(100 * gflops / peaks[side.dtype], 1) if side.multiply_adds else '',
+            'target': target if side is sides[1 % len(sides)] else '',
+            'peak_memory_mb': round(side.memory), 'dtype': side.dtype, 'seed': 0,
+            **environment(),
+        })  # fmt: skip
+    append(rows, table)
+    show(rows)
+    return rows
+
+
+def append(rows, table):
+    table = Path(table)
+    table.parent.mkdir(exist_ok=True)
+    new = not table.exists()
+    with open(table, 'a', newline='') as file:
+        writer = csv.DictWriter(file, rows[0])
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def show(rows):
+    """Prints the rows of one comparison as a table."""
+    target = rows[1 % len(rows)]['target']
+    print(f'\n{rows[0]["compared"]}: {rows[0]["n"]} turns'
+          + (f', target {target} times' if target else ''))  # fmt: skip
+    print('| | images/s (quartiles) | ms | ratio (95 %) | GFLOP/s | of the product peak | MB |')
+    print('|---|---:|---:|---:|---:|---:|---:|')
+    for row in rows:
+        share = row['percent_of_product_peak']
+        print(f'| {row["what"]} | {row["images_per_second"]:,.0f} ({row["first_quartile"]:,.0f} to '
+              f'{row["third_quartile"]:,.0f}) | {row["milliseconds"]:,.1f} '
+              f'| {row["ratio"]:.2f} ({row["ratio_low"]:.2f} to {row["ratio_high"]:.2f}) '
+              f'| {row["gflop_per_second"] or ""} | {f"{share} %" if share else ""} '
+              f'| {row["peak_memory_mb"]:,} |', flush=True)  # fmt: skip
+
+
+def draw(table):
+    """Draws the last rows of each comparison in a CSV file; returns a matplotlib Figure."""
+    from matplotlib.figure import Figure
+
+    with open(table, newline='') as file:
+        last = {(row['compared'], row['what']): row for row in csv.DictReader(file)}
+    depths = [row for (title, _), row in last.items() if title.startswith('depth,')]
+    ratios = [row for (title, _), row in last.items() if not title.startswith('depth')]
+    figure = Figure((12, 0.28 * len(ratios) + 1.5), dpi=110, layout='constrained')
+    bars, line = figure.subplots(1, 2, width_ratios=(3, 2))
+    for y, row in enumerate(ratios):
+        ratio, low, high = (float(row[name]) for name in ('ratio', 'ratio_low', 'ratio_high'))
+        bars.barh(y, ratio, color='lightgrey' if ratio == low == high else 'C0')
+        bars.errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], color='black', capsize=2)
+        if row['target']:
+            bars.plot([float(row['target'])] * 2, [y - 0.45, y + 0.45], color='C3', linewidth=2)
+    bars.set_yticks(range(len(ratios)), [f'{row["compared"]}: {row["what"]} (n = {row["n"]})'
+                                         for row in ratios], fontsize=7)  # fmt: skip
+    bars.invert_yaxis()
+    bars.set_xlabel('times as fast as the first (median, 95 % interval); red: the target')
+    numbers = [int(row['what'].split('-')[1]) for row in depths]
+    for name, mark in (('milliseconds', 'o-'), ('peak_memory_mb', 's-')):
+        line.plot(numbers, [float(row[name]) for row in depths], mark,
+                  label=f'{name} (n = {depths[0]["n"]})' if depths else name)  # fmt: skip
+    line.set(xlabel='depth (width 1, 128 images)', ylabel='a step of training', xlim=(0, None),
+             ylim=(0, None))  # fmt: skip
+    line.legend()
+    return figure
