@@ -24,6 +24,7 @@ from torchvision import transforms
 
 import baselines
 import data
+import diracnet
 import options
 import train
 from command import Options, errors_in_one_line
@@ -295,14 +296,20 @@ def bench_depth(args):
     ], 3, TABLE)  # fmt: skip
 
 
+def step_of_ordinary_convolutions(depth, width):
+    """The same step, with W itself in place of W_hat."""
+    diracnet.dirac_weight = lambda weight, alpha, beta: weight  # in this process alone
+    return step('diracnet', depth, width)
+
+
 def bench_overhead(args):
     dtype = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'
-    for depth, width, pairs in ((28, 1, 4 * args.pairs, TABLE), (34, 2, 2 * args.pairs, TABLE)):
+    for depth, width, pairs in ((28, 1, 4 * args.pairs), (34, 2, 2 * args.pairs)):
         work = 3 * multiply_adds('plain', depth, width)
         compare(f'W_hat {depth}-{width}', [
-            Side('ordinary convolutions (plain)', step, ('plain', depth, width), BATCH, work,
-                 dtype),
-            Side('W_hat (diracnet)', step, ('diracnet', depth, width), BATCH, work, dtype),
+            Side('ordinary convolutions', step_of_ordinary_convolutions, (depth, width), BATCH,
+                 work, dtype),
+            Side('W_hat', step, ('diracnet', depth, width), BATCH, work, dtype),
         ], pairs, TABLE)  # fmt: skip
 
 

@@ -77,9 +77,10 @@ class _DiracWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, alpha, beta, groups):
-        ctx.save_for_backward(weight, beta)
+        norms = _filter_norms(weight)
+        ctx.save_for_backward(weight, beta, norms)
         ctx.groups = groups
-        w_hat = weight.contiguous() * _per_filter(beta / _filter_norms(weight), weight)
+        w_hat = weight.contiguous() * _per_filter(beta / norms, weight)
         # delta is one number in a filter: adding alpha there spares building a dense identity
         taps = delta_taps(w_hat, groups)
         taps.add_(alpha.view(groups, -1)[:, : taps.shape[1]])
@@ -87,9 +88,10 @@ class _DiracWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        weight, beta = ctx.saved_tensors
+        weight, beta, norms = ctx.saved_tensors
+        if torch.is_grad_enabled():  # these gradients get gradients: the norms depend on W
+            norms = _filter_norms(weight)
         grad = grad.contiguous()
-        norms = _filter_norms(weight)
         grad_beta = torch.linalg.vecdot(grad.flatten(1), weight.flatten(1)) / norms
         # below the epsilon the norm is a constant: the second term is zero
         slope = grad_beta / norms * (norms > _least_norm(weight.dtype))
