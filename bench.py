@@ -5,6 +5,7 @@
     python bench.py infer                   # the deployed network
     python bench.py depth                   # time and memory of a step over depth
     python bench.py overhead                # what computing W_hat takes of a step
+    python bench.py profile                 # where the time of a step goes, at 28-1
     python bench.py plot                    # logs/bench.png of the last rows of each
 
 The sides of a comparison work in turns (turns.py). Rows are appended to logs/bench.csv.
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import transforms
 
@@ -244,10 +246,12 @@ def bench_infer(args):
             Side("deploy() of torchvision's resnet18, folded", deployed_resnet, (batch,), batch,
                  resnet, dtype),
         ]  # fmt: skip
-        for name, package, prepare in (('ONNX Runtime, float32', 'onnxruntime', onnx_runtime),
-                                       ('OpenVINO', 'openvino', openvino)):
+        for name, package, prepare, its in (
+            ('ONNX Runtime', 'onnxruntime', onnx_runtime, 'float32'),
+            ('OpenVINO', 'openvino', openvino, dtype),  # it takes bfloat16 by itself
+        ):
             if importlib.util.find_spec(package):
-                sides.append(Side(name, prepare, (batch,), batch, work))
+                sides.append(Side(f'{name}, {its}', prepare, (batch,), batch, work, its))
             else:
                 print(f'{name}: left out, as {package} is not installed')
         compare(f'DiracNet-18, batch {batch}', sides, args.pairs, TABLE, 4 if batch == 16 else '')
@@ -313,13 +317,27 @@ def bench_overhead(args):
         ], pairs, TABLE)  # fmt: skip
 
 
+def bench_profile(args):
+    one = step('diracnet', 28, 1)
+    for _ in range(10):  # until memory is laid out
+        one()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        for _ in range(args.pairs):
+            one()
+    events = found.key_averages()
+    whole_step = sum(event.self_cpu_time_total for event in events)
+    print(f'a step of DiracNet-28-1, 128 images: {whole_step / 1000 / args.pairs:.0f} ms')
+    for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:12]:
+        print(f'{100 * event.self_cpu_time_total / whole_step:5.1f} %  {event.key}')
+
+
 def bench_plot(args):
     draw(TABLE).savefig(TABLE.with_suffix('.png'))
     print(TABLE.with_suffix('.png'))
 
 
 BENCHES = {'train': bench_train, 'data': bench_data, 'infer': bench_infer, 'depth': bench_depth,
-           'overhead': bench_overhead, 'plot': bench_plot}  # fmt: skip
+           'overhead': bench_overhead, 'profile': bench_profile, 'plot': bench_plot}  # fmt: skip
 
 
 def main(argv=None):

@@ -162,19 +162,21 @@ def draw(table):
     with open(table, newline='') as file:
         last = {(row['compared'], row['what']): row for row in csv.DictReader(file)}
     depths = [row for (title, _), row in last.items() if title.startswith('depth,')]
-    ratios = [row for (title, _), row in last.items() if not title.startswith('depth')]
+    ratios = [row for (title, _), row in last.items()
+              if not title.startswith('depth') and row['ratio_low'] != row['ratio_high']]
     figure = Figure((12, 0.28 * len(ratios) + 1.5), dpi=110, layout='constrained')
     bars, line = figure.subplots(1, 2, width_ratios=(3, 2))
     for y, row in enumerate(ratios):
         ratio, low, high = (float(row[name]) for name in ('ratio', 'ratio_low', 'ratio_high'))
-        bars.barh(y, ratio, color='lightgrey' if ratio == low == high else 'C0')
+        bars.barh(y, ratio, color='C0')
         bars.errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], color='black', capsize=2)
         if row['target']:
             bars.plot([float(row['target'])] * 2, [y - 0.45, y + 0.45], color='C3', linewidth=2)
     bars.set_yticks(range(len(ratios)), [f'{row["compared"]}: {row["what"]} (n = {row["n"]})'
                                          for row in ratios], fontsize=7)  # fmt: skip
     bars.invert_yaxis()
-    bars.set_xlabel('times as fast as the first (median, 95 % interval); red: the target')
+    bars.axvline(1, color='grey', linewidth=1)
+    bars.set_xlabel('times as fast as the other (median, 95 % interval); red: the target')
     numbers = [int(row['what'].split('-')[1]) for row in depths]
     for name, mark in (('milliseconds', 'o-'), ('peak_memory_mb', 's-')):
         line.plot(numbers, [float(row[name]) for row in depths], mark,
