@@ -4,7 +4,7 @@
 # those of each process' own images.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-flags="--dataset Digits --depth 10 --batch_size 64 --epochs 12 --epoch_step [8,11]"
+flags="--dataset Digits --depth 10 --batch_size 64 --epochs 12 --epoch_step [8,11] --dtype float"
 torchrun --nproc_per_node=1 train.py $flags --save logs/ranks-1
 torchrun --nproc_per_node=2 train.py $flags --save logs/ranks-2
 python plot.py logs/ranks-1 logs/ranks-2 --save logs/ranks.png
