@@ -34,12 +34,13 @@ from diracdeploy import deploy, native_bfloat16
 from diracfold import fold
 from diracimage import CIFAR_NORMALISATION, IMAGENET_NORMALISATION
 from diracnet import DiracNet
-from run import Run, make_optimizer
+from run import Run, automatic_dtype, make_optimizer
 from turns import Side, compare, draw
 
 BATCH = 128
 TABLE = Path(__file__).parent / 'logs' / 'bench.csv'
 DEPTHS = (28, 52, 100, 202, 400)
+NATIVE = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'  # what train.py computes in
 
 
 # ---------------------------------------------------------------- training
@@ -54,7 +55,7 @@ def epoch_of_train(flags, n):
     opt = options.parse_options(['--batch_size', str(BATCH), '--lr', '0.01', *flags])
     sets = data.Data(data.MemoryImages(*random_images(n), pad=4, flip=True), None, list(range(10)))
     if opt.dtype == 'auto':
-        opt.dtype = 'bfloat16' if native_bfloat16('cpu')[0] else 'float'
+        opt.dtype, _ = automatic_dtype(torch.device('cpu'), None)
     network = baselines.build(opt.model, 'CIFAR10', **options.of_model(opt))
     run = Run(opt, sets, network, make_optimizer(network, opt))
     loader = data.loader(sets.train, BATCH, 0, seed=0)
@@ -112,13 +113,12 @@ def bench_train(args):
         n = steps * BATCH
         work = 3 * multiply_adds('diracnet', depth, width)  # forward and, twice that, backward
         flags = ['--depth', str(depth), '--width', str(width)]
-        dtype = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'
         sides = [
             Side('float32, NCHW, images by PIL', epoch_with_pil, (depth, width, n), n, work),
-            Side('train.py', epoch_of_train, (flags, n), n, work, dtype),
+            Side('train.py', epoch_of_train, (flags, n), n, work, NATIVE),
         ]
         for name, its, flag in (('--dtype float', 'float32', ['--dtype', 'float']),
-                                ('--compile', dtype, ['--compile'])):
+                                ('--compile', NATIVE, ['--compile'])):
             if (depth, width) == (28, 1):
                 sides.append(Side(f'train.py {name}', epoch_of_train, ([*flags, *flag], n), n, work,
                                   its))  # fmt: skip
@@ -238,17 +238,16 @@ def bench_infer(args):
     with torch.device('meta'):
         work = baselines.multiply_adds(DiracNet(18), 224)
         resnet = baselines.multiply_adds(torchvision.models.resnet18(), 224)
-    dtype = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'
     for batch in (16, 1):
         sides = [
             Side('float32, NCHW, eager', eager_diracnet, (batch,), batch, work),
-            Side('deploy()', deployed_diracnet, (batch,), batch, work, dtype),
+            Side('deploy()', deployed_diracnet, (batch,), batch, work, NATIVE),
             Side("deploy() of torchvision's resnet18, folded", deployed_resnet, (batch,), batch,
-                 resnet, dtype),
+                 resnet, NATIVE),
         ]  # fmt: skip
         for name, package, prepare, its in (
             ('ONNX Runtime', 'onnxruntime', onnx_runtime, 'float32'),
-            ('OpenVINO', 'openvino', openvino, dtype),  # it takes bfloat16 by itself
+            ('OpenVINO', 'openvino', openvino, NATIVE),  # it takes bfloat16 by itself
         ):
             if importlib.util.find_spec(package):
                 sides.append(Side(f'{name}, {its}', prepare, (batch,), batch, work, its))
@@ -265,10 +264,10 @@ def step(name, depth, width, **more):
     network = baselines.build(name, 'CIFAR10', depth=depth, width=width, **more)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
     inputs = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
-    labels, native = torch.randint(10, (BATCH,)), native_bfloat16('cpu')[0]
+    labels = torch.randint(10, (BATCH,))
 
     def one():
-        with torch.autocast('cpu', torch.bfloat16, enabled=native):
+        with torch.autocast('cpu', torch.bfloat16, enabled=NATIVE == 'bfloat16'):
             logits = network(inputs)
         optimizer.zero_grad()
         F.cross_entropy(logits.float(), labels).backward()
@@ -282,10 +281,9 @@ def checkpointed_step(depth):
 
 
 def bench_depth(args):
-    dtype = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'
     rows = compare('depth, a step of 128 images', [
         Side(f'DiracNet-{depth}-1', step, ('diracnet', depth, 1), BATCH,
-             3 * multiply_adds('diracnet', depth), dtype)
+             3 * multiply_adds('diracnet', depth), NATIVE)
         for depth in DEPTHS
     ], args.pairs, TABLE)  # fmt: skip
     for name, unit in (('milliseconds', 'ms'), ('peak_memory_mb', 'MB')):
@@ -296,7 +294,7 @@ def bench_depth(args):
               + ', '.join(f'{100 * r:+.1f} %' for r in residuals))  # fmt: skip
     compare('depth 1000 with --checkpointing', [
         Side('DiracNet-1000-1', checkpointed_step, (1000,), BATCH,
-             3 * multiply_adds('diracnet', 1000), dtype)
+             3 * multiply_adds('diracnet', 1000), NATIVE)
     ], 3, TABLE)  # fmt: skip
 
 
@@ -307,13 +305,12 @@ def step_of_ordinary_convolutions(depth, width):
 
 
 def bench_overhead(args):
-    dtype = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'
     for depth, width, pairs in ((28, 1, 4 * args.pairs), (34, 2, 2 * args.pairs)):
         work = 3 * multiply_adds('plain', depth, width)
         compare(f'W_hat {depth}-{width}', [
             Side('ordinary convolutions', step_of_ordinary_convolutions, (depth, width), BATCH,
-                 work, dtype),
-            Side('W_hat', step, ('diracnet', depth, width), BATCH, work, dtype),
+                 work, NATIVE),
+            Side('W_hat', step, ('diracnet', depth, width), BATCH, work, NATIVE),
         ], pairs, TABLE)  # fmt: skip
 
 

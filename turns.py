@@ -103,7 +103,7 @@ def compare(title, sides, pairs, table, target=''):
     """
     peaks = {side.dtype: product_peak(side.dtype) for side in sides if side.multiply_adds}
     measure(sides, pairs, title)
-    rows = []
+    rows, here = [], environment()
     for side in sides:
         rates = [side.images / s for s in side.seconds]
         quartiles = statistics.quantiles(rates, n=4)
@@ -121,7 +121,7 @@ def compare(title, sides, pairs, table, target=''):
                 round(100 * gflops / peaks[side.dtype], 1) if side.multiply_adds else '',
             'target': target if side is sides[1 % len(sides)] else '',
             'peak_memory_mb': round(side.memory), 'dtype': side.dtype, 'seed': 0,
-            **environment(),
+            **here,
         })  # fmt: skip
     append(rows, table)
     show(rows)
