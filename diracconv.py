@@ -99,7 +99,8 @@ class _DiracWeight(torch.autograd.Function):
         taps = delta_taps(grad, ctx.groups)
         without = len(beta) // ctx.groups - taps.shape[1]  # filters of a group, at its end
         grad_alpha = F.pad(taps, (0, without)).flatten()
-        return grad_weight * _per_filter(beta / norms, weight), grad_alpha, grad_beta, None
+        grad_weight.mul_(_per_filter(beta / norms, weight))
+        return grad_weight, grad_alpha, grad_beta, None
 
 
 def dirac_weight(weight, alpha, beta, groups=1):

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import diracimage
-from diracconv import DiracParametrization, dirac_weight
+from diracconv import DiracParametrization
 from diracnet import (
     BN_EPS,
     IMAGENET_BLOCKS,
@@ -35,6 +35,7 @@ from diracnet import (
     init_params,
     load_published,
     topology,
+    w_hats,
 )
 
 CHECKPOINT_URLS = {  # unfolded, with which training can go on
@@ -86,12 +87,9 @@ def fold(what, dtype=torch.float32):
 def _fold_params(params, dtype):
     options = identify(params)
     params = {name: tensor.to('cpu', torch.float64, copy=True) for name, tensor in params.items()}
-    w_hat = {'conv': params['conv']}
-    for name, _, _ in topology(**options).layers():
-        weight, alpha, beta = (params[f'{name}.{part}'] for part in ('conv', 'alpha', 'beta'))
-        w_hat[f'{name}.conv'] = dirac_weight(weight, alpha, beta)
+    filters = {'conv': params['conv'], **w_hats(topology(**options), params)}
     folded = {name: params[name] for name in ('fc.weight', 'fc.bias')}
-    for name, weight in w_hat.items():
+    for name, weight in filters.items():
         bn = name.removesuffix('conv') + 'bn'
         folded[f'features.{name}.weight'], folded[f'features.{name}.bias'] = fuse_conv_bn_weights(
             weight, None, params[f'{bn}.running_mean'], params[f'{bn}.running_var'], BN_EPS,
