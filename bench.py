@@ -38,9 +38,23 @@ from run import Run, automatic_dtype, make_optimizer
 from turns import Side, compare, draw
 
 BATCH = 128
+DEPLOYED_IMAGES = 64  # through a deployed network in one turn
+STEPS = 5  # of a training in one turn, to find what W_hat takes of it
 TABLE = Path(__file__).parent / 'logs' / 'bench.csv'
 DEPTHS = (28, 52, 100, 202, 400)
 NATIVE = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'  # what train.py computes in
+
+
+def repeated(times, prepare, *arguments):
+    """Several calls in one turn: the first finds its weights gone from caches that all sides use.
+    """
+    work = prepare(*arguments)
+
+    def calls():
+        for _ in range(times):
+            work()
+
+    return calls
 
 
 # ---------------------------------------------------------------- training
@@ -239,18 +253,22 @@ def bench_infer(args):
         work = baselines.multiply_adds(DiracNet(18), 224)
         resnet = baselines.multiply_adds(torchvision.models.resnet18(), 224)
     for batch in (16, 1):
+
+        def side(name, prepare, work=work, dtype=NATIVE, batch=batch):
+            return Side(name, repeated, (DEPLOYED_IMAGES // batch, prepare, batch),
+                        DEPLOYED_IMAGES, work, dtype)  # fmt: skip
+
         sides = [
-            Side('float32, NCHW, eager', eager_diracnet, (batch,), batch, work),
-            Side('deploy()', deployed_diracnet, (batch,), batch, work, NATIVE),
-            Side("deploy() of torchvision's resnet18, folded", deployed_resnet, (batch,), batch,
-                 resnet, NATIVE),
-        ]  # fmt: skip
-        for name, package, prepare, its in (
+            side('float32, NCHW, eager', eager_diracnet, dtype='float32'),
+            side('deploy()', deployed_diracnet),
+            side("deploy() of torchvision's resnet18, folded", deployed_resnet, resnet),
+        ]
+        for name, package, prepare, dtype in (
             ('ONNX Runtime', 'onnxruntime', onnx_runtime, 'float32'),
             ('OpenVINO', 'openvino', openvino, NATIVE),  # it takes bfloat16 by itself
         ):
             if importlib.util.find_spec(package):
-                sides.append(Side(f'{name}, {its}', prepare, (batch,), batch, work, its))
+                sides.append(side(f'{name}, {dtype}', prepare, dtype=dtype))
             else:
                 print(f'{name}: left out, as {package} is not installed')
         compare(f'DiracNet-18, batch {batch}', sides, args.pairs, TABLE, 4 if batch == 16 else '')
@@ -308,9 +326,10 @@ def bench_overhead(args):
     for depth, width, pairs in ((28, 1, 4 * args.pairs), (34, 2, 2 * args.pairs)):
         work = 3 * multiply_adds('plain', depth, width)
         compare(f'W_hat {depth}-{width}', [
-            Side('ordinary convolutions', step_of_ordinary_convolutions, (depth, width), BATCH,
-                 work, NATIVE),
-            Side('W_hat', step, ('diracnet', depth, width), BATCH, work, NATIVE),
+            Side('ordinary convolutions', repeated,
+                 (STEPS, step_of_ordinary_convolutions, depth, width), STEPS * BATCH, work, NATIVE),
+            Side('W_hat', repeated, (STEPS, step, 'diracnet', depth, width), STEPS * BATCH, work,
+                 NATIVE),
         ], pairs, TABLE)  # fmt: skip
 
 

@@ -1,0 +1,287 @@
+"""The networks: counts, names, logits of the functional and of the folded form, downloads."""
+
+import copy
+import functools
+import hashlib
+import http.server
+import pickle
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_layer import slow_w_hat
+
+import diracnet
+from diracnet import DiracNet, Network, define_diracnet, diracnet18, topology
+
+ROOT = Path(diracnet.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def trained(depth, width, dataset, num_classes=None, size=32, steps=3):
+    """A network after a few steps of SGD, its batch norms full of real statistics."""
+    f, params = define_diracnet(depth, width, dataset, num_classes)
+    classes = len(params['fc.bias'])
+    optimizer = torch.optim.SGD([p for p in params.values() if p.requires_grad], lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = f(torch.randn(16, 3, size, size), params, mode=True)
+        F.cross_entropy(logits, torch.randint(classes, (16,))).backward()
+        optimizer.step()
+    return f, {name: tensor.detach() for name, tensor in params.items()}
+
+
+@pytest.mark.parametrize(('depth', 'width', 'dataset', 'published'), [
+    (16, 1, 'CIFAR10', 173_402), (22, 1, 'CIFAR10', 271_066), (28, 1, 'CIFAR10', 368_730),
+    (34, 2, 'CIFAR10', 1_854_378), (28, 5, 'CIFAR10', 9_124_250), (28, 10, 'CIFAR10', 36_450_090),
+    (28, 1, 'CIFAR100', 374_580), (18, 1, 'ImageNet', 11_523_368), (34, 1, 'ImageNet', 21_638_952),
+])  # fmt: skip
+def test_parameter_counts(depth, width, dataset, published):
+    with torch.device('meta'):
+        _, params = define_diracnet(depth, width, dataset)
+    assert sum(p.numel() for p in params.values() if p.requires_grad) == published
+
+
+def test_names_and_initialisation():
+    _, params = define_diracnet(10, 4, 'CIFAR10', num_classes=7)
+    bn = ['weight', 'bias', 'running_mean', 'running_var']
+    expected = ['conv', *(f'bn.{leaf}' for leaf in bn)]
+    for block in (f'group{g}.block{b}' for g in range(3) for b in range(2)):
+        expected += [f'{block}.{leaf}' for leaf in ('conv', 'alpha', 'beta')]
+        expected += [f'{block}.bn.{leaf}' for leaf in bn]
+    assert list(params) == [*expected, 'fc.weight', 'fc.bias']
+    for name, tensor in params.items():
+        assert tensor.is_leaf
+        assert tensor.requires_grad == ('running' not in name), name
+    params = {name: tensor.detach() for name, tensor in params.items()}
+    # Kaiming, fan-in: variance 2 / fan-in
+    assert params['group2.block1.conv'].var().item() == pytest.approx(2 / (256 * 9), rel=0.02)
+    assert params['fc.weight'].var().item() == pytest.approx(2 / 256, rel=0.1)
+    gammas = params['group2.block1.bn.weight']
+    assert 0 <= gammas.min() < 0.05 < 0.95 < gammas.max() < 1
+    for leaf, value in [('alpha', 1), ('beta', 0.1), ('bn.bias', 0), ('bn.running_var', 1)]:
+        tensor = params[f'group0.block0.{leaf}']
+        assert tensor.tolist() == pytest.approx([value] * 64)
+    assert params['fc.bias'].tolist() == [0] * 7
+
+
+def modular_network():
+    """The network that the README builds from DiracConv2d modules, DiracNet-28-1 for CIFAR-10."""
+    text = (ROOT / 'README.md').read_text()
+    code = re.search(r'```python\n(from diracconv import DiracConv2d\n.*?)```', text, re.S).group(1)
+    names = {}
+    exec(code, names)
+    return names['network']
+
+
+def test_modules_and_function_give_the_same_logits():
+    f, params = trained(28, 1, 'CIFAR10', steps=1)
+    network = modular_network()
+    state = {k: v for k, v in network.state_dict().items() if not k.endswith('batches_tracked')}
+    # both list the same tensors in the same order, under names of their own
+    assert [v.shape for v in state.values()] == [v.shape for v in params.values()]
+    state = dict(zip(state, (v.double() for v in params.values())))
+    network.double().load_state_dict(state, strict=False)
+    params = {name: tensor.double() for name, tensor in params.items()}
+    inputs = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for mode in (True, False):  # training first: it moves the running statistics of both
+        network.train(mode)
+        torch.testing.assert_close(f(inputs, params, mode), network(inputs), rtol=1e-9, atol=1e-9)
+    state = [v for k, v in network.state_dict().items() if not k.endswith('batches_tracked')]
+    for ours, theirs in zip(params.values(), state):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_imagenet_network_against_torch_modules():
+    f, params = trained(18, 0.125, 'ImageNet', num_classes=5, size=64, steps=1)
+    params = {name: tensor.double() for name, tensor in params.items()}
+    inputs = torch.randn(2, 3, 96, 96, dtype=torch.float64)
+
+    def bn(x, name):
+        mean, var, gamma, bias = (
+            params[f'{name}.{leaf}'].view(-1, 1, 1)
+            for leaf in ('running_mean', 'running_var', 'weight', 'bias')
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * gamma + bias
+
+    x = bn(F.conv2d(inputs, params['conv'], stride=2, padding=3), 'bn')
+    x = F.max_pool2d(x, 3, 2, 1)
+    for g in range(4):
+        for b in range(4):
+            p = {leaf: params[f'group{g}.block{b}.{leaf}'] for leaf in ('conv', 'alpha', 'beta')}
+            w_hat = slow_w_hat(p['conv'], p['alpha'], p['beta'], 1)
+            x = bn(F.conv2d(x.clamp(min=0), w_hat, padding=1), f'group{g}.block{b}.bn')
+        x = F.max_pool2d(x, 2) if g < 3 else x.clamp(min=0)
+    assert x.shape == (2, 64, 3, 3)
+    logits = x.mean((2, 3)) @ params['fc.weight'].T + params['fc.bias']
+    torch.testing.assert_close(f(inputs, params, False), logits, rtol=1e-9, atol=1e-9)
+
+
+def test_mode_decides_over_running_statistics():
+    f, params = define_diracnet(10, 1, 'CIFAR10')
+    inputs = torch.randn(8, 3, 16, 16)
+    before = {name: tensor.detach().clone() for name, tensor in params.items()}
+    f(inputs, params, mode=False)
+    assert all(torch.equal(before[name], params[name]) for name in params)
+    f(inputs, params, mode=True)
+    changed = {name for name in params if not torch.equal(before[name], params[name])}
+    assert changed == {name for name in params if 'running' in name}
+    stem = F.conv2d(inputs, params['conv'], padding=1).detach().double()
+    expected = 0.1 * stem.mean((0, 2, 3))  # momentum 0.1, from zero
+    torch.testing.assert_close(params['bn.running_mean'].double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('size', [4, 7, 20, 32, 48])
+def test_any_square_input_that_survives_the_pooling(size):
+    f, params = define_diracnet(10, 0.5, 'CIFAR100')
+    assert f(torch.randn(2, 3, size, size), params, mode=False).shape == (2, 100)
+
+
+def test_fractional_widths_round_down():
+    assert topology(16, 0.3, 'CIFAR10').channels == (4, 9, 19)
+    assert topology(18, 0.75, 'ImageNet').channels == (48, 96, 192, 384)
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ((17, 1, 'CIFAR10'), 'depth 17: .* 6n [+] 4; the nearest are 16 and 22'),
+    ((4, 1, 'CIFAR10'), 'the nearest are 10 and 16'),
+    ((-8, 1, 'CIFAR10'), 'the nearest are 10 and 16'),
+    ((20, 1, 'ImageNet'), 'depth 20: .* 18 or 34'),
+    ((16, 0.06, 'CIFAR10'), 'width 0.06: expected at least 0.0625'),
+    ((18, 0, 'ImageNet'), 'width 0: expected at least 0.015625'),
+    ((16, float('nan'), 'CIFAR10'), 'width nan'),
+    ((16, 1, 'MNIST'), "unknown dataset 'MNIST': expected one of CIFAR10, CIFAR100, ImageNet"),
+    ((16, 1, 'CIFAR10', 0), 'num_classes 0: expected at least 1'),
+])  # fmt: skip
+def test_what_is_no_diracnet(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        define_diracnet(*arguments)
+
+
+def test_network_carries_the_function():
+    f, params = define_diracnet(10, 1, 'CIFAR10')
+    network = Network(f, params)
+    assert sorted(network.state_dict()) == sorted(params)
+    trainable = {name for name, tensor in params.items() if tensor.requires_grad}
+    assert {name for name, _ in network.named_parameters()} == trainable
+    inputs = torch.randn(4, 3, 32, 32)
+    assert torch.equal(network.eval()(inputs), f(inputs, params, False))
+    assert torch.equal(network.train()(inputs), f(inputs, params, True))
+    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(other.eval()(inputs), network.eval()(inputs))
+
+
+def test_network_compiles_to_one_graph():
+    network = Network(*define_diracnet(10, 1, 'CIFAR10')).eval()
+    inputs = torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(network, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(compiled(inputs), network(inputs))
+
+
+# ---------------------------------------------------------------- the folded network
+
+
+def fold_by_hand(params):
+    """Folds batch norm and Dirac term in float64: the state dict of a DiracNet."""
+    params = {name: tensor.double() for name, tensor in params.items()}
+    state = {'fc.weight': params['fc.weight'], 'fc.bias': params['fc.bias']}
+    for name in [name for name in params if name.endswith('conv')]:
+        prefix = name[: -len('conv')]
+        gamma, bias, mean, var = (
+            params[f'{prefix}bn.{leaf}']
+            for leaf in ('weight', 'bias', 'running_mean', 'running_var')
+        )
+        a = gamma / (var + 1e-5).sqrt()
+        w_hat = params[name]
+        if prefix:
+            w_hat = slow_w_hat(w_hat, params[f'{prefix}alpha'], params[f'{prefix}beta'], 1)
+        state[f'features.{name}.weight'] = a.view(-1, 1, 1, 1) * w_hat
+        state[f'features.{name}.bias'] = bias - mean * a
+    return state
+
+
+@pytest.mark.parametrize(('depth', 'width', 'dataset', 'size'), [
+    (16, 1, 'CIFAR10', 32), (28, 2, 'CIFAR100', 32), (18, 0.25, 'ImageNet', 96),
+])  # fmt: skip
+def test_folded_network_gives_the_same_logits(depth, width, dataset, size):
+    f, params = trained(depth, width, dataset, size=size)
+    net = DiracNet(depth, width, dataset).eval()
+    net.load_state_dict(fold_by_hand(params))
+    inputs = torch.randn(8, 3, size, size)
+    with torch.no_grad():
+        expected = f(inputs, params, False)
+        assert (net(inputs) - expected).abs().max() < 1e-4
+    assert expected.std() > 1e-3  # the logits differ enough for the comparison to mean something
+
+
+def test_folded_network_is_a_chain_of_relu_and_convolutions():
+    printed = str(DiracNet(18))
+    layers = re.findall(r'(Conv2d\(\d+, \d+|ReLU|MaxPool2d|AdaptiveAvgPool2d|Linear)', printed)
+    expected = ['Conv2d(3, 64', 'MaxPool2d']
+    cin = 64
+    for cout in (64, 128, 256, 512):
+        if cout > 64:
+            expected.append('MaxPool2d')
+        for _ in range(4):
+            expected += ['ReLU', f'Conv2d({cin}, {cout}']
+            cin = cout
+    assert layers == [*expected, 'ReLU', 'AdaptiveAvgPool2d', 'Linear']
+    keys = set(DiracNet(18).state_dict())
+    assert {'features.conv.weight', 'features.group3.block3.conv.bias', 'fc.bias'} <= keys
+    assert len(keys) == 2 * (1 + 16 + 1)
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Serves a folded checkpoint on the loopback, its hash in its name; torch.hub starts empty."""
+    (tmp_path / 'www').mkdir()
+    file = tmp_path / 'www' / 'folded.pth'
+    torch.save(DiracNet(18).state_dict(), file)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    file = file.rename(tmp_path / 'www' / f'diracnet18v2folded-{digest}.pth')
+    handler = functools.partial(
+        http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / 'www')
+    )
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, 'log_message', lambda *_: None)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setitem(
+        diracnet.MODEL_URLS, 18, f'http://127.0.0.1:{server.server_port}/{file.name}'
+    )
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    yield file, tmp_path / 'hub' / 'checkpoints' / file.name
+    server.shutdown()
+    server.server_close()
+
+
+def test_pretrained_weights_are_fetched_once(published):
+    served, cached = published
+    state = torch.load(served)
+    net = diracnet18(pretrained=True)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    assert cached.exists()
+    served.unlink()
+    diracnet18(pretrained=True)  # from the cache
+
+
+@pytest.mark.parametrize('defect', ['missing', 'altered', 'damaged cache'])
+def test_pretrained_weights_that_cannot_be_had(published, defect):
+    served, cached = published
+    if defect == 'missing':
+        served.unlink()
+    elif defect == 'altered':
+        served.write_bytes(served.read_bytes()[:-1] + b'!')
+    else:
+        cached.parent.mkdir(parents=True)
+        cached.write_bytes(b'half a file')
+    with pytest.raises(RuntimeError, match='put the file from') as error:
+        diracnet18(pretrained=True)
+    assert diracnet.MODEL_URLS[18] in str(error.value)
+    assert str(cached) in str(error.value)
