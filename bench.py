@@ -313,7 +313,7 @@ def bench_depth(args):
     compare('depth 1000 with --checkpointing', [
         Side('DiracNet-1000-1', checkpointed_step, (1000,), BATCH,
              3 * multiply_adds('diracnet', 1000), NATIVE)
-    ], 3, TABLE)  # fmt: skip
+    ], args.pairs, TABLE)  # fmt: skip
 
 
 def step_of_ordinary_convolutions(depth, width):

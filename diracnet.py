@@ -41,6 +41,11 @@ class Topology:
     blocks: tuple  # convolutions in each group
     num_classes: int
 
+    @property
+    def imagenet(self):
+        """Whether the stem is the one for large images."""
+        return self.stem == 7
+
     def layers(self):
         """Yields (name, in channels, out channels) of the convolutions after the stem."""
         cin = self.channels[0]
@@ -171,10 +176,9 @@ def forward(net, inputs, params, mode, checkpointing=False):
     # W_hat in place of W, all before the first convolution: these many small steps take five times
     # as long between the large ones, which leave nothing of them in the caches
     params = {**params, **w_hats(net, params)}
-    imagenet = net.stem == 7
-    x = F.conv2d(inputs, params['conv'], stride=1 + imagenet, padding=net.stem // 2)
+    x = F.conv2d(inputs, params['conv'], stride=1 + net.imagenet, padding=net.stem // 2)
     x = _batch_norm(x, params, 'bn', mode)
-    if imagenet:
+    if net.imagenet:
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
     # a block begins with ReLU, which is also the one that follows the stem on CIFAR
     run_group = _checkpointed_group if checkpointing and mode else _group
@@ -237,10 +241,9 @@ class DiracNet(nn.Module):
     def __init__(self, depth=18, width=1, dataset='ImageNet', num_classes=None):
         super().__init__()
         net = topology(depth, width, dataset, num_classes)
-        imagenet = net.stem == 7
-        conv = nn.Conv2d(3, net.channels[0], net.stem, 1 + imagenet, padding=net.stem // 2)
+        conv = nn.Conv2d(3, net.channels[0], net.stem, 1 + net.imagenet, padding=net.stem // 2)
         self.features = nn.Sequential(OrderedDict(conv=conv))
-        if imagenet:
+        if net.imagenet:
             self.features.add_module('max_pool', nn.MaxPool2d(3, stride=2, padding=1))
         for name, cin, cout in net.layers():
             group, block = name.split('.')

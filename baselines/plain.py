@@ -36,14 +36,13 @@ class PlainNet(nn.Module):
 
     def __init__(self, net, block, group=nn.Sequential, last_relu=True):
         super().__init__()
-        imagenet = net.stem == 7
         cin = net.channels[0]
         layers = OrderedDict(
-            conv=nn.Conv2d(3, cin, net.stem, 1 + imagenet, padding=net.stem // 2, bias=False),
+            conv=nn.Conv2d(3, cin, net.stem, 1 + net.imagenet, padding=net.stem // 2, bias=False),
             bn=_batch_norm(cin),
         )
         nn.init.kaiming_normal_(layers['conv'].weight)
-        if imagenet:
+        if net.imagenet:
             layers['max_pool'] = nn.MaxPool2d(3, stride=2, padding=1)
         for g, (cout, blocks) in enumerate(zip(net.channels, net.blocks)):
             if g > 0:
