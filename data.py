@@ -31,7 +31,7 @@ IGNORED = -100  # as a label: what cross_entropy leaves out
 class Data:
     """A training and a test set, their class names, and a validation set if one is held out."""
 
-    train: Dataset
+    train: Dataset  # None where there is only testing to be done
     test: Dataset
     classes: list
     val: Dataset = None
@@ -210,45 +210,48 @@ def _read_all(paths, size, nthread, name):
     return images
 
 
-def _load_folder(root, test_folders, size, nthread, **crops):
-    """A folder with train/ and one of `test_folders`, each of class folders."""
-    train_folder = os.path.join(root, 'train')
+def _load_folder(root, test_folders, training, size, nthread, **crops):
+    """A folder with one of `test_folders` and, for training, train/, each of class folders."""
     test_folder = os.path.join(root, test_folders[0])
     for folder in test_folders[1:]:
         if not os.path.isdir(test_folder):
             test_folder = os.path.join(root, folder)
-    train_paths, train_labels, classes = list_images(train_folder)
-    test_paths, test_labels, test_classes = list_images(test_folder)
+
+    def images(folder, paths, labels, **augmentation):
+        if size > MAX_SMALL:
+            return ImageFiles(paths, labels, size)
+        return MemoryImages(_read_all(paths, size, nthread, folder), labels, **augmentation)
+
+    if not training:
+        *test, classes = list_images(test_folder)
+        return Data(None, images(test_folder, *test), classes)
+    train_folder = os.path.join(root, 'train')
+    *train, classes = list_images(train_folder)
+    *test, test_classes = list_images(test_folder)
     if test_classes != classes:
         differ = ', '.join(sorted(set(classes) ^ set(test_classes))[:5])
         raise DataError(f'{train_folder} and {test_folder}: the class folders differ: {differ}')
-    if size > MAX_SMALL:
-        train = ImageFiles(train_paths, train_labels, size)
-        return Data(train, ImageFiles(test_paths, test_labels, size), classes)
-    train_images = _read_all(train_paths, size, nthread, train_folder)
-    train = MemoryImages(train_images, train_labels, flip=True, **crops)
-    test = MemoryImages(_read_all(test_paths, size, nthread, test_folder), test_labels)
-    return Data(train, test, classes)
+    train = images(train_folder, *train, flip=True, **crops)
+    return Data(train, images(test_folder, *test), classes)
 
 
-def _load_cifar(name, root, **crops):
+def _load_cifar(name, root, training, **crops):
     """CIFAR-10 or CIFAR-100 from the files of their authors, downloaded if they are not there."""
     dataset = getattr(torchvision.datasets, name)
     try:
-        train, test = (dataset(root, train=train, download=True) for train in (True, False))
+        test = dataset(root, train=False, download=True)
+        train = dataset(root, train=True, download=True) if training else None
     except (OSError, RuntimeError) as error:
         raise DataError(
             f'{name} is not in {root} and cannot be downloaded ({error}): '
             f'put {dataset.filename} or its folder {dataset.base_folder}/ there'
         ) from error
-    return Data(
-        MemoryImages(train.data, train.targets, flip=True, **crops),
-        MemoryImages(test.data, test.targets),
-        train.classes,
-    )
+    if training:
+        train = MemoryImages(train.data, train.targets, flip=True, **crops)
+    return Data(train, MemoryImages(test.data, test.targets), test.classes)
 
 
-def _load_digits(**crops):
+def _load_digits(training, **crops):
     """The 1,797 digits of scikit-learn at 32 x 32, four fifths of them to train (a fixed split)."""
     from sklearn.datasets import load_digits  # slow to import, and needed here alone
 
@@ -261,7 +264,8 @@ def _load_digits(**crops):
     order = np.random.RandomState(0).permutation(len(images))
     train, test = np.split(order, [len(order) * 4 // 5])
     return Data(
-        MemoryImages(images[train], digits.target[train], **crops),  # not flipped: a 2 is no 5
+        # not flipped: a 2 is no 5
+        MemoryImages(images[train], digits.target[train], **crops) if training else None,
         MemoryImages(images[test], digits.target[test]),
         [str(name) for name in digits.target_names],
     )
@@ -274,20 +278,20 @@ def topology(name, image_size=32):
     return 'CIFAR10' if name == 'Digits' else name
 
 
-def load(name, root='.', image_size=32, nthread=4, **crops):
-    """Loads one of DATASETS.
+def load(name, root='.', image_size=32, nthread=4, training=True, **crops):
+    """Loads one of DATASETS; without `training` its test set alone.
 
     root: the folder with the files; image_size: in pixels, of Folder; nthread: threads that read
     small images; crops: `pad` and `reflect` of MemoryImages. Raises DataError for what is wrong
     with the files, naming the path.
     """
     if name == 'Digits':
-        return _load_digits(**crops)
+        return _load_digits(training, **crops)
     if name in ('CIFAR10', 'CIFAR100'):
-        return _load_cifar(name, root, **crops)
+        return _load_cifar(name, root, training, **crops)
     if name == 'ImageNet':
-        return _load_folder(root, ('val',), 224, nthread, **crops)
-    return _load_folder(root, ('test', 'val'), image_size, nthread, **crops)
+        return _load_folder(root, ('val',), training, 224, nthread, **crops)
+    return _load_folder(root, ('test', 'val'), training, image_size, nthread, **crops)
 
 
 def hold_out(dataset, n, seed=0):

@@ -138,7 +138,7 @@ def calibration_paths(folder):
 
 def load_test_set(opt, trained):
     """Loads the test set of --dataset; raises ValueError if it is not what the network knows."""
-    sets = data.load(opt.dataset, opt.dataroot, trained.image_size)
+    sets = data.load(opt.dataset, opt.dataroot, trained.image_size, training=False)
     known = trained.classes or sets.classes
     if len(sets.classes) != trained.num_classes or sets.classes != known:
         raise ValueError(

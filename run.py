@@ -180,12 +180,12 @@ def prepare(opt, device):
         check_options(opt, loaded['args'])
     reflect = baselines.FAMILIES[opt.model].crop_padding == 'reflect'
     load = functools.partial(
-        data.load, opt.dataset, opt.dataroot, opt.image_size, opt.nthread, pad=opt.randomcrop_pad,
-        reflect=reflect,
+        data.load, opt.dataset, opt.dataroot, opt.image_size, opt.nthread, not opt.evaluate,
+        pad=opt.randomcrop_pad, reflect=reflect,
     )
     # what one process downloads, the others read
     sets = ranks.first_before_others(load) if opt.dataset.startswith('CIFAR') else load()
-    if opt.val:
+    if opt.val and not opt.evaluate:
         sets.train, sets.val = data.hold_out(sets.train, opt.val)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(opt.seed % 2**32)
@@ -196,6 +196,9 @@ def prepare(opt, device):
         raise ValueError(f'the network cannot be made: {str(error).splitlines()[0]}') from error
     torch.manual_seed(opt.seed + rank())  # the same network, but dropout of its own
     if opt.evaluate:
+        if loaded['classes'] not in (None, sets.classes) and not opt.force:
+            raise ValueError(f'{opt.resume}: of other classes than the data set: expected the '
+                             'same, or --force')  # fmt: skip
         network = load_to_test(network, loaded['params'])
         return Run(opt, sets, network.to(device), make_optimizer(network, opt))
     if opt.pretrained and not loaded:

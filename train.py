@@ -268,8 +268,9 @@ def main(argv=None):
         sys.exit(128 + signal.SIGINT)  # nothing is there yet to be saved
     if rank() == 0:
         print_options_and_parameters(opt, dict(run.network.named_parameters()))
-        print(f'{opt.dataset}: {len(run.sets.train)} training and {len(run.sets.test)} test images,'
-              f' {len(run.sets.classes)} classes; computing on {world()} x {device.type} in '
+        training = '' if opt.evaluate else f'{len(run.sets.train)} training and '
+        print(f'{opt.dataset}: {training}{len(run.sets.test)} test images, '
+              f'{len(run.sets.classes)} classes; computing on {world()} x {device.type} in '
               f'{opt.dtype}', flush=True)
     try:
         with Signals() as signals:

@@ -211,7 +211,9 @@ def test_digits():
     assert np.abs(means - ours).max() < 6
     labels = torch.cat([sets.train.labels, sets.test.labels])
     assert labels.bincount().tolist() == np.bincount(load_digits().target).tolist()
-    assert torch.equal(sets.test.images, data.load('Digits').test.images)
+    again = data.load('Digits', training=False)
+    assert again.train is None
+    assert torch.equal(sets.test.images, again.test.images)
 
 
 @pytest.mark.parametrize('test_folder', ['test', 'val'])
@@ -392,3 +394,5 @@ def test_cifar(tmp_path, monkeypatch):
     sets = data.load('CIFAR100', str(tmp_path), pad=2)
     assert (sets.classes, sets.train.pad) == (['cat', 'dog'], 2)
     assert (sets.train.flip, sets.test.labels.tolist()) == (True, [0, 1])
+    sets = data.load('CIFAR100', str(tmp_path), training=False)
+    assert (sets.train, sets.test.labels.tolist()) == (None, [0, 1])

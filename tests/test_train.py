@@ -210,6 +210,19 @@ def test_evaluate_writes_nothing(trained, images, tmp_path, capsys, dtype, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_evaluate_needs_no_training_images_but_the_same_classes(trained, tmp_path, capsys):
+    write_images(tmp_path / 'same' / 'test', n=5, seed=1)  # as the fixture's
+    options = ['--evaluate', '--resume', str(trained), '--dataset', 'Folder', '--depth', '10']
+    train.main([*options, '--dataroot', str(tmp_path / 'same'), '--dtype', 'float'])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f'test_acc: {stats_of(trained)[-1]["test_acc"]:.2f}'
+    assert 'Folder: 10 test images, 2 classes; computing on 1 x cpu in float' in lines
+    write_images(tmp_path / 'other' / 'test', ('cat', 'eel'))
+    options += ['--dataroot', str(tmp_path / 'other')]
+    assert 'of other classes than the data set' in refused(capsys, *options)
+    train.main([*options, '--force'])
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', 'double'])
 def test_dtypes(images, tmp_path, dtype):
     run(images, tmp_path, '--dtype', dtype, '--epochs', 1)
