@@ -1,0 +1,54 @@
+"""Compares a deployed network with the plain one on test images: accuracy, labels, logits.
+
+    python experiments/deploy.py RUN --dataset Folder --dataroot FOLDER
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import baselines  # noqa: E402
+import data  # noqa: E402
+from diracdeploy import deploy  # noqa: E402
+from diracfold import fold  # noqa: E402
+from diracimage import normalise  # noqa: E402
+
+BATCH = 500
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('run', help='folder of a run of train.py, or a checkpoint')
+    parser.add_argument('--dataset', choices=data.DATASETS, default='CIFAR10')
+    parser.add_argument('--dataroot', default='.', help='folder of the data set')
+    args = parser.parse_args()
+    trained = baselines.load(args.run)
+    size = trained.image_size
+    test = data.load(args.dataset, args.dataroot, size, training=False).test
+    network, run = fold(trained.network), deploy(fold(trained.network), (BATCH, 3, size, size))
+    plain, deployed, labels = [], [], []
+    for batch in tqdm(torch.arange(len(test)).split(BATCH), 'testing', disable=None, leave=False):
+        images, truth, _ = test[batch, None, torch.arange(len(batch))]
+        inputs = normalise(images, trained.dataset)
+        plain.append(network(inputs))
+        filled = inputs.new_zeros(BATCH, *inputs.shape[1:])  # as the last batch may be smaller
+        filled[: len(inputs)] = inputs
+        deployed.append(run(filled)[: len(inputs)])
+        labels.append(truth)
+    plain, deployed, labels = map(torch.cat, (plain, deployed, labels))
+    for name, logits in (('plain', plain), ('deployed', deployed)):
+        print(f'{name}: {100 * (logits.argmax(1) == labels).double().mean():.2f} % top-1')
+    same = (plain.argmax(1) == deployed.argmax(1)).sum()
+    difference = (plain - deployed).abs().max() / plain.abs().max()
+    print(f'the same label: {same:,} of {len(labels):,}; largest difference of logits: '
+          f'{100 * difference:.1f} % of the largest')  # fmt: skip
+
+
+if __name__ == '__main__':
+    main()
