@@ -12,6 +12,7 @@ and the Dirac term folded into plain convolutions, with published weights for Im
 """
 
 import functools
+import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
 from os.path import basename, join
@@ -129,13 +130,20 @@ def _batch_norm(x, params, prefix, mode, tracked=True):
 
 
 def w_hats(net, params):
-    """Computes W_hat (eq. 3) of each Dirac convolution: a dict of the names of W in `params`."""
-    return {
-        f'{name}.conv': dirac_weight(
-            params[f'{name}.conv'], params[f'{name}.alpha'], params[f'{name}.beta']
+    """Computes W_hat (eq. 3) of each Dirac convolution: a dict of the names of W in `params`.
+
+    Convolutions of one shape are computed together, as if they were the groups of one.
+    """
+    found = {}
+    for _, alike in itertools.groupby(net.layers(), key=lambda layer: layer[1:]):
+        names = [name for name, _, _ in alike]
+        weight, alpha, beta = (
+            torch.cat([params[f'{name}.{part}'] for name in names])
+            for part in ('conv', 'alpha', 'beta')
         )
-        for name, _, _ in net.layers()
-    }
+        w_hat = dirac_weight(weight, alpha, beta, groups=len(names))
+        found.update(zip([f'{name}.conv' for name in names], w_hat.chunk(len(names))))
+    return found
 
 
 def _block(x, params, prefix, mode, tracked=True):
