@@ -20,11 +20,12 @@ def test_interval_of_the_median():
 def test_sides_work_in_turns_each_in_a_process_of_its_own(tmp_path):
     path = tmp_path / 'calls.txt'
     sides = [turns.Side(name, writing, (str(path), name), 1) for name in 'ab']
-    turns.measure(sides, 3, 'letters')
+    turns.measure(sides, 13, 'letters')
     calls = [line.split() for line in path.read_text().splitlines()]
-    assert ''.join(name for name, _ in calls) == 'aabb' + 'ababab'  # twice each to warm up
-    assert len({process for _, process in calls}) == 2
-    assert [len(side.seconds) for side in sides] == [3, 3]
+    # twice each to warm up, and again after ten turns, in other processes
+    assert ''.join(name for name, _ in calls) == 'aabb' + 10 * 'ab' + 'aabb' + 3 * 'ab'
+    assert len({process for _, process in calls}) == 4
+    assert [len(side.seconds) for side in sides] == [13, 13]
     assert all(side.memory > 10 for side in sides)
 
 
