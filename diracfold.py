@@ -87,7 +87,8 @@ def fold(what, dtype=torch.float32):
 def _fold_params(params, dtype):
     options = identify(params)
     params = {name: tensor.to('cpu', torch.float64, copy=True) for name, tensor in params.items()}
-    filters = {'conv': params['conv'], **w_hats(topology(**options), params)}
+    names = [name for name, _, _ in topology(**options).layers()]
+    filters = {'conv': params['conv'], **w_hats(params, names)}
     folded = {name: params[name] for name in ('fc.weight', 'fc.bias')}
     for name, weight in filters.items():
         bn = name.removesuffix('conv') + 'bn'

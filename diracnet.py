@@ -129,38 +129,39 @@ def _batch_norm(x, params, prefix, mode, tracked=True):
     )
 
 
-def w_hats(net, params):
-    """Computes W_hat (eq. 3) of each Dirac convolution: a dict of the names of W in `params`.
+def w_hats(params, names):
+    """Computes W_hat (eq. 3) of the blocks of these names: a dict of the names of W in `params`.
 
-    Convolutions of one shape are computed together, as if they were the groups of one.
+    Neighbours of one shape are computed together, as if they were the groups of one convolution.
     """
     found = {}
-    for _, alike in itertools.groupby(net.layers(), key=lambda layer: layer[1:]):
-        names = [name for name, _, _ in alike]
+    for _, alike in itertools.groupby(names, key=lambda name: params[f'{name}.conv'].shape):
+        alike = list(alike)
         weight, alpha, beta = (
-            torch.cat([params[f'{name}.{part}'] for name in names])
+            torch.cat([params[f'{name}.{part}'] for name in alike])
             for part in ('conv', 'alpha', 'beta')
         )
-        w_hat = dirac_weight(weight, alpha, beta, groups=len(names))
-        found.update(zip([f'{name}.conv' for name in names], w_hat.chunk(len(names))))
+        w_hat = dirac_weight(weight, alpha, beta, groups=len(alike))
+        found.update(zip([f'{name}.conv' for name in alike], w_hat.chunk(len(alike))))
     return found
 
 
-def _block(x, params, prefix, mode, tracked=True):
-    x = F.conv2d(x, params[f'{prefix}.conv'], padding=1)
-    return _batch_norm(x, params, f'{prefix}.bn', mode, tracked)
-
-
 def _group(x, params, names, mode, tracked=True):
-    """Runs the blocks of these names, each begun by ReLU: (N, C, H, W) to (N, C', H, W)."""
-    for name in names:
-        # in place, as batch norm and pooling need not keep what they return
-        x = _block(F.relu(x, inplace=True), params, name, mode, tracked)
+    """Runs the blocks of these names on what a ReLU returned: (N, C, H, W) to (N, C', H, W).
+
+    params: with W_hat in place of W.
+    """
+    for i, name in enumerate(names):
+        if i > 0:
+            x = F.relu(x, inplace=True)  # batch norm need not keep what it returned
+        x = F.conv2d(x, params[f'{name}.conv'], padding=1)
+        x = _batch_norm(x, params, f'{name}.bn', mode, tracked)
     return x
 
 
 def _checkpointed_group(x, params, names, mode):
-    """As `_group`, keeping for the backward pass the outputs of about the root of the blocks."""
+    """As `_group`, of W, keeping for the backward pass the outputs of about the root of the blocks.
+    """
     length = max(1, round(len(names) ** 0.5))
     for start in range(0, len(names), length):
         first = iter([True])
@@ -168,10 +169,11 @@ def _checkpointed_group(x, params, names, mode):
         def blocks(x, names=names[start : start + length], first=first):
             # a batch counts once in the running statistics, though it passes twice
             tracked = next(first, False)
-            x = _block(x, params, names[0], mode, tracked)
-            return _group(x, params, names[1:], mode, tracked)
+            return _group(x, {**params, **w_hats(params, names)}, names, mode, tracked)
 
-        x = checkpoint(blocks, F.relu(x, inplace=True), use_reentrant=False)
+        if start > 0:
+            x = F.relu(x, inplace=True)
+        x = checkpoint(blocks, x, use_reentrant=False)
     return x
 
 
@@ -181,20 +183,21 @@ def forward(net, inputs, params, mode, checkpointing=False):
     With mode=True batch norm uses the statistics of the batch and updates the running ones.
     checkpointing: compute most blocks again in the backward pass, for less memory.
     """
-    # W_hat in place of W, all before the first convolution: these many small steps take five times
-    # as long between the large ones, which leave nothing of them in the caches
-    params = {**params, **w_hats(net, params)}
     x = F.conv2d(inputs, params['conv'], stride=1 + net.imagenet, padding=net.stem // 2)
     x = _batch_norm(x, params, 'bn', mode)
     if net.imagenet:
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-    # a block begins with ReLU, which is also the one that follows the stem on CIFAR
     run_group = _checkpointed_group if checkpointing and mode else _group
+    if run_group is _group:
+        # all at once: the many small steps to W_hat take five times as long between convolutions,
+        # which leave nothing of it in the caches
+        params = {**params, **w_hats(params, [name for name, _, _ in net.layers()])}
     for g, blocks in enumerate(net.blocks):
         if g > 0:
             x = F.max_pool2d(x, kernel_size=2)
         names = [f'group{g}.block{b}' for b in range(blocks)]
-        x = run_group(x, params, names, mode)  # (N, channels[g], H', W')
+        # a block begins with ReLU, which is also the one that follows the stem on CIFAR
+        x = run_group(F.relu(x, inplace=True), params, names, mode)  # (N, channels[g], H', W')
     x = F.relu(x).mean(dim=(2, 3))  # (N, channels[-1])
     return F.linear(x, params['fc.weight'], params['fc.bias'])
 
