@@ -1,7 +1,9 @@
 """What a training is, and how it begins: afresh, from a checkpoint, or from other parameters."""
 
+import ctypes
 import functools
 import os
+import platform
 import random
 import time
 from argparse import Namespace
@@ -160,11 +162,26 @@ def take_pretrained(opt, network, num_classes):
     network.load_state_dict(params)
 
 
+def keep_freed_memory():
+    """Has glibc keep what a step frees for the next one: given back, it comes page by page again.
+
+    Settings of malloc in the environment (MALLOC_...) stand; other C libraries are left alone.
+    """
+    given = any(name.startswith('MALLOC_') for name in os.environ)
+    if platform.libc_ver()[0] == 'glibc' and not given:
+        trim_threshold, mmap_max = -1, -4  # the numbers of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, -1)  # never
+        libc.mallopt(mmap_max, 0)  # blocks that are mapped one by one go back when they are freed
+
+
 def prepare(opt, device):
     """Loads the data and makes the network: a Run, that of the checkpoint where there is one.
 
     Raises ValueError or OSError for what the user can mend.
     """
+    if device.type == 'cpu':
+        keep_freed_memory()
     topology = data.topology(opt.dataset, opt.image_size)
     build = functools.partial(baselines.build, opt.model, topology, **options.of_model(opt))
     with torch.device('meta'):

@@ -1,6 +1,10 @@
 """What makes it fast changes no results: bfloat16, channels last, compilation, checkpointing."""
 
 import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from diracnet import Network, define_diracnet
 from run import automatic_dtype
 
 pytest_plugins = ['trained_networks']
+ROOT = Path(train.__file__).parent
 
 
 @pytest.fixture(scope='module')
@@ -144,6 +149,30 @@ def test_checkpointed_run_is_the_one_without(images, tmp_path):
     run(images, tmp_path / 'checkpointed', '--depth', 16, '--checkpointing')
     plain, checkpointed = params_of(tmp_path / 'plain'), params_of(tmp_path / 'checkpointed')
     assert all(torch.equal(tensor, checkpointed[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
+    code = """if True:
+        import resource, sys, torch
+        from run import keep_freed_memory
+        keep_freed_memory()
+        faults = []
+        for _ in range(4):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(64 << 20, dtype=torch.uint8)  # 16,384 pages of 4 kB, freed at once
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(min(faults))
+    """
+
+    def faults(**more):
+        clean = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')}
+        command = [sys.executable, '-c', code]
+        return int(subprocess.run(command, env={**clean, **more}, cwd=ROOT, check=True,
+                                  capture_output=True).stdout)  # fmt: skip
+
+    assert faults() < 20
+    assert faults(MALLOC_MMAP_THRESHOLD_='1048576') > 20
 
 
 # ---------------------------------------------------------------- deployed
