@@ -79,6 +79,12 @@ def epoch_of_train(flags, n):
     return lambda: train.train_epoch(run, process, loader, '', lambda: None)
 
 
+def epoch_giving_memory_back(flags, n):
+    """The same, with what a step frees going back to the system, as glibc does by itself."""
+    os.environ['MALLOC_TRIM_THRESHOLD_'] = '131072'  # its default, which keep_freed_memory leaves
+    return epoch_of_train(flags, n)
+
+
 class PilImages(Dataset):
     """Small images, one at a time, augmented with PIL as in the reference scripts of 2017."""
 
@@ -138,6 +144,15 @@ def bench_train(args):
                 sides.append(Side(f'train.py {name}', epoch_of_train, ([*flags, *flag], n), n, work,
                                   its))  # fmt: skip
         compare(f'train {depth}-{width}', sides, args.pairs, TABLE, target)
+        compare_memory(depth, width, n, work, args.pairs)
+
+
+def compare_memory(depth, width, n, work, pairs):
+    arguments = ['--depth', str(depth), '--width', str(width)], n
+    compare(f'freed memory {depth}-{width}', [
+        Side('given back', epoch_giving_memory_back, arguments, n, work, NATIVE),
+        Side('kept, as train.py does', epoch_of_train, arguments, n, work, NATIVE),
+    ], pairs, TABLE)  # fmt: skip
 
 
 # ---------------------------------------------------------------- input
