@@ -1,6 +1,6 @@
 """Measures how fast it is, each thing in turn with what it is compared with.
 
-    python bench.py train                   # whole epochs, against float32, NCHW and PIL images
+    python bench.py train                   # epochs, against float32, NCHW, PIL; and freed memory
     python bench.py data --images FOLDER    # input pipelines; FOLDER of class folders of JPEG files
     python bench.py infer                   # the deployed network
     python bench.py depth                   # time and memory of a step over depth
@@ -46,8 +46,7 @@ NATIVE = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'  # what train.py
 
 
 def repeated(times, prepare, *arguments):
-    """Several calls in one turn: the first finds its weights gone from caches that all sides use.
-    """
+    """Several calls a turn: the first finds its weights gone from caches that all sides use."""
     work = prepare(*arguments)
 
     def calls():

@@ -160,8 +160,7 @@ def _group(x, params, names, mode, tracked=True):
 
 
 def _checkpointed_group(x, params, names, mode):
-    """As `_group`, of W, keeping for the backward pass the outputs of about the root of the blocks.
-    """
+    """As `_group`, with W itself in params: keeps the outputs of about the root of the blocks."""
     length = max(1, round(len(names) ** 0.5))
     for start in range(0, len(names), length):
         first = iter([True])
