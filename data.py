@@ -212,10 +212,8 @@ def _read_all(paths, size, nthread, name):
 
 def _load_folder(root, test_folders, training, size, nthread, **crops):
     """A folder with one of `test_folders` and, for training, train/, each of class folders."""
-    test_folder = os.path.join(root, test_folders[0])
-    for folder in test_folders[1:]:
-        if not os.path.isdir(test_folder):
-            test_folder = os.path.join(root, folder)
+    test_folders = [os.path.join(root, folder) for folder in test_folders]
+    test_folder = next(filter(os.path.isdir, test_folders), test_folders[0])
 
     def images(folder, paths, labels, **augmentation):
         if size > MAX_SMALL:

@@ -241,7 +241,7 @@ def test_malicious_pickle_as_a_user_meets_it(trained, tmp_path):
     (['--to', 'x.h5'], 'x.h5: expected a name that ends in .onnx, .pt2, .safetensors, .pth'),
     (['--to', 'x.pt2', '--int8', '.'], '--int8 with --to x.pt2: expected .* .onnx'),
     (['--to', 'x.onnx', '--int8', 'tests/nowhere'], 'nowhere: no image in it: expected images'),
-    (['--to', 'x.pth', '--dataset', 'Folder', '--dataroot', 'nowhere'], 'nowhere/train: no such'),
+    (['--to', 'x.pth', '--dataset', 'Folder', '--dataroot', 'nowhere'], 'nowhere/test: no such'),
     (['--to', 'x.pth', '--dataset', 'Digits'], "Digits has 10 classes, .*: expected the 10 of"),
     ([], 'the following arguments are required: --to'),
 ])
