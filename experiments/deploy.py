@@ -31,7 +31,8 @@ def main():
     trained = baselines.load(args.run)
     size = trained.image_size
     test = data.load(args.dataset, args.dataroot, size, training=False).test
-    network, run = fold(trained.network), deploy(fold(trained.network), (BATCH, 3, size, size))
+    network = fold(trained.network)
+    run = deploy(network, (BATCH, 3, size, size))
     plain, deployed, labels = [], [], []
     for batch in tqdm(torch.arange(len(test)).split(BATCH), 'testing', disable=None, leave=False):
         images, truth, _ = test[batch, None, torch.arange(len(batch))]

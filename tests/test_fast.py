@@ -154,7 +154,7 @@ def test_checkpointed_run_is_the_one_without(images, tmp_path):
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
     code = """if True:
-        import resource, sys, torch
+        import resource, torch
         from run import keep_freed_memory
         keep_freed_memory()
         faults = []
