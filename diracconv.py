@@ -22,6 +22,29 @@ ALPHA_INIT, BETA_INIT = 1.0, 0.1
 NORM_EPS = 1e-12  # of torch.nn.functional.normalize
 
 
+# ---------------------------------------------------------------- W_hat
+
+
+def dirac_weight(weight, alpha, beta, groups=1):
+    """Computes W_hat = diag(alpha) * delta + diag(beta) * normalize(weight) (eq. 3).
+
+    Differentiable in all three, twice. An all-zero filter gives `alpha * delta`; no gradient is
+    NaN.
+
+    weight: (out, in / groups, *kernel_size); alpha, beta: (out,).
+    Returns a tensor of the weight's shape. The arithmetic is `_w_hat`'s.
+    """
+    return _DiracWeight.apply(weight, alpha, beta, groups)
+
+
+def _w_hat(weight, norms, alpha, beta, groups):
+    scale = beta / norms                                    # one number for each filter
+    w_hat = _per_filter(scale, weight) * weight.contiguous()  # diag(beta) * normalize(W)
+    centre = delta_taps(w_hat, groups)                      # where delta, the identity, is one
+    centre += alpha.view(groups, -1)[:, : centre.shape[1]]  # + diag(alpha) * delta
+    return w_hat
+
+
 def _least_norm(dtype):
     # 1e-12 is zero in float16, and zero over zero is NaN: there the smallest normal number serves
     return max(NORM_EPS, torch.finfo(dtype).tiny)
@@ -65,90 +88,7 @@ def delta_taps(weight, groups=1):
     return taps.diagonal(dim1=1, dim2=2)
 
 
-class _DiracWeight(torch.autograd.Function):
-    """`dirac_weight`, with its gradients written out: autograd's own take twice the time.
-
-    With v = W / ||W||, of each filter, and G the gradient of W_hat:
-
-        dbeta = <G, v>        dalpha = G at the one of delta        dW = beta / ||W|| (G - dbeta v)
-
-    They are made of differentiable steps, so that they have gradients in turn.
-    """
-
-    @staticmethod
-    def forward(ctx, weight, alpha, beta, groups):
-        norms = _filter_norms(weight)
-        ctx.save_for_backward(weight, beta, norms)
-        ctx.groups = groups
-        w_hat = weight.contiguous() * _per_filter(beta / norms, weight)
-        # delta is one number in a filter: adding alpha there spares building a dense identity
-        taps = delta_taps(w_hat, groups)
-        taps.add_(alpha.view(groups, -1)[:, : taps.shape[1]])
-        return w_hat
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight, beta, norms = ctx.saved_tensors
-        if torch.is_grad_enabled():  # these gradients get gradients: the norms depend on W
-            norms = _filter_norms(weight)
-        grad = grad.contiguous()
-        grad_beta = torch.linalg.vecdot(grad.flatten(1), weight.flatten(1)) / norms
-        # below the epsilon the norm is a constant: the second term is zero
-        slope = grad_beta / norms * (norms > _least_norm(weight.dtype))
-        grad_weight = torch.addcmul(grad, weight, _per_filter(slope, weight), value=-1)
-        taps = delta_taps(grad, ctx.groups)
-        without = len(beta) // ctx.groups - taps.shape[1]  # filters of a group, at its end
-        grad_alpha = F.pad(taps, (0, without)).flatten()
-        grad_weight.mul_(_per_filter(beta / norms, weight))
-        return grad_weight, grad_alpha, grad_beta, None
-
-
-def dirac_weight(weight, alpha, beta, groups=1):
-    """Computes W_hat = diag(alpha) * delta + diag(beta) * normalize(weight) (eq. 3).
-
-    Differentiable in all three, twice. An all-zero filter gives `alpha * delta`; no gradient is
-    NaN.
-
-    weight: (out, in / groups, *kernel_size); alpha, beta: (out,).
-    Returns a tensor of the weight's shape.
-    """
-    return _DiracWeight.apply(weight, alpha, beta, groups)
-
-
-class DiracParametrization(nn.Module):
-    """W_hat in place of the weight of an existing convolution.
-
-        parametrize.register_parametrization(conv, 'weight', DiracParametrization(conv))
-        parametrize.remove_parametrizations(conv, 'weight')          # weights folded
-
-    conv: an nn.Conv1d, nn.Conv2d or nn.Conv3d, whose weight becomes W. Raises ValueError for
-    anything else (transposed convolutions keep their filters in dimension 1, lazy ones have none).
-    """
-
-    def __init__(self, conv):
-        super().__init__()
-        if not isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or nn.parameter.is_lazy(
-            conv.weight
-        ):
-            raise ValueError(
-                f'{type(conv).__name__} cannot be Dirac-parameterised: expected an initialised '
-                'Conv1d, Conv2d or Conv3d'
-            )
-        like_weight = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
-        self.groups = conv.groups
-        self.alpha = nn.Parameter(torch.full((conv.out_channels,), ALPHA_INIT, **like_weight))
-        self.beta = nn.Parameter(torch.full((conv.out_channels,), BETA_INIT, **like_weight))
-
-    def forward(self, weight):
-        return dirac_weight(weight, self.alpha, self.beta, self.groups)
-
-
-def _check_numbers(name, value, ndim, least):
-    """Raises ValueError unless `value` is an integer, or `ndim` of them, of at least `least`."""
-    numbers = value if isinstance(value, (tuple, list)) else (value,) * ndim
-    if len(numbers) != ndim or not all(isinstance(n, Integral) and n >= least for n in numbers):
-        expected = f'an integer of at least {least}' + (f', or {ndim} of them' if ndim > 1 else '')
-        raise ValueError(f'{name} is {value!r}: expected {expected}')
+# ---------------------------------------------------------------- layers
 
 
 class _DiracConv:
@@ -170,9 +110,7 @@ class _DiracConv:
         device=None,
         dtype=None,
     ):
-        for name, value in {
-            'in_channels': in_channels, 'out_channels': out_channels, 'groups': groups
-        }.items():
+        for name, value in {'in_channels': in_channels, 'out_channels': out_channels}.items():
             _check_numbers(name, value, 1, 1)
         ndim = int(self.plain.__name__[-2])  # Conv2d: 2
         for name, value in {
@@ -251,3 +189,79 @@ class DiracConv3d(_DiracConv, nn.Conv3d):
     """
 
     plain = nn.Conv3d
+
+
+class DiracParametrization(nn.Module):
+    """W_hat in place of the weight of an existing convolution.
+
+        parametrize.register_parametrization(conv, 'weight', DiracParametrization(conv))
+        parametrize.remove_parametrizations(conv, 'weight')          # weights folded
+
+    conv: an nn.Conv1d, nn.Conv2d or nn.Conv3d, whose weight becomes W. Raises ValueError for
+    anything else (transposed convolutions keep their filters in dimension 1, lazy ones have none).
+    """
+
+    def __init__(self, conv):
+        super().__init__()
+        if not isinstance(conv, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) or nn.parameter.is_lazy(
+            conv.weight
+        ):
+            raise ValueError(
+                f'{type(conv).__name__} cannot be Dirac-parameterised: expected an initialised '
+                'Conv1d, Conv2d or Conv3d'
+            )
+        like_weight = {'device': conv.weight.device, 'dtype': conv.weight.dtype}
+        self.groups = conv.groups
+        self.alpha = nn.Parameter(torch.full((conv.out_channels,), ALPHA_INIT, **like_weight))
+        self.beta = nn.Parameter(torch.full((conv.out_channels,), BETA_INIT, **like_weight))
+
+    def forward(self, weight):
+        return dirac_weight(weight, self.alpha, self.beta, self.groups)
+
+
+def _check_numbers(name, value, ndim, least):
+    """Raises ValueError unless `value` is an integer, or `ndim` of them, of at least `least`.
+
+    nn.Conv checks the rest: groups, the words for padding and padding_mode.
+    """
+    numbers = value if isinstance(value, (tuple, list)) else (value,) * ndim
+    if len(numbers) != ndim or not all(isinstance(n, Integral) and n >= least for n in numbers):
+        expected = f'an integer of at least {least}' + (f', or {ndim} of them' if ndim > 1 else '')
+        raise ValueError(f'{name} is {value!r}: expected {expected}')
+
+
+# ---------------------------------------------------------------- gradients
+
+
+class _DiracWeight(torch.autograd.Function):
+    """`_w_hat`, with its gradients written out: autograd's own take twice the time.
+
+    With v = W / ||W||, of each filter, and G the gradient of W_hat:
+
+        dbeta = <G, v>        dalpha = G at the one of delta        dW = beta / ||W|| (G - dbeta v)
+
+    They are made of differentiable steps, so that they have gradients in turn.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, alpha, beta, groups):
+        norms = _filter_norms(weight)
+        ctx.save_for_backward(weight, beta, norms)
+        ctx.groups = groups
+        return _w_hat(weight, norms, alpha, beta, groups)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, beta, norms = ctx.saved_tensors
+        if torch.is_grad_enabled():  # these gradients get gradients: the norms depend on W
+            norms = _filter_norms(weight)
+        grad = grad.contiguous()
+        grad_beta = torch.linalg.vecdot(grad.flatten(1), weight.flatten(1)) / norms
+        # below the epsilon the norm is a constant: the second term is zero
+        slope = grad_beta / norms * (norms > _least_norm(weight.dtype))
+        grad_weight = torch.addcmul(grad, weight, _per_filter(slope, weight), value=-1)
+        taps = delta_taps(grad, ctx.groups)
+        without = len(beta) // ctx.groups - taps.shape[1]  # filters of a group, at its end
+        grad_alpha = F.pad(taps, (0, without)).flatten()
+        grad_weight.mul_(_per_filter(beta / norms, weight))
+        return grad_weight, grad_alpha, grad_beta, None

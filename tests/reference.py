@@ -1,0 +1,16 @@
+"""W_hat once more, slowly, to compare with."""
+
+import torch
+from torch import nn
+
+
+def slow_w_hat(weight, alpha, beta, groups):
+    """Equation 3 filter by filter in float64, with torch's own dense delta."""
+    delta = torch.zeros_like(weight, dtype=torch.float64)
+    nn.init.dirac_(delta, groups)
+    filters = [
+        alpha[o].double() * delta[o]
+        + beta[o].double() * weight[o].double() / max(weight[o].double().pow(2).sum() ** 0.5, 1e-12)
+        for o in range(len(weight))
+    ]
+    return torch.stack(filters)
