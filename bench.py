@@ -11,6 +11,7 @@
 The sides of a comparison work in turns (turns.py). Rows are appended to logs/bench.csv.
 """
 
+import functools
 import importlib.util
 import os
 import statistics
@@ -24,17 +25,18 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import transforms
 
-import baselines
 import data
-import diracnet
+import networks
 import options
+import ranks
 import train
 from command import Options, errors_in_one_line
 from diracdeploy import deploy, native_bfloat16
 from diracfold import fold
-from diracimage import CIFAR_NORMALISATION, IMAGENET_NORMALISATION
-from diracnet import DiracNet
-from run import Run, automatic_dtype, keep_freed_memory, make_optimizer
+from diracimage import Inputs
+from diracnet import DiracNet, Network, forward, init_params, topology
+from meters import Meters
+from run import keep_freed_memory
 from turns import Side, compare, draw
 
 BATCH = 128
@@ -43,6 +45,7 @@ STEPS = 5  # of a training in one turn, to find what W_hat takes of it
 TABLE = Path(__file__).parent / 'logs' / 'bench.csv'
 DEPTHS = (28, 52, 100, 202, 400)
 NATIVE = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'  # what train.py computes in
+CIFAR, IMAGENET = Inputs.of('CIFAR10'), Inputs.of('ImageNet')
 
 
 def repeated(times, prepare, *arguments):
@@ -63,25 +66,43 @@ def random_images(n):
     return torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (n,))
 
 
-def epoch_of_train(flags, n):
+def diracnet(depth, width, **more):
+    """A DiracNet for training; more: arguments of `diracnet.forward`."""
+    net = topology(depth, width, 'CIFAR10')
+    return Network(functools.partial(forward, net, **more), init_params(net))
+
+
+def make_sgd(network):
+    return torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+
+
+def make_step(network, dtype=NATIVE):
+    """The step of train.py, on the CPU."""
+    named = {'float32': 'float', 'bfloat16': 'bfloat16'}[dtype]
+    return train.make_step(network, CIFAR, named, torch.device('cpu'))
+
+
+def epoch_of_train(depth, width, n, dtype=NATIVE, compiled=False):
     """An epoch of train.py, with its meters, on n images in memory."""
     keep_freed_memory()
-    opt = options.parse_options(['--batch_size', str(BATCH), '--lr', '0.01', *flags])
-    sets = data.Data(data.MemoryImages(*random_images(n), pad=4, flip=True), None, list(range(10)))
-    if opt.dtype == 'auto':
-        opt.dtype, _ = automatic_dtype(torch.device('cpu'), None)
-    network = baselines.build(opt.model, 'CIFAR10', **options.of_model(opt))
-    run = Run(opt, sets, network, make_optimizer(network, opt))
-    loader = data.loader(sets.train, BATCH, 0, seed=0)
-    trained = torch.compile(network, dynamic=False) if opt.compile else network
-    process = train.make_process(trained, opt, torch.device('cpu'))
-    return lambda: train.train_epoch(run, process, loader, '', lambda: None)
+    network = diracnet(depth, width)
+    optimizer = make_sgd(network)
+    step = make_step(torch.compile(network, dynamic=False) if compiled else network, dtype)
+    images = data.MemoryImages(*random_images(n), pad=4, flip=True)
+    loader = data.loader(images, BATCH, 0, seed=0)
+
+    def epoch():
+        meters = Meters(10, n, '', steps=0)
+        train.run_epoch(step, loader, meters, lambda: None, optimizer)
+        meters.figures('train')
+
+    return epoch
 
 
-def epoch_giving_memory_back(flags, n):
+def epoch_giving_memory_back(depth, width, n):
     """The same, with what a step frees going back to the system, as glibc does by itself."""
     os.environ['MALLOC_TRIM_THRESHOLD_'] = '131072'  # its default, which keep_freed_memory leaves
-    return epoch_of_train(flags, n)
+    return epoch_of_train(depth, width, n)
 
 
 class PilImages(Dataset):
@@ -93,8 +114,8 @@ class PilImages(Dataset):
         self.transform = transforms.Compose([
             transforms.Pad(4, padding_mode='reflect'), transforms.RandomHorizontalFlip(),
             transforms.RandomCrop(32), transforms.ToTensor(),
-            transforms.Normalize(*CIFAR_NORMALISATION),
-        ])  # fmt: skip
+            transforms.Normalize(CIFAR.mean, CIFAR.std),
+        ])
 
     def __len__(self):
         return len(self.images)
@@ -109,8 +130,8 @@ def pil_loader(n):
 
 def epoch_with_pil(depth, width, n):
     """The same training in float32 and NCHW, each image transformed by PIL in 4 workers."""
-    network = baselines.build('diracnet', 'CIFAR10', depth=depth, width=width)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    network = diracnet(depth, width)
+    optimizer = make_sgd(network)
     loader = pil_loader(n)
 
     def epoch():
@@ -122,36 +143,30 @@ def epoch_with_pil(depth, width, n):
     return epoch
 
 
-def multiply_adds(name, depth, width=1):
+def multiply_adds(depth, width=1):
     with torch.device('meta'):
-        return baselines.multiply_adds(
-            baselines.build(name, 'CIFAR10', depth=depth, width=width), 32)
+        return networks.multiply_adds(diracnet(depth, width), 32)
 
 
 def bench_train(args):
     for depth, width, steps, target in ((28, 1, 16, 3), (34, 2, 4, 3.5), (28, 4, 2, 5)):
         n = steps * BATCH
-        work = 3 * multiply_adds('diracnet', depth, width)  # forward and, twice that, backward
-        flags = ['--depth', str(depth), '--width', str(width)]
+        work = 3 * multiply_adds(depth, width)  # forward and, twice that, backward
+        sizes = depth, width, n
         sides = [
-            Side('float32, NCHW, images by PIL', epoch_with_pil, (depth, width, n), n, work),
-            Side('train.py', epoch_of_train, (flags, n), n, work, NATIVE),
+            Side('float32, NCHW, images by PIL', epoch_with_pil, sizes, n, work),
+            Side('train.py', epoch_of_train, sizes, n, work, NATIVE),
         ]
-        for name, its, flag in (('--dtype float', 'float32', ['--dtype', 'float']),
-                                ('--compile', NATIVE, ['--compile'])):
-            if (depth, width) == (28, 1):
-                sides.append(Side(f'train.py {name}', epoch_of_train, ([*flags, *flag], n), n, work,
-                                  its))  # fmt: skip
+        if (depth, width) == (28, 1):
+            sides += [
+                Side('train.py --dtype float', epoch_of_train, (*sizes, 'float32'), n, work),
+                Side('train.py --compile', epoch_of_train, (*sizes, NATIVE, True), n, work, NATIVE),
+            ]
         compare(f'train {depth}-{width}', sides, args.pairs, TABLE, target)
-        compare_memory(depth, width, n, work, args.pairs)
-
-
-def compare_memory(depth, width, n, work, pairs):
-    arguments = ['--depth', str(depth), '--width', str(width)], n
-    compare(f'freed memory {depth}-{width}', [
-        Side('given back', epoch_giving_memory_back, arguments, n, work, NATIVE),
-        Side('kept, as train.py does', epoch_of_train, arguments, n, work, NATIVE),
-    ], pairs, TABLE)  # fmt: skip
+        compare(f'freed memory {depth}-{width}', [
+            Side('given back', epoch_giving_memory_back, sizes, n, work, NATIVE),
+            Side('kept, as train.py does', epoch_of_train, sizes, n, work, NATIVE),
+        ], args.pairs, TABLE)
 
 
 # ---------------------------------------------------------------- input
@@ -183,10 +198,10 @@ def jpegs_by_opencv(folder, repeats, workers):
 def jpegs_by_pil(folder, repeats, workers):
     images = torchvision.datasets.ImageFolder(folder, transforms.Compose([
         transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
-        transforms.ToTensor(), transforms.Normalize(*IMAGENET_NORMALISATION),
-    ]))  # fmt: skip
+        transforms.ToTensor(), transforms.Normalize(IMAGENET.mean, IMAGENET.std),
+    ]))
     return whole(DataLoader(ConcatDataset([images] * repeats), 50, shuffle=True,
-                            num_workers=workers, persistent_workers=workers > 0))  # fmt: skip
+                            num_workers=workers, persistent_workers=workers > 0))
 
 
 def bench_data(args):
@@ -194,17 +209,17 @@ def bench_data(args):
     compare('32 x 32 images', [
         Side('PIL, one at a time, 4 workers', by_pil, (n,), n),
         Side('a gather for each batch', gathered, (n,), n),
-    ], args.pairs, TABLE)  # fmt: skip
+    ], args.pairs, TABLE)
     if not args.images:
         print('JPEG files: left out, as there is no --images FOLDER')
         return
-    workers = options.parse_options([]).nthread
+    workers = min(ranks.cores(), options.MOST_WORKERS)
     n = 3 * len(data.list_images(args.images)[0])
     compare('JPEG files', [
         Side(f'ImageFolder with PIL, {workers} workers', jpegs_by_pil,
              (args.images, 3, workers), n),
         Side(f'OpenCV, {workers} workers', jpegs_by_opencv, (args.images, 3, workers), n),
-    ], args.pairs, TABLE, 1.5)  # fmt: skip
+    ], args.pairs, TABLE, 1.5)
 
 
 # ---------------------------------------------------------------- deployed
@@ -240,7 +255,7 @@ def deployed_resnet(batch):
 def onnx_file(batch, folder):
     path = os.path.join(folder, 'diracnet18.onnx')
     torch.onnx.export(DiracNet(18).eval(), (torch.randn(batch, 3, 224, 224),), path, dynamo=True,
-                      input_names=['inputs'], verbose=False)  # fmt: skip
+                      input_names=['inputs'], verbose=False)
     return path
 
 
@@ -265,13 +280,13 @@ def openvino(batch):
 
 def bench_infer(args):
     with torch.device('meta'):
-        work = baselines.multiply_adds(DiracNet(18), 224)
-        resnet = baselines.multiply_adds(torchvision.models.resnet18(), 224)
+        work = networks.multiply_adds(DiracNet(18), 224)
+        resnet = networks.multiply_adds(torchvision.models.resnet18(), 224)
     for batch in (16, 1):
 
         def side(name, prepare, work=work, dtype=NATIVE, batch=batch):
             return Side(name, repeated, (DEPLOYED_IMAGES // batch, prepare, batch),
-                        DEPLOYED_IMAGES, work, dtype)  # fmt: skip
+                        DEPLOYED_IMAGES, work, dtype)
 
         sides = [
             side('float32, NCHW, eager', eager_diracnet, dtype='float32'),
@@ -292,65 +307,60 @@ def bench_infer(args):
 # ---------------------------------------------------------------- depth and W_hat
 
 
-def step(name, depth, width, **more):
+def step(depth, width, **more):
     """One step of a training on 128 images in memory, in the dtype of this machine."""
     keep_freed_memory()
-    network = baselines.build(name, 'CIFAR10', depth=depth, width=width, **more)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    inputs = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (BATCH,))
+    network = diracnet(depth, width, **more)
+    optimizer, forward_step = make_sgd(network), make_step(network)
+    images, labels = random_images(BATCH)
+    batch = images.permute(0, 3, 1, 2), labels, BATCH
 
     def one():
-        with torch.autocast('cpu', torch.bfloat16, enabled=NATIVE == 'bfloat16'):
-            logits = network(inputs)
+        loss, _ = forward_step(batch)
         optimizer.zero_grad()
-        F.cross_entropy(logits.float(), labels).backward()
+        loss.backward()
         optimizer.step()
 
     return one
 
 
 def checkpointed_step(depth):
-    return step('diracnet', depth, 1, checkpointing=True)
+    return step(depth, 1, checkpointing=True)
+
+
+def step_of_ordinary_convolutions(depth, width):
+    """The same step, with W itself in place of W_hat."""
+    return step(depth, width, dirac=False)
 
 
 def bench_depth(args):
     rows = compare('depth, a step of 128 images', [
-        Side(f'DiracNet-{depth}-1', step, ('diracnet', depth, 1), BATCH,
-             3 * multiply_adds('diracnet', depth), NATIVE)
+        Side(f'DiracNet-{depth}-1', step, (depth, 1), BATCH, 3 * multiply_adds(depth), NATIVE)
         for depth in DEPTHS
-    ], args.pairs, TABLE)  # fmt: skip
+    ], args.pairs, TABLE)
     for name, unit in (('milliseconds', 'ms'), ('peak_memory_mb', 'MB')):
         values = [row[name] for row in rows]
         slope, base = statistics.linear_regression(DEPTHS, values)
         residuals = [value / (base + slope * depth) - 1 for depth, value in zip(DEPTHS, values)]
         print(f'{name} = {base:.0f} + {slope:.2f} x depth, in {unit}; residuals: '
-              + ', '.join(f'{100 * r:+.1f} %' for r in residuals))  # fmt: skip
+              + ', '.join(f'{100 * r:+.1f} %' for r in residuals))
     compare('depth 1000 with --checkpointing', [
-        Side('DiracNet-1000-1', checkpointed_step, (1000,), BATCH,
-             3 * multiply_adds('diracnet', 1000), NATIVE)
-    ], args.pairs, TABLE)  # fmt: skip
-
-
-def step_of_ordinary_convolutions(depth, width):
-    """The same step, with W itself in place of W_hat."""
-    diracnet.w_hats = lambda params, names: {}  # in this process alone
-    return step('diracnet', depth, width)
+        Side('DiracNet-1000-1', checkpointed_step, (1000,), BATCH, 3 * multiply_adds(1000), NATIVE)
+    ], args.pairs, TABLE)
 
 
 def bench_overhead(args):
     for depth, width in ((28, 1), (34, 2)):
-        work = 3 * multiply_adds('plain', depth, width)
+        work = 3 * multiply_adds(depth, width)
         compare(f'W_hat {depth}-{width}', [
             Side('ordinary convolutions', repeated,
                  (STEPS, step_of_ordinary_convolutions, depth, width), STEPS * BATCH, work, NATIVE),
-            Side('W_hat', repeated, (STEPS, step, 'diracnet', depth, width), STEPS * BATCH, work,
-                 NATIVE),
-        ], 4 * args.pairs, TABLE)  # fmt: skip
+            Side('W_hat', repeated, (STEPS, step, depth, width), STEPS * BATCH, work, NATIVE),
+        ], 4 * args.pairs, TABLE)
 
 
 def bench_profile(args):
-    one = step('diracnet', 28, 1)
+    one = step(28, 1)
     for _ in range(10):  # until memory is laid out
         one()
     with profile(activities=[ProfilerActivity.CPU]) as found:
@@ -369,16 +379,16 @@ def bench_plot(args):
 
 
 BENCHES = {'train': bench_train, 'data': bench_data, 'infer': bench_infer, 'depth': bench_depth,
-           'overhead': bench_overhead, 'profile': bench_profile, 'plot': bench_plot}  # fmt: skip
+           'overhead': bench_overhead, 'profile': bench_profile, 'plot': bench_plot}
 
 
 def main(argv=None):
     parser = Options(prog='bench.py', description=__doc__.splitlines()[0])
     parser.add_argument('what', choices=BENCHES, help='what to measure, or plot')
     parser.add_argument('--pairs', type=options.at_least(10, int), default=10,
-                        help='turns of each side (default: %(default)s)')  # fmt: skip
+                        help='turns of each side (default: %(default)s)')
     parser.add_argument('--images', default='', type=options.folder,
-                        help='folder of class folders of JPEG files, for data')  # fmt: skip
+                        help='folder of class folders of JPEG files, for data')
     args = parser.parse_args(argv)
     with errors_in_one_line('bench.py'):
         BENCHES[args.what](args)

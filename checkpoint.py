@@ -9,19 +9,16 @@ import json
 import os
 import platform
 import random
-import sys
-import zipfile
 
 import numpy as np
 import torch
 
-MODEL, PREVIOUS, BEST, LOG = 'model.pt7', 'previous.pt7', 'best.pt7', 'log.txt'
+import diracfile
+from diracfile import MODEL, PREVIOUS
+
+LOG = 'log.txt'
 MARK = 'json_stats: '  # before each record of the log
 REQUIRED = {'params': dict, 'optimizer': dict, 'epoch': int, 'args': dict}
-
-
-class CheckpointError(ValueError):
-    """A file that is not a whole checkpoint of train.py, or not of this network."""
 
 
 def versions():
@@ -71,40 +68,19 @@ def save(folder, checkpoint, name=MODEL):
     os.close(descriptor)
 
 
-def _read(path):
-    with open(path, 'rb') as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()  # torch.load takes altered numbers for good ones
-            if damaged:
-                raise CheckpointError(f'{damaged} is damaged')
-            file.seek(0)
-            checkpoint = torch.load(file, map_location='cpu', weights_only=True)
-            for key, kind in REQUIRED.items():
-                if not isinstance(checkpoint[key], kind):
-                    raise CheckpointError(f'{key} is no {kind.__name__}')
-        except Exception as error:  # damaged bytes make both readers raise almost anything
-            reason = f'{type(error).__name__}: {error}'.split('\n')[0]
-            raise CheckpointError(f'{path}: not a checkpoint of train.py ({reason})') from error
-    return checkpoint
-
-
 def load(path):
-    """Reads a checkpoint file, or the newest good one of a run's folder, onto the CPU.
+    """Loads what a training goes on from: path and errors are those of `diracfile.load`.
 
-    Where model.pt7 is damaged or missing, the one before it serves, and stderr says so. Raises
-    CheckpointError, or OSError where there is none.
+    Raises ValueError too for a file that is no whole checkpoint of train.py.
     """
-    path = os.path.join(path, MODEL) if os.path.isdir(path) else path
-    try:
-        return _read(path)
-    except (CheckpointError, FileNotFoundError) as error:
-        previous = os.path.join(os.path.dirname(path), PREVIOUS)
-        if os.path.basename(path) != MODEL or not os.path.exists(previous):
-            raise
-        checkpoint = _read(previous)
-        print(f'{error}; taking {previous}', file=sys.stderr)
-        return checkpoint
+    checkpoint = diracfile.load(path)
+    for key, kind in REQUIRED.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise ValueError(
+                f'{path}: {key} is missing, or no {kind.__name__}: expected a checkpoint of '
+                'train.py'
+            )
+    return checkpoint
 
 
 def exists(folder):

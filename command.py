@@ -1,8 +1,15 @@
-"""How the commands end when something is wrong: one line on stderr, and an exit status."""
+"""How commands end, one line on stderr and an exit status, and how they print a table."""
 
 import argparse
 import contextlib
+import re
+import signal
 import sys
+
+# what the user can mend: status 2; other errors are the world's, such as a full disk: status 1
+OF_THE_USER = (
+    ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError
+)
 
 
 class Options(argparse.ArgumentParser):
@@ -13,17 +20,41 @@ class Options(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
-def errors_in_one_line(prog):
+def errors_in_one_line(prog, expected=(ValueError, OSError, RuntimeError)):
     """Turns the errors that a user can meet into one line on stderr, without a traceback.
 
-    Exit status 2 for what the user can mend (ValueError, OSError), 1 for what is up to the world or
-    to a result (RuntimeError).
+    expected: their classes; another one is a fault of the program, and keeps its traceback. Exit
+    status: the error's own `status` if it has one, 2 for OF_THE_USER, 1 for the rest; 130 for
+    Ctrl-C.
     """
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
-        message = str(error).strip().splitlines()[-1]  # a worker process sends its traceback first
-        if isinstance(error, OSError) and error.filename:
-            message = f'{error.filename}: {error.strerror}'
-        print(f'{prog}: {message}', file=sys.stderr)
-        sys.exit(1 if isinstance(error, RuntimeError) else 2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except expected as error:
+        print(f'{prog}: {_one_line(error)}', file=sys.stderr)
+        sys.exit(getattr(error, 'status', 2 if isinstance(error, OF_THE_USER) else 1))
+
+
+def _one_line(error):
+    if isinstance(error, OSError) and error.filename:
+        return f'{error.filename}: {error.strerror}'
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # a worker process sends its traceback first, which names the class before the message
+    return re.sub(r'^[\w.]+Error: ', '', lines[-1]) if len(lines) > 1 else lines[0]
+
+
+def print_table(head, rows, left=()):
+    """Prints rows of cells, all of them text, as a table in Markdown that reads well as it is.
+
+    left: titles of the columns that are aligned to the left, beside the first; the others to the
+    right.
+    """
+    to_left = [i == 0 or title in left for i, title in enumerate(head)]
+    widths = [max(3, *map(len, column)) for column in zip(head, *rows)]
+    rule = ['-' * width if is_left else '-' * (width - 1) + ':'
+            for width, is_left in zip(widths, to_left)]
+    for cells in (head, rule, *rows):
+        padded = [cell.ljust(width) if is_left else cell.rjust(width)
+                  for cell, width, is_left in zip(cells, widths, to_left)]
+        print('| ' + ' | '.join(padded) + ' |', flush=True)

@@ -20,9 +20,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
-from diracimage import MAX_SMALL, DataError, decode, read_file, read_test_image
+from diracimage import (
+    MAX_SMALL,
+    SIZES,
+    DataError,
+    Inputs,
+    decode,
+    read_file,
+    read_test_image,
+)
 
-DATASETS = ('CIFAR10', 'CIFAR100', 'Digits', 'ImageNet', 'Folder')
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 IGNORED = -100  # as a label: what cross_entropy leaves out
 
@@ -269,27 +276,24 @@ def _load_digits(training, **crops):
     )
 
 
-def topology(name, image_size=32):
-    """Says which networks suit a data set: 'CIFAR10', 'CIFAR100' or 'ImageNet'."""
-    if name == 'Folder':
-        return 'CIFAR10' if image_size <= MAX_SMALL else 'ImageNet'
-    return 'CIFAR10' if name == 'Digits' else name
+def load(name, root='.', inputs=None, nthread=4, training=True, **crops):
+    """Loads a data set by name; without `training` its test set alone.
 
-
-def load(name, root='.', image_size=32, nthread=4, training=True, **crops):
-    """Loads one of DATASETS; without `training` its test set alone.
-
-    root: the folder with the files; image_size: in pixels, of Folder; nthread: threads that read
-    small images; crops: `pad` and `reflect` of MemoryImages. Raises DataError for what is wrong
-    with the files, naming the path.
+    name: CIFAR10, CIFAR100, Digits, ImageNet (train/ and val/) or Folder (train/ and test/ or
+    val/); root: the folder with the files; inputs: the Inputs that the images are for, by default
+    the data set's own; nthread: threads that read small images; crops: `pad` and `reflect` of
+    MemoryImages. Raises DataError for what is wrong with the files, naming the path, and for
+    another size than that of images that come in one.
     """
+    inputs = inputs or Inputs.of(name)
+    if name in ('ImageNet', 'Folder'):
+        test_folders = ('val',) if name == 'ImageNet' else ('test', 'val')
+        return _load_folder(root, test_folders, training, inputs.size, nthread, **crops)
+    if inputs.size != SIZES[name]:
+        raise DataError(f'{name} has images of {SIZES[name]} pixels: expected {inputs.size}')
     if name == 'Digits':
         return _load_digits(training, **crops)
-    if name in ('CIFAR10', 'CIFAR100'):
-        return _load_cifar(name, root, training, **crops)
-    if name == 'ImageNet':
-        return _load_folder(root, ('val',), training, 224, nthread, **crops)
-    return _load_folder(root, ('test', 'val'), training, image_size, nthread, **crops)
+    return _load_cifar(name, root, training, **crops)
 
 
 def hold_out(dataset, n, seed=0):

@@ -4,33 +4,79 @@ Images are read and resized with OpenCV, as those that the original models were 
 libraries' pixels differ, and the stated accuracies need these.
 """
 
-import numpy as np
+from dataclasses import dataclass
+
 import torch
 
 try:
     import cv2
+    import numpy as np
 except ImportError:  # the networks, folded or not, do without
     cv2 = None
 
 MAX_SMALL = 64  # pixels: up to this size inputs are whole images, above the middle of larger ones
-CIFAR_NORMALISATION = (125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)
-IMAGENET_NORMALISATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NORMALISATION = {  # by topology: mean and standard deviation of the channels of inputs in [0, 1]
-    'CIFAR10': CIFAR_NORMALISATION,
-    'CIFAR100': CIFAR_NORMALISATION,
-    'ImageNet': IMAGENET_NORMALISATION,
+DEFAULT_SIZE = 32  # pixels, of images that say nothing else
+SIZES = {'CIFAR10': 32, 'CIFAR100': 32, 'Digits': 32, 'ImageNet': 224}  # pixels, of each data set
+NORMALISATION = {  # by kind: mean and standard deviation of the channels of images in [0, 1]
+    'CIFAR10': ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
+    'ImageNet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+NORMALISATION['CIFAR100'] = NORMALISATION['CIFAR10']
 
 
 class DataError(ValueError):
     """What is wrong with a data set, and where."""
 
 
-def normalise(images, topology, dtype=torch.float32):
+@dataclass(frozen=True)
+class Inputs:
+    """What the inputs of a network are: (N, 3, size, size), RGB in [0, 1], less mean, over std."""
+
+    kind: str  # 'CIFAR10', 'CIFAR100' or 'ImageNet': which networks are for such images
+    size: int  # pixels
+    mean: tuple  # of each channel
+    std: tuple
+
+    @classmethod
+    def of(cls, dataset, image_size=None):
+        """The inputs that the images of a data set become.
+
+        dataset: one of SIZES, or 'Folder', for images of one's own; image_size: pixels, of Folder
+        alone (without, 32), as the others have sizes of their own. Up to 64 pixels inputs are
+        those of the CIFAR networks, above of the ImageNet ones. Raises ValueError for another name.
+        """
+        if dataset != 'Folder' and dataset not in SIZES:
+            raise ValueError(f'unknown dataset {dataset!r}: expected one of {", ".join(SIZES)}, '
+                             'Folder')
+        size = SIZES.get(dataset) or image_size or DEFAULT_SIZE
+        kind = 'ImageNet' if size > MAX_SMALL else 'CIFAR10'
+        kind = dataset if dataset in NORMALISATION else kind
+        return cls(kind, size, *NORMALISATION[kind])
+
+    def read(self, path):
+        """Reads an image file as in testing: (3, size, size), float32.
+
+        RGB, resized by OpenCV (cubic; above 64 pixels to 256 / 224 of the size, of which the middle
+        is cut). Raises DataError that names a file that is no image.
+        """
+        image = torch.from_numpy(read_test_image(path, self.size))  # (S, S, 3)
+        return normalise(image.permute(2, 0, 1)[None], self)[0]
+
+
+def preprocess(dataset='ImageNet', image_size=None):
+    """Returns the transform, from the path of an image file to an input, of a data set's networks.
+
+    Arguments and errors are those of `Inputs.of`, the transform is its `read`: that with which the
+    accuracy of a network was measured.
+    """
+    return Inputs.of(dataset, image_size).read
+
+
+def normalise(images, inputs, dtype=torch.float32):
     """Turns uint8 images (N, 3, H, W) into inputs: scaled to [0, 1], less mean, over deviation."""
     mean, std = (
         torch.tensor(values, dtype=dtype, device=images.device).mul_(255).view(3, 1, 1)
-        for values in NORMALISATION[topology]
+        for values in (inputs.mean, inputs.std)
     )
     return images.to(dtype).sub_(mean).div_(std)
 
@@ -42,6 +88,8 @@ def _is_cut(content):
 
 def read_file(path):
     """Reads a file: uint8 (bytes,). Raises DataError that names one that cannot be read."""
+    if cv2 is None:
+        raise DataError('cv2 is missing: expected OpenCV, as of pip install opencv-python-headless')
     try:
         return np.fromfile(path, np.uint8)
     except OSError as error:
@@ -54,8 +102,6 @@ def decode(content, path, reduction=1):
     reduction: 1, or 2, 4 or 8 for an image of that part of the height and width, rounded up, which
     JPEG files give in less time. Raises DataError that names the path of an unreadable one.
     """
-    if cv2 is None:
-        raise DataError('cv2 is missing: expected OpenCV, as of pip install opencv-python-headless')
     how = cv2.IMREAD_COLOR if reduction == 1 else getattr(cv2, f'IMREAD_REDUCED_COLOR_{reduction}')
     image = cv2.imdecode(content, how) if len(content) else None
     if image is None or _is_cut(content.tobytes()):
@@ -87,9 +133,3 @@ def read_test_image(path, size):
     """
     shorter = size if size <= MAX_SMALL else size * 256 // 224
     return resize_and_crop(read_image(path), shorter, size)
-
-
-def read_input(path, dataset, size):
-    """Reads an image file as the input of a network in testing: float32 (3, size, size)."""
-    image = torch.from_numpy(read_test_image(path, size))  # (S, S, 3)
-    return normalise(image.permute(2, 0, 1)[None], dataset)[0]

@@ -13,7 +13,8 @@ and the Dirac term folded into plain convolutions, with published weights for Im
 
 import functools
 import itertools
-from collections import OrderedDict
+import re
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from os.path import basename, join
 
@@ -25,7 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from diracconv import ALPHA_INIT, BETA_INIT, dirac_weight
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
-IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # of two convolutions each
+CIFAR_STEM, CIFAR_CHANNELS = 3, (16, 32, 64)  # kernel of the stem; channels of groups at width 1
+IMAGENET_STEM, IMAGENET_CHANNELS = 7, (64, 128, 256, 512)
+IMAGENET_BLOCKS = {18: (4, 4, 4, 4), 34: (6, 8, 12, 6)}  # by depth: convolutions in each group
+BLOCK = re.compile(r'(?:features\.)?group(\d+)\.block(\d+)\.')  # before a parameter's name
 CLASSES = {'CIFAR10': 10, 'CIFAR100': 100, 'ImageNet': 1000}
 MODEL_URLS = {
     18: 'https://s3.amazonaws.com/modelzoo-networks/diracnet18v2folded-a2174e15.pth',
@@ -42,10 +46,52 @@ class Topology:
     blocks: tuple  # convolutions in each group
     num_classes: int
 
+    @classmethod
+    def of(cls, params):
+        """Reads the Topology of a DiracNet off its parameters, functional or folded, by shape.
+
+        params: flat name -> tensor. Raises ValueError for those of no DiracNet; whether all of
+        them are there is for `check_fit` to say.
+        """
+        stem = _shape_of(params, 'features.conv.weight' if is_folded(params) else 'conv', 4)
+        num_classes, channels = _shape_of(params, 'fc.weight', 2)
+        found = {match.groups() for match in map(BLOCK.match, params) if match}
+        counts = Counter(int(group) for group, _ in found)
+        blocks = tuple(counts[group] for group in sorted(counts))
+        if stem[-1] == IMAGENET_STEM:
+            regular, expected = blocks in IMAGENET_BLOCKS.values(), 'those of depth 18 or 34'
+        else:
+            regular = len(blocks) == 3 and len(set(blocks)) == 1 and blocks[0] % 2 == 0
+            expected = 'three groups of the same even number'
+        if not regular:
+            counted = ', '.join(map(str, blocks)) or 'no'
+            raise ValueError(f'holds groups of {counted} blocks: expected {expected}')
+        sizes = cls(stem[-1], (channels,), blocks, num_classes)
+        return topology(sizes.depth, sizes.width, sizes.kind, num_classes)
+
     @property
     def imagenet(self):
         """Whether the stem is the one for large images."""
-        return self.stem == 7
+        return self.stem == IMAGENET_STEM
+
+    @property
+    def kind(self):
+        """The images it is for: 'ImageNet', or 'CIFAR10', of which CIFAR100 differs in classes."""
+        return 'ImageNet' if self.imagenet else 'CIFAR10'
+
+    @property
+    def depth(self):
+        """Layers, as the paper counts them: on CIFAR two more than there are."""
+        return sum(self.blocks) + (2 if self.imagenet else 4)
+
+    @property
+    def width(self):
+        """The factor on the numbers of channels."""
+        return self.channels[-1] / (IMAGENET_CHANNELS if self.imagenet else CIFAR_CHANNELS)[-1]
+
+    @property
+    def title(self):
+        return f'DiracNet-{self.depth}-{self.width:g}'
 
     def layers(self):
         """Yields (name, in channels, out channels) of the convolutions after the stem."""
@@ -54,6 +100,19 @@ class Topology:
             for b in range(blocks):
                 yield f'group{g}.block{b}', cin, cout
                 cin = cout
+
+
+def is_folded(params):
+    """Tells the parameters of a folded network from those of a functional one."""
+    return 'features.conv.weight' in params
+
+
+def _shape_of(params, name, ndim):
+    if name not in params:
+        raise ValueError(f'{name} is missing: expected the parameters of a DiracNet')
+    if getattr(params[name], 'ndim', None) != ndim:
+        raise ValueError(f'{name} is wrong: expected a tensor of {ndim} dimensions')
+    return params[name].shape
 
 
 def topology(depth, width, dataset, num_classes=None):
@@ -69,12 +128,12 @@ def topology(depth, width, dataset, num_classes=None):
     if num_classes < 1:
         raise ValueError(f'num_classes {num_classes}: expected at least 1')
     if dataset == 'ImageNet':
-        stem, channels = 7, (64, 128, 256, 512)
+        stem, channels = IMAGENET_STEM, IMAGENET_CHANNELS
         if depth not in IMAGENET_BLOCKS:
             raise ValueError(f'depth {depth}: DiracNets for ImageNet have depth 18 or 34')
-        blocks = tuple(2 * n for n in IMAGENET_BLOCKS[depth])
+        blocks = IMAGENET_BLOCKS[depth]
     else:
-        stem, channels = 3, (16, 32, 64)
+        stem, channels = CIFAR_STEM, CIFAR_CHANNELS
         if depth < 10 or depth % 6 != 4:
             below = max(10, int((depth - 4) // 6) * 6 + 4)
             raise ValueError(
@@ -85,6 +144,22 @@ def topology(depth, width, dataset, num_classes=None):
     if not 1 <= channels[0] * width < float('inf'):
         raise ValueError(f'width {width}: expected at least {1 / channels[0]}, for one channel')
     return Topology(stem, tuple(int(c * width) for c in channels), blocks, num_classes)
+
+
+def check_fit(params, expected):
+    """Raises ValueError naming the keys and shapes in which parameters differ from `expected`."""
+    differ = [f'{name} is missing' for name in expected.keys() - params.keys()]
+    differ += [f'{name} is unknown' for name in params.keys() - expected.keys()]
+    differ += [
+        f'{name} is {tuple(params[name].shape)}, expected {tuple(expected[name].shape)}'
+        for name in expected.keys() & params.keys()
+        if params[name].shape != expected[name].shape
+    ]
+    if differ:
+        more = f', and {len(differ) - 5} more' if len(differ) > 5 else ''
+        raise ValueError(
+            f'the checkpoint does not fit the network: {", ".join(sorted(differ)[:5])}{more}'
+        )
 
 
 def _bn_params(prefix, channels):
@@ -159,7 +234,7 @@ def _group(x, params, names, mode, tracked=True):
     return x
 
 
-def _checkpointed_group(x, params, names, mode):
+def _checkpointed_group(x, params, names, mode, dirac):
     """As `_group`, with W itself in params: keeps the outputs of about the root of the blocks."""
     length = max(1, round(len(names) ** 0.5))
     for start in range(0, len(names), length):
@@ -168,7 +243,8 @@ def _checkpointed_group(x, params, names, mode):
         def blocks(x, names=names[start : start + length], first=first):
             # a batch counts once in the running statistics, though it passes twice
             tracked = next(first, False)
-            return _group(x, {**params, **w_hats(params, names)}, names, mode, tracked)
+            filters = w_hats(params, names if dirac else [])
+            return _group(x, {**params, **filters}, names, mode, tracked)
 
         if start > 0:
             x = F.relu(x, inplace=True)
@@ -176,18 +252,21 @@ def _checkpointed_group(x, params, names, mode):
     return x
 
 
-def forward(net, inputs, params, mode, checkpointing=False):
+def forward(net, inputs, params, mode, checkpointing=False, dirac=True):
     """Runs the network of a Topology: inputs (N, 3, H, W) to logits (N, num_classes).
 
     With mode=True batch norm uses the statistics of the batch and updates the running ones.
-    checkpointing: compute most blocks again in the backward pass, for less memory.
+    checkpointing: compute most blocks again in the backward pass, for less memory. dirac=False:
+    filters are W itself, as in ordinary convolutions, to measure what W_hat costs.
     """
     x = F.conv2d(inputs, params['conv'], stride=1 + net.imagenet, padding=net.stem // 2)
     x = _batch_norm(x, params, 'bn', mode)
     if net.imagenet:
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-    run_group = _checkpointed_group if checkpointing and mode else _group
-    if run_group is _group:
+    run_group = _group
+    if checkpointing and mode:
+        run_group = functools.partial(_checkpointed_group, dirac=dirac)
+    elif dirac:
         # all at once: the many small steps to W_hat take five times as long between convolutions,
         # which leave nothing of it in the caches
         params = {**params, **w_hats(params, [name for name, _, _ in net.layers()])}
@@ -215,7 +294,8 @@ def define_diracnet(depth, width, dataset, num_classes=None, checkpointing=False
 class Network(nn.Module):
     """Carries a functional definition, so that torch.compile, DDP and other tools take it.
 
-    Its state dict has the flat names of `params`; running statistics are its buffers.
+    Its state dict has the flat names of `params`; running statistics are its buffers, all else its
+    parameters, which require grad.
     """
 
     def __init__(self, f, params):
@@ -229,10 +309,10 @@ class Network(nn.Module):
                 if not hasattr(owner, part):
                     owner.add_module(part, nn.Module())
                 owner = getattr(owner, part)
-            if tensor.requires_grad:
-                owner.register_parameter(leaf, nn.Parameter(tensor.detach()))
-            else:
+            if 'running_' in leaf:
                 owner.register_buffer(leaf, tensor)
+            else:
+                owner.register_parameter(leaf, nn.Parameter(tensor.detach()))
 
     def forward(self, inputs):
         params = dict(self.named_parameters())
@@ -245,7 +325,7 @@ class DiracNet(nn.Module):
 
     Its state dict has the keys of the published folded checkpoints: `features.conv.weight|bias`,
     `features.group{g}.block{b}.conv.weight|bias`, `fc.weight|bias`. Arguments and errors are those
-    of `topology`.
+    of `topology`; `DiracNet.of` takes a Topology.
     """
 
     def __init__(self, depth=18, width=1, dataset='ImageNet', num_classes=None):
@@ -267,6 +347,10 @@ class DiracNet(nn.Module):
         self.features.add_module('relu', nn.ReLU())
         self.features.add_module('avg_pool', nn.AdaptiveAvgPool2d(1))
         self.fc = nn.Linear(net.channels[-1], net.num_classes)
+
+    @classmethod
+    def of(cls, net):
+        return cls(net.depth, net.width, net.kind, net.num_classes)
 
     def forward(self, inputs):
         return self.fc(self.features(inputs).flatten(1))

@@ -10,7 +10,6 @@ In int8, its ranges calibrated on a folder of images, with the accuracy that is 
 
 import argparse
 import copy
-import functools
 import importlib.util
 import os
 import statistics
@@ -20,11 +19,12 @@ import time
 import torch
 from tqdm import tqdm
 
-import baselines
 import data
-from command import Options, errors_in_one_line
+import networks
+from command import Options, errors_in_one_line, print_table
 from diracfold import fold
-from diracimage import NORMALISATION, normalise, read_input
+from diracimage import normalise
+from options import DATASETS
 
 BATCH = 16  # images, in verifying and measuring
 ROUNDS = 10
@@ -138,28 +138,22 @@ def calibration_paths(folder):
 
 def load_test_set(opt, trained):
     """Loads the test set of --dataset; raises ValueError if it is not what the network knows."""
-    sets = data.load(opt.dataset, opt.dataroot, trained.image_size, training=False)
-    known = trained.classes or sets.classes
-    if len(sets.classes) != trained.num_classes or sets.classes != known:
-        raise ValueError(
-            f'--dataset {opt.dataset} has {len(sets.classes)} classes, {sets.classes[0]} to '
-            f'{sets.classes[-1]}: expected the {trained.num_classes} of the checkpoint'
-        )
+    sets = data.load(opt.dataset, opt.dataroot, trained.inputs, training=False)
+    networks.check_classes(trained.path, trained.num_classes, trained.classes, sets.classes)
     return sets
 
 
 def verification_inputs(trained, sets, paths):
     """Returns (inputs (BATCH, 3, S, S), what they are): test images, calibration ones or noise."""
-    dataset, size = trained.dataset, trained.image_size
     if sets:
         chosen = torch.linspace(0, len(sets.test) - 1, BATCH).long()
         images = sets.test[chosen, None, torch.arange(BATCH)][0]
-        return normalise(images, dataset), f'{BATCH} test images'
+        return normalise(images, trained.inputs), f'{BATCH} test images'
     if paths:
         paths = paths[:: -(-len(paths) // BATCH)]
-        inputs = torch.stack([read_input(path, dataset, size) for path in paths])
+        inputs = torch.stack(list(map(trained.inputs.read, paths)))
         return inputs, f'{len(inputs)} calibration images'
-    generator = torch.Generator().manual_seed(0)
+    size, generator = trained.inputs.size, torch.Generator().manual_seed(0)
     return torch.randn(BATCH, 3, size, size, generator=generator), f'{BATCH} random inputs'
 
 
@@ -184,11 +178,11 @@ def rates(networks, inputs):
     return [len(inputs) / statistics.median(times) for times in seconds]
 
 
-def top1(network, test, dataset, title):
+def top1(network, test, inputs, title):
     """Returns the accuracy on the test set in per cent."""
     loader = data.loader(test, BATCH)
     right = sum(
-        (network(normalise(images, dataset)).argmax(1) == labels).sum().item()
+        (network(normalise(images, inputs)).argmax(1) == labels).sum().item()
         for images, labels, _ in tqdm(loader, f'top-1, {title}', disable=None, leave=False)
     )
     return 100 * right / len(test)
@@ -196,26 +190,17 @@ def top1(network, test, dataset, title):
 
 def describe(opt, trained, verified_on):
     """Prints what goes in, and how the figures that follow are taken."""
-    size = trained.image_size
-    mean, std = (', '.join(f'{v:.4f}' for v in vs) for vs in NORMALISATION[trained.dataset])
+    size = trained.inputs.size
+    mean, std = (
+        ', '.join(f'{v:.4f}' for v in values)
+        for values in (trained.inputs.mean, trained.inputs.std)
+    )
     print(f'{opt.checkpoint}: {trained.title}, {trained.num_classes} classes')
     print(f'inputs: (N, 3, {size}, {size}), RGB in [0, 1], less ({mean}), over ({std})')
     print(f'max difference: of logits, over the largest, on {verified_on}; from the unfolded '
           'network in float64')
     print(f'images per second: in batches of {BATCH}, CPU threads: {torch.get_num_threads()}\n',
           flush=True)
-
-
-def print_table(columns, rows):
-    """Prints rows {name: cells} as a table that Markdown takes too."""
-    lines = [['', *columns]] + [[name, *cells] for name, cells in rows.items()]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for i, (name, *cells) in enumerate(lines):
-        padded = [name.ljust(widths[0])] + [c.rjust(w) for c, w in zip(cells, widths[1:])]
-        print('| ' + ' | '.join(padded) + ' |')
-        if i == 0:
-            rules = ['-' * (widths[0] + 2)] + ['-' * (w + 1) + ':' for w in widths[1:]]
-            print('|' + '|'.join(rules) + '|')
 
 
 # ---------------------------------------------------------------- the command
@@ -229,7 +214,7 @@ def parse_options(argv=None):
     add('checkpoint', help='of train.py or the folder of its run, or any file of parameters')
     add('--to', required=True, metavar='FILE', help=f'to write: {", ".join(FORMATS)}')
     add('--int8', metavar='FOLDER', help='quantise the .onnx, calibrated on the images in there')
-    add('--dataset', choices=data.DATASETS, help='measure top-1 on its test set (default: none)')
+    add('--dataset', choices=DATASETS, help='measure top-1 on its test set (default: none)')
     add('--dataroot', default='.', help='folder of its files (default: .)')
     opt = parser.parse_args(argv)
     opt.ending = os.path.splitext(opt.to)[1]
@@ -247,14 +232,13 @@ def parse_options(argv=None):
 
 def write(opt, net, trained, paths, folder):
     """Writes the folded network into a folder: {title: (file, tolerance)}, that of --to last."""
-    name, size = os.path.basename(opt.to), trained.image_size
+    name, size = os.path.basename(opt.to), trained.inputs.size
     path = os.path.join(folder, 'float32-' + name if opt.int8 else name)
     FORMATS[opt.ending][0](net, torch.zeros(2, 3, size, size), path)
     if not opt.int8:
         return {name: (path, TOLERANCE)}
     int8_path = os.path.join(folder, name)
-    transform = functools.partial(read_input, dataset=trained.dataset, size=size)
-    quantise(path, int8_path, paths, transform)
+    quantise(path, int8_path, paths, trained.inputs.read)
     return {'float32': (path, TOLERANCE), name: (int8_path, INT8_TOLERANCE)}
 
 
@@ -275,7 +259,7 @@ def verify(networks, tolerances, inputs, expected):
 @torch.no_grad()
 def export(opt):
     """Loads, folds, writes, verifies and measures; --to appears when all of it went well."""
-    trained = baselines.load(opt.checkpoint)
+    trained = networks.load(opt.checkpoint)
     paths = calibration_paths(opt.int8) if opt.int8 else []
     sets = load_test_set(opt, trained) if opt.dataset else None
     inputs, described = verification_inputs(trained, sets, paths)
@@ -286,9 +270,9 @@ def export(opt):
     with tempfile.TemporaryDirectory(dir=target) as folder:
         written = write(opt, net, trained, paths, folder)
         files, tolerances = zip(*written.values())
-        networks = {'unfolded': unfolded}
+        forms = {'unfolded': unfolded}
         for title, path in zip(written, files):
-            networks[title] = FORMATS[opt.ending][1](path, net)
+            forms[title] = FORMATS[opt.ending][1](path, net)
         expected = copy.deepcopy(unfolded).double()(inputs.double())
         memory = sum(tensor.nbytes for tensor in unfolded.state_dict().values())
         sizes = [memory, *map(os.path.getsize, files)]
@@ -298,16 +282,16 @@ def export(opt):
                 for network in [unfolded] + [net] * len(files)
             ],
             'size, MB': [f'{size / 1e6:.2f}' for size in sizes],
-            'max difference': verify(networks, (TOLERANCE, *tolerances), inputs, expected),
-            'images per second': [f'{r:,.0f}' for r in rates(networks.values(), inputs)],
+            'max difference': verify(forms, (TOLERANCE, *tolerances), inputs, expected),
+            'images per second': [f'{r:,.0f}' for r in rates(forms.values(), inputs)],
         }
         if sets:
             rows['top-1, %'] = [
-                f'{top1(network, sets.test, trained.dataset, title):.2f}'
-                for title, network in networks.items()
+                f'{top1(network, sets.test, trained.inputs, title):.2f}'
+                for title, network in forms.items()
             ]
         os.replace(files[-1], opt.to)
-    print_table(networks, rows)
+    print_table(['', *forms], [[name, *cells] for name, cells in rows.items()])
     print(f'written to {opt.to}')
 
 

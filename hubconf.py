@@ -13,7 +13,7 @@ def diracnet18(pretrained=False):
 
     Inputs (N, 3, 224, 224): RGB in [0, 1], the middle of images whose shorter side OpenCV resized
     to 256 (cubic), less mean (0.485, 0.456, 0.406), over deviation (0.229, 0.224, 0.225);
-    `diracfold.preprocess(18)` makes them of files. Outputs: logits of the 1000 classes of
+    `diracimage.preprocess()` makes them of files. Outputs: logits of the 1000 classes of
     ILSVRC2012, in the order of their WordNet numbers.
 
     pretrained: with the weights that the authors published (fetched once, hash checked). Their
@@ -28,7 +28,7 @@ def diracnet34(pretrained=False):
 
     Inputs (N, 3, 224, 224): RGB in [0, 1], the middle of images whose shorter side OpenCV resized
     to 256 (cubic), less mean (0.485, 0.456, 0.406), over deviation (0.229, 0.224, 0.225);
-    `diracfold.preprocess(34)` makes them of files. Outputs: logits of the 1000 classes of
+    `diracimage.preprocess()` makes them of files. Outputs: logits of the 1000 classes of
     ILSVRC2012, in the order of their WordNet numbers.
 
     pretrained: with the weights that the authors published (fetched once, hash checked). Their

@@ -15,6 +15,8 @@ STEPS_PER_READING = 20  # meters are read, which waits for a GPU, once in so man
 class DivergedError(Exception):
     """The loss is no number any more."""
 
+    status = 3  # with which the command ends
+
 
 class Meters:
     """Loss and top-k accuracies of one epoch, shown in a bar, and summed over all processes.

@@ -8,11 +8,11 @@ import re
 import shlex
 from pathlib import Path
 
-import data
 import ranks
-from baselines import FAMILIES
 from baselines.replace import BLOCKS
 from command import Options
+from diracimage import MAX_SMALL, SIZES, Inputs
+from networks import FAMILIES
 
 MOST = 10_000  # of what makes a network: an error is better than a machine that swaps
 DTYPES = ('auto', 'float', 'bfloat16', 'double')
@@ -21,11 +21,12 @@ SCHEDULES = ('step', 'cosine', 'onecycle')
 RECIPE_FOLDER = Path(__file__).parent / 'recipes'
 RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
 MODEL_OPTIONS = sorted({name for row in FAMILIES.values() for name in row.options})
+DATASETS = (*SIZES, 'Folder')
 # what may differ when a run goes on; every other option changes its result
 FREE_ON_RESUME = {
     'checkpointing', 'dataroot', 'epochs', 'evaluate', 'force', 'gpu_id', 'name', 'ngpu',
     'nthread', 'pretrained', 'recipe', 'resume', 'save', 'save_every', 'tensorboard',
-}  # fmt: skip
+}
 
 
 def at_least(least, kind, most=2**31):
@@ -58,7 +59,7 @@ def make_parser():
     parser = Options(prog='train.py', description='Trains a network, or tests a trained one.')
 
     def add(*names, default, help, **kwargs):
-        shown = '' if default == '' or default is False else ' (default: %(default)s)'
+        shown = '' if default in ('', None) or default is False else ' (default: %(default)s)'
         parser.add_argument(*names, default=default, help=help + shown, **kwargs)
 
     def add_model(name, help, **kwargs):  # without a default: each family has its own
@@ -68,8 +69,8 @@ def make_parser():
         parser.add_argument(f'--{name}', default=argparse.SUPPRESS, help=shown, **kwargs)
 
     add('--recipe', default='', choices=RECIPES, help="a paper's settings; other flags given win")
-    add('--model', default='diracnet', choices=FAMILIES, metavar='NAME',
-        help=f'family of networks: {", ".join(FAMILIES)}')
+    add('--model', default=None, choices=FAMILIES, metavar='NAME',
+        help=f'family of networks: {", ".join(FAMILIES)} (default: diracnet)')
     add_model('depth', 'layers: 6n + 4, or 18 and 34 on ImageNet', type=at_least(1, int, MOST))
     add_model('width', 'factor on the numbers of channels', type=at_least(0, float, MOST))
     add_model('block', 'what stands for a convolution', choices=list(BLOCKS))
@@ -82,9 +83,11 @@ def make_parser():
     add_model('checkpointing', 'compute layers again in the backward pass, to save memory',
               action=argparse.BooleanOptionalAction)
 
-    add('--dataset', default='CIFAR10', choices=data.DATASETS, help='what to train on')
+    add('--dataset', default='CIFAR10', choices=DATASETS, help='what to train on')
     add('--dataroot', '--imagenetpath', default='.', type=folder, help='folder of its files')
-    add('--image_size', default=32, type=at_least(8, int), help='pixels, for --dataset Folder')
+    add('--image_size', default=None, type=at_least(8, int),
+        help=f'pixels of a Folder (default: 32): up to {MAX_SMALL} for the CIFAR networks, above '
+             'for the ImageNet ones')
     add('--randomcrop_pad', default=4, type=at_least(0, int), help='pixels, for small images')
     add('--augment', default=True, action=argparse.BooleanOptionalAction,
         help='crop and flip the training images at random')
@@ -121,7 +124,7 @@ def make_parser():
     add('--force', default=False, action='store_true',
         help='go on though options differ that change the result')
     add('--evaluate', default=False, action='store_true',
-        help='test the --resume checkpoint and write nothing')
+        help='test the network of --resume, whose sizes its file knows, and write nothing')
     add('--tensorboard', default=False, action='store_true',
         help='write the figures for TensorBoard into --save too')
     add('--gpu_id', default='', help='CUDA devices to use, such as 0; all if not given')
@@ -141,6 +144,31 @@ def _with_recipe(parser, argv, recipe):
     return opt
 
 
+def _with_sizes(parser, opt):
+    """Fills in what is not given of the network and its inputs.
+
+    With --evaluate they are the file's to tell: what is not given stays unsaid.
+    """
+    if opt.evaluate:
+        given = {name: value for name, value in vars(opt).items() if value is not None}
+        return argparse.Namespace(**given)
+    model = opt.model or 'diracnet'
+    family = FAMILIES[model].options
+    unknown = [f'--{name}' for name in MODEL_OPTIONS if name in opt and name not in family]
+    if unknown:
+        taken = ', '.join(f'--{name}' for name in family)
+        parser.error(f'--model {model} takes no {", ".join(unknown)}: expected of {taken}')
+    inputs = Inputs.of(opt.dataset, opt.image_size)
+    if opt.image_size not in (None, inputs.size):
+        parser.error(f'--image_size {opt.image_size}: expected {inputs.size}, the size of '
+                     f'{opt.dataset}')
+    if inputs.size <= MAX_SMALL and opt.randomcrop_pad >= inputs.size:
+        parser.error(f'--randomcrop_pad {opt.randomcrop_pad}: expected less than the image, '
+                     f'{inputs.size}')
+    filled_in = {**family, **vars(opt), 'model': model, 'image_size': inputs.size}
+    return argparse.Namespace(**filled_in)
+
+
 def parse_options(argv):
     """Parses a list of flags: a namespace of plain values, with those of the model's family only.
 
@@ -150,21 +178,12 @@ def parse_options(argv):
     opt = parser.parse_args(argv)
     if opt.recipe:
         opt = _with_recipe(parser, argv, opt.recipe)
-    family = FAMILIES[opt.model].options
-    unknown = [f'--{name}' for name in MODEL_OPTIONS if name in opt and name not in family]
-    if unknown:
-        taken = ', '.join(f'--{name}' for name in family)
-        parser.error(f'--model {opt.model} takes no {", ".join(unknown)}: expected of {taken}')
-    opt = argparse.Namespace(**{'model': opt.model, **family, **vars(opt)})
     if opt.evaluate and not opt.resume:
         parser.error('--evaluate: expected --resume with a checkpoint to test')
     if opt.label_smoothing >= 1:
         parser.error(f'--label_smoothing {opt.label_smoothing}: expected less than 1')
     if opt.tensorboard and not importlib.util.find_spec('tensorboard'):
         parser.error('--tensorboard: expected the package: pip install tensorboard')
-    size = 32 if opt.dataset != 'Folder' else opt.image_size
-    if data.topology(opt.dataset, size) != 'ImageNet' and opt.randomcrop_pad >= size:
-        parser.error(f'--randomcrop_pad {opt.randomcrop_pad}: expected less than the image, {size}')
     if not re.fullmatch(r'(\d+(,\d+)*)?', opt.gpu_id):
         parser.error(f'--gpu_id {opt.gpu_id!r}: expected numbers of devices, such as 0 or 0,1')
     if opt.name and opt.save != parser.get_default('save'):
@@ -173,7 +192,7 @@ def parse_options(argv):
         opt.save = os.path.join('runs', opt.name)
     if not opt.save or not opt.evaluate and not _can_be_made(opt.save):
         parser.error(f'--save {opt.save!r}: expected a folder that can be written')
-    return opt
+    return _with_sizes(parser, opt)
 
 
 def _can_be_made(path):
@@ -182,19 +201,23 @@ def _can_be_made(path):
 
 
 def of_model(opt):
-    """The options that size the network: those of its family."""
-    return {name: getattr(opt, name) for name in FAMILIES[opt.model].options}
+    """The options that size the network, of its family; with --evaluate, those that are given."""
+    return {name: value for name, value in vars(opt).items() if name in MODEL_OPTIONS}
 
 
-def differences(opt, before):
-    """Lists the options that change a run's result and are not those it began with."""
+def differences(now, before):
+    """Lists the options that change a run's result and are not those it began with.
+
+    now, before: what a checkpoint of either has as `args`.
+    """
     free = set(FREE_ON_RESUME)
-    if opt.evaluate:  # only what makes the network matters
-        free = vars(opt).keys() - {'model', *of_model(opt)}
-    if opt.lr_schedule != 'step':
+    if now['lr_schedule'] != 'step':
         free -= {'epochs'}  # the other schedules stretch over all of them
+    if 'dataset' in before:  # older checkpoints say 32 of data sets that have a size of their own
+        size = Inputs.of(before['dataset'], before.get('image_size')).size
+        before = {**before, 'image_size': size}
     return [
         f'{name} was {before[name]}, is {value}'
-        for name, value in vars(opt).items()
+        for name, value in now.items()
         if name not in free and name in before and before[name] != value
     ]

@@ -2,20 +2,22 @@
 
     python plot.py logs/diracnet-28-1 logs/plain-28-1 --save comparison.png
 
-Each argument is the log.txt of a training or its folder. Needs matplotlib.
+Each argument is the log.txt of a training or its folder. Needs matplotlib. In Python,
+`plot_filters` draws the filters of a convolution.
 """
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 from matplotlib import colormaps
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from checkpoint import MARK, read_log
+from command import Options, errors_in_one_line
 
 STYLES = {'train': {'linestyle': '--', 'linewidth': 1.1, 'alpha': 0.75},
           'test': {'linestyle': '-', 'linewidth': 1.9}}
@@ -82,18 +84,46 @@ def draw(logs):
     return figure
 
 
+def plot_filters(weight, title):
+    """Draws filters (out, in, height, width) as a grid of height x width matrices (out x in).
+
+    All share one scale of colours, white at zero; it ends where 98 % of the weights do, or the
+    diagonal that a Dirac term makes in the middle would leave everything else white. Returns the
+    matplotlib Figure.
+    """
+    weight = weight.detach().cpu()
+    rows, columns = weight.shape[2:]
+    limit = weight.abs().flatten().kthvalue(int(0.98 * weight.numel())).values.item()
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.4 * columns + 0.8, 2.4 * rows), sharex=True, sharey=True,
+        squeeze=False, layout='constrained',
+    )
+    for row in range(rows):
+        for column in range(columns):
+            axis = axes[row, column]
+            picture = axis.imshow(
+                weight[:, :, row, column], cmap='RdBu_r', vmin=-limit, vmax=limit,
+                interpolation='nearest',
+            )
+            axis.set_title(f'tap ({row}, {column})', fontsize=9)
+            if row == rows - 1:
+                axis.set_xlabel('input channel')
+            if column == 0:
+                axis.set_ylabel('output channel')
+    figure.colorbar(picture, ax=axes, label='weight', extend='both', shrink=0.8)
+    figure.suptitle(title)
+    return figure
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog='plot.py', description=__doc__.splitlines()[0])
+    parser = Options(prog='plot.py', description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('logs', nargs='+', metavar='LOG', help='log.txt of a training, or folder')
     parser.add_argument('--save', default='training.png', help='PNG to write (%(default)s)')
     opt = parser.parse_args(argv)
-    files = [log_file(log) for log in opt.logs]
-    try:
-        logs = read_logs(files)
+    with errors_in_one_line('plot.py'):
+        logs = read_logs([log_file(log) for log in opt.logs])
         draw(logs).savefig(opt.save, format='png')
-    except (ValueError, OSError) as error:
-        print(f'plot.py: {error}', file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
     print(f'{len(logs)} trainings drawn in {opt.save}')
 
 

@@ -5,17 +5,16 @@
 """
 
 import argparse
-import functools
 
 import torch
 
-import baselines
+import networks
 from command import Options, errors_in_one_line
-from diracfold import fold, preprocess
-from diracimage import read_input
+from diracfold import fold
+from diracimage import Inputs
 from diracnet import diracnet18, diracnet34
 
-PUBLISHED = {'diracnet18': (diracnet18, 18), 'diracnet34': (diracnet34, 34)}
+PUBLISHED = {'diracnet18': diracnet18, 'diracnet34': diracnet34}
 
 
 def parse_options(argv=None):
@@ -39,23 +38,21 @@ def imagenet_classes():
 
 
 def load(model):
-    """Returns (folded network, transform from file to input, class names) of a name or file."""
+    """Returns (folded network, Inputs, class names or None) of a name or file."""
     if model in PUBLISHED:
-        make, depth = PUBLISHED[model]
-        return make(pretrained=True).eval(), preprocess(depth), imagenet_classes()
-    trained = baselines.load(model)
-    transform = functools.partial(read_input, dataset=trained.dataset, size=trained.image_size)
+        return PUBLISHED[model](pretrained=True).eval(), Inputs.of('ImageNet'), imagenet_classes()
+    trained = networks.load(model)
     classes = trained.classes
-    if classes is None and (trained.dataset, trained.num_classes) == ('ImageNet', 1000):
+    if classes is None and (trained.inputs.kind, trained.num_classes) == ('ImageNet', 1000):
         classes = imagenet_classes()
-    return fold(trained.network), transform, classes
+    return fold(trained.network), trained.inputs, classes
 
 
 @torch.inference_mode()
 def predict(opt):
-    net, transform, classes = load(opt.model)
+    network, inputs, classes = load(opt.model)
     for path in opt.images:
-        probabilities = net(transform(path)[None]).softmax(dim=1)[0]  # (num_classes,)
+        probabilities = network(inputs.read(path)[None]).softmax(dim=1)[0]  # (num_classes,)
         print(path)
         for p, label in zip(*probabilities.topk(min(5, len(probabilities)))):
             print(f'  {100 * p:6.2f} %  {classes[label] if classes else f"class {label}"}')

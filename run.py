@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-import baselines
 import checkpoint
 import data
+import diracfile
+import networks
 import options
 import ranks
 from diracdeploy import native_bfloat16
-from diracfold import check_fit, fold, pretrained_params, read
+from diracimage import Inputs
+from diracnet import check_fit
 from meters import Meters
 from ranks import rank, world
 
@@ -27,7 +29,9 @@ from ranks import rank, world
 class Run:
     """One training: its network and optimizer, and how far it has come."""
 
-    opt: Namespace
+    opt: Namespace  # what was asked
+    inputs: Inputs
+    dtype: str  # 'float', 'bfloat16' or 'double', also where --dtype is auto
     sets: data.Data
     network: torch.nn.Module
     optimizer: torch.optim.Optimizer
@@ -38,7 +42,12 @@ class Run:
     best: float = 0.0  # test (or, with --val, validation) accuracy in per cent
     saved: float = field(default_factory=time.monotonic)  # when, in seconds
 
-    def save(self, name=checkpoint.MODEL):
+    @property
+    def args(self):
+        """The options, as checkpoints and the log have them."""
+        return {**vars(self.opt), 'dtype': self.dtype}
+
+    def save(self, name=diracfile.MODEL):
         """Writes a checkpoint into opt.save: the first process does, once all have called this.
 
         Raises DivergedError, and writes nothing, if the loss is no number any more.
@@ -51,20 +60,18 @@ class Run:
             'params': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'epoch': self.epoch, 'step': self.step, 'totals': totals, 'best': self.best,
             'rng': checkpoint.rng_state(), 'classes': self.sets.classes,
-            'args': vars(self.opt), 'versions': checkpoint.versions(), 'launcher': os.getppid(),
-        }, name)  # fmt: skip
+            'args': self.args, 'versions': checkpoint.versions(), 'launcher': os.getppid(),
+        }, name)
 
-    def restore(self, loaded):
-        """Takes over what a checkpoint holds. Raises CheckpointError if it cannot be this run's."""
-        if loaded.get('classes', self.sets.classes) != self.sets.classes:
-            raise checkpoint.CheckpointError(
-                'the checkpoint is of other classes: expected those of the data set'
-            )
+    def restore(self, loaded, path):
+        """Takes over what a checkpoint holds. Raises ValueError if it cannot be this run's."""
+        names, known = self.sets.classes, loaded.get('classes')
+        networks.check_classes(path, len(known or names), known, names)
         try:
             self._take(loaded)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = f'{type(error).__name__}: {error}'
-            raise checkpoint.CheckpointError(f'not a checkpoint of this run: {reason}') from error
+            raise ValueError(f'{path}: not a checkpoint of this run: {reason}') from error
 
     def _take(self, loaded):
         check_fit(loaded['params'], self.network.state_dict())
@@ -86,7 +93,7 @@ def make_optimizer(network, opt):
     Except in the families whose papers decay them all.
     """
     params = list(network.parameters())
-    decayed = [p.dim() > 1 or baselines.FAMILIES[opt.model].decay_all for p in params]
+    decayed = [p.dim() > 1 or networks.FAMILIES[opt.model].decay_all for p in params]
     groups = [
         {'params': [p for p, d in zip(params, decayed) if d], 'weight_decay': opt.weight_decay},
         {'params': [p for p, d in zip(params, decayed) if not d], 'weight_decay': 0.0},
@@ -95,67 +102,74 @@ def make_optimizer(network, opt):
 
 
 def find_checkpoint(opt):
-    """Loads what --resume asks for: a checkpoint, or None to start afresh.
+    """Returns the path of the checkpoint, or its folder, to go on from: '' to start afresh.
 
-    Raises ValueError for a run that would be overwritten, or that other options began.
+    Raises ValueError for a run that would be overwritten.
     """
     own, log = checkpoint.exists(opt.save), os.path.join(opt.save, checkpoint.LOG)
     epochs = len(checkpoint.read_log(log)) if os.path.exists(log) else 0
+    path = opt.resume
     # torchrun starts all processes again when one died: they go on with what they began
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and own
     if restarted and checkpoint.load(opt.save).get('launcher') == os.getppid():
-        opt.resume = opt.save
-    if opt.resume == 'auto':
-        opt.resume = opt.save if own else ''
+        path = opt.save
+    if path == 'auto':
+        path = opt.save if own else ''
         epochs = max(0, epochs - 1)  # a crash may come between the first line and the checkpoint
-    source = opt.resume if os.path.isdir(opt.resume) else os.path.dirname(opt.resume) or '.'
-    goes_on = bool(opt.resume) and os.path.realpath(source) == os.path.realpath(opt.save)
+    source = path if os.path.isdir(path) else os.path.dirname(path) or '.'
+    goes_on = bool(path) and os.path.realpath(source) == os.path.realpath(opt.save)
     if (own or epochs) and not goes_on:
         raise ValueError(f'{opt.save} holds a run: expected --resume auto, or another --save')
-    return checkpoint.load(opt.resume) if opt.resume else None
+    return path
 
 
-def check_options(opt, before):
-    """Raises ValueError if a checkpoint was made with other options, unless --force is given."""
-    differences = options.differences(opt, before)
-    if differences and not opt.force:
-        raise ValueError(f'{opt.resume}: {"; ".join(differences)}: expected the same, or --force')
+def check_options(path, now, before):
+    """Raises ValueError if a checkpoint was made with other options, now and before."""
+    differences = options.differences(now, before)
+    if differences:
+        raise ValueError(f'{path}: {"; ".join(differences)}: expected the same, or --force')
 
 
-def automatic_dtype(device, loaded):
-    """What --dtype auto stands for, and why: that of the run that goes on or is tested, if any."""
-    if loaded and loaded['args'].get('dtype', 'auto') != 'auto':
-        return loaded['args']['dtype'], 'as the checkpoint'
-    native, shown = native_bfloat16(device)
-    return 'bfloat16' if native else 'float', f'{device.type}: {shown}'
+def choose_dtype(asked, device, args):
+    """What --dtype stands for: that of the run with these args, or the hardware's, where auto."""
+    if asked != 'auto':
+        return asked
+    native, why = native_bfloat16(device)
+    dtype, why = 'bfloat16' if native else 'float', f'{device.type}: {why}'
+    if args.get('dtype', 'auto') != 'auto':
+        dtype, why = args['dtype'], 'as the checkpoint'
+    if rank() == 0:
+        print(f'--dtype auto: {dtype} ({why})')
+    return dtype
 
 
-def load_to_test(network, params):
-    """Returns the network with the parameters, or their folded form if that is what they are."""
-    if params.keys() != network.state_dict().keys():
-        folded = fold(network, next(network.parameters()).dtype)
-        if params.keys() == folded.state_dict().keys():
-            network = folded
-    check_fit(params, network.state_dict())
-    network.load_state_dict(params)
-    return network
+def stored(dtype):
+    """The torch dtype of parameters: bfloat16 is autocast from float32."""
+    return torch.float64 if dtype == 'double' else torch.float32
 
 
-def take_pretrained(opt, network, num_classes):
+def load_sets(opt, inputs, training=True, **crops):
+    """Loads the data set that was asked for; what one process downloads, the others read."""
+    load = functools.partial(
+        data.load, opt.dataset, opt.dataroot, inputs, opt.nthread, training, **crops
+    )
+    return ranks.first_before_others(load) if opt.dataset.startswith('CIFAR') else load()
+
+
+def take_pretrained(network, source, num_classes):
     """Starts the network from --pretrained, with a new last layer for another number of classes.
 
-    Raises ValueError for parameters that do not fit otherwise or, published, cannot be had.
+    Raises ValueError for parameters that do not fit otherwise, RuntimeError for published ones that
+    cannot be had.
     """
-    try:
-        published = opt.pretrained in ('18', '34')
-        params = pretrained_params(int(opt.pretrained)) if published else read(opt.pretrained)[
-            'params']
-    except RuntimeError as error:
-        raise ValueError(str(error)) from error
+    published = source in ('18', '34')
+    params = (
+        diracfile.pretrained_params(int(source)) if published else diracfile.read(source).params
+    )
     expected = network.state_dict()
     if 'fc.bias' in params and len(params['fc.bias']) != num_classes:
         if rank() == 0:
-            print(f'{opt.pretrained}: the last layer, of {len(params["fc.bias"])} classes, is '
+            print(f'{source}: the last layer, of {len(params["fc.bias"])} classes, is '
                   f'replaced by a new one of {num_classes}')
         params = {**params, **{name: expected[name] for name in ('fc.weight', 'fc.bias')}}
     check_fit(params, expected)
@@ -176,57 +190,53 @@ def keep_freed_memory():
 
 
 def prepare(opt, device):
-    """Loads the data and makes the network: a Run, that of the checkpoint where there is one.
+    """Begins a training, or goes on with the one in a checkpoint: a Run.
 
-    Raises ValueError or OSError for what the user can mend.
+    Raises ValueError, OSError or, for published parameters that cannot be had, RuntimeError.
     """
-    if device.type == 'cpu':
-        keep_freed_memory()
-    topology = data.topology(opt.dataset, opt.image_size)
-    build = functools.partial(baselines.build, opt.model, topology, **options.of_model(opt))
+    inputs = Inputs.of(opt.dataset, opt.image_size)
+    build = functools.partial(networks.build, opt.model, inputs.kind, **options.of_model(opt))
     with torch.device('meta'):
         build()  # depth, width and the like are checked before anything is read
-    if opt.evaluate and opt.resume == 'auto':
-        opt.resume = opt.save
-    loaded = read(opt.resume) if opt.evaluate else find_checkpoint(opt)
-    if opt.dtype == 'auto':
-        opt.dtype, why = automatic_dtype(device, loaded)
-        if rank() == 0:
-            print(f'--dtype auto: {opt.dtype} ({why})')
-    if loaded:
-        check_options(opt, loaded['args'])
-    reflect = baselines.FAMILIES[opt.model].crop_padding == 'reflect'
-    load = functools.partial(
-        data.load, opt.dataset, opt.dataroot, opt.image_size, opt.nthread, not opt.evaluate,
-        pad=opt.randomcrop_pad, reflect=reflect,
-    )
-    # what one process downloads, the others read
-    sets = ranks.first_before_others(load) if opt.dataset.startswith('CIFAR') else load()
-    if opt.val and not opt.evaluate:
+    path = find_checkpoint(opt)
+    loaded = checkpoint.load(path) if path else {'args': {}}
+    dtype = choose_dtype(opt.dtype, device, loaded['args'])
+    if not opt.force:
+        check_options(path, {**vars(opt), 'dtype': dtype}, loaded['args'])
+    reflect = networks.FAMILIES[opt.model].crop_padding == 'reflect'
+    sets = load_sets(opt, inputs, pad=opt.randomcrop_pad, reflect=reflect)
+    if opt.val:
         sets.train, sets.val = data.hold_out(sets.train, opt.val)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(opt.seed % 2**32)
     try:
-        network = build(len(sets.classes))
-        network.to(device, torch.float64 if opt.dtype == 'double' else torch.float32)
+        network = build(len(sets.classes)).to(device, stored(dtype))
     except RuntimeError as error:  # of memory
         raise ValueError(f'the network cannot be made: {str(error).splitlines()[0]}') from error
     torch.manual_seed(opt.seed + rank())  # the same network, but dropout of its own
-    if opt.evaluate:
-        if loaded['classes'] not in (None, sets.classes) and not opt.force:
-            raise ValueError(f'{opt.resume}: of other classes than the data set: expected the '
-                             'same, or --force')  # fmt: skip
-        network = load_to_test(network, loaded['params'])
-        return Run(opt, sets, network.to(device), make_optimizer(network, opt))
-    if opt.pretrained and not loaded:
-        take_pretrained(opt, network, len(sets.classes))
-    run = Run(opt, sets, network, make_optimizer(network, opt))
-    if loaded:
-        run.restore(loaded)
+    if opt.pretrained and not path:
+        take_pretrained(network, opt.pretrained, len(sets.classes))
+    run = Run(opt, inputs, dtype, sets, network, make_optimizer(network, opt))
+    if path:
+        run.restore(loaded, path)
     return run
 
 
-def warm_up(run, train_process, test_process):
+def load_to_test(opt):
+    """Loads the network of --resume and the test set it is asked for: (Trained, Data).
+
+    Raises ValueError or OSError for what the user can mend.
+    """
+    names = ('model', 'dataset', 'image_size', *options.MODEL_OPTIONS)
+    stated = {name: value for name, value in vars(opt).items() if name in names}
+    trained = networks.load(opt.save if opt.resume == 'auto' else opt.resume, stated)
+    sets = load_sets(opt, trained.inputs, training=False)
+    known = None if opt.force else trained.classes
+    networks.check_classes(trained.path, trained.num_classes, known, sets.classes)
+    return trained, sets
+
+
+def warm_up(run, train_step, test_step):
     """Compiles what the two do, for every size of batch: returns the seconds it took.
 
     Leaves the network, the optimizer and the random numbers as they were.
@@ -234,15 +244,15 @@ def warm_up(run, train_process, test_process):
     start = time.perf_counter()
     before = {name: buffer.clone() for name, buffer in run.network.named_buffers()}
     with torch.random.fork_rng():
-        for images, process in ((run.sets.train, train_process), (run.sets.test, test_process)):
-            run.network.train(process is train_process)
+        for images, step in ((run.sets.train, train_step), (run.sets.test, test_step)):
+            run.network.train(step is train_step)
             for size in {min(run.opt.batch_size, len(images)), len(images) % run.opt.batch_size}:
                 share = torch.arange(size).tensor_split(world())[rank()]
                 if size == 0:
                     continue
-                with torch.set_grad_enabled(process is train_process):
-                    loss, _ = process(images[torch.arange(size), None, share])
-                if process is train_process:
+                with torch.set_grad_enabled(step is train_step):
+                    loss, _ = step(images[torch.arange(size), None, share])
+                if step is train_step:
                     loss.backward()
     run.optimizer.zero_grad()
     run.network.load_state_dict(before, strict=False)

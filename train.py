@@ -16,9 +16,9 @@ A network that DiracNets are compared with, and a paper's settings (python train
     python train.py --model resnet --depth 28 --name resnet-28-1
     python train.py --recipe densenet --name densenet
 
-Going on where a run stopped, and testing it (with the run's other options):
+Going on where a run stopped (with the run's other options), and testing it:
     python train.py --save ./logs/mine --resume auto ...
-    python train.py --evaluate --resume ./logs/mine ...
+    python train.py --evaluate --resume ./logs/mine --dataset Folder --dataroot ~/images
 """
 
 import math
@@ -38,10 +38,12 @@ import checkpoint
 import data
 import options
 import ranks
-from diracimage import normalise
+from command import errors_in_one_line
+from diracfile import BEST
+from diracimage import DataError, normalise
 from meters import STEPS_PER_READING, DivergedError, Meters, write_tensorboard
 from ranks import rank, world
-from run import prepare, warm_up
+from run import choose_dtype, load_to_test, prepare, stored, warm_up
 
 
 class StoppedError(Exception):
@@ -92,21 +94,21 @@ def set_learning_rate(optimizer, lr):
         group['lr'] = lr
 
 
-def make_process(network, opt, device, label_smoothing=0.0):
+def make_step(network, inputs, dtype, device, label_smoothing=0.0):
     """Returns what torchnet's engine calls with each batch: a batch to (loss, logits).
 
-    The loss is the share of this process in the mean over the whole batch, times the number of
-    processes, as DistributedDataParallel takes the mean of their gradients.
+    network: inputs (n, 3, S, S), as the Inputs say, to logits; dtype: 'float', 'double', or
+    'bfloat16', autocast. The loss is the share of this process in the mean over the whole batch,
+    times the number of processes, as DistributedDataParallel takes the mean of their gradients.
     """
-    precision = torch.float64 if opt.dtype == 'double' else torch.float32
-    topology = data.topology(opt.dataset, opt.image_size)
+    precision = stored(dtype)
 
-    def process(batch):
+    def step(batch):
         images, labels, whole = batch
         images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
-        inputs = normalise(images, topology, precision)
-        with torch.autocast(device.type, torch.bfloat16, enabled=opt.dtype == 'bfloat16'):
-            logits = network(inputs)
+        pixels = normalise(images, inputs, precision)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16'):
+            logits = network(pixels)
         logits = logits.to(precision)
         loss = F.cross_entropy(
             logits, labels, reduction='sum', ignore_index=data.IGNORED,
@@ -114,10 +116,10 @@ def make_process(network, opt, device, label_smoothing=0.0):
         )
         return loss * (world() / whole), logits
 
-    return process
+    return step
 
 
-def run_epoch(process, loader, meters, on_step, optimizer=None):
+def run_epoch(step, loader, meters, on_step, optimizer=None):
     """Trains with an optimizer, tests without; on_step() is called after each step."""
 
     def on_forward(state):
@@ -128,28 +130,35 @@ def run_epoch(process, loader, meters, on_step, optimizer=None):
     engine = Engine()
     engine.hooks = {'on_forward': on_forward, 'on_update': lambda state: on_step()}
     if optimizer:
-        engine.train(process, loader, 1, optimizer)
+        engine.train(step, loader, 1, optimizer)
         return
     with torch.no_grad():
-        engine.test(process, loader)
+        engine.test(step, loader)
 
 
-def print_options_and_parameters(opt, params):
-    for name, value in vars(opt).items():
+def print_beginning(args, network, sets, device, dtype):
+    """Prints what is asked, the network's parameters, the data and the hardware."""
+    if rank() > 0:
+        return
+    for name, value in args.items():
         print(f'  {name:<16}{value}')
     print(f'\n  {"parameter":<32}{"shape":<20}{"size":>12}')
+    params = dict(network.named_parameters())
     for name, tensor in params.items():
         print(f'  {name:<32}{str(tuple(tensor.shape)):<20}{tensor.numel():>12,}')
     print(f'  {"total":<52}{sum(p.numel() for p in params.values()):>12,}\n')
+    training = f'{len(sets.train)} training and ' if sets.train else ''
+    print(f'{args["dataset"]}: {training}{len(sets.test)} test images, {len(sets.classes)} '
+          f'classes; computing on {world()} x {device.type} in {dtype}', flush=True)
 
 
-def train_epoch(run, process, loader, title, on_step):
+def train_epoch(run, step, loader, title, on_step):
     """Trains the steps of the next epoch that are not done yet: returns its figures."""
     loader.sampler.set_epoch(run.epoch + 1, run.step)
     run.network.train()
     run.meters = Meters(len(run.sets.classes), len(run.sets.train), title, run.totals, run.step)
     try:
-        run_epoch(process, loader, run.meters, on_step, run.optimizer)
+        run_epoch(step, loader, run.meters, on_step, run.optimizer)
         figures = run.meters.figures('train')
     except DivergedError as error:
         raise DivergedError(
@@ -161,17 +170,14 @@ def train_epoch(run, process, loader, title, on_step):
     return {'epoch': run.epoch + 1, 'lr': lr, **figures, 'images_per_second': rate}
 
 
-def evaluate(run, process, split, title, on_step=lambda: None):
-    """Tests the network on the images of a split, 'val' or 'test': returns its figures."""
-    opt, images = run.opt, getattr(run.sets, split)
+def evaluate(network, step, images, meters, opt, on_step=lambda: None):
+    """Tests the network on images; `meters` has the figures then."""
     if world() > 1:  # each has batch statistics of its own: those of the first are saved
-        for buffer in run.network.buffers():
+        for buffer in network.buffers():
             dist.broadcast(buffer, 0)
+    network.eval()
     loader = data.loader(images, opt.batch_size, opt.nthread, rank=rank(), world=world())
-    run.network.eval()
-    meters = Meters(len(run.sets.classes), len(images), title)
-    run_epoch(process, loader, meters, on_step)
-    return meters.figures(split)
+    run_epoch(step, loader, meters, on_step)
 
 
 def train(run, device, signals):
@@ -181,8 +187,8 @@ def train(run, device, signals):
     tested = run.network
     if opt.compile:
         wrapped, tested = (torch.compile(n, dynamic=False) for n in (wrapped, tested))
-    train_process = make_process(wrapped, opt, device, opt.label_smoothing)
-    test_process = make_process(tested, opt, device)
+    train_step = make_step(wrapped, run.inputs, run.dtype, device, opt.label_smoothing)
+    test_step = make_step(tested, run.inputs, run.dtype, device)
     loader = data.loader(
         sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world(), opt.augment
     )
@@ -212,7 +218,7 @@ def train(run, device, signals):
             raise StoppedError(signals.number)
 
     if opt.compile:
-        compile_time = warm_up(run, train_process, test_process)
+        compile_time = warm_up(run, train_step, test_step)
     first, start = run.epoch, time.monotonic()
     while run.epoch < opt.epochs:
         title = f'epoch {run.epoch + 1}/{opt.epochs}'
@@ -220,9 +226,12 @@ def train(run, device, signals):
             seconds = (time.monotonic() - start) / (run.epoch - first)
             title += f', {seconds * (opt.epochs - run.epoch) / 60:.0f} min left'
         set_rate()
-        stats = {**vars(opt), **train_epoch(run, train_process, loader, title, on_train_step)}
+        stats = {**run.args, **train_epoch(run, train_step, loader, title, on_train_step)}
         for split in ('val', 'test') if opt.val else ('test',):
-            stats.update(evaluate(run, test_process, split, f'{title}, {split}', on_test_step))
+            images = getattr(sets, split)
+            meters = Meters(len(sets.classes), len(images), f'{title}, {split}')
+            evaluate(run.network, test_step, images, meters, opt, on_test_step)
+            stats.update(meters.figures(split))
         if opt.compile:
             stats['compile_time'] = compile_time
         stats['num_classes'] = len(sets.classes)
@@ -238,56 +247,24 @@ def train(run, device, signals):
             if opt.tensorboard:
                 write_tensorboard(opt.save, stats, run.network)
         if improved:
-            run.save(checkpoint.BEST)
+            run.save(BEST)
         run.save()
     if rank() == 0:
         print(f'best {judge}_acc {run.best:.2f}; log and checkpoints in {opt.save}')
 
 
-def stop(status, message):
-    """Ends with one line on stderr: the last, as a reading process sends its traceback before."""
-    line = str(message).strip().splitlines()[-1].removeprefix('diracimage.DataError: ')
-    print(f'train.py: {line}', file=sys.stderr)
-    sys.exit(status)
+def train_or_stop(run, device, command):
+    """Trains; where a signal or an unreadable image ends it, what is done is saved.
 
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    opt = options.parse_options(argv)
-    command = f'train.py {shlex.join(argv)}'
-    if opt.ngpu > 1 and 'LOCAL_RANK' not in os.environ:
-        stop(2, f'--ngpu {opt.ngpu}: start it as: torchrun --nproc_per_node={opt.ngpu} {command}')
-    if opt.gpu_id:
-        os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
-    device = ranks.start()
-    try:
-        run = prepare(opt, device)
-    except (ValueError, OSError) as error:
-        stop(2, error)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)  # nothing is there yet to be saved
-    if rank() == 0:
-        print_options_and_parameters(opt, dict(run.network.named_parameters()))
-        training = '' if opt.evaluate else f'{len(run.sets.train)} training and '
-        print(f'{opt.dataset}: {training}{len(run.sets.test)} test images, '
-              f'{len(run.sets.classes)} classes; computing on {world()} x {device.type} in '
-              f'{opt.dtype}', flush=True)
+    command: the words that started this training, to say how it goes on.
+    """
     try:
         with Signals() as signals:
-            if opt.evaluate:
-                process = make_process(run.network, opt, device)
-                figures = evaluate(run, process, 'test', 'test')
-                if rank() == 0:
-                    print(f'test_loss: {figures["test_loss"]:.4f}')
-                    print(f'test_acc: {figures["test_acc"]:.2f}')
-            else:
-                train(run, device, signals)
-    except data.DataError as error:  # an image that is read only now, and cannot be
+            train(run, device, signals)
+    except DataError:  # an image that is read only now, and cannot be
         if run.meters and world() == 1:
             run.save()
-        stop(2, error)
-    except DivergedError as error:
-        stop(3, error)
+        raise
     except StoppedError as stopped:
         number = signal.Signals(stopped.args[0])
         if rank() == 0:
@@ -295,8 +272,43 @@ def main(argv=None):
             print(f'stopped by {number.name} in epoch {run.epoch + 1} after {run.step} steps, and '
                   f'saved; go on with: {launcher} {command} --resume auto')
         sys.exit(128 + number)
-    except OSError as error:
-        stop(1, error)
+
+
+def test(opt, device, trained, sets):
+    """Prints the loss and accuracy of a trained network on a test set."""
+    dtype = choose_dtype(opt.dtype, device, trained.args)
+    network = trained.network.to(device, stored(dtype))
+    print_beginning(vars(opt), network, sets, device, dtype)
+    step = make_step(network, trained.inputs, dtype, device)
+    meters = Meters(trained.num_classes, len(sets.test), 'test')
+    evaluate(network, step, sets.test, meters, opt)
+    figures = meters.figures('test')
+    if rank() == 0:
+        print(f'test_loss: {figures["test_loss"]:.4f}')
+        print(f'test_acc: {figures["test_acc"]:.2f}')
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    opt = options.parse_options(argv)
+    command = f'train.py {shlex.join(argv)}'
+    with errors_in_one_line('train.py'):
+        if opt.ngpu > 1 and 'LOCAL_RANK' not in os.environ:
+            raise ValueError(
+                f'--ngpu {opt.ngpu}: start it as: torchrun --nproc_per_node={opt.ngpu} {command}'
+            )
+        if opt.gpu_id:
+            os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
+        device = ranks.start()
+        begun = load_to_test(opt) if opt.evaluate else prepare(opt, device)
+    try:
+        # from here on other errors are faults of the program, and keep their traceback
+        with errors_in_one_line('train.py', (DataError, DivergedError, OSError)):
+            if opt.evaluate:
+                test(opt, device, *begun)
+            else:
+                print_beginning(begun.args, begun.network, begun.sets, device, begun.dtype)
+                train_or_stop(begun, device, command)
     finally:
         ranks.end()
 

@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from command import print_table
+
 ROOT = Path(__file__).parent
 TURNS = 10  # of one process: how memory happens to lie in it moves its speed by a per cent or two
 
@@ -98,7 +100,7 @@ def product_peak(dtype):
 
 def environment():
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
-                            text=True).stdout.strip()  # fmt: skip
+                            text=True).stdout.strip()
     cpus = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
     names = [line.split(':')[1].strip() for line in cpus.splitlines() if 'model name' in line]
     return {'cpu': names[0] if names else platform.processor(), 'cores': os.cpu_count(),
@@ -131,7 +133,7 @@ def compare(title, sides, pairs, table, target=''):
             'target': target if side is sides[1 % len(sides)] else '',
             'peak_memory_mb': round(side.memory), 'dtype': side.dtype, 'seed': 0,
             **here,
-        })  # fmt: skip
+        })
     append(rows, table)
     show(rows)
     return rows
@@ -152,16 +154,19 @@ def show(rows):
     """Prints the rows of one comparison as a table."""
     target = rows[1 % len(rows)]['target']
     print(f'\n{rows[0]["compared"]}: {rows[0]["n"]} turns'
-          + (f', target {target} times' if target else ''))  # fmt: skip
-    print('| | images/s (quartiles) | ms | ratio (95 %) | GFLOP/s | of the product peak | MB |')
-    print('|---|---:|---:|---:|---:|---:|---:|')
-    for row in rows:
-        share = row['percent_of_product_peak']
-        print(f'| {row["what"]} | {row["images_per_second"]:,.0f} ({row["first_quartile"]:,.0f} to '
-              f'{row["third_quartile"]:,.0f}) | {row["milliseconds"]:,.1f} '
-              f'| {row["ratio"]:.2f} ({row["ratio_low"]:.2f} to {row["ratio_high"]:.2f}) '
-              f'| {row["gflop_per_second"] or ""} | {f"{share} %" if share else ""} '
-              f'| {row["peak_memory_mb"]:,} |', flush=True)  # fmt: skip
+          + (f', target {target} times' if target else ''))
+    head = ['', 'images/s (quartiles)', 'ms', 'ratio (95 %)', 'GFLOP/s', 'of the product peak',
+            'MB']
+    print_table(head, [[
+        row['what'],
+        f'{row["images_per_second"]:,.0f} ({row["first_quartile"]:,.0f} to '
+        f'{row["third_quartile"]:,.0f})',
+        f'{row["milliseconds"]:,.1f}',
+        f'{row["ratio"]:.2f} ({row["ratio_low"]:.2f} to {row["ratio_high"]:.2f})',
+        str(row['gflop_per_second'] or ''),
+        f'{row["percent_of_product_peak"]} %' if row['percent_of_product_peak'] else '',
+        f'{row["peak_memory_mb"]:,}',
+    ] for row in rows])
 
 
 def draw(table):
@@ -182,15 +187,15 @@ def draw(table):
         if row['target']:
             bars.plot([float(row['target'])] * 2, [y - 0.45, y + 0.45], color='C3', linewidth=2)
     bars.set_yticks(range(len(ratios)), [f'{row["compared"]}: {row["what"]} (n = {row["n"]})'
-                                         for row in ratios], fontsize=7)  # fmt: skip
+                                         for row in ratios], fontsize=7)
     bars.invert_yaxis()
     bars.axvline(1, color='grey', linewidth=1)
     bars.set_xlabel('times as fast as the other (median, 95 % interval); red: the target')
     numbers = [int(row['what'].split('-')[1]) for row in depths]
     for name, mark in (('milliseconds', 'o-'), ('peak_memory_mb', 's-')):
         line.plot(numbers, [float(row[name]) for row in depths], mark,
-                  label=f'{name} (n = {depths[0]["n"]})' if depths else name)  # fmt: skip
+                  label=f'{name} (n = {depths[0]["n"]})' if depths else name)
     line.set(xlabel='depth (width 1, 128 images)', ylabel='a step of training', xlim=(0, None),
-             ylim=(0, None))  # fmt: skip
+             ylim=(0, None))
     line.legend()
     return figure

@@ -114,7 +114,7 @@ class DenseNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-def densenet(dataset, num_classes, layers, growth, reduce, bottleneck, droprate, checkpointing):
+def densenet(num_classes, layers, growth, reduce, bottleneck, droprate, checkpointing):
     """A DenseNet for CIFAR: (N, 3, H, W) to logits (N, num_classes) (section 3 and 4.2).
 
     layers: in all, 6n + 4 with bottleneck and 3n + 4 without; growth: channels that each adds;
@@ -140,7 +140,7 @@ def densenet(dataset, num_classes, layers, growth, reduce, bottleneck, droprate,
     return DenseNet(per_block, growth, reduce, droprate, num_classes, make_layer)
 
 
-def densenet121(dataset, num_classes, droprate, checkpointing):
+def densenet121(num_classes, droprate, checkpointing):
     """torchvision's DenseNet-121 for ImageNet, four blocks: (N, 3, H, W) to (N, num_classes).
 
     checkpointing: torchvision's own, in which a batch counts twice in the running statistics of

@@ -9,7 +9,6 @@ from torch import nn
 
 from baselines.plain import PlainNet, conv_block
 from diracconv import DiracConv2d, normalize
-from diracnet import topology
 
 ALPHA_INIT, BETA_INIT, WEIGHT_STD = 5.0, 1e-3, 0.1
 
@@ -63,11 +62,10 @@ def _block(cin, cout):
     return conv_block(conv, NCReLU())
 
 
-def diracnet_v1(dataset, num_classes, depth, width):
-    """DiracNet v1: (N, 3, H, W) to logits (N, num_classes).
+def diracnet_v1(net):
+    """DiracNet v1 of a diracnet.Topology: (N, 3, H, W) to logits (N, num_classes).
 
-    Arguments and errors are those of `diracnet.topology`. The ReLU before the average pooling is
-    in the published ImageNet definition, and was not in the script that trained on CIFAR.
+    The script that trained on CIFAR has a ReLU behind the stem's batch norm, and none before the
+    average pooling; in the published definition for ImageNet it is the other way round.
     """
-    net = topology(depth, width, dataset, num_classes)
-    return PlainNet(net, _block, last_relu=dataset == 'ImageNet')
+    return PlainNet(net, _block, stem_relu=not net.imagenet, last_relu=net.imagenet)

@@ -38,6 +38,6 @@ class MobileNet(nn.Module):
         return self.fc(self.features(inputs).mean(dim=(2, 3)))  # features: (N, 1024, H/32, W/32)
 
 
-def mobilenet(dataset, num_classes, block):
+def mobilenet(num_classes, block):
     """MobileNet v1, width 1, of plain convolutions or the blocks of `replace.with_block`."""
     return with_block(MobileNet(num_classes), block)

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from baselines.replace import with_block
-from diracnet import topology
 
 
 def _batch_norm(channels):
@@ -31,10 +30,11 @@ class PlainNet(nn.Module):
     """A chain of the shape of a DiracNet: (N, 3, H, W) to logits (N, num_classes).
 
     net: a diracnet.Topology; block: a function (in channels, out channels) to a module; group: the
-    Sequential that holds the blocks of a group; last_relu: a ReLU before the average pooling.
+    Sequential that holds the blocks of a group; stem_relu: a ReLU behind the stem's batch norm;
+    last_relu: one before the average pooling.
     """
 
-    def __init__(self, net, block, group=nn.Sequential, last_relu=True):
+    def __init__(self, net, block, group=nn.Sequential, stem_relu=False, last_relu=True):
         super().__init__()
         cin = net.channels[0]
         layers = OrderedDict(
@@ -42,6 +42,8 @@ class PlainNet(nn.Module):
             bn=_batch_norm(cin),
         )
         nn.init.kaiming_normal_(layers['conv'].weight)
+        if stem_relu:
+            layers['stem_relu'] = nn.ReLU()
         if net.imagenet:
             layers['max_pool'] = nn.MaxPool2d(3, stride=2, padding=1)
         for g, (cout, blocks) in enumerate(zip(net.channels, net.blocks)):
@@ -91,21 +93,19 @@ def _dirac_block(cin, cout):
     return block
 
 
-def plain(dataset, num_classes, depth, width, block='base'):
-    """A DiracNet of ordinary convolutions, or of the blocks of `replace.with_block`.
+def plain(net, block):
+    """The DiracNet of a Topology with ordinary convolutions, or the blocks of `with_block`.
 
-    (N, 3, H, W) to logits (N, num_classes); arguments and errors are those of `diracnet.topology`
-    and `with_block`.
+    (N, 3, H, W) to logits (N, num_classes). Raises ValueError as `replace.with_block` does.
     """
-    net = topology(depth, width, dataset, num_classes)
     return with_block(PlainNet(net, _kaiming_block), block)
 
 
-def dirac_init(dataset, num_classes, depth, width):
+def dirac_init(net):
     """`plain`, its filters started at the identity but not parameterised (arXiv 2404.00498)."""
-    return PlainNet(topology(depth, width, dataset, num_classes), _dirac_block)
+    return PlainNet(net, _dirac_block)
 
 
-def resnet(dataset, num_classes, depth, width):
+def resnet(net):
     """`plain` with skip-connections around pairs of blocks, which have no parameters."""
-    return PlainNet(topology(depth, width, dataset, num_classes), _kaiming_block, ResidualGroup)
+    return PlainNet(net, _kaiming_block, ResidualGroup)

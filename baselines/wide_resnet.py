@@ -5,8 +5,6 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import nn
 
-from diracnet import topology
-
 STEM_CHANNELS = 16  # whatever the width
 
 
@@ -35,7 +33,11 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """(N, 3, H, W) to logits (N, num_classes), of the sizes of a diracnet.Topology."""
+    """WRN-depth-width for CIFAR: (N, 3, H, W) to logits (N, num_classes).
+
+    net: a diracnet.Topology, of depth 6n + 4; droprate: of the dropout between the convolutions of
+    a block.
+    """
 
     def __init__(self, net, droprate):
         super().__init__()
@@ -56,12 +58,3 @@ class WideResNet(nn.Module):
     def forward(self, inputs):
         x = self.features(self.conv(inputs))  # (N, 64 width, H / 4, W / 4)
         return self.fc(F.relu(self.bn(x)).mean(dim=(2, 3)))
-
-
-def wide_resnet(dataset, num_classes, depth, width, droprate):
-    """WRN-depth-width for CIFAR: (N, 3, H, W) to logits (N, num_classes).
-
-    depth: 6n + 4; width: the factor on 16, 32 and 64 channels; droprate: of the dropout between
-    the convolutions of a block. Raises ValueError as `diracnet.topology` does.
-    """
-    return WideResNet(topology(depth, width, dataset, num_classes), droprate)

@@ -1,42 +1,33 @@
 """Compares a deployed network with the plain one on test images: accuracy, labels, logits.
 
-    python experiments/deploy.py RUN --dataset Folder --dataroot FOLDER
+    python -m experiments.deploy RUN --dataset Folder --dataroot FOLDER
 """
-
-import argparse
-import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import baselines  # noqa: E402
-import data  # noqa: E402
-from diracdeploy import deploy  # noqa: E402
-from diracfold import fold  # noqa: E402
-from diracimage import normalise  # noqa: E402
+import data
+import networks
+from command import Options, errors_in_one_line
+from diracdeploy import deploy
+from diracfold import fold
+from diracimage import normalise
+from options import DATASETS
 
 BATCH = 500
 
 
 @torch.no_grad()
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('run', help='folder of a run of train.py, or a checkpoint')
-    parser.add_argument('--dataset', choices=data.DATASETS, default='CIFAR10')
-    parser.add_argument('--dataroot', default='.', help='folder of the data set')
-    args = parser.parse_args()
-    trained = baselines.load(args.run)
-    size = trained.image_size
-    test = data.load(args.dataset, args.dataroot, size, training=False).test
+def compare(args):
+    trained = networks.load(args.run)
+    size = trained.inputs.size
+    test = data.load(args.dataset, args.dataroot, trained.inputs, training=False).test
     network = fold(trained.network)
     run = deploy(network, (BATCH, 3, size, size))
     plain, deployed, labels = [], [], []
     for batch in tqdm(torch.arange(len(test)).split(BATCH), 'testing', disable=None, leave=False):
         images, truth, _ = test[batch, None, torch.arange(len(batch))]
-        inputs = normalise(images, trained.dataset)
+        inputs = normalise(images, trained.inputs)
         plain.append(network(inputs))
         filled = inputs.new_zeros(BATCH, *inputs.shape[1:])  # as the last batch may be smaller
         filled[: len(inputs)] = inputs
@@ -48,7 +39,17 @@ def main():
     same = (plain.argmax(1) == deployed.argmax(1)).sum()
     difference = (plain - deployed).abs().max() / plain.abs().max()
     print(f'the same label: {same:,} of {len(labels):,}; largest difference of logits: '
-          f'{100 * difference:.1f} % of the largest')  # fmt: skip
+          f'{100 * difference:.1f} % of the largest')
+
+
+def main():
+    parser = Options(prog='experiments.deploy', description=__doc__.splitlines()[0])
+    parser.add_argument('run', help='folder of a run of train.py, or a checkpoint')
+    parser.add_argument('--dataset', choices=DATASETS, default='CIFAR10')
+    parser.add_argument('--dataroot', default='.', help='folder of the data set')
+    args = parser.parse_args()
+    with errors_in_one_line('experiments.deploy'):
+        compare(args)
 
 
 if __name__ == '__main__':

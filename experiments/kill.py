@@ -1,6 +1,6 @@
 """Kills a training at random moments, lets it go on, and compares its end, bit by bit.
 
-    python experiments/kill.py --kills 20
+    python -m experiments.kill --kills 20
 
 One DiracNet-10-1 is trained on the digits without a stop. A second training with the same options
 is killed with SIGKILL, every fourth time while it writes a checkpoint, and started again with
@@ -8,7 +8,6 @@ is killed with SIGKILL, every fourth time while it writes a checkpoint, and star
 or an epoch's line in the log.
 """
 
-import argparse
 import random
 import subprocess
 import sys
@@ -19,13 +18,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import checkpoint
+import diracfile
+from command import Options, errors_in_one_line
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import checkpoint  # noqa: E402  (found through the line above)
-
 OPTIONS = ['--dataset', 'Digits', '--depth', '10', '--batch_size', '64', '--epoch_step', '[3]',
-           '--save_every', '0.0005']  # fmt: skip
+           '--save_every', '0.0005']
 
 
 def start(save, epochs):
@@ -37,7 +36,7 @@ def start(save, epochs):
 
 def kill_once(process, save, rng, during_save):
     """Kills the process at a random moment after its first new checkpoint: True if it was alive."""
-    newest = save / checkpoint.MODEL
+    newest = save / diracfile.MODEL
 
     def written():
         return newest.stat().st_mtime_ns if newest.exists() else 0
@@ -47,7 +46,7 @@ def kill_once(process, save, rng, during_save):
         time.sleep(0.001)
     delay = rng.uniform(0, 1.0)
     time.sleep(delay)
-    temporary = save / (checkpoint.MODEL + '.tmp')
+    temporary = save / (diracfile.MODEL + '.tmp')
     while during_save and process.poll() is None and not temporary.exists():
         pass
     process.kill()
@@ -68,7 +67,7 @@ def compare(whole, killed):
     """Lists what differs between two finished runs."""
     ends = []
     for folder in (whole, killed):
-        end = checkpoint.load(str(folder))
+        end = checkpoint.load(folder)
         ends.append(dict(flat({key: end[key] for key in ('params', 'optimizer', 'epoch', 'rng')})))
     differ = sorted(ends[0].keys() ^ ends[1].keys())
     for name in ends[0].keys() & ends[1].keys():
@@ -96,24 +95,24 @@ def survive(folder, kills, epochs, seed):
         process = start(killed, epochs)
         if kill_once(process, killed, rng, during_save=i % 4 == 3):
             alive += 1
-            in_save += (killed / (checkpoint.MODEL + '.tmp')).exists()
+            in_save += (killed / (diracfile.MODEL + '.tmp')).exists()
     if start(killed, epochs).wait() != 0:
         raise RuntimeError('the training did not go on after it was killed')
     return alive, in_save, compare(whole, killed)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Options(prog='experiments.kill', description=__doc__.splitlines()[0])
     parser.add_argument('--kills', type=int, default=20, help='how often (default: 20)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments (default: 0)')
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    with errors_in_one_line('experiments.kill'), tempfile.TemporaryDirectory() as folder:
         epochs = 2 + args.kills
         alive, in_save, differ = survive(Path(folder), args.kills, epochs, args.seed)
-    print(f'{alive} kills in {epochs} epochs, {in_save} of them while a checkpoint was written: '
-          + ('the end differs in ' + ', '.join(differ[:5]) if differ else
-             'every parameter, running statistic and momentum is the same, bit by bit'))
-    sys.exit(bool(differ))
+        print(f'{alive} kills in {epochs} epochs, {in_save} of them while a checkpoint was written')
+        if differ:
+            raise RuntimeError('the end differs in ' + ', '.join(differ[:5]))
+    print('every parameter, running statistic and momentum is the same, bit by bit')
 
 
 if __name__ == '__main__':

@@ -1,27 +1,24 @@
 """Prints what --checkpointing saves: the peak memory of two steps of DenseNet-BC-100-12.
 
-    python experiments/memory.py
+    python -m experiments.memory
 """
 
 import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import networks
+
 BATCH = 64  # images of 32 x 32, float32
 
 
 def measure(checkpointing):
     """Trains two steps: peak resident memory of this process in MB, seconds a step."""
-    import baselines  # found through the line above
-
-    network = baselines.build('densenet', 'CIFAR10', checkpointing=checkpointing)
+    network = networks.build('densenet', 'CIFAR10', checkpointing=checkpointing)
     inputs, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
     start = time.perf_counter()
     for _ in range(2):
@@ -36,7 +33,7 @@ def main():
         return
     for word in ('without', 'with'):  # a process for each: a peak never falls
         print(f'{word} checkpointing: ', end='', flush=True)
-        subprocess.run([sys.executable, __file__, word], check=True)
+        subprocess.run([sys.executable, '-m', 'experiments.memory', word], check=True)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,63 @@
-"""Options of the test run."""
+"""Options of the test run, and fixtures that several test modules take."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+from diracimage import Inputs, normalise
+from diracnet import Network, define_diracnet
 
 
 def pytest_addoption(parser):
     parser.addoption(
         '--fuzz', type=int, default=60, help='cases of each fuzz test (default: 60; all: 500)'
     )
+
+
+def _train_a_little(depth, width, dataset, num_classes, batches):
+    """Trains on the batches of (inputs, labels): returns (f, params), each with real statistics."""
+    torch.manual_seed(0)
+    f, params = define_diracnet(depth, width, dataset, num_classes)
+    network = Network(f, params).to(batches[0][0].dtype)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    for inputs, labels in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(network(inputs), labels).backward()
+        optimizer.step()
+    return f, network.state_dict()
+
+
+@pytest.fixture(scope='session')
+def train_a_little():
+    return _train_a_little
+
+
+@pytest.fixture(scope='session')
+def digits():
+    """All 1,797 digits as inputs (N, 3, 32, 32), and their labels."""
+    sets = data.load('Digits')
+    images = torch.cat([sets.train.images, sets.test.images]).permute(0, 3, 1, 2)
+    return normalise(images, Inputs.of('CIFAR10')), torch.cat([sets.train.labels, sets.test.labels])
+
+
+@pytest.fixture(scope='session')
+def trained(digits):
+    """(f, params) of a small DiracNet that has learnt something of the digits."""
+    inputs, labels = digits
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    batches = [(inputs[i], labels[i]) for i in order[:1280].split(64)]
+    return _train_a_little(10, 0.5, 'CIFAR10', 10, batches * 6)
+
+
+@pytest.fixture(scope='session')
+def run_folder(trained, tmp_path_factory):
+    """The folder of a run, with the checkpoint that train.py would have left there."""
+    folder = tmp_path_factory.mktemp('run')
+    args = {'depth': 10, 'width': 0.5, 'dataset': 'Digits', 'image_size': 32}
+    torch.save(
+        {'params': trained[1], 'optimizer': {}, 'epoch': 2, 'best': 0.0, 'args': args,
+         'classes': [f'digit {i}' for i in range(10)]},
+        folder / 'model.pt7',
+    )
+    return folder

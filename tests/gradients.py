@@ -24,14 +24,14 @@ def main():
     run = prepare(opt, device)
     run.network.eval()
     network = DistributedDataParallel(run.network) if ranks.world() > 1 else run.network
-    process = train.make_process(network, opt, device)
+    step = train.make_step(network, run.inputs, run.dtype, device)
     # 49 = 3 * 16 + 1: in the last batch, of one image, the other ranks have none
     images = data.MemoryImages(run.sets.train.images[:49], run.sets.train.labels[:49], pad=4)
     loader = data.loader(images, 16, 0, 1, ranks.rank(), ranks.world())
     gradients = []
     for batch in loader:
         run.optimizer.zero_grad()
-        process(batch)[0].backward()
+        step(batch)[0].backward()
         gradients.append({name: p.grad.clone() for name, p in run.network.named_parameters()})
         run.optimizer.step()
     if ranks.rank() == 0:

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-import baselines
+import networks
 from baselines import densenet, diracnet_v1, diverse_branch
-from baselines.__main__ import NETWORKS, RECIPES, row
 from baselines.diverse_branch import ACBlock, DiverseBranchBlock
 from baselines.plain import PlainNet
 from diracfold import fold
 from diracnet import DiracNet, define_diracnet
+from experiments.sizes import NETWORKS, row
+from options import RECIPE_FOLDER
 
 PLAIN_DENSE = {'bottleneck': False, 'growth': 12, 'layers': 40}
 
@@ -29,7 +30,7 @@ def _seed():
 
 def build_on_meta(name, dataset, **options):
     with torch.device('meta'):
-        return baselines.build(name, dataset, **options)
+        return networks.build(name, dataset, **options)
 
 
 def count(network):
@@ -107,17 +108,17 @@ def test_topology_variants_have_the_parameters_of_a_diracnet_less_alpha_and_beta
     ('densenet121', torchvision.models.DenseNet121_Weights),
 ])
 def test_multiply_adds_are_those_that_torchvision_publishes(name, weights):
-    measured = baselines.multiply_adds(build_on_meta(name, 'ImageNet'), 224)
+    measured = networks.multiply_adds(build_on_meta(name, 'ImageNet'), 224)
     assert round(measured / 1e9, 3) == weights.DEFAULT.meta['_ops']
 
 
 def test_multiply_adds_of_mobilenet_are_the_papers():
-    measured = baselines.multiply_adds(build_on_meta('mobilenet', 'ImageNet'), 224)
+    measured = networks.multiply_adds(build_on_meta('mobilenet', 'ImageNet'), 224)
     assert round(measured / 1e6) == 569  # table 4 of arXiv 1704.04861
 
 
 def test_table_of_the_readme_has_a_row_for_every_family():
-    assert {name for name, *_ in NETWORKS} == baselines.FAMILIES.keys()
+    assert {name for name, *_ in NETWORKS} == networks.FAMILIES.keys()
     cells = row('resnet18', 'ImageNet', {'block': 'dbb'}, 'dbb')
     assert cells[2] == '26,288,296'
     assert cells[4:6] == ('11,684,712', '1,814.1')
@@ -148,17 +149,17 @@ def test_table_of_the_readme_has_a_row_for_every_family():
 ])
 def test_refuses_with_what_was_expected(arguments, options, expected):
     with pytest.raises(ValueError, match='.') as refusal:
-        baselines.build(*arguments, **options)
+        networks.build(*arguments, **options)
     assert expected in str(refusal.value)
 
 
 def test_differences_in_training_are_in_the_table():
-    assert [n for n, family in baselines.FAMILIES.items() if family.decay_all] == ['diracnet-v1']
-    zeros = [n for n, family in baselines.FAMILIES.items() if family.crop_padding == 'constant']
+    assert [n for n, family in networks.FAMILIES.items() if family.decay_all] == ['diracnet-v1']
+    zeros = [n for n, family in networks.FAMILIES.items() if family.crop_padding == 'constant']
     assert zeros == ['densenet']
 
 
-@pytest.mark.parametrize('path', sorted(RECIPES.glob('*')), ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', sorted(RECIPE_FOLDER.glob('*')), ids=lambda path: path.stem)
 def test_every_line_of_a_recipe_is_a_flag_and_its_source(path):
     title, *lines = path.read_text().splitlines()
     assert 'arXiv ' in title
@@ -167,8 +168,8 @@ def test_every_line_of_a_recipe_is_a_flag_and_its_source(path):
     assert all(len(words) <= 2 for words in flags)
     assert len({words[0] for words in flags}) == len(flags)
     given = {words[0][2:]: words[1] for words in flags if len(words) > 1}
-    family = baselines.FAMILIES[given['model']]
-    assert given['dataset'] in family.datasets
+    family = networks.FAMILIES[given['model']]
+    assert given['dataset'] in family.kinds
     options = {
         name: type(default)(given[name])
         for name, default in family.options.items() if name in given
@@ -177,7 +178,7 @@ def test_every_line_of_a_recipe_is_a_flag_and_its_source(path):
 
 
 def test_the_recipes_are_those_of_the_papers():
-    assert {path.stem for path in Path(RECIPES).glob('*')} == {
+    assert {path.stem for path in RECIPE_FOLDER.glob('*')} == {
         'diracnet-cifar', 'diracnet-imagenet', 'wide-resnet', 'densenet', 'dbb'
     }
 
@@ -205,7 +206,7 @@ SMALLEST = [
 
 @pytest.mark.parametrize(('name', 'dataset', 'options'), SMALLEST)
 def test_trains_then_deploys_with_the_same_logits(name, dataset, options):
-    network = baselines.build(name, dataset, num_classes=5, **options)
+    network = networks.build(name, dataset, num_classes=5, **options)
     size, n = (64, 4) if dataset == 'ImageNet' else (16, 64)
     images, labels = torch.randn(n, 3, size, size), torch.randint(5, (n,))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02)
@@ -231,7 +232,7 @@ def test_trains_then_deploys_with_the_same_logits(name, dataset, options):
     assert difference <= 1e-9 * logits.abs().max()
     assert not deployed.training
     assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
-    again = baselines.build(name, dataset, num_classes=5, **options)
+    again = networks.build(name, dataset, num_classes=5, **options)
     again.load_state_dict(network.state_dict())
     fold(again).load_state_dict(deployed.state_dict())
 
@@ -284,38 +285,52 @@ def test_both_halves_of_ncrelu_pass_through_the_delta_of_v1():
     assert torch.equal(conv(diracnet_v1.NCReLU()(x)), x)
 
 
-@pytest.mark.parametrize(('dataset', 'depth', 'last_relu'), [
-    ('CIFAR10', 10, False), ('ImageNet', 18, True),
-])
-def test_v1_is_ncrelu_then_convolution_then_batch_norm(dataset, depth, last_relu):
-    network = baselines.build('diracnet-v1', dataset, depth=depth, width=0.25)
-    network = perturb(network).double().eval()
-    state = network.state_dict()
-    imagenet = dataset == 'ImageNet'
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+def v1_by_definition(images, state, blocks, imagenet, mode):
+    """DiracNet v1 as its scripts define it: a function of images and state dict, to logits.
+
+    blocks: convolutions in each group; mode: whether batch norm takes the batch's statistics.
+    """
+    def bn(x, name):
+        if not mode:
+            return batch_norm(x, state, name)
+        mean = x.mean((0, 2, 3), keepdim=True)
+        var = (x - mean).pow(2).mean((0, 2, 3), keepdim=True)
+        weight, bias = (state[f'{name}.{leaf}'].view(-1, 1, 1) for leaf in ('weight', 'bias'))
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
 
     stride, padding = (2, 3) if imagenet else (1, 1)
     x = F.conv2d(images, state['features.conv.weight'], stride=stride, padding=padding)
-    x = batch_norm(x, state, 'features.bn')
-    if imagenet:
-        x = F.max_pool2d(x, 3, 2, 1)
-    for g in range(3 + imagenet):
+    x = bn(x, 'features.bn')
+    x = F.max_pool2d(x, 3, 2, 1) if imagenet else x.clamp(min=0)
+    for g, n in enumerate(blocks):
         x = F.max_pool2d(x, 2) if g else x
-        for b in range(4 if imagenet else 2):
-            prefix = f'features.group{g}.block{b}'
-            w = state[f'{prefix}.conv.weight']
-            w_hat = state[f'{prefix}.conv.beta'] * w / w.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        for name in (f'features.group{g}.block{b}' for b in range(n)):
+            w = state[f'{name}.conv.weight']
+            w_hat = state[f'{name}.conv.beta'] * w / w.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
             for o, i in itertools.product(range(w.shape[0]), range(w.shape[1])):
                 smaller = min(w.shape[:2])
                 if o % smaller == i % smaller:
-                    w_hat[o, i, 1, 1] += state[f'{prefix}.conv.alpha'].item()
-            x = torch.cat([x.relu(), -(-x).relu()], 1)
-            x = batch_norm(F.conv2d(x, w_hat, padding=1), state, f'{prefix}.bn')
-    x = x.relu() if last_relu else x
-    expected = x.mean((2, 3)) @ state['fc.weight'].T + state['fc.bias']
-    with torch.no_grad():
-        logits = network(images)
-    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+                    w_hat[o, i, 1, 1] += state[f'{name}.conv.alpha'].item()
+            x = torch.cat([x.clamp(min=0), x.clamp(max=0)], 1)
+            x = bn(F.conv2d(x, w_hat, padding=1), f'{name}.bn')
+    x = x.clamp(min=0) if imagenet else x
+    return x.mean((2, 3)) @ state['fc.weight'].T + state['fc.bias']
+
+
+@pytest.mark.parametrize(('dataset', 'depth', 'blocks'), [
+    ('CIFAR10', 10, (2, 2, 2)), ('ImageNet', 18, (4, 4, 4, 4)),
+])
+def test_v1_is_the_definition_of_2017(dataset, depth, blocks):
+    network = networks.build('diracnet-v1', dataset, depth=depth, width=0.25)
+    network = perturb(network).double()
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for mode in (True, False):
+        expected = v1_by_definition(images, state, blocks, dataset == 'ImageNet', mode)
+        with torch.no_grad():
+            network.load_state_dict(state)
+            logits = network.train(mode)(images)
+        assert (logits - expected).abs().max() <= 1e-14 * expected.abs().max()
 
 
 def test_folded_v1_is_the_published_chain():
@@ -348,7 +363,7 @@ def test_folded_v1_is_the_published_chain():
 
 @pytest.mark.parametrize(('dataset', 'depth'), [('CIFAR10', 16), ('ImageNet', 18)])
 def test_plain_is_a_diracnet_without_the_parameterisation(dataset, depth):
-    network = perturb(baselines.build('plain', dataset, depth=depth, width=0.5)).double().eval()
+    network = perturb(networks.build('plain', dataset, depth=depth, width=0.5)).double().eval()
     f, params = define_diracnet(depth, 0.5, dataset)
     state = network.state_dict()
     for name, tensor in params.items():
@@ -370,7 +385,7 @@ def test_plain_is_a_diracnet_without_the_parameterisation(dataset, depth):
     ('plain', 'CIFAR10', 16), ('dirac-init', 'CIFAR10', 16), ('plain', 'ImageNet', 18),
 ])
 def test_folded_plain_networks_load_into_a_diracnet(name, dataset, depth):
-    network = perturb(baselines.build(name, dataset, depth=depth, width=0.5)).double().eval()
+    network = perturb(networks.build(name, dataset, depth=depth, width=0.5)).double().eval()
     folded = DiracNet(depth, 0.5, dataset).double().eval()
     folded.load_state_dict(fold(network, torch.float64).state_dict())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -379,7 +394,7 @@ def test_folded_plain_networks_load_into_a_diracnet(name, dataset, depth):
 
 
 def test_plain_starts_with_kaiming_filters():
-    network = baselines.build('plain', 'CIFAR10', depth=16, width=4)
+    network = networks.build('plain', 'CIFAR10', depth=16, width=4)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             expected = math.sqrt(2 / (9 * module.in_channels))
@@ -387,7 +402,7 @@ def test_plain_starts_with_kaiming_filters():
 
 
 def test_dirac_init_starts_at_the_identity_and_leaves_new_channels_random():
-    network = baselines.build('dirac-init', 'CIFAR10', depth=16, width=2)
+    network = networks.build('dirac-init', 'CIFAR10', depth=16, width=2)
     for name, module in network.named_modules():
         if not (isinstance(module, nn.Conv2d) and 'block' in name):
             continue
@@ -402,7 +417,7 @@ def test_dirac_init_starts_at_the_identity_and_leaves_new_channels_random():
 
 
 def test_resnet_adds_the_input_of_each_pair_of_blocks():
-    network = perturb(baselines.build('resnet', 'CIFAR10', depth=16, width=0.5)).double().eval()
+    network = perturb(networks.build('resnet', 'CIFAR10', depth=16, width=0.5)).double().eval()
     state = network.state_dict()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
 
@@ -425,7 +440,7 @@ def test_resnet_adds_the_input_of_each_pair_of_blocks():
 
 
 def test_wide_resnet_is_pre_activated():
-    network = perturb(baselines.build('wide-resnet', 'CIFAR10', depth=16, width=1))
+    network = perturb(networks.build('wide-resnet', 'CIFAR10', depth=16, width=1))
     network = network.double().eval()
     state = network.state_dict()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
@@ -457,7 +472,7 @@ def test_wide_resnet_has_a_shortcut_only_where_the_channels_change():
 
 @pytest.mark.parametrize(('bottleneck', 'layers'), [(True, 16), (False, 10)])
 def test_densenet_concatenates(bottleneck, layers):
-    network = baselines.build('densenet', 'CIFAR10', layers=layers, growth=5, reduce=0.55,
+    network = networks.build('densenet', 'CIFAR10', layers=layers, growth=5, reduce=0.55,
                               bottleneck=bottleneck)
     network = perturb(network).double().eval()
     state = network.state_dict()
@@ -486,7 +501,7 @@ def test_densenet_concatenates(bottleneck, layers):
 
 
 def test_densenet_starts_with_variance_2_over_k_k_out():
-    network = baselines.build('densenet', 'CIFAR10', layers=22, growth=32)
+    network = networks.build('densenet', 'CIFAR10', layers=22, growth=32)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
@@ -497,7 +512,7 @@ def test_densenet_starts_with_variance_2_over_k_k_out():
 
 
 def test_dropout_follows_each_convolution_but_the_first():
-    network = baselines.build('densenet', 'CIFAR10', layers=16, growth=4, droprate=0.2)
+    network = networks.build('densenet', 'CIFAR10', layers=16, growth=4, droprate=0.2)
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     dropouts = [m for m in network.modules() if isinstance(m, nn.Dropout)]
     assert len(dropouts) == len(convolutions) - 1
@@ -509,9 +524,9 @@ def test_checkpointing_changes_memory_and_not_results(droprate):
     kept, results = [], []
     images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
     options = {'layers': 22, 'growth': 8, 'droprate': droprate}
-    start = baselines.build('densenet', 'CIFAR10', **options).state_dict()
+    start = networks.build('densenet', 'CIFAR10', **options).state_dict()
     for checkpointing in (False, True):
-        network = baselines.build('densenet', 'CIFAR10', checkpointing=checkpointing, **options)
+        network = networks.build('densenet', 'CIFAR10', checkpointing=checkpointing, **options)
         network.load_state_dict(start)
         torch.manual_seed(1)
         sizes = []
@@ -544,7 +559,7 @@ def test_densenet121_is_torchvisions():
     layer = network.features.denseblock1.denselayer1
     assert layer.memory_efficient
     assert layer.drop_rate == 0.1
-    assert densenet.densenet121('ImageNet', 7, 0, False).classifier.out_features == 7
+    assert densenet.densenet121(7, 0, False).classifier.out_features == 7
 
 
 # ---------------------------------------------------------------- diverse branches
@@ -798,6 +813,6 @@ def test_blocks_replace_only_kernels_between_1_and_7():
 
 
 def test_table_of_the_readme():
-    text = (Path(baselines.__file__).parent.parent / 'README.md').read_text()
+    text = (Path(networks.__file__).parent / 'README.md').read_text()
     for network in NETWORKS:
         assert '| ' + ' | '.join(row(*network)) + ' |' in text

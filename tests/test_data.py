@@ -4,23 +4,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from runs import write_images
 
 import data
 import diracimage
-
-
-def write_images(folder, classes=('cat', 'dog'), n=4, size=(32, 32), seed=0):
-    """Writes n random PNG images (height, width) a class: {path: pixels (H, W, 3), RGB}."""
-    rng = np.random.default_rng(seed)
-    written = {}
-    for name in classes:
-        (folder / name).mkdir(parents=True)
-        for i in range(n):
-            pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-            path = str(folder / name / f'{i}.png')
-            cv2.imwrite(path, pixels[:, :, ::-1])
-            written[path] = pixels
-    return written
+from diracimage import Inputs
 
 
 @pytest.fixture
@@ -32,15 +20,16 @@ def memory():
 
 def test_normalise():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 5), dtype=np.uint8)
-    for topology, mean, std in [
+    for kind, mean, std in [
         ('CIFAR10', np.array([125.3, 123.0, 113.9]) / 255, np.array([63.0, 62.1, 66.7]) / 255),
         ('CIFAR100', np.array([125.3, 123.0, 113.9]) / 255, np.array([63.0, 62.1, 66.7]) / 255),
         ('ImageNet', np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])),
     ]:
         expected = (images / 255 - mean[:, None, None]) / std[:, None, None]
-        inputs = diracimage.normalise(torch.from_numpy(images), topology, torch.float64)
+        inputs = diracimage.normalise(torch.from_numpy(images), Inputs.of(kind), torch.float64)
         np.testing.assert_allclose(inputs.numpy(), expected, rtol=1e-6, atol=1e-6)
-        assert diracimage.normalise(torch.from_numpy(images), topology).dtype == torch.float32
+        inputs = diracimage.normalise(torch.from_numpy(images), Inputs.of(kind))
+        assert inputs.dtype == torch.float32
 
 
 def test_images_without_seed_are_left_alone(memory):
@@ -85,7 +74,7 @@ def test_padding_with_zeros(memory):
             where = [
                 (top, left) for top in range(7) for left in range(7)
                 if np.array_equal(image, padded[label, top : top + 12, left : left + 12])
-            ]  # fmt: skip
+            ]
             assert len(where) == 1
             found.add(where[0])
     assert len(found) == 7 * 7
@@ -180,11 +169,23 @@ def test_steps_that_are_done_are_left_out(memory):
     assert all(torch.equal(a[0], b[0]) for a, b in zip(rest, batches[2:]))
 
 
-def test_topologies():
-    assert [data.topology(name) for name in data.DATASETS] == [
-        'CIFAR10', 'CIFAR100', 'CIFAR10', 'ImageNet', 'CIFAR10'
-    ]  # fmt: skip
-    assert [data.topology('Folder', size) for size in (64, 65)] == ['CIFAR10', 'ImageNet']
+def test_inputs_of_data_sets():
+    names = ('CIFAR10', 'CIFAR100', 'Digits', 'ImageNet', 'Folder')
+    assert [(i.kind, i.size) for i in map(Inputs.of, names)] == [
+        ('CIFAR10', 32), ('CIFAR100', 32), ('CIFAR10', 32), ('ImageNet', 224), ('CIFAR10', 32)
+    ]
+    folders = [Inputs.of('Folder', size) for size in (64, 65)]
+    assert [(i.kind, i.size) for i in folders] == [('CIFAR10', 64), ('ImageNet', 65)]
+    assert folders[1].mean == (0.485, 0.456, 0.406)
+    # what older checkpoints say of data sets that have a size of their own
+    assert Inputs.of('ImageNet', 32) == Inputs.of('ImageNet')
+    with pytest.raises(ValueError, match="'MNIST': expected one of CIFAR10, .*, Folder"):
+        Inputs.of('MNIST')
+
+
+def test_images_that_come_in_one_size():
+    with pytest.raises(data.DataError, match='Digits has images of 32 pixels: expected 48'):
+        data.load('Digits', inputs=Inputs.of('Folder', 48))
 
 
 def test_test_batches_come_in_order(memory):
@@ -262,7 +263,7 @@ def test_interpolation_is_cubic():
 def test_large_images_are_read_as_needed(tmp_path):
     write_images(tmp_path / 'train', n=5, size=(80, 100))
     test = write_images(tmp_path / 'val', n=2, size=(80, 80))
-    sets = data.load('Folder', str(tmp_path), image_size=70)
+    sets = data.load('Folder', str(tmp_path), Inputs.of('Folder', 70))
     images, labels, _ = sets.test[torch.tensor([3, 0]), None, torch.arange(2)]
     assert images.shape == (2, 3, 70, 70)
     pixels = np.stack([list(test.values())[i][5:75, 5:75] for i in (3, 0)])  # 80 = 70 * 256 // 224

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_data import write_images
-from test_train import params_of, run, stats_of
+from runs import params_of, run, stats_of, write_images
 
 import data
 import options
@@ -18,11 +17,10 @@ import ranks
 import train
 from diracdeploy import deploy, native_bfloat16
 from diracfold import fold
-from diracimage import normalise
+from diracimage import Inputs, normalise
 from diracnet import Network, define_diracnet
-from run import automatic_dtype
+from run import choose_dtype
 
-pytest_plugins = ['trained_networks']
 ROOT = Path(train.__file__).parent
 
 
@@ -37,13 +35,15 @@ def images(tmp_path_factory):
 # ---------------------------------------------------------------- precision and memory layout
 
 
-def test_automatic_dtype_is_the_hardwares_or_that_of_the_checkpoint(monkeypatch):
+def test_automatic_dtype_is_the_hardwares_or_that_of_the_checkpoint(monkeypatch, capsys):
+    cpu = torch.device('cpu')
     for native, expected in ((True, 'bfloat16'), (False, 'float')):
         monkeypatch.setattr('run.native_bfloat16', lambda device, n=native: (n, 'because'))
-        assert automatic_dtype(torch.device('cpu'), None) == (expected, 'cpu: because')
-        loaded = {'args': {'dtype': 'double'}}
-        assert automatic_dtype(torch.device('cpu'), loaded)[0] == 'double'
-        assert automatic_dtype(torch.device('cpu'), {'args': {}})[0] == expected
+        assert choose_dtype('auto', cpu, {}) == expected
+        assert capsys.readouterr().out == f'--dtype auto: {expected} (cpu: because)\n'
+        assert choose_dtype('auto', cpu, {'dtype': 'double'}) == 'double'
+        assert capsys.readouterr().out == '--dtype auto: double (as the checkpoint)\n'
+        assert choose_dtype('float', cpu, {'dtype': 'double'}) == 'float'
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/cpuinfo'), reason='no list of what the CPU can do')
@@ -70,7 +70,7 @@ def test_bfloat16_logits_and_gradients_are_those_of_float64(digits):
     torch.manual_seed(0)
     f, params = define_diracnet(10, 1, 'CIFAR10')
     networks = [Network(f, {k: p.to(dtype) for k, p in params.items()})
-                for dtype in (torch.float32, torch.float64)]  # fmt: skip
+                for dtype in (torch.float32, torch.float64)]
     with torch.autocast('cpu', torch.bfloat16):
         logits = networks[0](inputs).float()
     exact = networks[1](inputs.double())
@@ -89,7 +89,7 @@ def test_bfloat16_logits_and_gradients_are_those_of_float64(digits):
 def test_batches_are_channels_last_and_logits_the_same():
     sets = data.load('Digits')
     images, *_ = next(iter(data.loader(sets.train, 16, seed=1)))
-    inputs = normalise(images, 'CIFAR10', torch.float64)
+    inputs = normalise(images, Inputs.of('CIFAR10'), torch.float64)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     f, params = define_diracnet(10, 1, 'CIFAR10')
     params = {name: p.double() for name, p in params.items()}
@@ -118,7 +118,7 @@ def test_compiled_training_is_the_same_and_its_warm_up_is_logged(images, tmp_pat
 
 @pytest.mark.parametrize(('depth', 'dataset', 'size', 'part'), [
     (40, 'CIFAR10', 16, 1 / 4), (34, 'ImageNet', 64, 1 / 2),  # half of it is before the groups
-])  # fmt: skip
+])
 def test_checkpointing_keeps_less_and_changes_nothing(depth, dataset, size, part):
     inputs, labels = torch.randn(5, 3, size, size), torch.arange(5)
     kept, results = [], []
@@ -169,7 +169,7 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
         clean = {k: v for k, v in os.environ.items() if not k.startswith('MALLOC_')}
         command = [sys.executable, '-c', code]
         return int(subprocess.run(command, env={**clean, **more}, cwd=ROOT, check=True,
-                                  capture_output=True).stdout)  # fmt: skip
+                                  capture_output=True).stdout)
 
     assert faults() < 20
     assert faults(MALLOC_MMAP_THRESHOLD_='1048576') > 20
@@ -180,7 +180,7 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
 
 @pytest.mark.parametrize(('dtype', 'tolerance', 'agree'), [
     (torch.bfloat16, 0.03, 970), (torch.float32, 1e-5, 1000),
-])  # fmt: skip
+])
 def test_deployed_network_agrees_on_1000_images(trained, digits, dtype, tolerance, agree):
     network = fold(trained[1])
     inputs = digits[0][:1000]

@@ -1,7 +1,6 @@
 """Folding, and the files that folding starts from."""
 
 import os
-import pickle
 
 import cv2
 import numpy as np
@@ -9,23 +8,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from damages import DAMAGES, damaged
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-import baselines
+import networks
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization
-from diracfold import (
-    checkpoint_path,
-    fold,
-    identify,
-    load_params,
-    preprocess,
-    pretrained_params,
-)
-from diracnet import DiracNet, Network, define_diracnet
-
-pytest_plugins = ['trained_networks']
+from diracfile import checkpoint_path, load_params, pretrained_params
+from diracfold import fold
+from diracimage import preprocess
+from diracnet import DiracNet, Network, Topology, define_diracnet, topology
 
 
 def relative(a, b):
@@ -295,7 +288,7 @@ def test_formats_round_trip(trained, digits, tmp_path, name):
     read = load_params(path)
     assert read.keys() == params.keys()
     assert all(torch.equal(read[key], params[key]) for key in params)
-    assert all(t.requires_grad == ('running_' not in key) for key, t in read.items())
+    assert not any(t.requires_grad for t in read.values())
     inputs = digits[0][:8]
     with torch.no_grad():
         assert torch.equal(f(inputs, read, False), f(inputs, params, False))
@@ -303,10 +296,10 @@ def test_formats_round_trip(trained, digits, tmp_path, name):
 
 
 def test_folder_of_a_run_with_what_it_says(run_folder):
-    trained = baselines.load(str(run_folder))
-    assert (trained.title, trained.dataset) == ('DiracNet-10-0.5', 'CIFAR10')
+    trained = networks.load(str(run_folder))
+    assert (trained.title, trained.inputs.kind) == ('DiracNet-10-0.5', 'CIFAR10')
     assert trained.num_classes == 10
-    assert trained.image_size == 32
+    assert trained.inputs.size == 32
     assert trained.classes[3] == 'digit 3'
 
 
@@ -318,85 +311,13 @@ def test_folder_of_a_run_with_what_it_says(run_folder):
 ])
 def test_topology_is_told_by_keys_and_shapes(arguments, width):
     with torch.device('meta'):
-        params = define_diracnet(*arguments)[1]
-    found = identify(params)
+        params, folded = define_diracnet(*arguments)[1], DiracNet(*arguments).state_dict()
+    found = Topology.of(params)
     depth, _, dataset, num_classes = arguments
-    assert found['depth'] == depth
-    assert found['width'] == width
-    assert (found['dataset'] == 'ImageNet') == (dataset == 'ImageNet')
-    assert found['num_classes'] == params['fc.bias'].numel()
-    assert fold_shapes(found) == fold_shapes(dict(zip(found, arguments)))
-
-
-def fold_shapes(options):
-    with torch.device('meta'):
-        return {name: tensor.shape for name, tensor in DiracNet(**options).state_dict().items()}
-
-
-class Evil:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
-def damaged(kind, params, tmp_path):
-    """Writes one of the files that must be refused: returns its path."""
-    path = tmp_path / f'{kind}.pt7'
-    params = dict(params)
-    if kind.startswith('pickle'):
-        contents = {'params': Evil(str(tmp_path / 'ran'))}
-        path.write_bytes(pickle.dumps(contents, protocol=2 if kind == 'pickle' else None))
-        return str(path)
-    if kind == 'truncated.safetensors':
-        path = tmp_path / kind
-        save_file(params, path)
-    contents = {'params': params, 'args': {'depth': 10, 'width': 0.5}}
-    if kind == 'malicious':
-        contents['optimizer'] = Evil(str(tmp_path / 'ran'))
-    if kind == 'missing':
-        del params['group1.block0.conv']
-    if kind == 'shape':
-        params['group1.block0.alpha'] = torch.ones(3)
-    if kind == 'unknown':
-        params['group1.block0.gamma'] = torch.ones(3)
-    if kind == 'depth':
-        contents['args']['depth'] = 16
-    if kind == 'blocks':
-        contents['params'] = {k: t for k, t in params.items() if 'group2.block1' not in k}
-    if kind == 'folded':
-        contents = fold(params).state_dict()
-    if kind == 'list':
-        contents = [1, 2]
-    if kind == 'other':
-        contents = {'weight': torch.ones(2)}
-    if not kind.endswith('.safetensors'):
-        torch.save(contents, path)
-    if kind.startswith('truncated'):
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    if kind == 'altered':
-        number = params['fc.bias'].numpy().tobytes()
-        path.write_bytes(path.read_bytes().replace(number, bytes(len(number))))
-    return str(path)
-
-
-DAMAGES = {
-    'malicious': r'refused, its pickle would run \S*mkdir: expected tensors',
-    'pickle': r'refused, its pickle would run \S*mkdir: expected tensors',
-    'pickle of today': 'no weights: expected a file that torch.load reads with weights_only',
-    'truncated': 'truncated, damaged or no weights: expected',
-    'altered': 'truncated, damaged or no weights: expected',
-    'truncated.safetensors': 'truncated, or not a safetensors file',
-    'missing': 'group1.block0.conv is missing',
-    'shape': r'group1.block0.alpha is \(3,\), expected \(16,\)',
-    'unknown': 'group1.block0.gamma is unknown',
-    'depth': 'say depth 16, width 0.5: expected those of its parameters, depth 10, width 0.5',
-    'blocks': 'groups of 2, 2, 1 blocks: expected three groups of the same even number',
-    'folded': 'holds a folded network: expected',
-    'list': 'holds a list: expected a dict',
-    'other': 'conv is missing: expected',
-}
+    assert (found.depth, found.width, found.imagenet) == (depth, width, dataset == 'ImageNet')
+    assert found.num_classes == params['fc.bias'].numel()
+    assert found.title == f'DiracNet-{depth}-{width:g}'
+    assert found == Topology.of(folded) == topology(*arguments)
 
 
 @pytest.mark.parametrize('kind', DAMAGES)
@@ -426,7 +347,8 @@ def test_pretrained_params(tmp_path, monkeypatch):
     torch.save(of_original_with_stats(params), path)
     read = pretrained_params(18)
     assert read.keys() == params.keys()
-    assert sum(t.numel() for t in read.values() if t.requires_grad) == 11_523_368
+    learnt = [t.numel() for name, t in read.items() if 'running_' not in name]
+    assert sum(learnt) == 11_523_368
     with pytest.raises(ValueError, match='depth 50: expected 18 or 34'):
         pretrained_params(50)
     torch.save({'params': {}}, path)
@@ -441,17 +363,17 @@ def test_preprocess(tmp_path):
     resized = cv2.resize(pixels, (384, 256), interpolation=cv2.INTER_CUBIC)
     middle = resized[16:240, 80:304, ::-1] / 255
     expected = (middle - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    inputs = preprocess(18)(path)
+    inputs = preprocess()(path)
     assert inputs.shape == (3, 224, 224)
     assert inputs.dtype == torch.float32
     np.testing.assert_allclose(inputs.permute(1, 2, 0), expected, atol=1e-5)
 
     small = cv2.resize(pixels, (48, 32), interpolation=cv2.INTER_CUBIC)[:, 8:40, ::-1]
     expected = (small - [125.3, 123.0, 113.9]) / [63.0, 62.1, 66.7]
-    inputs = preprocess(28, 'CIFAR10')(path).permute(1, 2, 0)
+    inputs = preprocess('CIFAR10')(path).permute(1, 2, 0)
     np.testing.assert_allclose(inputs, expected, atol=1e-5)
 
-    with pytest.raises(ValueError, match='depth 50'):
+    with pytest.raises(ValueError, match="unknown dataset 50: expected one of CIFAR10"):
         preprocess(50)
     with pytest.raises(ValueError, match='not a readable image'):
-        preprocess(18)(__file__)
+        preprocess()(__file__)

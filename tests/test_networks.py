@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_layer import slow_w_hat
+from reference import slow_w_hat
 
 import diracnet
 from diracnet import DiracNet, Network, define_diracnet, diracnet18, topology
@@ -42,7 +42,7 @@ def trained(depth, width, dataset, num_classes=None, size=32, steps=3):
     (16, 1, 'CIFAR10', 173_402), (22, 1, 'CIFAR10', 271_066), (28, 1, 'CIFAR10', 368_730),
     (34, 2, 'CIFAR10', 1_854_378), (28, 5, 'CIFAR10', 9_124_250), (28, 10, 'CIFAR10', 36_450_090),
     (28, 1, 'CIFAR100', 374_580), (18, 1, 'ImageNet', 11_523_368), (34, 1, 'ImageNet', 21_638_952),
-])  # fmt: skip
+])
 def test_parameter_counts(depth, width, dataset, published):
     with torch.device('meta'):
         _, params = define_diracnet(depth, width, dataset)
@@ -124,6 +124,28 @@ def test_imagenet_network_against_torch_modules():
     torch.testing.assert_close(f(inputs, params, False), logits, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_without_w_hat_filters_are_w(checkpointing):
+    f, params = trained(10, 0.5, 'CIFAR10', steps=1)
+    ordinary = functools.partial(f, checkpointing=checkpointing, dirac=False)
+    state = {name: tensor.double() for name, tensor in params.items()}
+    inputs = torch.randn(3, 3, 16, 16, dtype=torch.float64, requires_grad=True)
+    x, before = inputs, {name: tensor.clone() for name, tensor in state.items()}
+
+    def bn(x, name):
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), False, keepdim=True)
+        weight, bias = (before[f'{name}.{leaf}'].view(-1, 1, 1) for leaf in ('weight', 'bias'))
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    x = bn(F.conv2d(inputs, state['conv'], padding=1), 'bn')
+    for g in range(3):
+        x = F.max_pool2d(x, 2) if g else x
+        for name in (f'group{g}.block{b}' for b in range(2)):
+            x = bn(F.conv2d(x.clamp(min=0), before[f'{name}.conv'], padding=1), f'{name}.bn')
+    expected = x.clamp(min=0).mean((2, 3)) @ before['fc.weight'].T + before['fc.bias']
+    torch.testing.assert_close(ordinary(inputs, state, True), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_mode_decides_over_running_statistics():
     f, params = define_diracnet(10, 1, 'CIFAR10')
     inputs = torch.randn(8, 3, 16, 16)
@@ -159,7 +181,7 @@ def test_fractional_widths_round_down():
     ((16, float('nan'), 'CIFAR10'), 'width nan'),
     ((16, 1, 'MNIST'), "unknown dataset 'MNIST': expected one of CIFAR10, CIFAR100, ImageNet"),
     ((16, 1, 'CIFAR10', 0), 'num_classes 0: expected at least 1'),
-])  # fmt: skip
+])
 def test_what_is_no_diracnet(arguments, message):
     with pytest.raises(ValueError, match=message):
         define_diracnet(*arguments)
@@ -209,7 +231,7 @@ def fold_by_hand(params):
 
 @pytest.mark.parametrize(('depth', 'width', 'dataset', 'size'), [
     (16, 1, 'CIFAR10', 32), (28, 2, 'CIFAR100', 32), (18, 0.25, 'ImageNet', 96),
-])  # fmt: skip
+])
 def test_folded_network_gives_the_same_logits(depth, width, dataset, size):
     f, params = trained(depth, width, dataset, size=size)
     net = DiracNet(depth, width, dataset).eval()

@@ -86,7 +86,7 @@ def test_command_writes_one_png_of_files_and_folders(tmp_path):
     assert len({tuple(pixel) for pixel in image.reshape(-1, 3)[::7].tolist()}) > 10
 
 
-@pytest.mark.parametrize(('text', 'status'), [('', 2), ('json_stats: {"epo', 2), (None, 1)])
+@pytest.mark.parametrize(('text', 'status'), [('', 2), ('json_stats: {"epo', 2), (None, 2)])
 def test_nothing_to_draw_is_one_line(tmp_path, text, status):
     if text is not None:
         (tmp_path / 'log.txt').write_text(text)

@@ -17,8 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_data import write_images
-from test_train import params_of, refused, run, stats_of
+from runs import params_of, refused, run, stats_of, write_images
 
 import checkpoint
 import options
@@ -82,7 +81,7 @@ def test_killed_runs_end_like_the_one_that_was_not(tmp_path):
 @pytest.mark.parametrize(('number', 'where'), [
     (signal.SIGTERM, 'train_epoch'), (signal.SIGINT, 'train_epoch'),
     (signal.SIGTERM, 'evaluate'),
-])  # fmt: skip
+])
 def test_signals(images, whole, tmp_path, capsys, monkeypatch, number, where):
     calls, original = [], getattr(train, where)
 
@@ -114,7 +113,7 @@ def test_sigterm_to_the_whole_group_spares_the_reading_processes(tmp_path):
     write_images(tmp_path / 'test', n=2, size=(70, 70))
     command = ['train.py', '--dataset', 'Folder', '--dataroot', tmp_path, '--image_size', 70,
                '--depth', 18, '--width', 0.125, '--nthread', 2, '--batch_size', 4,
-               '--save', tmp_path / 'run']  # fmt: skip
+               '--save', tmp_path / 'run']
     training = subprocess.Popen(
         [sys.executable, *map(str, command)], env=environment(), cwd=ROOT, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -215,7 +214,7 @@ def test_unreadable_image_met_in_training_comes_after_a_save(tmp_path, capsys):
     def options_(save):
         return ['--dataset', 'Folder', '--dataroot', tmp_path, '--image_size', 70, '--depth', 18,
                 '--width', 0.125, '--save', tmp_path / save, '--nthread', 0, '--epochs', 1,
-                '--batch_size', 2, '--resume', 'auto']  # fmt: skip
+                '--batch_size', 2, '--resume', 'auto']
 
     write_images(tmp_path / 'train', n=4, size=(70, 70))
     write_images(tmp_path / 'test', n=2, size=(70, 70))
@@ -243,7 +242,7 @@ def small_checkpoint(tmp_path_factory):
         'optimizer': {'state': {0: {'momentum_buffer': torch.randn(4, 3, 3, 3)}}},
         'epoch': 3, 'step': 0, 'args': {'depth': 10, 'width': 0.25, 'save': 'logs/a'},
         'rng': checkpoint.rng_state(), 'versions': checkpoint.versions(),
-    })  # fmt: skip
+    })
     return (folder / 'model.pt7').read_bytes()
 
 
@@ -266,7 +265,7 @@ def test_damaged_bytes_give_an_error_or_the_checkpoint(small_checkpoint, tmp_pat
         loaded, message = None, None
         try:
             loaded = checkpoint.load(str(path))
-        except checkpoint.CheckpointError as error:
+        except ValueError as error:
             message = str(error)
         if message:
             assert '\n' not in message
@@ -287,7 +286,7 @@ def test_pickle_that_would_run_code(tmp_path, capsys):
             return (os.mkdir, (str(tmp_path / 'code ran'),))
 
     torch.save({'params': Touch(), 'optimizer': {}, 'epoch': 1, 'args': {}}, tmp_path / 'a.pt7')
-    assert 'not a checkpoint' in refused(capsys, '--resume', tmp_path / 'a.pt7')
+    assert 'refused, its pickle would run' in refused(capsys, '--resume', tmp_path / 'a.pt7')
     assert not (tmp_path / 'code ran').exists()
 
 
@@ -351,12 +350,12 @@ def start_agents(machines, images, folder, *options):
     line = [word.replace('HOST:29500', address) for word in line[1:]]
     line[line.index('--nproc_per_node=8')] = f'--nproc_per_node={2 // machines}'
     line = [*TORCHRUN, '--max_restarts=3', '--monitor_interval=0.1', *line, *SMALL,
-            '--dataroot', images, '--save', folder, *options]  # fmt: skip
+            '--dataroot', images, '--save', folder, *options]
     return [
         subprocess.Popen(list(map(str, line)), env=environment(), cwd=ROOT, text=True,
                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(machines)
-    ]  # fmt: skip
+    ]
 
 
 def wait_for_epochs(agents, folder, epochs):

@@ -1,6 +1,5 @@
 """One training: options, schedule, log, checkpoints, resuming and testing."""
 
-import json
 import re
 import shlex
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from test_data import write_images
+from runs import params_of, refused, run, stats_of, write_images
 
-import baselines
+import networks
 import options
 import train
 from diracfold import fold
@@ -28,35 +27,6 @@ def images(tmp_path_factory):
     write_images(root / 'train', n=16)
     write_images(root / 'test', n=5, seed=1)
     return root
-
-
-def run(images, save, *options):
-    train.main([
-        '--dataset', 'Folder', '--dataroot', str(images), '--depth', '10', '--batch_size', '12',
-        '--epochs', '2', '--epoch_step', '[2]', '--save', str(save), *map(str, options),
-    ])  # fmt: skip
-
-
-def params_of(folder, name='model.pt7'):
-    return torch.load(folder / name, weights_only=True)['params']
-
-
-def stats_of(folder):
-    lines = (folder / 'log.txt').read_text().splitlines()
-    assert all(line.startswith('json_stats: ') for line in lines)
-    return [json.loads(line.removeprefix('json_stats: ')) for line in lines]
-
-
-def refused(capsys, *options):
-    """What train.py says on stderr as it stops with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        train.main([str(option) for option in options])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith('train.py: ')
-    assert error.count('\n') == 1
-    return error
 
 
 @pytest.fixture(scope='module')
@@ -77,7 +47,7 @@ def test_defaults():
         'gpu_id': '', 'ngpu': 1, 'force': False, 'save_every': 0, 'recipe': '', 'augment': True,
         'val': 0, 'lr_schedule': 'step', 'nesterov': False, 'label_smoothing': 0, 'name': '',
         'tensorboard': False, 'pretrained': '', 'compile': False, 'checkpointing': False,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(('line', 'expected'), [
@@ -89,7 +59,7 @@ def test_defaults():
       'epochs': 100, 'weight_decay': 1e-4, 'lr_decay_ratio': 0.1,
       'dataroot': str(Path.home() / 'ILSVRC2012') + '/'}),
     ('--imagenetpath /data', {'dataroot': '/data'}),
-])  # fmt: skip
+])
 def test_command_lines(line, expected):
     opt = vars(options.parse_options(shlex.split(line)))
     assert {name: opt[name] for name in expected} == expected
@@ -201,7 +171,7 @@ def test_evaluate_writes_nothing(trained, images, tmp_path, capsys, dtype, monke
     monkeypatch.chdir(tmp_path)
     before = {file: file.read_bytes() for file in trained.iterdir()}
     train.main(['--evaluate', '--resume', str(trained), '--dataset', 'Folder',
-                '--dataroot', str(images), '--depth', '10', '--dtype', dtype])
+                '--dataroot', str(images), '--dtype', dtype])
     last = capsys.readouterr().out.splitlines()[-1]
     if dtype == 'float':
         assert last == f'test_acc: {stats_of(trained)[-1]["test_acc"]:.2f}'
@@ -212,7 +182,7 @@ def test_evaluate_writes_nothing(trained, images, tmp_path, capsys, dtype, monke
 
 def test_evaluate_needs_no_training_images_but_the_same_classes(trained, tmp_path, capsys):
     write_images(tmp_path / 'same' / 'test', n=5, seed=1)  # as the fixture's
-    options = ['--evaluate', '--resume', str(trained), '--dataset', 'Folder', '--depth', '10']
+    options = ['--evaluate', '--resume', str(trained), '--dataset', 'Folder']
     train.main([*options, '--dataroot', str(tmp_path / 'same'), '--dtype', 'float'])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f'test_acc: {stats_of(trained)[-1]["test_acc"]:.2f}'
@@ -349,7 +319,7 @@ FAMILIES = {  # the smallest of each
     'resnet50': IMAGENET,
     'alexnet': [*IMAGENET, '--batch_size', 64],
     'mobilenet': [*IMAGENET, '--block', 'dbb'],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -358,7 +328,7 @@ def test_every_family_trains_resumes_and_folds(family, tmp_path):
     write_images(tmp_path / 'images' / 'train', n=32, size=size)
     write_images(tmp_path / 'images' / 'test', n=4, size=size)
     common = ['--dataset', 'Folder', '--dataroot', tmp_path / 'images', '--batch_size', 16,
-              '--lr', 0.01, '--model', family.split(',')[0], *FAMILIES[family]]  # fmt: skip
+              '--lr', 0.01, '--model', family.split(',')[0], *FAMILIES[family]]
 
     def go(folder, *more):
         train.main([str(option) for option in (*common, '--save', tmp_path / folder, *more)])
@@ -371,7 +341,7 @@ def test_every_family_trains_resumes_and_folds(family, tmp_path):
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert [s['epoch'] for s in stats_of(tmp_path / 'run')] == [1, 2]
 
-    network = baselines.load(tmp_path / 'run').network.double()
+    network = networks.load(tmp_path / 'run').network.double()
     inputs = torch.randn(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
         logits, folded = network(inputs), fold(network, torch.float64)(inputs)
@@ -379,7 +349,7 @@ def test_every_family_trains_resumes_and_folds(family, tmp_path):
 
 
 def test_every_family_is_in_the_test():
-    assert {family.split(',')[0] for family in FAMILIES} == set(baselines.FAMILIES)
+    assert {family.split(',')[0] for family in FAMILIES} == set(networks.FAMILIES)
 
 
 def test_another_run_is_not_overwritten_by_a_resumed_one(trained, images, tmp_path, capsys):
@@ -398,9 +368,61 @@ def test_another_run_is_not_overwritten_by_a_resumed_one(trained, images, tmp_pa
 def test_evaluate_takes_no_other_family(images, tmp_path, capsys):
     run(images, tmp_path, '--model', 'resnet', '--epochs', 1)
     common = ['--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--evaluate',
-              '--resume', tmp_path]  # fmt: skip
+              '--resume', tmp_path]
     error = refused(capsys, *common, '--model', 'plain')
-    assert 'model was resnet, is plain: expected the same, or --force' in error
+    assert 'model is resnet, not plain: expected the same, or no such option' in error
+
+
+def test_evaluate_takes_from_the_file_what_it_knows(tmp_path, capsys):
+    write_images(tmp_path / 'train', n=8, size=(24, 24))
+    write_images(tmp_path / 'test', n=8, size=(24, 24), seed=1)
+    folder = ['--dataset', 'Folder', '--dataroot', str(tmp_path)]
+    sizes = ['--image_size', '24', '--model', 'plain', '--depth', '10', '--width', '0.5']
+    train.main([*folder, *sizes, '--block', 'acb', '--epochs', '1', '--dtype', 'float', '--save',
+                str(tmp_path / 'run')])
+    evaluate = [*folder, '--evaluate', '--resume', str(tmp_path / 'run')]
+    capsys.readouterr()
+    train.main(evaluate)
+    loss, accuracy = capsys.readouterr().out.splitlines()[-2:]
+    logged = stats_of(tmp_path / 'run')[0]
+    assert float(loss.removeprefix('test_loss: ')) == pytest.approx(logged['test_loss'], abs=5e-5)
+    assert accuracy == f'test_acc: {logged["test_acc"]:.2f}'
+    for flags, message in (
+        (['--image_size', 32], 'image_size is 24, not 32: expected the same, or no such option'),
+        (['--depth', 16, '--block', 'dbb'], 'depth is 10, not 16; block is acb, not dbb: expected'),
+        (['--layers', 40], 'plain takes no layers'),
+        (['--dataset', 'Digits'], 'Digits has images of 32 pixels: expected 24'),
+    ):
+        assert message in refused(capsys, *evaluate, *flags)
+
+
+def test_evaluate_of_a_file_without_options_takes_them_from_the_command(images, tmp_path, capsys):
+    run(images, tmp_path, '--model', 'wide-resnet', '--width', 1, '--epochs', 1, '--dtype', 'float')
+    torch.save(params_of(tmp_path), tmp_path / 'bare.pth')
+    evaluate = ['--evaluate', '--resume', tmp_path / 'bare.pth', '--dataset', 'Folder',
+                '--dataroot', images, '--dtype', 'float']
+    train.main([str(word) for word in (*evaluate, '--model', 'wide-resnet', '--depth', 10,
+                                       '--width', 1)])
+    accuracy = capsys.readouterr().out.splitlines()[-1]
+    assert accuracy == f'test_acc: {stats_of(tmp_path)[0]["test_acc"]:.2f}'
+    assert 'bare.pth: ' in refused(capsys, *evaluate, '--model', 'resnet', '--depth', 10)
+    assert 'fc.weight' not in refused(capsys, *evaluate)
+
+
+def test_older_checkpoint_of_images_with_a_size_of_their_own_goes_on(tmp_path):
+    """It says image_size 32 of ImageNet, which was never read."""
+    write_images(tmp_path / 'train', n=2, size=(40, 40))
+    write_images(tmp_path / 'val', n=1, size=(40, 40))
+    line = ['--dataset', 'ImageNet', '--dataroot', str(tmp_path), '--depth', '18', '--width',
+            '0.0625', '--batch_size', '4', '--nthread', '0', '--save', str(tmp_path / 'run')]
+    train.main([*line, '--epochs', '1'])
+    saved = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
+    assert saved['args']['image_size'] == 224
+    saved['args']['image_size'] = 32
+    torch.save(saved, tmp_path / 'run' / 'model.pt7')
+    assert networks.load(tmp_path / 'run').inputs.size == 224
+    train.main([*line, '--epochs', '2', '--resume', 'auto'])
+    assert [s['epoch'] for s in stats_of(tmp_path / 'run')] == [1, 2]
 
 
 def test_evaluate_of_other_files(images, tmp_path, capsys):
@@ -413,7 +435,7 @@ def test_evaluate_of_other_files(images, tmp_path, capsys):
         params = loaded['params']
         files = {
             'ddp.pt7': {**loaded, 'params': {f'module.{k}': v for k, v in params.items()}},
-            'folded.pth': fold(baselines.load(tmp_path / folder).network).state_dict(),
+            'folded.pth': fold(networks.load(tmp_path / folder).network).state_dict(),
         }
         if folder == 'dirac':
             eye = torch.eye(16).view(16, 16, 1, 1)
@@ -452,7 +474,7 @@ def test_resuming_with_other_classes(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize('change', [
     {'optimizer': {}}, {'rng': {}}, {'params': {'conv': 3}}, {'step': 'one'},
-])  # fmt: skip
+])
 def test_odd_checkpoints(trained, images, tmp_path, capsys, change):
     loaded = torch.load(trained / 'model.pt7', weights_only=True)
     torch.save({**loaded, **change}, tmp_path / 'odd.pt7')
@@ -522,6 +544,7 @@ def test_meters_weigh_every_image_alike():
     (['--batch_size', '9' * 20], 'at most 2147483648'),
     (['--epoch_step', '[' * 20_000], 'expected a list of epochs'),
     (['--epoch_step', '{}'], 'expected a list of epochs'),
+    (['--image_size', '48'], '--image_size 48: expected 32, the size of CIFAR10'),
     (['--randomcrop_pad', '32'], '--randomcrop_pad 32: expected less than the image, 32'),
     (['--gpu_id', 'first'], "--gpu_id 'first': expected numbers of devices"),
     (['--save', '/dev/null/x'], "--save '/dev/null/x': expected a folder that can be written"),
@@ -530,7 +553,7 @@ def test_meters_weigh_every_image_alike():
     (['--recipe', 'mine'], 'mine'),
     (['--ngpu', '2'], 'start it as: torchrun --nproc_per_node=2 train.py --ngpu 2'),
     (['--colour'], '--colour'),
-])  # fmt: skip
+])
 def test_bad_options(capsys, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, *options)
@@ -553,7 +576,8 @@ def test_checkpoint_of_another_network(trained, images, capsys, tmp_path):
 @pytest.mark.parametrize('content', [b'', b'half a file', b'PK\x03\x04 cut'])
 def test_damaged_checkpoint(content, capsys, tmp_path):
     (tmp_path / 'model.pt7').write_bytes(content)
-    assert 'not a checkpoint of train.py' in refused(capsys, '--resume', tmp_path)
+    error = refused(capsys, '--resume', tmp_path)
+    assert 'truncated, damaged or no weights: expected a file that torch.load reads' in error
 
 
 def test_a_run_is_not_overwritten(trained, images, capsys):
@@ -572,7 +596,7 @@ def test_unreadable_image_met_in_training(tmp_path, capsys, nthread):
     error = refused(
         capsys, '--dataset', 'Folder', '--dataroot', tmp_path, '--image_size', 70, '--depth', 18,
         '--width', 0.125, '--save', tmp_path / 'run', '--nthread', nthread,
-    )  # fmt: skip
+    )
     assert f'{broken}: not a readable image' in error
 
 

@@ -1,18 +1,17 @@
 """Prints the sizes of the networks as a table in Markdown, without training or data.
 
-    python -m baselines
+    python -m experiments.sizes
 """
-
-from pathlib import Path
 
 import torch
 
-from baselines import build, multiply_adds
+from command import print_table
 from diracfold import fold
+from diracimage import Inputs
 from diracnet import DiracNet
+from networks import build, multiply_adds
+from options import RECIPE_FOLDER
 
-RECIPES = Path(__file__).parent.parent / 'recipes'
-IMAGE_SIZE = {'CIFAR10': 32, 'ImageNet': 224}
 NETWORKS = [  # model, dataset, options, recipe
     ('diracnet', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
     ('diracnet', 'CIFAR10', {'depth': 28, 'width': 10}, 'diracnet-cifar'),
@@ -55,7 +54,7 @@ def command(name, options, recipe):
 
 def source(recipe):
     """What the first line of a recipe's file says behind its subject."""
-    first_line, _, _ = (RECIPES / f'{recipe}.txt').read_text().partition('\n')
+    first_line, _, _ = (RECIPE_FOLDER / f'{recipe}.txt').read_text().partition('\n')
     return first_line.partition(': ')[2]
 
 
@@ -69,7 +68,7 @@ def row(name, dataset, options, recipe):
         f'{sum(p.numel() for p in form.parameters()):,}' for form in (network, deployed)
     )
     multiplications, deployed_multiplications = (
-        f'{multiply_adds(form, IMAGE_SIZE[dataset]) / 1e6:,.1f}' for form in (network, deployed)
+        f'{multiply_adds(form, Inputs.of(dataset).size) / 1e6:,.1f}' for form in (network, deployed)
     )
     title = ', '.join([name, *(f'{option} {value}' for option, value in options.items())])
     return (title, dataset, parameters, multiplications, deployed_parameters,
@@ -77,11 +76,10 @@ def row(name, dataset, options, recipe):
 
 
 def main():
-    print('| model | images | parameters | multiply-adds (M) | parameters deployed | '
-          'multiply-adds deployed (M) | source of the recipe | command |')
-    print('|---|---|---:|---:|---:|---:|---|---|')
-    for network in NETWORKS:
-        print('| ' + ' | '.join(row(*network)) + ' |')
+    head = ['model', 'images', 'parameters', 'multiply-adds (M)', 'parameters deployed',
+            'multiply-adds deployed (M)', 'source of the recipe', 'command']
+    left = {'images', 'source of the recipe', 'command'}
+    print_table(head, [row(*network) for network in NETWORKS], left)
 
 
 if __name__ == '__main__':

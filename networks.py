@@ -1,0 +1,232 @@
+"""The networks by name: the DiracNet and those it is measured against; that of a trained file.
+
+    network = build('plain', 'CIFAR10', depth=28, width=1, block='dbb')
+    logits = network(inputs)                        # (N, 3, H, W) to (N, num_classes)
+    trained = load('logs/compare-plain')            # the network of a file or run: Trained
+    deployed = diracfold.fold(trained.network)      # plain convolutions
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torchvision
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import diracfile
+from baselines import densenet, diracnet_v1, mobilenet, plain, wide_resnet
+from baselines.replace import with_block
+from diracfold import fold
+from diracimage import Inputs
+from diracnet import (
+    CLASSES,
+    DiracNet,
+    Network,
+    check_fit,
+    forward,
+    init_params,
+    is_folded,
+    topology,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of FAMILIES."""
+
+    # (Topology, **options), where depth and width are among the options, or (num_classes,
+    # **options), to an nn.Module
+    build: Callable
+    options: dict  # the flags of train.py that size it, and their defaults
+    kinds: tuple = tuple(CLASSES)  # of images it is for
+    decay_all: bool = False  # weight decay on one-dimensional tensors too
+    crop_padding: str = 'reflect'  # or 'constant': around small images, before the random crop
+
+
+def _diracnet(net, checkpointing=False):
+    return Network(functools.partial(forward, net, checkpointing=checkpointing), init_params(net))
+
+
+def _from_torchvision(name):
+    def from_torchvision(num_classes, block):
+        return with_block(torchvision.models.get_model(name, num_classes=num_classes), block)
+
+    return from_torchvision
+
+
+CIFAR, IMAGENET = ('CIFAR10', 'CIFAR100'), ('ImageNet',)
+SIZE = {'depth': 16, 'width': 1}
+BLOCK = {'block': 'base'}
+DENSENET = {'layers': 100, 'growth': 12, 'reduce': 0.5, 'bottleneck': True, 'droprate': 0.0,
+            'checkpointing': False}
+
+FAMILIES = {
+    'diracnet': Family(_diracnet, {**SIZE, 'checkpointing': False}),
+    'diracnet-v1': Family(diracnet_v1.diracnet_v1, SIZE, decay_all=True),
+    'plain': Family(plain.plain, {**SIZE, **BLOCK}),
+    'dirac-init': Family(plain.dirac_init, SIZE),
+    'resnet': Family(plain.resnet, SIZE),
+    'wide-resnet': Family(
+        wide_resnet.WideResNet, {'depth': 28, 'width': 10, 'droprate': 0.0}, CIFAR
+    ),
+    'densenet': Family(densenet.densenet, DENSENET, CIFAR, crop_padding='constant'),
+    'densenet121': Family(
+        densenet.densenet121, {'droprate': 0.0, 'checkpointing': False}, IMAGENET
+    ),
+    'resnet18': Family(_from_torchvision('resnet18'), BLOCK, IMAGENET),
+    'resnet34': Family(_from_torchvision('resnet34'), BLOCK, IMAGENET),
+    'resnet50': Family(_from_torchvision('resnet50'), BLOCK, IMAGENET),
+    'alexnet': Family(_from_torchvision('alexnet'), BLOCK, IMAGENET),
+    'mobilenet': Family(mobilenet.mobilenet, BLOCK, IMAGENET),
+}
+
+
+def family(name):
+    """Returns the row of FAMILIES; raises ValueError for an unknown name."""
+    if name not in FAMILIES:
+        raise ValueError(f'unknown model {name!r}: expected one of {", ".join(FAMILIES)}')
+    return FAMILIES[name]
+
+
+def build(name, kind, num_classes=None, **options):
+    """Builds a network of FAMILIES, newly drawn: (N, 3, H, W) to logits (N, num_classes).
+
+    kind: of the images, 'CIFAR10', 'CIFAR100' or 'ImageNet'; num_classes: in place of that data
+    set's own; options: those of the family's row, which holds what is not given. Raises ValueError
+    for an unknown name, images or an option that the family does not take, and what the family
+    itself refuses.
+    """
+    row = family(name)
+    if kind not in row.kinds:
+        raise ValueError(f'{name} is not for {kind!r}: expected one of {", ".join(row.kinds)}')
+    refused = sorted(options.keys() - row.options.keys())
+    if refused:
+        raise ValueError(
+            f'{name} takes no {", ".join(refused)}: expected of {", ".join(row.options)}'
+        )
+    num_classes = CLASSES[kind] if num_classes is None else num_classes
+    if num_classes < 1:
+        raise ValueError(f'num_classes {num_classes}: expected at least 1')
+    options = {**row.options, **options}
+    if not 0 <= options.get('droprate', 0) < 1:
+        raise ValueError(f'droprate {options["droprate"]}: expected at least 0 and less than 1')
+    if 'depth' in options:
+        net = topology(options.pop('depth'), options.pop('width'), kind, num_classes)
+        return row.build(net, **options)
+    return row.build(num_classes, **options)
+
+
+# ---------------------------------------------------------------- trained
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The network of a file, and what its inputs and outputs are."""
+
+    path: str
+    network: nn.Module  # in evaluation mode
+    title: str
+    inputs: Inputs
+    num_classes: int
+    classes: list  # their names, or None
+    args: dict  # the options of its training, or empty
+
+
+def load(path, stated=None):
+    """Loads the network of a file or of a run's folder, of any family, folded or not: Trained.
+
+    stated: what someone states of it, in the names of the options of train.py. It must not
+    contradict what the file says, in the options of its training or by the shapes of a DiracNet,
+    and is taken where the file says nothing. path and errors are those of `diracfile.read`; raises
+    ValueError too for what is contradicted, and for parameters that do not fit.
+    """
+    saved = diracfile.read(path)
+    said = _agreed(saved, stated or {})
+    if said['model'] != 'diracnet':
+        inputs = Inputs.of(said.get('dataset', 'CIFAR10'), said.get('image_size'))
+        network, num_classes, title = _of_family(saved, said, inputs.kind)
+    else:
+        net = saved.topology(said)
+        make = DiracNet.of if is_folded(saved.params) else _diracnet
+        with torch.device('meta'):
+            network = make(net)
+        num_classes, title = net.num_classes, net.title
+        inputs = Inputs.of(net.kind)
+        if 'image_size' in said:
+            inputs = dataclasses.replace(inputs, size=said['image_size'])
+    network.load_state_dict(saved.params, assign=True)
+    return Trained(
+        saved.path, network.eval(), title, inputs, num_classes, saved.classes, saved.args
+    )
+
+
+def _agreed(saved, stated):
+    """What a file and someone else say of a network, who must not contradict each other."""
+    said = dict(saved.args)
+    if 'dataset' in said:
+        said['image_size'] = Inputs.of(said['dataset'], said.get('image_size')).size
+    differ = [
+        f'{name} is {said[name]}, not {value}' for name, value in stated.items()
+        # it may be tested on other images, and how its gradients are computed does not matter
+        if said.get(name, value) != value and name not in ('dataset', 'checkpointing')
+    ]
+    if differ:
+        raise ValueError(f'{saved.path}: {"; ".join(differ)}: expected the same, or no such option')
+    said = {'model': 'diracnet', **stated, **said}
+    unknown = stated.keys() - {'model', 'dataset', 'image_size', *family(said['model']).options}
+    if unknown:
+        raise ValueError(f'{saved.path}: {said["model"]} takes no {", ".join(sorted(unknown))}')
+    return said
+
+
+def _of_family(saved, said, kind):
+    """The network, on the meta device, that fits a file: (network, num_classes, title)."""
+    name = said['model']
+    options = {
+        option: said.get(option, default) for option, default in family(name).options.items()
+    }
+    try:
+        with torch.device('meta'):
+            last = list(build(name, kind, **options).state_dict())[-1]  # the bias of the last layer
+            num_classes = len(saved.params.get(last, ())) or None
+            network = build(name, kind, num_classes, **options)
+        if saved.params.keys() != network.state_dict().keys():
+            folded = fold(network)
+            network = folded if saved.params.keys() == folded.state_dict().keys() else network
+        check_fit(saved.params, network.state_dict())
+    except ValueError as error:
+        raise ValueError(f'{saved.path}: {error}') from error
+    title = ', '.join([name, *(f'{option} {value}' for option, value in options.items())])
+    return network, num_classes, title
+
+
+def check_classes(path, num_classes, known, names):
+    """Raises ValueError unless the classes of a data set are those of the network in a file.
+
+    num_classes: the network's; known: their names, or None where the file does not tell; names: the
+    data set's.
+    """
+    if len(names) != num_classes or known not in (None, names):
+        expected = f'{num_classes}' + (f', {known[0]} to {known[-1]}' if known else '')
+        raise ValueError(
+            f'{path}: of other classes than the data set, which has {len(names)}, {names[0]} to '
+            f'{names[-1]}: expected {expected}'
+        )
+
+
+# ---------------------------------------------------------------- size
+
+
+def multiply_adds(network, size):
+    """Counts the multiply-adds of the convolutions and linear layers for one image.
+
+    size: its height and width. Works on the meta device; leaves the network in evaluation mode.
+    """
+    image = torch.empty(1, 3, size, size, device=next(network.parameters()).device)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        network.eval()(image)
+    return counter.get_total_flops() // 2

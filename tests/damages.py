@@ -1,0 +1,75 @@
+"""Files that must be refused, and what is said of them."""
+
+import os
+import pickle
+
+import torch
+from safetensors.torch import save_file
+
+from diracfold import fold
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def damaged(kind, params, tmp_path):
+    """Writes one of the files that must be refused: returns its path."""
+    path = tmp_path / f'{kind}.pt7'
+    params = dict(params)
+    if kind.startswith('pickle'):
+        contents = {'params': Evil(str(tmp_path / 'ran'))}
+        path.write_bytes(pickle.dumps(contents, protocol=2 if kind == 'pickle' else None))
+        return str(path)
+    if kind == 'truncated.safetensors':
+        path = tmp_path / kind
+        save_file(params, path)
+    contents = {'params': params, 'args': {'depth': 10, 'width': 0.5}}
+    if kind == 'malicious':
+        contents['optimizer'] = Evil(str(tmp_path / 'ran'))
+    if kind == 'missing':
+        del params['group1.block0.conv']
+    if kind == 'shape':
+        params['group1.block0.alpha'] = torch.ones(3)
+    if kind == 'unknown':
+        params['group1.block0.gamma'] = torch.ones(3)
+    if kind == 'depth':
+        contents['args']['depth'] = 16
+    if kind == 'blocks':
+        contents['params'] = {k: t for k, t in params.items() if 'group2.block1' not in k}
+    if kind == 'folded':
+        contents = fold(params).state_dict()
+    if kind == 'list':
+        contents = [1, 2]
+    if kind == 'other':
+        contents = {'weight': torch.ones(2)}
+    if not kind.endswith('.safetensors'):
+        torch.save(contents, path)
+    if kind.startswith('truncated'):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if kind == 'altered':
+        number = params['fc.bias'].numpy().tobytes()
+        path.write_bytes(path.read_bytes().replace(number, bytes(len(number))))
+    return str(path)
+
+
+DAMAGES = {
+    'malicious': r'refused, its pickle would run \S*mkdir: expected tensors',
+    'pickle': r'refused, its pickle would run \S*mkdir: expected tensors',
+    'pickle of today': 'no weights: expected a file that torch.load reads with weights_only',
+    'truncated': 'truncated, damaged or no weights: expected',
+    'altered': 'truncated, damaged or no weights: expected',
+    'truncated.safetensors': 'truncated, or not a safetensors file',
+    'missing': 'group1.block0.conv is missing',
+    'shape': r'group1.block0.alpha is \(3,\), expected \(16,\)',
+    'unknown': 'group1.block0.gamma is unknown',
+    'depth': 'depth 16, width 0.5 are stated: expected those of its parameters, depth 10',
+    'blocks': 'groups of 2, 2, 1 blocks: expected three groups of the same even number',
+    'folded': 'holds a folded network: expected',
+    'list': 'holds a list: expected a dict',
+    'other': 'conv is missing: expected',
+}
