@@ -19,12 +19,12 @@ import time
 import torch
 from tqdm import tqdm
 
-import data
 import networks
 from command import Options, errors_in_one_line, print_table
 from diracfold import fold
 from diracimage import normalise
-from options import DATASETS
+from training import data
+from training.options import DATASETS
 
 BATCH = 16  # images, in verifying and measuring
 ROUNDS = 10

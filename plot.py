@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from checkpoint import MARK, read_log
 from command import Options, errors_in_one_line
+from training.checkpoint import MARK, read_log
 
 STYLES = {'train': {'linestyle': '--', 'linewidth': 1.1, 'alpha': 0.75},
           'test': {'linestyle': '-', 'linewidth': 1.9}}

@@ -34,16 +34,13 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchnet.engine import Engine
 
-import checkpoint
-import data
-import options
-import ranks
 from command import errors_in_one_line
 from diracfile import BEST
 from diracimage import DataError, normalise
-from meters import STEPS_PER_READING, DivergedError, Meters, write_tensorboard
-from ranks import rank, world
-from run import choose_dtype, load_to_test, prepare, stored, warm_up
+from training import checkpoint, data, distributed, options
+from training.distributed import rank, world
+from training.meters import STEPS_PER_READING, DivergedError, Meters, write_tensorboard
+from training.run import choose_dtype, load_to_test, prepare, stored, warm_up
 
 
 class StoppedError(Exception):
@@ -206,7 +203,7 @@ def train(run, device, signals):
         if world() > 1 and run.step % STEPS_PER_READING and run.step < len(loader):
             return  # several processes agree, which takes time, once in so many steps
         due = opt.save_every and time.monotonic() - run.saved >= 60 * opt.save_every
-        number, due = ranks.over_ranks([signals.number, bool(due)], dist.ReduceOp.MAX)
+        number, due = distributed.over_ranks([signals.number, bool(due)], dist.ReduceOp.MAX)
         if number or due:
             run.save()
         if number:
@@ -299,7 +296,7 @@ def main(argv=None):
             )
         if opt.gpu_id:
             os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
-        device = ranks.start()
+        device = distributed.start()
         begun = load_to_test(opt) if opt.evaluate else prepare(opt, device)
     try:
         # from here on other errors are faults of the program, and keep their traceback
@@ -310,7 +307,7 @@ def main(argv=None):
                 print_beginning(begun.args, begun.network, begun.sets, device, begun.dtype)
                 train_or_stop(begun, device, command)
     finally:
-        ranks.end()
+        distributed.end()
 
 
 if __name__ == '__main__':

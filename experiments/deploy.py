@@ -6,13 +6,13 @@
 import torch
 from tqdm import tqdm
 
-import data
 import networks
 from command import Options, errors_in_one_line
 from diracdeploy import deploy
 from diracfold import fold
 from diracimage import normalise
-from options import DATASETS
+from training import data
+from training.options import DATASETS
 
 BATCH = 500
 

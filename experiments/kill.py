@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import diracfile
 from command import Options, errors_in_one_line
+from training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ['--dataset', 'Digits', '--depth', '10', '--batch_size', '64', '--epoch_step', '[3]',

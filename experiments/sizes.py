@@ -10,7 +10,7 @@ from diracfold import fold
 from diracimage import Inputs
 from diracnet import DiracNet
 from networks import build, multiply_adds
-from options import RECIPE_FOLDER
+from training.options import RECIPE_FOLDER
 
 NETWORKS = [  # model, dataset, options, recipe
     ('diracnet', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),

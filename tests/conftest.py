@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data
 from diracimage import Inputs, normalise
 from diracnet import Network, define_diracnet
+from training import data
 
 
 def pytest_addoption(parser):

@@ -1,42 +1,37 @@
 """Writes the gradients of the first steps of a training in float64, batch norm in test mode.
 
-    torchrun --nproc_per_node=2 tests/gradients.py FILE
+    PYTHONPATH=. torchrun --nproc_per_node=2 tests/gradients.py FILE
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import data  # noqa: E402
-import options  # noqa: E402
-import ranks  # noqa: E402
-import train  # noqa: E402
-from run import prepare  # noqa: E402
+import train
+from training import data, distributed, options
+from training.run import prepare
 
 
 def main():
     opt = options.parse_options(['--dataset', 'Digits', '--depth', '10', '--dtype', 'double'])
-    device = ranks.start()
+    device = distributed.start()
     run = prepare(opt, device)
     run.network.eval()
-    network = DistributedDataParallel(run.network) if ranks.world() > 1 else run.network
+    network = DistributedDataParallel(run.network) if distributed.world() > 1 else run.network
     step = train.make_step(network, run.inputs, run.dtype, device)
     # 49 = 3 * 16 + 1: in the last batch, of one image, the other ranks have none
     images = data.MemoryImages(run.sets.train.images[:49], run.sets.train.labels[:49], pad=4)
-    loader = data.loader(images, 16, 0, 1, ranks.rank(), ranks.world())
+    loader = data.loader(images, 16, 0, 1, distributed.rank(), distributed.world())
     gradients = []
     for batch in loader:
         run.optimizer.zero_grad()
         step(batch)[0].backward()
         gradients.append({name: p.grad.clone() for name, p in run.network.named_parameters()})
         run.optimizer.step()
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         torch.save(gradients, sys.argv[1])
-    ranks.end()
+    distributed.end()
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ from baselines.plain import PlainNet
 from diracfold import fold
 from diracnet import DiracNet, define_diracnet
 from experiments.sizes import NETWORKS, row
-from options import RECIPE_FOLDER
+from training.options import RECIPE_FOLDER
 
 PLAIN_DENSE = {'bottleneck': False, 'growth': 12, 'layers': 40}
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from runs import write_images
 
-import data
 import diracimage
 from diracimage import Inputs
+from training import data
 
 
 @pytest.fixture

@@ -11,15 +11,13 @@ import torch
 import torch.nn.functional as F
 from runs import params_of, run, stats_of, write_images
 
-import data
-import options
-import ranks
 import train
 from diracdeploy import deploy, native_bfloat16
 from diracfold import fold
 from diracimage import Inputs, normalise
 from diracnet import Network, define_diracnet
-from run import choose_dtype
+from training import data, distributed, options
+from training.run import choose_dtype
 
 ROOT = Path(train.__file__).parent
 
@@ -38,7 +36,7 @@ def images(tmp_path_factory):
 def test_automatic_dtype_is_the_hardwares_or_that_of_the_checkpoint(monkeypatch, capsys):
     cpu = torch.device('cpu')
     for native, expected in ((True, 'bfloat16'), (False, 'float')):
-        monkeypatch.setattr('run.native_bfloat16', lambda device, n=native: (n, 'because'))
+        monkeypatch.setattr('training.run.native_bfloat16', lambda device, n=native: (n, 'because'))
         assert choose_dtype('auto', cpu, {}) == expected
         assert capsys.readouterr().out == f'--dtype auto: {expected} (cpu: because)\n'
         assert choose_dtype('auto', cpu, {'dtype': 'double'}) == 'double'
@@ -155,7 +153,7 @@ def test_checkpointed_run_is_the_one_without(images, tmp_path):
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
     code = """if True:
         import resource, torch
-        from run import keep_freed_memory
+        from training.run import keep_freed_memory
         keep_freed_memory()
         faults = []
         for _ in range(4):
@@ -208,7 +206,7 @@ def test_cores_are_shared_among_the_processes_of_a_machine(monkeypatch):
     for allowed, processes, expected in ((2, 1, 2), (2, 3, 1), (128, 1, 128), (128, 8, 16)):
         monkeypatch.setattr(os, 'sched_getaffinity', lambda _, n=allowed: set(range(n)))
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
-        assert ranks.cores() == expected
+        assert distributed.cores() == expected
         assert options.parse_options([]).nthread == min(expected, 8)
 
 

@@ -19,10 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import params_of, refused, run, stats_of, write_images
 
-import checkpoint
-import options
 import train
 from experiments.kill import flat, survive
+from training import checkpoint, options
 
 ROOT = Path(train.__file__).parent
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
@@ -65,8 +64,9 @@ def assert_same_run(folder, whole):
 
 
 def environment(**changes):
-    """One thread each, torch's C++ warnings left out."""
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR', **changes}
+    """One thread each, torch's C++ warnings left out; scripts in tests/ find the project."""
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR',
+            'PYTHONPATH': str(ROOT), **changes}
 
 
 # ---------------------------------------------------------------- stopped and killed

@@ -10,12 +10,12 @@ import torch
 from runs import params_of, refused, run, stats_of, write_images
 
 import networks
-import options
 import train
 from diracfold import fold
 from diracnet import Network, define_diracnet
-from meters import Meters
-from run import make_optimizer
+from training import options
+from training.meters import Meters
+from training.run import make_optimizer
 
 ROOT = Path(train.__file__).parent
 

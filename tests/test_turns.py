@@ -6,7 +6,7 @@ import matplotlib.image
 import pytest
 import torch
 
-import turns
+from experiments import turns
 
 
 def test_interval_of_the_median():
@@ -73,7 +73,7 @@ def test_rows_table_and_figure(tmp_path, capsys, monkeypatch):
 
 
 def test_unknown_benchmark_is_one_line(capsys):
-    import bench
+    from experiments import bench
 
     for argv in (['speed'], ['train', '--pairs', '2']):
         with pytest.raises(SystemExit) as exit:

@@ -8,17 +8,17 @@ import re
 import shlex
 from pathlib import Path
 
-import ranks
 from baselines.replace import BLOCKS
 from command import Options
 from diracimage import MAX_SMALL, SIZES, Inputs
 from networks import FAMILIES
+from training import distributed
 
 MOST = 10_000  # of what makes a network: an error is better than a machine that swaps
 DTYPES = ('auto', 'float', 'bfloat16', 'double')
 MOST_WORKERS = 8  # by default; of more, each has little to do
 SCHEDULES = ('step', 'cosine', 'onecycle')
-RECIPE_FOLDER = Path(__file__).parent / 'recipes'
+RECIPE_FOLDER = Path(__file__).parent.parent / 'recipes'
 RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
 MODEL_OPTIONS = sorted({name for row in FAMILIES.values() for name in row.options})
 DATASETS = (*SIZES, 'Folder')
@@ -93,7 +93,7 @@ def make_parser():
         help='crop and flip the training images at random')
     add('--val', default=0, type=at_least(0, int),
         help='training images to hold out; best.pt7 is then chosen by them, not by the test set')
-    add('--nthread', default=min(ranks.cores(), MOST_WORKERS), type=at_least(0, int),
+    add('--nthread', default=min(distributed.cores(), MOST_WORKERS), type=at_least(0, int),
         help='threads or processes that read images')
 
     add('--dtype', default='auto', choices=DTYPES,

@@ -6,8 +6,8 @@ import torch
 from torchnet.meter import AverageValueMeter, ClassErrorMeter
 from tqdm import tqdm
 
-import data
-from ranks import over_ranks, rank, world
+from training import data
+from training.distributed import over_ranks, rank, world
 
 STEPS_PER_READING = 20  # meters are read, which waits for a GPU, once in so many steps
 

@@ -1,14 +1,14 @@
 """Measures how fast it is, each thing in turn with what it is compared with.
 
-    python bench.py train                   # epochs, against float32, NCHW, PIL; and freed memory
-    python bench.py data --images FOLDER    # input pipelines; FOLDER of class folders of JPEG files
-    python bench.py infer                   # the deployed network
-    python bench.py depth                   # time and memory of a step over depth
-    python bench.py overhead                # what computing W_hat takes of a step
-    python bench.py profile                 # where the time of a step goes, at 28-1
-    python bench.py plot                    # logs/bench.png of the last rows of each
+    python -m experiments.bench train       # epochs, against float32, NCHW, PIL; and freed memory
+    python -m experiments.bench data --images FOLDER    # input pipelines; of class folders of JPEGs
+    python -m experiments.bench infer       # the deployed network
+    python -m experiments.bench depth       # time and memory of a step over depth
+    python -m experiments.bench overhead    # what computing W_hat takes of a step
+    python -m experiments.bench profile     # where the time of a step goes, at 28-1
+    python -m experiments.bench plot        # logs/bench.png of the last rows of each
 
-The sides of a comparison work in turns (turns.py). Rows are appended to logs/bench.csv.
+The sides of a comparison work in turns (experiments/turns.py). Rows are appended to logs/bench.csv.
 """
 
 import functools
@@ -25,24 +25,22 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import transforms
 
-import data
 import networks
-import options
-import ranks
 import train
 from command import Options, errors_in_one_line
 from diracdeploy import deploy, native_bfloat16
 from diracfold import fold
 from diracimage import Inputs
 from diracnet import DiracNet, Network, forward, init_params, topology
-from meters import Meters
-from run import keep_freed_memory
-from turns import Side, compare, draw
+from experiments.turns import Side, compare, draw
+from training import data, distributed, options
+from training.meters import Meters
+from training.run import keep_freed_memory
 
 BATCH = 128
 DEPLOYED_IMAGES = 64  # through a deployed network in one turn
 STEPS = 5  # of a training in one turn, to find what W_hat takes of it
-TABLE = Path(__file__).parent / 'logs' / 'bench.csv'
+TABLE = Path(__file__).parent.parent / 'logs' / 'bench.csv'
 DEPTHS = (28, 52, 100, 202, 400)
 NATIVE = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'  # what train.py computes in
 CIFAR, IMAGENET = Inputs.of('CIFAR10'), Inputs.of('ImageNet')
@@ -213,7 +211,7 @@ def bench_data(args):
     if not args.images:
         print('JPEG files: left out, as there is no --images FOLDER')
         return
-    workers = min(ranks.cores(), options.MOST_WORKERS)
+    workers = min(distributed.cores(), options.MOST_WORKERS)
     n = 3 * len(data.list_images(args.images)[0])
     compare('JPEG files', [
         Side(f'ImageFolder with PIL, {workers} workers', jpegs_by_pil,
@@ -383,14 +381,14 @@ BENCHES = {'train': bench_train, 'data': bench_data, 'infer': bench_infer, 'dept
 
 
 def main(argv=None):
-    parser = Options(prog='bench.py', description=__doc__.splitlines()[0])
+    parser = Options(prog='experiments.bench', description=__doc__.splitlines()[0])
     parser.add_argument('what', choices=BENCHES, help='what to measure, or plot')
     parser.add_argument('--pairs', type=options.at_least(10, int), default=10,
                         help='turns of each side (default: %(default)s)')
     parser.add_argument('--images', default='', type=options.folder,
                         help='folder of class folders of JPEG files, for data')
     args = parser.parse_args(argv)
-    with errors_in_one_line('bench.py'):
+    with errors_in_one_line('experiments.bench'):
         BENCHES[args.what](args)
 
 

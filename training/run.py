@@ -12,17 +12,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-import checkpoint
-import data
 import diracfile
 import networks
-import options
-import ranks
 from diracdeploy import native_bfloat16
 from diracimage import Inputs
 from diracnet import check_fit
-from meters import Meters
-from ranks import rank, world
+from training import checkpoint, data, distributed, options
+from training.distributed import rank, world
+from training.meters import Meters
 
 
 @dataclass
@@ -153,7 +150,7 @@ def load_sets(opt, inputs, training=True, **crops):
     load = functools.partial(
         data.load, opt.dataset, opt.dataroot, inputs, opt.nthread, training, **crops
     )
-    return ranks.first_before_others(load) if opt.dataset.startswith('CIFAR') else load()
+    return distributed.first_before_others(load) if opt.dataset.startswith('CIFAR') else load()
 
 
 def take_pretrained(network, source, num_classes):

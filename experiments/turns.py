@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from command import print_table
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 TURNS = 10  # of one process: how memory happens to lie in it moves its speed by a per cent or two
 
 
