@@ -17,7 +17,7 @@ def diracnet18(pretrained=False):
     ILSVRC2012, in the order of their WordNet numbers.
 
     pretrained: with the weights that the authors published (fetched once, hash checked). Their
-    top-1 and top-5 errors on the validation set, 30.37 and 10.88 %, are the paper's figures (arXiv
+    top-1 and top-5 errors on the validation set, 30.37 and 10.88 %, are the authors' figures (arXiv
     1706.00388), not measured here.
     """
     return diracnet.diracnet18(pretrained)
@@ -32,8 +32,8 @@ def diracnet34(pretrained=False):
     ILSVRC2012, in the order of their WordNet numbers.
 
     pretrained: with the weights that the authors published (fetched once, hash checked). Their
-    top-1 and top-5 errors on the validation set, 27.79 and 9.34 %, are the paper's figures (arXiv
-    1706.00388), not measured here.
+    top-1 and top-5 errors on the validation set, 27.79 and 9.34 %, are the authors' figures (arXiv
+    1706.00388), not measured here; the second is unverified.
     """
     return diracnet.diracnet34(pretrained)
 

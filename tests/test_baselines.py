@@ -3,12 +3,12 @@
 import itertools
 import math
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from pages import text_of
 from torch import nn
 
 import networks
@@ -117,7 +117,7 @@ def test_multiply_adds_of_mobilenet_are_the_papers():
     assert round(measured / 1e6) == 569  # table 4 of arXiv 1704.04861
 
 
-def test_table_of_the_readme_has_a_row_for_every_family():
+def test_table_of_the_docs_has_a_row_for_every_family():
     assert {name for name, *_ in NETWORKS} == networks.FAMILIES.keys()
     cells = row('resnet18', 'ImageNet', {'block': 'dbb'}, 'dbb')
     assert cells[2] == '26,288,296'
@@ -812,7 +812,8 @@ def test_blocks_replace_only_kernels_between_1_and_7():
     assert kinds == [nn.BatchNorm2d, nn.Identity, nn.BatchNorm2d]
 
 
-def test_table_of_the_readme():
-    text = (Path(networks.__file__).parent / 'README.md').read_text()
+def test_table_of_the_docs():
+    lines = text_of('docs/networks.md').splitlines()
+    cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
     for network in NETWORKS:
-        assert '| ' + ' | '.join(row(*network)) + ' |' in text
+        assert list(row(*network)) in cells

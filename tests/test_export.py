@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 import torch
 from damages import DAMAGES, damaged
+from pages import blocks
 from safetensors.torch import load_file
 
 import export
@@ -333,7 +334,7 @@ def test_predict_names_an_unreadable_image(run_folder, capsys):
     assert line == f'predict.py: {__file__}: not a readable image\n'
 
 
-# ---------------------------------------------------------------- torch.hub, README
+# ---------------------------------------------------------------- torch.hub, docs
 
 
 @pytest.fixture(scope='module')
@@ -369,15 +370,8 @@ def test_hub(torch_home, monkeypatch):
         assert all(word in text for word in ('Inputs (N, 3,', 'deviation', 'classes', 'figures'))
 
 
-def section_blocks():
-    """Returns the fenced blocks of README's section 'Use a trained network': (language, text)."""
-    text = (ROOT / 'README.md').read_text()
-    section = re.search(r'^## Use a trained network\n(.*?)(?=^## |\Z)', text, re.M | re.S)[1]
-    return re.findall(r'^```(\w+)\n(.*?)^```', section, re.M | re.S)
-
-
-def test_every_command_of_the_readme(run_folder, images, torch_home, tmp_path):
-    """Runs the section's blocks as they stand, in a copy of the project, on small stand-ins."""
+def test_every_block_of_the_docs_on_deploying(run_folder, images, torch_home, tmp_path):
+    """Runs the page's blocks as they stand, in a copy of the project, on small stand-ins."""
     project = tmp_path / 'project'
     others = ('.*', '__pycache__', '*.egg-info', 'build', 'checkpoints', 'logs', 'runs', 'tests')
     shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(*others))
@@ -391,9 +385,9 @@ def test_every_command_of_the_readme(run_folder, images, torch_home, tmp_path):
         'PIP_NO_INDEX': '1', 'PIP_NO_DEPS': '1', 'PIP_NO_BUILD_ISOLATION': '0',
         'PIP_TARGET': str(tmp_path / 'installed'),
     }
-    blocks = section_blocks()
-    assert {language for language, _ in blocks} == {'bash', 'python'}
-    for language, text in blocks:
+    found = blocks('docs/deploying.md')
+    assert {language for language, _ in found} == {'bash', 'python'}
+    for language, text in found:
         command = ['bash', '-ec', text] if language == 'bash' else [sys.executable, '-c', text]
         done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
         assert done.returncode == 0, f'{text}\n{done.stdout}\n{done.stderr}'

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from pages import text_of
 from reference import slow_w_hat
 
 import diracnet
@@ -73,8 +74,8 @@ def test_names_and_initialisation():
 
 
 def modular_network():
-    """The network that the README builds from DiracConv2d modules, DiracNet-28-1 for CIFAR-10."""
-    text = (ROOT / 'README.md').read_text()
+    """The network that the docs build from DiracConv2d modules, DiracNet-28-1 for CIFAR-10."""
+    text = text_of('docs/networks.md')
     code = re.search(r'```python\n(from diracconv import DiracConv2d\n.*?)```', text, re.S).group(1)
     names = {}
     exec(code, names)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pages import text_of
 from runs import params_of, refused, run, stats_of, write_images
 
 import train
@@ -26,12 +27,11 @@ from training import checkpoint, options
 ROOT = Path(train.__file__).parent
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 SMALL = ['--dataset', 'Folder', '--depth', '10', '--width', '1', '--batch_size', '13']
-README = (ROOT / 'README.md').read_text().replace('\\\n', ' ')
 
 
-def readme_command(start):
-    """Returns the words of the README's command that begins so."""
-    (line,) = re.findall(rf'^    ({re.escape(start)}.*)$', README, re.M)
+def docs_command(start):
+    """Returns the words of the command of docs/training.md that begins so."""
+    (line,) = re.findall(rf'^    ({re.escape(start)}.*)$', text_of('docs/training.md'), re.M)
     return shlex.split(line, comments=True)
 
 
@@ -135,7 +135,7 @@ def test_second_ctrl_c_stops_at_once():
 
 
 def test_line_for_a_job_script_starts_afresh_and_goes_on(images, whole, tmp_path):
-    python, script, *line = readme_command('python train.py --depth 34 --width 2 --save')
+    python, script, *line = docs_command('python train.py --depth 34 --width 2 --save')
     assert (python, script) == ('python', 'train.py')
     small = [*SMALL, '--dataroot', images, '--batch_size', 12, '--save', tmp_path]
     for epochs in (2, 3):
@@ -341,11 +341,11 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path, count):
 
 
 def start_agents(machines, images, folder, *options):
-    """Runs the README's torchrun command with two workers on small images.
+    """Runs the docs' torchrun command with two workers on small images.
 
     On one machine, or on two (here both are this one).
     """
-    line = readme_command(f'torchrun --n{"proc" if machines == 1 else "nodes"}')
+    line = docs_command(f'torchrun --n{"proc" if machines == 1 else "nodes"}')
     address = f'127.0.0.1:{random.randint(20000, 60000)}'
     line = [word.replace('HOST:29500', address) for word in line[1:]]
     line[line.index('--nproc_per_node=8')] = f'--nproc_per_node={2 // machines}'

@@ -1,6 +1,5 @@
 """One training: options, schedule, log, checkpoints, resuming and testing."""
 
-import re
 import shlex
 from pathlib import Path
 
@@ -598,16 +597,6 @@ def test_unreadable_image_met_in_training(tmp_path, capsys, nthread):
         '--width', 0.125, '--save', tmp_path / 'run', '--nthread', nthread,
     )
     assert f'{broken}: not a readable image' in error
-
-
-def test_commands_of_the_readme_are_options_of_ours():
-    text = (ROOT / 'README.md').read_text().replace('\\\n', ' ')
-    lines = re.findall(r'^ +(?:python|torchrun).*train\.py .*', text, re.M)
-    assert len(lines) >= 6
-    for line in lines:
-        words = shlex.split(line.split(' train.py ')[1].split('  #')[0])
-        opt = options.parse_options([word for word in words if word != '...'])
-        assert opt.save or opt.evaluate
 
 
 def test_make_train_runs_on_the_digits():
