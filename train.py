@@ -40,7 +40,14 @@ from diracimage import DataError, normalise
 from training import checkpoint, data, distributed, options
 from training.distributed import rank, world
 from training.meters import STEPS_PER_READING, DivergedError, Meters, write_tensorboard
-from training.run import choose_dtype, load_to_test, prepare, stored, warm_up
+from training.run import (
+    choose_dtype,
+    keep_freed_memory,
+    load_to_test,
+    prepare,
+    stored,
+    warm_up,
+)
 
 
 class StoppedError(Exception):
@@ -297,6 +304,8 @@ def main(argv=None):
         if opt.gpu_id:
             os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
         device = distributed.start()
+        if device.type == 'cpu':
+            keep_freed_memory()
         begun = load_to_test(opt) if opt.evaluate else prepare(opt, device)
     try:
         # from here on other errors are faults of the program, and keep their traceback

@@ -173,6 +173,15 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
     assert faults(MALLOC_MMAP_THRESHOLD_='1048576') > 20
 
 
+def test_training_and_testing_on_the_cpu_keep_freed_memory(images, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, 'keep_freed_memory', lambda: calls.append(1))
+    run(images, tmp_path, '--epochs', 1)
+    train.main(['--evaluate', '--resume', str(tmp_path), '--dataset', 'Folder', '--dataroot',
+                str(images)])
+    assert len(calls) == 2 * (not torch.cuda.is_available())
+
+
 # ---------------------------------------------------------------- deployed
 
 
