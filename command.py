@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import re
 import signal
 import sys
@@ -42,6 +43,16 @@ def _one_line(error):
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # a worker process sends its traceback first, which names the class before the message
     return re.sub(r'^[\w.]+Error: ', '', lines[-1]) if len(lines) > 1 else lines[0]
+
+
+def say(*lines):
+    """Prints lines that are only shown: where they cannot be, stderr says so, and all goes on."""
+    try:
+        print(*lines, sep='\n', flush=True)
+    except OSError as error:  # a closed terminal, `| head -1`, a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what comes
+        with contextlib.suppress(OSError):
+            print(f'no more is shown ({error.strerror})', file=sys.stderr)
 
 
 def print_table(head, rows, left=()):

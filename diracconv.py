@@ -25,6 +25,15 @@ NORM_EPS = 1e-12  # of torch.nn.functional.normalize
 # ---------------------------------------------------------------- W_hat
 
 
+def _w_hat(weight, norms, alpha, beta, groups):
+    """Equation 3: what `dirac_weight` computes, of filters whose norms are known."""
+    scale = beta / norms                                    # one number for each filter
+    w_hat = _per_filter(scale, weight) * weight.contiguous()  # diag(beta) * normalize(W)
+    centre = delta_taps(w_hat, groups)                      # where delta, the identity, is one
+    centre += alpha.view(groups, -1)[:, : centre.shape[1]]  # + diag(alpha) * delta
+    return w_hat
+
+
 def dirac_weight(weight, alpha, beta, groups=1):
     """Computes W_hat = diag(alpha) * delta + diag(beta) * normalize(weight) (eq. 3).
 
@@ -35,14 +44,6 @@ def dirac_weight(weight, alpha, beta, groups=1):
     Returns a tensor of the weight's shape. The arithmetic is `_w_hat`'s.
     """
     return _DiracWeight.apply(weight, alpha, beta, groups)
-
-
-def _w_hat(weight, norms, alpha, beta, groups):
-    scale = beta / norms                                    # one number for each filter
-    w_hat = _per_filter(scale, weight) * weight.contiguous()  # diag(beta) * normalize(W)
-    centre = delta_taps(w_hat, groups)                      # where delta, the identity, is one
-    centre += alpha.view(groups, -1)[:, : centre.shape[1]]  # + diag(alpha) * delta
-    return w_hat
 
 
 def _least_norm(dtype):

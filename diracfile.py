@@ -8,11 +8,15 @@ of DistributedDataParallel and torch.compile, bare state dicts and safetensors, 
 Archives are checked whole before they are read, as torch.load takes altered numbers for good ones.
 """
 
+import json
+import math
 import os
 import re
+import reprlib
 import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,7 +29,6 @@ from diracnet import (
     init_params,
     is_folded,
     load_published,
-    topology,
 )
 
 MODEL, PREVIOUS, BEST = 'model.pt7', 'previous.pt7', 'best.pt7'  # in the folder of a run
@@ -34,6 +37,8 @@ CHECKPOINT_URLS = {  # unfolded, with which training can go on
     34: 'https://s3.amazonaws.com/modelzoo-networks/diracnet34-v2_checkpoint.pth',
 }
 WRAPPERS = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel, torch.compile
+METADATA = 'diracnets'  # under which an exported state dict says what it is of, as JSON
+MOST_VALUES, MOST_DEPTH, MOST_TEXT = 1_000_000, 20, 10_000  # beside the tensors of a file
 DELTA = re.compile(r'^eye[\d_]+$')  # dense identities, which the original kept: eye64_64_3_3
 
 
@@ -46,11 +51,11 @@ class Saved:
     args: dict  # the options of its training, or empty
     classes: list  # their names, or None
 
-    def topology(self, stated=None):
+    def topology(self):
         """Reads the Topology off the parameters of a DiracNet, functional or folded.
 
-        stated: options that someone states beside `args`. Raises ValueError, naming the file, for
-        parameters that are no DiracNet's, or that another depth or width than theirs is stated for.
+        Raises ValueError, naming the file, for parameters that are no DiracNet's, or whose depth or
+        width `args` contradict.
         """
         try:
             net = Topology.of(self.params)
@@ -60,11 +65,10 @@ class Saved:
                           else init_params(net))
         except ValueError as error:
             raise ValueError(f'{self.path}: {error}') from error
-        said = {**self.args, **(stated or {})}
-        depth, width = said.get('depth', net.depth), said.get('width', net.width)
-        if topology(depth, width, net.kind, net.num_classes) != net:
+        depth, width = (self.args.get(name, getattr(net, name)) for name in ('depth', 'width'))
+        if not net.is_of(depth, width):
             raise ValueError(
-                f'{self.path}: depth {depth}, width {width} are stated: expected those of its '
+                f'{self.path}: its args say depth {depth}, width {width}: expected those of its '
                 f'parameters, depth {net.depth}, width {net.width:g}'
             )
         return net
@@ -97,50 +101,161 @@ def read(path):
 
 def _saved(contents, path):
     if not isinstance(contents.get('params'), Mapping):
-        contents = {'params': contents}
+        contents = {'params': contents, **_metadata_of(contents)}
     params = {**contents['params'], **(contents.get('stats') or {})}
     params = {WRAPPERS.sub('', name): tensor for name, tensor in params.items()}
     params = {name: tensor for name, tensor in params.items() if not DELTA.match(name)}
     return Saved(str(path), params, contents.get('args') or {}, contents.get('classes'))
 
 
-def load(path):
+def _metadata_of(state_dict):
+    """What an exported state dict says of itself, `args` and `classes`: a dict, perhaps empty."""
+    text = getattr(state_dict, '_metadata', {}).get(METADATA)
+    try:
+        said = json.loads(text) if text else {}
+        _check_schema({'params': {}, **said})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'what it says of its network is no JSON of ours: {error}') from error
+    return {name: said[name] for name in ('args', 'classes') if name in said}
+
+
+def load(path, required=()):
     """Loads a file, or the newest good one of a run's folder: a dict, its tensors on the CPU.
 
-    Where a run's model.pt7 is damaged or missing the one before it serves, and stderr says so.
-    Raises ValueError for what is wrong with the contents, OSError for a file that cannot be read.
+    required: keys that it must have. Where a run's model.pt7 is damaged or missing the one before
+    it serves, and stderr says so. Raises ValueError for what is wrong with the contents, OSError
+    for a file that cannot be read.
     """
     path = os.path.join(path, MODEL) if os.path.isdir(path) else str(path)
     try:
-        return _load_file(path)
+        return load_file(path, required)
     except (ValueError, FileNotFoundError) as error:
         previous = os.path.join(os.path.dirname(path), PREVIOUS)
         if os.path.basename(path) != MODEL or not os.path.exists(previous):
             raise
-        contents = _load_file(previous)
+        contents = load_file(previous, required)
         print(f'{error}; taking {previous}', file=sys.stderr)
         return contents
 
 
-def _load_file(path):
+def load_file(path, required=()):
+    """Loads one file, checked: a dict. required and errors are those of `load`."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path}: no such file: expected a checkpoint or a folder with one')
     contents = _load_safetensors(path) if path.endswith('.safetensors') else _load_pickle(path)
     if not isinstance(contents, Mapping):
         raise ValueError(f'{path}: holds a {type(contents).__name__}: expected a dict')
+    try:
+        _check_bounds(contents)
+        _check_schema(contents)
+        for name in required:
+            if name not in contents:
+                raise ValueError(f'{name} is missing: expected a checkpoint of train.py')
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
     return contents
+
+
+def _check_bounds(contents):
+    """Raises ValueError if there is more beside the tensors than one can walk through or print.
+
+    Lists that hold each other many times over take no room in a file, and all memory when walked.
+    """
+    level, count = [contents], 0
+    for _ in range(MOST_DEPTH):
+        inside = []
+        for value in level:
+            if isinstance(value, Mapping):
+                inside += [*value, *value.values()]
+            elif isinstance(value, (list, tuple, set)):
+                inside += value
+            elif isinstance(value, (str, bytes)) and len(value) > MOST_TEXT:
+                raise ValueError(f'a text of {len(value)} characters: expected at most {MOST_TEXT}')
+            count += 1
+            if count + len(inside) > MOST_VALUES:
+                raise ValueError(f'more than {MOST_VALUES} values beside the tensors')
+        level = inside
+    if level:
+        raise ValueError(f'values nested deeper than {MOST_DEPTH}')
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _is_texts(value):
+    return isinstance(value, (list, tuple)) and all(type(name) is str for name in value)
+
+
+def _is_options(value):
+    plain = (str, int, float, bool, type(None))
+    return isinstance(value, Mapping) and all(
+        isinstance(value.get(name, 1), (int, float)) for name in ('depth', 'width', 'image_size')
+    ) and all(
+        type(name) is str and (
+            isinstance(option, plain)
+            or isinstance(option, (list, tuple)) and all(isinstance(o, plain) for o in option)
+        ) for name, option in value.items()
+    )
+
+
+def _is_totals(value):
+    return isinstance(value, (list, tuple)) and len(value) in (4, 5) and all(
+        isinstance(number, (int, float)) and math.isfinite(number) for number in value
+    )
+
+
+SCHEMA = {  # of what may stand beside `params`: what it must be, in words
+    'optimizer': (lambda value: isinstance(value, Mapping), 'a dict'),
+    'epoch': (_is_count, 'a count'),
+    'step': (_is_count, 'a count'),
+    'totals': (_is_totals, 'four or five numbers'),
+    'best': (lambda value: isinstance(value, (int, float)) and 0 <= value <= 100, 'per cent'),
+    'rng': (lambda value: isinstance(value, Mapping), 'a dict'),
+    'classes': (_is_texts, 'a list of names'),
+    'args': (_is_options, 'a dict of plain options, numbers for depth and width'),
+    'versions': (_is_options, 'a dict of texts'),
+}
+OF_EVERY_FILE = {'classes', 'totals'}  # which may be None
+
+
+def _check_schema(contents):
+    """Raises ValueError that names what is of another kind than train.py and the original write."""
+    whole = isinstance(contents.get('params'), Mapping)
+    for name, (fits, expected) in SCHEMA.items() if whole else ():
+        value = contents.get(name)
+        if name in contents and not (value is None and name in OF_EVERY_FILE or fits(value)):
+            raise ValueError(f'{name} is {reprlib.repr(value)}: expected {expected}')
+    for part in ('params', 'stats') if whole else (None,):
+        for name, tensor in (contents.get(part) or {} if part else contents).items():
+            _check_tensor(name, tensor)
+
+
+def _check_tensor(name, tensor):
+    if type(name) is not str or not isinstance(tensor, torch.Tensor):
+        kind = type(tensor).__name__
+        raise ValueError(f'{reprlib.repr(name)} is a {kind}: expected the tensor of a parameter')
+    if name.endswith('num_batches_tracked'):
+        return
+    if not tensor.is_floating_point():
+        raise ValueError(f'{name} is of {tensor.dtype}: expected floating-point numbers')
+    if not tensor.isfinite().all():
+        raise ValueError(f'{name} holds numbers that are not finite')
 
 
 def _load_safetensors(path):
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
+        from safetensors import torch as safetensors
     except ImportError as error:
         raise ValueError(
             f"{path}: safetensors is missing: expected pip install 'diracnets[deploy]'"
         ) from error
     try:
-        return load_file(path)
+        contents = OrderedDict(safetensors.load_file(path))
+        with safe_open(path, 'pt') as file:
+            contents._metadata = file.metadata() or {}
+        return contents
     except SafetensorError as error:
         raise ValueError(f'{path}: truncated, or not a safetensors file ({error})') from error
 

@@ -75,7 +75,7 @@ def _fold_params(params, dtype):
             params[f'{bn}.weight'], params[f'{bn}.bias'],
         )
     folded_net.load_state_dict(folded, assign=True)
-    return folded_net.to(dtype).requires_grad_().eval()
+    return folded_net.to(dtype).eval()
 
 
 @torch.no_grad()

@@ -41,17 +41,30 @@ class Inputs:
     def of(cls, dataset, image_size=None):
         """The inputs that the images of a data set become.
 
-        dataset: one of SIZES, or 'Folder', for images of one's own; image_size: pixels, of Folder
-        alone (without, 32), as the others have sizes of their own. Up to 64 pixels inputs are
-        those of the CIFAR networks, above of the ImageNet ones. Raises ValueError for another name.
+        dataset: one of SIZES, whose images have that size, or 'Folder', for images of one's own;
+        image_size: pixels of a Folder (without, 32). Up to 64 pixels inputs are those of the CIFAR
+        networks, above of the ImageNet ones. Raises ValueError for another name, or another size
+        than the data set's.
         """
         if dataset != 'Folder' and dataset not in SIZES:
             raise ValueError(f'unknown dataset {dataset!r}: expected one of {", ".join(SIZES)}, '
                              'Folder')
-        size = SIZES.get(dataset) or image_size or DEFAULT_SIZE
+        size = SIZES.get(dataset, DEFAULT_SIZE if image_size is None else image_size)
+        if size < 1 or image_size not in (None, size):
+            raise ValueError(f'image_size {image_size}: expected {SIZES.get(dataset, "at least 1")}'
+                             f', of {dataset}')
         kind = 'ImageNet' if size > MAX_SMALL else 'CIFAR10'
         kind = dataset if dataset in NORMALISATION else kind
         return cls(kind, size, *NORMALISATION[kind])
+
+    @classmethod
+    def of_args(cls, args):
+        """The inputs of a training, by its options in a checkpoint.
+
+        Older ones say 32 of every data set, also of those that have a size of their own.
+        """
+        dataset = args['dataset']
+        return cls.of(dataset, args.get('image_size') if dataset == 'Folder' else None)
 
     def read(self, path):
         """Reads an image file as in testing: (3, size, size), float32.

@@ -89,6 +89,13 @@ class Topology:
         """The factor on the numbers of channels."""
         return self.channels[-1] / (IMAGENET_CHANNELS if self.imagenet else CIFAR_CHANNELS)[-1]
 
+    def is_of(self, depth, width):
+        """Whether it is that of a depth and width, which may round down to the same channels."""
+        try:
+            return topology(depth, width, self.kind, self.num_classes) == self
+        except ValueError:
+            return False
+
     @property
     def title(self):
         return f'DiracNet-{self.depth}-{self.width:g}'
@@ -104,7 +111,7 @@ class Topology:
 
 def is_folded(params):
     """Tells the parameters of a folded network from those of a functional one."""
-    return 'features.conv.weight' in params
+    return 'features.conv.bias' in params  # others have batch norm there, and a stem without bias
 
 
 def _shape_of(params, name, ndim):

@@ -47,7 +47,7 @@ def diracnet_cifar(depth=28, width=1, num_classes=10):
     num_classes.
 
     Parameters are newly drawn: there are no published weights, and so no figures. What this
-    repository trained, and with which result, is in its README.
+    repository trained, and with which result, is in its docs/results.md.
     """
     f, params = diracnet.define_diracnet(depth, width, 'CIFAR10', num_classes)
     return diracnet.Network(f, params)

@@ -6,7 +6,6 @@
     deployed = diracfold.fold(trained.network)      # plain convolutions
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,11 +127,19 @@ class Trained:
 
     path: str
     network: nn.Module  # in evaluation mode
-    title: str
+    options: dict  # its family, as 'model', and the options that size it
     inputs: Inputs
     num_classes: int
     classes: list  # their names, or None
     args: dict  # the options of its training, or empty
+
+    @property
+    def title(self):
+        sizes = dict(self.options)
+        name = sizes.pop('model')
+        if name == 'diracnet':
+            return f'DiracNet-{sizes["depth"]}-{sizes["width"]:g}'
+        return ', '.join([name, *(f'{option} {value}' for option, value in sizes.items())])
 
 
 def load(path, stated=None):
@@ -143,64 +150,79 @@ def load(path, stated=None):
     and is taken where the file says nothing. path and errors are those of `diracfile.read`; raises
     ValueError too for what is contradicted, and for parameters that do not fit.
     """
-    saved = diracfile.read(path)
-    said = _agreed(saved, stated or {})
-    if said['model'] != 'diracnet':
-        inputs = Inputs.of(said.get('dataset', 'CIFAR10'), said.get('image_size'))
-        network, num_classes, title = _of_family(saved, said, inputs.kind)
-    else:
-        net = saved.topology(said)
-        make = DiracNet.of if is_folded(saved.params) else _diracnet
-        with torch.device('meta'):
-            network = make(net)
-        num_classes, title = net.num_classes, net.title
-        inputs = Inputs.of(net.kind)
-        if 'image_size' in said:
-            inputs = dataclasses.replace(inputs, size=said['image_size'])
+    saved, stated = diracfile.read(path), stated or {}
+    try:
+        said = _agreed(saved.args, stated)
+        if said['model'] == 'diracnet':
+            network, num_classes, sizes = _of_topology(saved, stated)
+        else:
+            network, num_classes, sizes = _of_family(saved, said)
+        inputs = _inputs(saved.args, stated, sizes.pop('kind', None))
+    except ValueError as error:
+        reason = str(error).removeprefix(f'{saved.path}: ')
+        raise ValueError(f'{saved.path}: {reason}') from error
     network.load_state_dict(saved.params, assign=True)
-    return Trained(
-        saved.path, network.eval(), title, inputs, num_classes, saved.classes, saved.args
-    )
+    return Trained(saved.path, network.eval(), {'model': said['model'], **sizes}, inputs,
+                   num_classes, saved.classes, saved.args)
 
 
-def _agreed(saved, stated):
+def _agreed(args, stated):
     """What a file and someone else say of a network, who must not contradict each other."""
-    said = dict(saved.args)
-    if 'dataset' in said:
-        said['image_size'] = Inputs.of(said['dataset'], said.get('image_size')).size
+    said = {**args, 'image_size': Inputs.of_args(args).size} if 'dataset' in args else args
     differ = [
         f'{name} is {said[name]}, not {value}' for name, value in stated.items()
         # it may be tested on other images, and how its gradients are computed does not matter
         if said.get(name, value) != value and name not in ('dataset', 'checkpointing')
     ]
     if differ:
-        raise ValueError(f'{saved.path}: {"; ".join(differ)}: expected the same, or no such option')
+        raise ValueError(f'{"; ".join(differ)}: expected the same, or no such option')
     said = {'model': 'diracnet', **stated, **said}
-    unknown = stated.keys() - {'model', 'dataset', 'image_size', *family(said['model']).options}
+    taken = family(said['model']).options
+    unknown = [f'--{name}' for name in stated.keys() - {'model', 'dataset', 'image_size', *taken}]
     if unknown:
-        raise ValueError(f'{saved.path}: {said["model"]} takes no {", ".join(sorted(unknown))}')
+        raise ValueError(f'{said["model"]} takes no {", ".join(sorted(unknown))}: expected of '
+                         + ', '.join(f'--{name}' for name in taken))
     return said
 
 
-def _of_family(saved, said, kind):
-    """The network, on the meta device, that fits a file: (network, num_classes, title)."""
-    name = said['model']
-    options = {
-        option: said.get(option, default) for option, default in family(name).options.items()
-    }
-    try:
-        with torch.device('meta'):
-            last = list(build(name, kind, **options).state_dict())[-1]  # the bias of the last layer
-            num_classes = len(saved.params.get(last, ())) or None
-            network = build(name, kind, num_classes, **options)
-        if saved.params.keys() != network.state_dict().keys():
-            folded = fold(network)
-            network = folded if saved.params.keys() == folded.state_dict().keys() else network
-        check_fit(saved.params, network.state_dict())
-    except ValueError as error:
-        raise ValueError(f'{saved.path}: {error}') from error
-    title = ', '.join([name, *(f'{option} {value}' for option, value in options.items())])
-    return network, num_classes, title
+def _inputs(args, stated, kind):
+    """The Inputs of a network: of its training, as they are stated, or those of its kind."""
+    if 'dataset' in args:
+        inputs = Inputs.of_args(args)
+    elif 'image_size' in stated:
+        inputs = Inputs.of('Folder', stated['image_size'])
+    else:
+        inputs = Inputs.of(kind or stated.get('dataset', 'CIFAR10'))
+    if kind and (kind == 'ImageNet') != (inputs.kind == 'ImageNet'):
+        raise ValueError(f'images of {inputs.size} pixels: expected those of a network for {kind}')
+    return inputs
+
+
+def _of_topology(saved, stated):
+    """The DiracNet, on the meta device, that fits a file: (network, num_classes, its sizes)."""
+    net = saved.topology()
+    if not net.is_of(stated.get('depth', net.depth), stated.get('width', net.width)):
+        raise ValueError(f'depth is {net.depth}, width {net.width:g}: expected the same, or no '
+                         'such option')
+    with torch.device('meta'):
+        network = (DiracNet.of if is_folded(saved.params) else _diracnet)(net)
+    sizes = {'depth': net.depth, 'width': net.width, 'kind': net.kind}
+    return network, net.num_classes, sizes
+
+
+def _of_family(saved, said):
+    """The network, on the meta device, that fits a file: (network, num_classes, its sizes)."""
+    name, kind = said['model'], _inputs(saved.args, said, None).kind
+    sizes = {option: said.get(option, default) for option, default in family(name).options.items()}
+    with torch.device('meta'):
+        last = list(build(name, kind, **sizes).state_dict())[-1]  # the bias of the last layer
+        num_classes = len(saved.params.get(last, ())) or None
+        network = build(name, kind, num_classes, **sizes)
+    if saved.params.keys() != network.state_dict().keys():
+        folded = fold(network)
+        network = folded if saved.params.keys() == folded.state_dict().keys() else network
+    check_fit(saved.params, network.state_dict())
+    return network, num_classes, sizes
 
 
 def check_classes(path, num_classes, known, names):

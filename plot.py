@@ -11,7 +11,6 @@ import math
 from pathlib import Path
 
 from matplotlib import colormaps
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -91,6 +90,8 @@ def plot_filters(weight, title):
     diagonal that a Dirac term makes in the middle would leave everything else white. Returns the
     matplotlib Figure.
     """
+    from matplotlib import pyplot as plt  # slow to import, and shows in a notebook what it draws
+
     weight = weight.detach().cpu()
     rows, columns = weight.shape[2:]
     limit = weight.abs().flatten().kthvalue(int(0.98 * weight.numel())).values.item()

@@ -34,12 +34,12 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchnet.engine import Engine
 
-from command import errors_in_one_line
-from diracfile import BEST
+from command import errors_in_one_line, say
 from diracimage import DataError, normalise
 from training import checkpoint, data, distributed, options
+from training.checkpoint import DivergedError
 from training.distributed import rank, world
-from training.meters import STEPS_PER_READING, DivergedError, Meters, write_tensorboard
+from training.meters import STEPS_PER_READING, Meters, write_tensorboard
 from training.run import (
     choose_dtype,
     keep_freed_memory,
@@ -51,20 +51,38 @@ from training.run import (
 
 
 class StoppedError(Exception):
-    """A signal asked the run to end; it is saved."""
+    """A signal asked the run to end."""
 
 
 class Signals:
-    """Remembers a SIGTERM or Ctrl-C until the step is done; a second Ctrl-C stops at once."""
+    """Remembers a SIGTERM, SIGHUP or Ctrl-C until the step is done; a second Ctrl-C stops at once.
+
+    While a batch is waited for, which a stalled worker may never give, one process ends as well.
+    """
 
     def __enter__(self):
-        self.number = 0
-        self.before = {n: signal.signal(n, self.take) for n in (signal.SIGTERM, signal.SIGINT)}
+        self.number, self.waiting = 0, False
+        asked = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                 if signal.getsignal(n) != signal.SIG_IGN]  # as nohup has it
+        self.before = {n: signal.signal(n, self.take) for n in asked}
         return self
 
     def take(self, number, frame):
         self.number = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self.waiting and world() == 1:
+            self.waiting = False
+            raise StoppedError(number)
+
+    def batches(self, loader):
+        """Yields the batches of a loader, as `data.batches` does."""
+        batches, batch = data.batches(loader), True
+        while batch:
+            self.waiting = True
+            batch = next(batches, None)
+            self.waiting = False
+            if batch:
+                yield batch
 
     def __exit__(self, *exception):
         for number, handler in self.before.items():
@@ -123,7 +141,7 @@ def make_step(network, inputs, dtype, device, label_smoothing=0.0):
     return step
 
 
-def run_epoch(step, loader, meters, on_step, optimizer=None):
+def run_epoch(step, batches, meters, on_step, optimizer=None):
     """Trains with an optimizer, tests without; on_step() is called after each step."""
 
     def on_forward(state):
@@ -134,54 +152,49 @@ def run_epoch(step, loader, meters, on_step, optimizer=None):
     engine = Engine()
     engine.hooks = {'on_forward': on_forward, 'on_update': lambda state: on_step()}
     if optimizer:
-        engine.train(step, loader, 1, optimizer)
+        engine.train(step, batches, 1, optimizer)
         return
     with torch.no_grad():
-        engine.test(step, loader)
+        engine.test(step, batches)
 
 
-def print_beginning(args, network, sets, device, dtype):
-    """Prints what is asked, the network's parameters, the data and the hardware."""
+def print_beginning(what, network, sets, device, dtype):
+    """Prints what is done, the network's parameters, the data and the hardware."""
     if rank() > 0:
         return
-    for name, value in args.items():
-        print(f'  {name:<16}{value}')
-    print(f'\n  {"parameter":<32}{"shape":<20}{"size":>12}')
     params = dict(network.named_parameters())
-    for name, tensor in params.items():
-        print(f'  {name:<32}{str(tuple(tensor.shape)):<20}{tensor.numel():>12,}')
-    print(f'  {"total":<52}{sum(p.numel() for p in params.values()):>12,}\n')
     training = f'{len(sets.train)} training and ' if sets.train else ''
-    print(f'{args["dataset"]}: {training}{len(sets.test)} test images, {len(sets.classes)} '
-          f'classes; computing on {world()} x {device.type} in {dtype}', flush=True)
+    say(
+        *[f'  {name:<16}{value}' for name, value in what.items()],
+        f'\n  {"parameter":<32}{"shape":<20}{"size":>12}',
+        *[f'  {name:<32}{str(tuple(tensor.shape)):<20}{tensor.numel():>12,}'
+          for name, tensor in params.items()],
+        f'  {"total":<52}{sum(p.numel() for p in params.values()):>12,}\n',
+        f'{sets.name}: {training}{len(sets.test)} test images, {len(sets.classes)} '
+        f'classes; computing on {world()} x {device.type} in {dtype}',
+    )
 
 
-def train_epoch(run, step, loader, title, on_step):
+def train_epoch(run, step, loader, title, on_step, signals):
     """Trains the steps of the next epoch that are not done yet: returns its figures."""
     loader.sampler.set_epoch(run.epoch + 1, run.step)
     run.network.train()
     run.meters = Meters(len(run.sets.classes), len(run.sets.train), title, run.totals, run.step)
-    try:
-        run_epoch(step, loader, run.meters, on_step, run.optimizer)
-        figures = run.meters.figures('train')
-    except DivergedError as error:
-        raise DivergedError(
-            f'{error} of epoch {run.epoch + 1}, learning rate '
-            f'{run.optimizer.param_groups[0]["lr"]:g}; the last checkpoint stays'
-        ) from error
+    run_epoch(step, signals.batches(loader), run.meters, on_step, run.optimizer)
+    figures = run.meters.figures('train')
     rate = len(run.sets.train) / figures['train_time']
     lr = learning_rate(run.opt, run.epoch)  # that of its first step
     return {'epoch': run.epoch + 1, 'lr': lr, **figures, 'images_per_second': rate}
 
 
-def evaluate(network, step, images, meters, opt, on_step=lambda: None):
+def evaluate(network, step, images, meters, opt, on_step=lambda: None, batches=data.batches):
     """Tests the network on images; `meters` has the figures then."""
     if world() > 1:  # each has batch statistics of its own: those of the first are saved
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     network.eval()
     loader = data.loader(images, opt.batch_size, opt.nthread, rank=rank(), world=world())
-    run_epoch(step, loader, meters, on_step)
+    run_epoch(step, batches(loader), meters, on_step)
 
 
 def train(run, device, signals):
@@ -197,9 +210,6 @@ def train(run, device, signals):
         sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world(), opt.augment
     )
     judge = 'val' if opt.val else 'test'  # whose accuracy chooses best.pt7
-    if rank() == 0:
-        os.makedirs(opt.save, exist_ok=True)
-        checkpoint.cut_log(opt.save, run.epoch)
 
     def set_rate():
         set_learning_rate(run.optimizer, learning_rate(opt, run.epoch + run.step / len(loader)))
@@ -211,14 +221,13 @@ def train(run, device, signals):
             return  # several processes agree, which takes time, once in so many steps
         due = opt.save_every and time.monotonic() - run.saved >= 60 * opt.save_every
         number, due = distributed.over_ranks([signals.number, bool(due)], dist.ReduceOp.MAX)
-        if number or due:
-            run.save()
         if number:
             raise StoppedError(int(number))
+        if due:
+            run.save()
 
     def on_test_step():
         if signals.number and world() == 1:  # several processes stop in the next training step
-            run.save()
             raise StoppedError(signals.number)
 
     if opt.compile:
@@ -230,51 +239,52 @@ def train(run, device, signals):
             seconds = (time.monotonic() - start) / (run.epoch - first)
             title += f', {seconds * (opt.epochs - run.epoch) / 60:.0f} min left'
         set_rate()
-        stats = {**run.args, **train_epoch(run, train_step, loader, title, on_train_step)}
+        stats = {**run.args, **train_epoch(
+            run, train_step, loader, title, on_train_step, signals
+        )}
         for split in ('val', 'test') if opt.val else ('test',):
             images = getattr(sets, split)
             meters = Meters(len(sets.classes), len(images), f'{title}, {split}')
-            evaluate(run.network, test_step, images, meters, opt, on_test_step)
+            evaluate(run.network, test_step, images, meters, opt, on_test_step, signals.batches)
             stats.update(meters.figures(split))
         if opt.compile:
             stats['compile_time'] = compile_time
         stats['num_classes'] = len(sets.classes)
         stats['n_parameters'] = sum(p.numel() for p in run.network.parameters())
 
-        run.epoch, run.step, run.totals = run.epoch + 1, 0, None
-        improved = stats[f'{judge}_acc'] >= run.best
-        run.best = max(run.best, stats[f'{judge}_acc'])
+        run.end_epoch(stats, stats[f'{judge}_acc'])
         if rank() == 0:
-            checkpoint.append_log(opt.save, stats)
-            print(f'==> id: {opt.save} ({run.epoch}/{opt.epochs}), '
-                  f'test_acc: {stats["test_acc"]:.2f}', flush=True)
+            say(f'==> id: {opt.save} ({run.epoch}/{opt.epochs}), test_acc: {stats["test_acc"]:.2f}')
             if opt.tensorboard:
                 write_tensorboard(opt.save, stats, run.network)
-        if improved:
-            run.save(BEST)
-        run.save()
     if rank() == 0:
-        print(f'best {judge}_acc {run.best:.2f}; log and checkpoints in {opt.save}')
+        say(f'best {judge}_acc {run.best:.2f}; log and checkpoints in {opt.save}')
 
 
 def train_or_stop(run, device, command):
-    """Trains; where a signal or an unreadable image ends it, what is done is saved.
+    """Trains; where a signal, an image or a reading process ends it, what is done is saved.
 
     command: the words that started this training, to say how it goes on.
     """
     try:
         with Signals() as signals:
             train(run, device, signals)
-    except DataError:  # an image that is read only now, and cannot be
+    except (DataError, data.WorkerError):  # an image that is read only now, and cannot be
         if run.meters and world() == 1:
             run.save()
         raise
+    except DivergedError as error:
+        raise DivergedError(
+            f'{error} of epoch {run.epoch + 1}, learning rate '
+            f'{run.optimizer.param_groups[0]["lr"]:g}; the last checkpoint stays'
+        ) from error
     except StoppedError as stopped:
+        run.save()
         number = signal.Signals(stopped.args[0])
         if rank() == 0:
             launcher = 'python' if world() == 1 else 'torchrun ...'
-            print(f'stopped by {number.name} in epoch {run.epoch + 1} after {run.step} steps, and '
-                  f'saved; go on with: {launcher} {command} --resume auto')
+            say(f'stopped by {number.name} in epoch {run.epoch + 1} after {run.step} steps, and '
+                f'saved; go on with: {launcher} {command} --resume auto')
         sys.exit(128 + number)
 
 
@@ -282,7 +292,9 @@ def test(opt, device, trained, sets):
     """Prints the loss and accuracy of a trained network on a test set."""
     dtype = choose_dtype(opt.dtype, device, trained.args)
     network = trained.network.to(device, stored(dtype))
-    print_beginning(vars(opt), network, sets, device, dtype)
+    tested = {'file': trained.path, 'network': trained.title, 'image_size': trained.inputs.size,
+              'batch_size': opt.batch_size, 'nthread': opt.nthread}
+    print_beginning(tested, network, sets, device, dtype)
     step = make_step(network, trained.inputs, dtype, device)
     meters = Meters(trained.num_classes, len(sets.test), 'test')
     evaluate(network, step, sets.test, meters, opt)
@@ -296,27 +308,29 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     opt = options.parse_options(argv)
     command = f'train.py {shlex.join(argv)}'
-    with errors_in_one_line('train.py'):
-        if opt.ngpu > 1 and 'LOCAL_RANK' not in os.environ:
-            raise ValueError(
-                f'--ngpu {opt.ngpu}: start it as: torchrun --nproc_per_node={opt.ngpu} {command}'
-            )
-        if opt.gpu_id:
-            os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
-        device = distributed.start()
-        if device.type == 'cpu':
-            keep_freed_memory()
-        begun = load_to_test(opt) if opt.evaluate else prepare(opt, device)
-    try:
-        # from here on other errors are faults of the program, and keep their traceback
-        with errors_in_one_line('train.py', (DataError, DivergedError, OSError)):
-            if opt.evaluate:
-                test(opt, device, *begun)
-            else:
-                print_beginning(begun.args, begun.network, begun.sets, device, begun.dtype)
-                train_or_stop(begun, device, command)
-    finally:
-        distributed.end()
+    with checkpoint.Lock(opt.save) as lock:
+        with errors_in_one_line('train.py', (ValueError, OSError)):
+            if opt.ngpu > 1 and 'LOCAL_RANK' not in os.environ:
+                raise ValueError(
+                    f'--ngpu {opt.ngpu}: start it as: torchrun --nproc_per_node={opt.ngpu} '
+                    f'{command}'
+                )
+            if opt.gpu_id:
+                os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
+            device = distributed.start()
+            if device.type == 'cpu':
+                keep_freed_memory()
+            begun = load_to_test(opt) if opt.evaluate else prepare(opt, device, lock)
+        try:
+            # from here on other errors are faults of the program, and keep their traceback
+            with errors_in_one_line('train.py', (DataError, DivergedError, OSError)):
+                if opt.evaluate:
+                    test(opt, device, *begun)
+                else:
+                    print_beginning(begun.args, begun.network, begun.sets, device, begun.dtype)
+                    train_or_stop(begun, device, command)
+        finally:
+            distributed.end()
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import networks
+from command import Options
 
 BATCH = 64  # images of 32 x 32, float32
 
@@ -28,12 +29,16 @@ def measure(checkpointing):
 
 
 def main():
-    if len(sys.argv) > 1:
-        print('{:,.0f} MB, {:.1f} s a step'.format(*measure(sys.argv[1] == 'with')))
+    parser = Options(prog='experiments.memory', description=__doc__.splitlines()[0])
+    parser.add_argument('form', nargs='?', choices=('without', 'with'),
+                        help='measure this one, in this process (default: both, in one each)')
+    form = parser.parse_args().form
+    if form:
+        print('{:,.0f} MB, {:.1f} s a step'.format(*measure(form == 'with')))
         return
-    for word in ('without', 'with'):  # a process for each: a peak never falls
-        print(f'{word} checkpointing: ', end='', flush=True)
-        subprocess.run([sys.executable, '-m', 'experiments.memory', word], check=True)
+    for form in ('without', 'with'):  # a process for each: a peak never falls
+        print(f'{form} checkpointing: ', end='', flush=True)
+        subprocess.run([sys.executable, '-m', 'experiments.memory', form], check=True)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,7 @@
 
 import torch
 
-from command import print_table
+from command import Options, print_table
 from diracfold import fold
 from diracimage import Inputs
 from diracnet import DiracNet
@@ -76,6 +76,7 @@ def row(name, dataset, options, recipe):
 
 
 def main():
+    Options(prog='experiments.sizes', description=__doc__.splitlines()[0]).parse_args()
     head = ['model', 'images', 'parameters', 'multiply-adds (M)', 'parameters deployed',
             'multiply-adds deployed (M)', 'source of the recipe', 'command']
     left = {'images', 'source of the recipe', 'command'}

@@ -67,7 +67,7 @@ DAMAGES = {
     'missing': 'group1.block0.conv is missing',
     'shape': r'group1.block0.alpha is \(3,\), expected \(16,\)',
     'unknown': 'group1.block0.gamma is unknown',
-    'depth': 'depth 16, width 0.5 are stated: expected those of its parameters, depth 10',
+    'depth': 'say depth 16, width 0.5: expected those of its parameters, depth 10, width 0.5',
     'blocks': 'groups of 2, 2, 1 blocks: expected three groups of the same even number',
     'folded': 'holds a folded network: expected',
     'list': 'holds a list: expected a dict',

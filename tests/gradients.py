@@ -9,14 +9,15 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from training import data, distributed, options
+from training import checkpoint, data, distributed, options
 from training.run import prepare
 
 
 def main():
-    opt = options.parse_options(['--dataset', 'Digits', '--depth', '10', '--dtype', 'double'])
+    opt = options.parse_options(['--dataset', 'Digits', '--depth', '10', '--dtype', 'double',
+                                  '--save', sys.argv[1] + '.run'])
     device = distributed.start()
-    run = prepare(opt, device)
+    run = prepare(opt, device, checkpoint.Lock(opt.save))
     run.network.eval()
     network = DistributedDataParallel(run.network) if distributed.world() > 1 else run.network
     step = train.make_step(network, run.inputs, run.dtype, device)

@@ -178,7 +178,10 @@ def test_inputs_of_data_sets():
     assert [(i.kind, i.size) for i in folders] == [('CIFAR10', 64), ('ImageNet', 65)]
     assert folders[1].mean == (0.485, 0.456, 0.406)
     # what older checkpoints say of data sets that have a size of their own
-    assert Inputs.of('ImageNet', 32) == Inputs.of('ImageNet')
+    assert Inputs.of_args({'dataset': 'ImageNet', 'image_size': 32}) == Inputs.of('ImageNet')
+    for arguments in (('ImageNet', 32), ('CIFAR10', 48), ('Folder', -3), ('Folder', 0)):
+        with pytest.raises(ValueError, match=f'image_size {arguments[1]}: expected'):
+            Inputs.of(*arguments)
     with pytest.raises(ValueError, match="'MNIST': expected one of CIFAR10, .*, Folder"):
         Inputs.of('MNIST')
 

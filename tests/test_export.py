@@ -287,7 +287,7 @@ def test_folded_files_are_read_as_trained_ones_are(exported, run_folder, images,
     for file in (exported[0] / 'diracnet.pth', exported[0] / 'diracnet.safetensors', run_folder):
         predict.main([image, '--model', str(file)])
         shown = re.findall(r'([\d.]+) %', capsys.readouterr().out)
-        train.main([*evaluate, '--resume', str(file), '--force'])  # the classes have no names there
+        train.main([*evaluate, '--resume', str(file)])
         printed.append((shown, capsys.readouterr().out.splitlines()[-2:]))
         export.main([str(file), '--to', str(tmp_path / 'again.safetensors')])
         again, first = (load_file(path) for path in (

@@ -5,10 +5,14 @@ statistics included), `optimizer`, `epoch` (finished ones), `step` (finished one
 epoch), `totals` (of the meters in these steps), `rng`, `best`, `classes`, `args` and `versions`.
 """
 
+import fcntl
+import io
 import json
+import operator
 import os
 import platform
 import random
+import sys
 
 import numpy as np
 import torch
@@ -18,7 +22,14 @@ from diracfile import MODEL, PREVIOUS
 
 LOG = 'log.txt'
 MARK = 'json_stats: '  # before each record of the log
-REQUIRED = {'params': dict, 'optimizer': dict, 'epoch': int, 'args': dict}
+DAMAGED = 'damaged.pt7'  # a model.pt7 in whose place the one before it served
+REQUIRED = ('params', 'optimizer', 'epoch', 'args')
+
+
+class DivergedError(Exception):
+    """The loss, or what was learnt, is no number any more."""
+
+    status = 3  # with which the command ends
 
 
 def versions():
@@ -44,22 +55,37 @@ def set_rng_state(state):
         torch.cuda.set_rng_state_all(state['cuda'])
 
 
+def check_finite(checkpoint):
+    """Raises DivergedError for parameters, running statistics or momenta that are no numbers."""
+    momenta = {
+        f'the momentum of parameter {number}': state.get('momentum_buffer')
+        for number, state in checkpoint['optimizer']['state'].items()
+    }
+    for name, tensor in {**checkpoint['params'], **momenta}.items():
+        if tensor is not None and not tensor.isfinite().all():
+            raise DivergedError(f'{name} is not finite after step {checkpoint["step"]}')
+
+
 def save(folder, checkpoint, name=MODEL):
     """Writes a checkpoint: when this returns it is on the disk, and until then the last one is.
 
-    Raises OSError if it cannot be written; the last checkpoint is whole then.
+    Raises DivergedError, and writes nothing, if it holds numbers that are not finite; OSError if it
+    cannot be written: the last checkpoint is whole then.
     """
-    path = os.path.join(folder, name)
+    check_finite(checkpoint)
+    path, written = os.path.join(folder, name), io.BytesIO()
+    torch.save(checkpoint, written)  # into memory: of a full disk torch would say something else
     try:
-        with open(path + '.tmp', 'wb') as file:
-            torch.save(checkpoint, file)
+        if os.path.lexists(path + '.tmp'):  # of a run that was killed; a link is not followed
+            os.remove(path + '.tmp')
+        with open(path + '.tmp', 'xb') as file:
+            file.write(written.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into the latter
+    except OSError as error:
         if os.path.exists(path + '.tmp'):
             os.remove(path + '.tmp')
-        reason = str(error).split('\n')[0]
-        raise OSError(f'{path} cannot be written ({reason}); the last one stays') from error
+        raise OSError(f'{path} cannot be written ({error.strerror}); the last one stays') from error
     if name == MODEL and os.path.exists(path):
         os.replace(path, os.path.join(folder, PREVIOUS))
     os.replace(path + '.tmp', path)
@@ -68,19 +94,57 @@ def save(folder, checkpoint, name=MODEL):
     os.close(descriptor)
 
 
-def load(path):
-    """Loads what a training goes on from: path and errors are those of `diracfile.load`.
+def put_damaged_aside(folder):
+    """Renames a model.pt7 that cannot be read, so that no later save puts it in previous.pt7."""
+    path = os.path.join(folder, MODEL)
+    try:
+        if os.path.exists(path):
+            diracfile.load_file(path, REQUIRED)
+    except ValueError:
+        os.replace(path, os.path.join(folder, DAMAGED))
 
-    Raises ValueError too for a file that is no whole checkpoint of train.py.
+
+class Lock:
+    """The right to write into a folder: one training has it at a time, no longer than it lives.
+
+    A context manager that gives it back. Where the file system has no locks, stderr says so, and
+    there is none.
     """
-    checkpoint = diracfile.load(path)
-    for key, kind in REQUIRED.items():
-        if not isinstance(checkpoint.get(key), kind):
+
+    def __init__(self, folder):
+        self.folder, self.descriptor = folder, None
+
+    def take(self):
+        """Raises ValueError if another process has it."""
+        if self.descriptor is not None:
+            return
+        self.descriptor = os.open(self.folder, os.O_RDONLY)
+        os.register_at_fork(after_in_child=self.release)  # a reading process does not keep it
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
             raise ValueError(
-                f'{path}: {key} is missing, or no {kind.__name__}: expected a checkpoint of '
-                'train.py'
-            )
-    return checkpoint
+                f'{self.folder}: another training writes there: expected another --save'
+            ) from error
+        except OSError as error:
+            print(f'{self.folder} cannot be locked ({error.strerror}): a second training there '
+                  'would not be noticed', file=sys.stderr)
+
+    def release(self):
+        descriptor, self.descriptor = self.descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.release()
+
+
+def load(path):
+    """Loads what a training goes on from: path and errors are those of `diracfile.load`."""
+    return diracfile.load(path, REQUIRED)
 
 
 def exists(folder):
@@ -104,9 +168,10 @@ def read_log(path):
     for record in records:
         try:
             stats, _ = json.JSONDecoder().raw_decode(record)
-            epochs[stats['epoch']] = stats
-        except (json.JSONDecodeError, KeyError, TypeError):
+            number = operator.index(stats['epoch'])
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
+        epochs[number] = stats
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 

@@ -9,7 +9,7 @@ of it, whatever the number of workers.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 
 import cv2
@@ -42,6 +42,7 @@ class Data:
     test: Dataset
     classes: list
     val: Dataset = None
+    name: str = ''  # by which `load` was asked for it
 
 
 # ---------------------------------------------------------------- images
@@ -288,12 +289,14 @@ def load(name, root='.', inputs=None, nthread=4, training=True, **crops):
     inputs = inputs or Inputs.of(name)
     if name in ('ImageNet', 'Folder'):
         test_folders = ('val',) if name == 'ImageNet' else ('test', 'val')
-        return _load_folder(root, test_folders, training, inputs.size, nthread, **crops)
-    if inputs.size != SIZES[name]:
+        sets = _load_folder(root, test_folders, training, inputs.size, nthread, **crops)
+    elif inputs.size != SIZES[name]:
         raise DataError(f'{name} has images of {SIZES[name]} pixels: expected {inputs.size}')
-    if name == 'Digits':
-        return _load_digits(training, **crops)
-    return _load_cifar(name, root, training, **crops)
+    elif name == 'Digits':
+        sets = _load_digits(training, **crops)
+    else:
+        sets = _load_cifar(name, root, training, **crops)
+    return replace(sets, name=name)
 
 
 def hold_out(dataset, n, seed=0):
@@ -341,6 +344,22 @@ class BatchSampler(Sampler):
         batches = list(zip(order.split(self.batch_size), seeds))
         for indices, seed in batches[self.step :]:
             yield indices, seed, torch.arange(len(indices)).tensor_split(self.world)[self.rank]
+
+
+class WorkerError(OSError):
+    """A process that reads images died."""
+
+
+def batches(loader):
+    """Yields the batches of a loader. Raises WorkerError where a process that reads them died."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise WorkerError(f'a process that reads images died ({reason}): expected enough memory, '
+                          'or fewer --nthread') from error
 
 
 def _start_worker(_):

@@ -1,5 +1,6 @@
 """What is measured in an epoch: torchnet's meters, read seldom and added up over all processes."""
 
+import sys
 import time
 
 import torch
@@ -7,15 +8,15 @@ from torchnet.meter import AverageValueMeter, ClassErrorMeter
 from tqdm import tqdm
 
 from training import data
+from training.checkpoint import DivergedError
 from training.distributed import over_ranks, rank, world
 
 STEPS_PER_READING = 20  # meters are read, which waits for a GPU, once in so many steps
 
 
-class DivergedError(Exception):
-    """The loss is no number any more."""
-
-    status = 3  # with which the command ends
+def topk(num_classes):
+    """The k of the accuracies that are measured: top-5 beside top-1 where classes are many."""
+    return [1, 5] if num_classes >= 100 else [1]
 
 
 class Meters:
@@ -26,7 +27,7 @@ class Meters:
     """
 
     def __init__(self, num_classes, length, description, totals=None, steps=None):
-        self.topk = [1, 5] if num_classes >= 100 else [1]
+        self.topk = topk(num_classes)
         self.loss = AverageValueMeter()
         self.accuracy = ClassErrorMeter(topk=self.topk, accuracy=True)
         self.unread, self.steps = [], steps
@@ -64,15 +65,20 @@ class Meters:
         losses = torch.stack(losses).cpu()
         if self.steps is not None:
             self._check(losses)
+        before = self.loss.n
+        for loss, given in zip(losses.tolist(), labels):
+            # step by step: sums of steps would depend on when they were read, as after a stop
+            self.loss.add(loss, int((given != data.IGNORED).sum()))
+        if self.loss.n == before:  # this process had no share of these batches
+            return
         labels = torch.cat(labels)
         counted = labels != data.IGNORED
-        n = int(counted.sum())
-        self.loss.add(losses.sum().item(), n)
         self.accuracy.add(torch.cat(logits).cpu()[counted], labels[counted])
         self.bar.set_postfix_str(
-            f'loss {self.loss.value()[0]:.3f}, acc {self.accuracy.value(1):.2f} %', refresh=False
+            f'loss {self.loss.sum / self.loss.n:.3f}, acc {self.accuracy.value(1):.2f} %',
+            refresh=False,
         )
-        self.bar.update(n * world())
+        self.bar.update((self.loss.n - before) * world())
 
     def _check(self, losses):
         lost = (~losses.isfinite()).nonzero().flatten().tolist()
@@ -101,10 +107,13 @@ def write_tensorboard(folder, stats, network):
     """Writes an epoch's losses, accuracies, learning rate, and means of each alpha and beta."""
     from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
 
-    with SummaryWriter(folder) as board:
-        for name, value in stats.items():
-            if name == 'lr' or name.split('_')[-1] in ('loss', 'acc', 'acc5'):
-                board.add_scalar(name, value, stats['epoch'])
-        for name, parameter in network.named_parameters():
-            if name.split('.')[-1] in ('alpha', 'beta'):
-                board.add_scalar(f'mean/{name}', parameter.mean().item(), stats['epoch'])
+    try:
+        with SummaryWriter(folder) as board:
+            for name, value in stats.items():
+                if name == 'lr' or name.split('_')[-1] in ('loss', 'acc', 'acc5'):
+                    board.add_scalar(name, value, stats['epoch'])
+            for name, parameter in network.named_parameters():
+                if name.split('.')[-1] in ('alpha', 'beta'):
+                    board.add_scalar(f'mean/{name}', parameter.mean().item(), stats['epoch'])
+    except OSError as error:  # what is only shown may fail: the epoch is in the log
+        print(f'{folder}: no events for TensorBoard ({error})', file=sys.stderr)

@@ -83,7 +83,8 @@ def make_parser():
     add_model('checkpointing', 'compute layers again in the backward pass, to save memory',
               action=argparse.BooleanOptionalAction)
 
-    add('--dataset', default='CIFAR10', choices=DATASETS, help='what to train on')
+    add('--dataset', default=None, choices=DATASETS,
+        help='what to train or test on (default: CIFAR10; with --evaluate that of the run)')
     add('--dataroot', '--imagenetpath', default='.', type=folder, help='folder of its files')
     add('--image_size', default=None, type=at_least(8, int),
         help=f'pixels of a Folder (default: 32): up to {MAX_SMALL} for the CIFAR networks, above '
@@ -122,7 +123,7 @@ def make_parser():
     add('--pretrained', default='', type=folder,
         help='parameters to start from: a file, a run, or 18 or 34 for the published ones')
     add('--force', default=False, action='store_true',
-        help='go on though options differ that change the result')
+        help='go on though options differ that change the result, or test on other class names')
     add('--evaluate', default=False, action='store_true',
         help='test the network of --resume, whose sizes its file knows, and write nothing')
     add('--tensorboard', default=False, action='store_true',
@@ -138,7 +139,7 @@ def _with_recipe(parser, argv, recipe):
     of_recipe, given = parser.parse_args(flags), parser.parse_args(argv)
     opt = parser.parse_args(argv, argparse.Namespace(**vars(of_recipe)))
     if opt.model != of_recipe.model:  # the sizes are those of the recipe's own network
-        for name in FAMILIES[of_recipe.model].options.keys() & vars(opt).keys():
+        for name in FAMILIES[of_recipe.model or 'diracnet'].options.keys() & vars(opt).keys():
             if name not in given:
                 delattr(opt, name)
     return opt
@@ -158,14 +159,15 @@ def _with_sizes(parser, opt):
     if unknown:
         taken = ', '.join(f'--{name}' for name in family)
         parser.error(f'--model {model} takes no {", ".join(unknown)}: expected of {taken}')
-    inputs = Inputs.of(opt.dataset, opt.image_size)
-    if opt.image_size not in (None, inputs.size):
-        parser.error(f'--image_size {opt.image_size}: expected {inputs.size}, the size of '
-                     f'{opt.dataset}')
+    try:
+        inputs = Inputs.of(opt.dataset or 'CIFAR10', opt.image_size)
+    except ValueError as error:
+        parser.error(f'--{error}')
     if inputs.size <= MAX_SMALL and opt.randomcrop_pad >= inputs.size:
         parser.error(f'--randomcrop_pad {opt.randomcrop_pad}: expected less than the image, '
                      f'{inputs.size}')
-    filled_in = {**family, **vars(opt), 'model': model, 'image_size': inputs.size}
+    filled_in = {**family, **vars(opt), 'model': model, 'dataset': opt.dataset or 'CIFAR10',
+                 'image_size': inputs.size}
     return argparse.Namespace(**filled_in)
 
 
@@ -213,9 +215,8 @@ def differences(now, before):
     free = set(FREE_ON_RESUME)
     if now['lr_schedule'] != 'step':
         free -= {'epochs'}  # the other schedules stretch over all of them
-    if 'dataset' in before:  # older checkpoints say 32 of data sets that have a size of their own
-        size = Inputs.of(before['dataset'], before.get('image_size')).size
-        before = {**before, 'image_size': size}
+    if 'dataset' in before:
+        before = {**before, 'image_size': Inputs.of_args(before).size}
     return [
         f'{name} was {before[name]}, is {value}'
         for name, value in now.items()

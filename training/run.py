@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import random
@@ -14,12 +15,14 @@ import torch
 
 import diracfile
 import networks
+from command import say
 from diracdeploy import native_bfloat16
 from diracimage import Inputs
 from diracnet import check_fit
 from training import checkpoint, data, distributed, options
+from training.checkpoint import DivergedError
 from training.distributed import rank, world
-from training.meters import Meters
+from training.meters import Meters, topk
 
 
 @dataclass
@@ -44,21 +47,44 @@ class Run:
         """The options, as checkpoints and the log have them."""
         return {**vars(self.opt), 'dtype': self.dtype}
 
+    def contents(self):
+        """What a checkpoint of this moment holds: see training/checkpoint.py."""
+        return {
+            'params': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'epoch': self.epoch, 'step': self.step, 'best': self.best,
+            'rng': checkpoint.rng_state(), 'classes': self.sets.classes, 'args': self.args,
+            'versions': checkpoint.versions(), 'launcher': os.getppid(),
+        }
+
     def save(self, name=diracfile.MODEL):
         """Writes a checkpoint into opt.save: the first process does, once all have called this.
 
-        Raises DivergedError, and writes nothing, if the loss is no number any more.
+        Raises DivergedError, and writes nothing, if the loss or what was learnt is no number any
+        more.
         """
         totals = self.meters.totals() if self.step else None
         self.saved = time.monotonic()
-        if rank() > 0:
-            return
-        checkpoint.save(self.opt.save, {
-            'params': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
-            'epoch': self.epoch, 'step': self.step, 'totals': totals, 'best': self.best,
-            'rng': checkpoint.rng_state(), 'classes': self.sets.classes,
-            'args': self.args, 'versions': checkpoint.versions(), 'launcher': os.getppid(),
-        }, name)
+        if rank() == 0:
+            checkpoint.save(self.opt.save, {**self.contents(), 'totals': totals}, name)
+
+    def end_epoch(self, stats, accuracy):
+        """Writes what an epoch left: its line in the log, then the checkpoints.
+
+        stats: that line; accuracy: by which best.pt7 is chosen, in per cent. Raises DivergedError
+        as `save` does, and for a figure of testing that is no number.
+        """
+        for name, value in stats.items():
+            if name.endswith('_loss') and not math.isfinite(value):
+                raise DivergedError(f'{name} is {value} after step {self.step}')
+        if rank() == 0:
+            checkpoint.check_finite(self.contents())
+            checkpoint.append_log(self.opt.save, stats)
+        self.epoch, self.step, self.totals = self.epoch + 1, 0, None
+        improved = accuracy >= self.best
+        self.best = max(self.best, accuracy)
+        if improved:
+            self.save(diracfile.BEST)
+        self.save()
 
     def restore(self, loaded, path):
         """Takes over what a checkpoint holds. Raises ValueError if it cannot be this run's."""
@@ -66,8 +92,9 @@ class Run:
         networks.check_classes(path, len(known or names), known, names)
         try:
             self._take(loaded)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            reason = f'{type(error).__name__}: {error}'
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:  # what an odd optimizer or random state may raise
+            reason = f'{type(error).__name__}: {error}'.split('\n')[0]
             raise ValueError(f'{path}: not a checkpoint of this run: {reason}') from error
 
     def _take(self, loaded):
@@ -76,12 +103,31 @@ class Run:
         # of the optimizer only the momentum: its settings are the options'
         groups = self.optimizer.state_dict()['param_groups']
         self.optimizer.load_state_dict({**loaded['optimizer'], 'param_groups': groups})
-        self.epoch, self.step = loaded['epoch'], int(loaded.get('step', 0))
+        self.epoch, self.step = loaded['epoch'], loaded.get('step', 0)
         self.best = loaded.get('best', 0.0)
+        self._check(loaded.get('totals'))
         if rank() == 0:  # what all processes did together counts once; the state is of the first
             self.totals = loaded.get('totals')
             if 'rng' in loaded:
                 checkpoint.set_rng_state(loaded['rng'])
+
+
+    def _check(self, totals):
+        """Raises ValueError if what was taken over would go wrong later, or silently."""
+        if (self.epoch or self.step) and not self.optimizer.state:
+            raise ValueError('the optimizer holds no momentum: expected one for each parameter')
+        for parameter, state in self.optimizer.state.items():
+            momentum = state['momentum_buffer']
+            if momentum is not None and momentum.shape != parameter.shape:
+                raise ValueError(
+                    f'a momentum is {tuple(momentum.shape)}: expected {tuple(parameter.shape)}'
+                )
+        steps = -(-len(self.sets.train) // self.opt.batch_size)  # of an epoch
+        if self.step > steps:
+            raise ValueError(f'step {self.step} of an epoch: expected at most {steps}')
+        figures = 3 + len(topk(len(self.sets.classes)))  # seconds, loss, images, errors
+        if totals and len(totals) != figures:
+            raise ValueError(f'{len(totals)} totals: expected {figures}')
 
 
 def make_optimizer(network, opt):
@@ -120,6 +166,20 @@ def find_checkpoint(opt):
     return path
 
 
+def open_folder(run, lock):
+    """Makes --save, and makes it ready to be written to by this training alone.
+
+    Raises ValueError if another one came first.
+    """
+    folder = run.opt.save
+    os.makedirs(folder, exist_ok=True)
+    lock.take()
+    if not run.epoch and not run.step:
+        find_checkpoint(run.opt)  # another may have come and gone while this one was made ready
+    checkpoint.put_damaged_aside(folder)
+    checkpoint.cut_log(folder, run.epoch)
+
+
 def check_options(path, now, before):
     """Raises ValueError if a checkpoint was made with other options, now and before."""
     differences = options.differences(now, before)
@@ -136,7 +196,7 @@ def choose_dtype(asked, device, args):
     if args.get('dtype', 'auto') != 'auto':
         dtype, why = args['dtype'], 'as the checkpoint'
     if rank() == 0:
-        print(f'--dtype auto: {dtype} ({why})')
+        say(f'--dtype auto: {dtype} ({why})')
     return dtype
 
 
@@ -145,29 +205,30 @@ def stored(dtype):
     return torch.float64 if dtype == 'double' else torch.float32
 
 
-def load_sets(opt, inputs, training=True, **crops):
-    """Loads the data set that was asked for; what one process downloads, the others read."""
-    load = functools.partial(
-        data.load, opt.dataset, opt.dataroot, inputs, opt.nthread, training, **crops
-    )
-    return distributed.first_before_others(load) if opt.dataset.startswith('CIFAR') else load()
+def load_sets(opt, name, inputs, training=True, **crops):
+    """Loads a data set by name; what one process downloads, the others read."""
+    load = functools.partial(data.load, name, opt.dataroot, inputs, opt.nthread, training, **crops)
+    return distributed.first_before_others(load) if name.startswith('CIFAR') else load()
 
 
 def take_pretrained(network, source, num_classes):
     """Starts the network from --pretrained, with a new last layer for another number of classes.
 
-    Raises ValueError for parameters that do not fit otherwise, RuntimeError for published ones that
+    Raises ValueError for parameters that do not fit otherwise, OSError for published ones that
     cannot be had.
     """
-    published = source in ('18', '34')
-    params = (
-        diracfile.pretrained_params(int(source)) if published else diracfile.read(source).params
-    )
+    try:
+        published = source in ('18', '34')
+        params = (
+            diracfile.pretrained_params(int(source)) if published else diracfile.read(source).params
+        )
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
     expected = network.state_dict()
     if 'fc.bias' in params and len(params['fc.bias']) != num_classes:
         if rank() == 0:
-            print(f'{source}: the last layer, of {len(params["fc.bias"])} classes, is '
-                  f'replaced by a new one of {num_classes}')
+            say(f'{source}: the last layer, of {len(params["fc.bias"])} classes, is '
+                f'replaced by a new one of {num_classes}')
         params = {**params, **{name: expected[name] for name in ('fc.weight', 'fc.bias')}}
     check_fit(params, expected)
     network.load_state_dict(params)
@@ -186,22 +247,24 @@ def keep_freed_memory():
         libc.mallopt(mmap_max, 0)  # blocks that are mapped one by one go back when they are freed
 
 
-def prepare(opt, device):
+def prepare(opt, device, lock):
     """Begins a training, or goes on with the one in a checkpoint: a Run.
 
-    Raises ValueError, OSError or, for published parameters that cannot be had, RuntimeError.
+    lock: of --save, taken before anything there is read. Raises ValueError or OSError.
     """
     inputs = Inputs.of(opt.dataset, opt.image_size)
     build = functools.partial(networks.build, opt.model, inputs.kind, **options.of_model(opt))
     with torch.device('meta'):
         build()  # depth, width and the like are checked before anything is read
+    if rank() == 0 and os.path.isdir(opt.save):
+        lock.take()
     path = find_checkpoint(opt)
     loaded = checkpoint.load(path) if path else {'args': {}}
     dtype = choose_dtype(opt.dtype, device, loaded['args'])
     if not opt.force:
         check_options(path, {**vars(opt), 'dtype': dtype}, loaded['args'])
     reflect = networks.FAMILIES[opt.model].crop_padding == 'reflect'
-    sets = load_sets(opt, inputs, pad=opt.randomcrop_pad, reflect=reflect)
+    sets = load_sets(opt, opt.dataset, inputs, pad=opt.randomcrop_pad, reflect=reflect)
     if opt.val:
         sets.train, sets.val = data.hold_out(sets.train, opt.val)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -216,6 +279,8 @@ def prepare(opt, device):
     run = Run(opt, inputs, dtype, sets, network, make_optimizer(network, opt))
     if path:
         run.restore(loaded, path)
+    if rank() == 0:
+        open_folder(run, lock)
     return run
 
 
@@ -227,7 +292,8 @@ def load_to_test(opt):
     names = ('model', 'dataset', 'image_size', *options.MODEL_OPTIONS)
     stated = {name: value for name, value in vars(opt).items() if name in names}
     trained = networks.load(opt.save if opt.resume == 'auto' else opt.resume, stated)
-    sets = load_sets(opt, trained.inputs, training=False)
+    name = stated.get('dataset') or trained.args.get('dataset', 'CIFAR10')
+    sets = load_sets(opt, name, trained.inputs, training=False)
     known = None if opt.force else trained.classes
     networks.check_classes(trained.path, trained.num_classes, known, sets.classes)
     return trained, sets

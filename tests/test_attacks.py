@@ -1,0 +1,367 @@
+"""Nothing lost, nothing let in: trainings attacked from outside, and files made to harm."""
+
+import errno
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import params_of, refused, run, stats_of, write_images
+
+import diracfile
+import export
+import predict
+import train
+from training import checkpoint
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    write_images(root / 'train', n=20)
+    write_images(root / 'test', n=4, seed=1)
+    return root
+
+
+@pytest.fixture(scope='module')
+def large_images(tmp_path_factory):
+    """Images that two processes read as they are needed."""
+    root = tmp_path_factory.mktemp('large')
+    write_images(root / 'train', n=16, size=(70, 70))
+    write_images(root / 'test', n=2, size=(70, 70))
+    return root
+
+
+@pytest.fixture(scope='module')
+def whole(images, tmp_path_factory):
+    """A run of three epochs that nothing stopped."""
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    run(images, folder, '--epochs', 3)
+    return folder
+
+
+def is_finite(path):
+    saved = torch.load(path, weights_only=True)
+    momenta = [state['momentum_buffer'] for state in saved['optimizer']['state'].values()]
+    return all(tensor.isfinite().all() for tensor in [*saved['params'].values(), *momenta])
+
+
+def assert_same_run(folder, whole):
+    """Every number but times: parameters, momenta and the log."""
+    assert all(torch.equal(p, params_of(whole)[name]) for name, p in params_of(folder).items())
+    logs = [
+        [{name: value for name, value in epoch.items() if name.endswith(('_loss', '_acc', 'epoch'))}
+         for epoch in stats_of(f)] for f in (folder, whole)
+    ]
+    assert logs[0] == logs[1]
+
+
+# ---------------------------------------------------------------- lost or spoilt work
+
+
+def test_a_diverging_run_spoils_no_checkpoint(images, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(images, tmp_path, '--lr', 1e5, '--epochs', 3, '--save_every', 1e-7, '--dtype', 'float')
+    assert stopped.value.code == 3
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1
+    assert error.endswith('; the last checkpoint stays\n')
+    for name in ('model.pt7', 'previous.pt7'):
+        assert is_finite(tmp_path / name)
+
+
+def test_a_run_whose_only_step_diverges_leaves_no_best(images, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(images, tmp_path, '--lr', 1e30, '--epochs', 1, '--batch_size', 2000)
+    assert stopped.value.code == 3
+    assert 'test_loss is nan after step 1 of epoch 1' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_training_in_the_same_folder_is_refused(images, tmp_path, capsys):
+    with checkpoint.Lock(tmp_path) as lock:
+        lock.take()
+        error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10,
+                        '--save', tmp_path, '--resume', 'auto')
+    assert f'{tmp_path}: another training writes there: expected another --save' in error
+    run(images, tmp_path, '--epochs', 1)  # it went with its holder
+
+
+def test_a_file_system_without_locks_is_said_aloud(images, tmp_path, capsys, monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(checkpoint.fcntl, 'flock', flock)
+    run(images, tmp_path, '--epochs', 1)
+    assert 'cannot be locked (No locks available)' in capsys.readouterr().err
+    assert len(stats_of(tmp_path)) == 1
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_file_never_takes_the_place_of_a_good_one(
+    images, whole, tmp_path, capsys, monkeypatch
+):
+    run(images, tmp_path, '--epochs', 2)
+    damage(tmp_path / 'model.pt7')
+    replace = os.replace
+
+    def checked(source, target):
+        replace(source, target)
+        diracfile.load(str(tmp_path))  # whenever it is killed there is one that loads
+
+    monkeypatch.setattr(os, 'replace', checked)
+    run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
+    assert f'taking {tmp_path}/previous.pt7' in capsys.readouterr().err
+    monkeypatch.undo()
+    assert_same_run(tmp_path, whole)
+    assert diracfile.load_file(str(tmp_path / 'previous.pt7'))
+    with pytest.raises(ValueError, match='damaged'):
+        diracfile.load_file(str(tmp_path / 'damaged.pt7'))
+
+
+def small_run(images, save, *more):
+    """The words of a training of two epochs."""
+    return [sys.executable, 'train.py', '--dataset', 'Folder', '--dataroot', str(images), '--depth',
+            '10', '--batch_size', '12', '--epochs', '2', '--epoch_step', '[2]', '--save', str(save),
+            *map(str, more)]
+
+
+@pytest.mark.parametrize('where', ['| head -1', '> /dev/full'])
+def test_a_line_that_cannot_be_printed_costs_nothing(images, tmp_path, where):
+    line = f'{" ".join(small_run(images, tmp_path / "run"))} {where}; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(['bash', '-c', line], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith('no more is shown (')
+    assert done.stderr.count('\n') == 1
+    run(images, tmp_path / 'shown')
+    assert_same_run(tmp_path / 'run', tmp_path / 'shown')
+
+
+def test_events_that_cannot_be_written_cost_nothing(images, tmp_path, capsys, monkeypatch):
+    import torch.utils.tensorboard
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(torch.utils.tensorboard, 'SummaryWriter', full)
+    run(images, tmp_path, '--tensorboard')
+    assert capsys.readouterr().err.count('no events for TensorBoard ([Errno 28] No space') == 2
+    assert torch.load(tmp_path / 'model.pt7', weights_only=True)['epoch'] == 2
+
+
+def start_reading(images, save):
+    """Starts a long training that two processes read for; returns it, and them, once it saved."""
+    training = subprocess.Popen(
+        [sys.executable, 'train.py', '--dataset', 'Folder', '--dataroot', str(images),
+         '--image_size', '70', '--depth', '18', '--width', '0.125', '--nthread', '2',
+         '--batch_size', '4', '--epochs', '1000', '--save', str(save)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
+    while training.poll() is None and not (save / 'model.pt7').exists():
+        time.sleep(0.01)
+    children = Path(f'/proc/{training.pid}/task/{training.pid}/children').read_text().split()
+    readers = [int(child) for child in children
+               if b'train.py' in Path(f'/proc/{child}/cmdline').read_bytes()]
+    return training, readers
+
+
+def test_a_reading_process_that_dies_costs_no_step(large_images, tmp_path):
+    training, readers = start_reading(large_images, tmp_path / 'run')
+    os.kill(readers[0], signal.SIGKILL)
+    _, errors = training.communicate(timeout=60)
+    assert training.returncode == 1
+    assert errors.startswith('train.py: a process that reads images died (DataLoader worker')
+    assert errors.count('\n') == 1
+    saved = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
+    assert saved['epoch'] >= 1
+
+
+def test_a_stalled_reading_process_does_not_keep_a_signal_waiting(large_images, tmp_path):
+    training, readers = start_reading(large_images, tmp_path / 'run')
+    for reader in readers:
+        os.kill(reader, signal.SIGSTOP)
+    time.sleep(2)  # until it waits for a batch
+    training.terminate()
+    time.sleep(1)
+    for reader in readers:  # so that they can end with it
+        os.kill(reader, signal.SIGCONT)
+    printed, errors = training.communicate(timeout=60)
+    assert training.returncode == 128 + signal.SIGTERM, errors
+    assert 'stopped by SIGTERM in epoch' in printed
+
+
+def test_a_killed_training_leaves_no_lock_behind(large_images, tmp_path):
+    training, readers = start_reading(large_images, tmp_path / 'run')
+    training.kill()
+    training.wait()
+    assert any(Path(f'/proc/{reader}').exists() for reader in readers)  # they end some time later
+    with checkpoint.Lock(tmp_path / 'run') as lock:
+        lock.take()
+    training.communicate()
+
+
+def test_a_closed_terminal_is_a_signal_like_others(images, whole, tmp_path, monkeypatch):
+    evaluate = train.evaluate
+
+    def closing(*arguments, **more):
+        if not (tmp_path / 'model.pt7').exists():
+            os.kill(os.getpid(), signal.SIGHUP)
+        return evaluate(*arguments, **more)
+
+    monkeypatch.setattr(train, 'evaluate', closing)
+    with pytest.raises(SystemExit) as stopped:
+        run(images, tmp_path, '--epochs', 3)
+    assert stopped.value.code == 128 + signal.SIGHUP
+    run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize(('ranks', 'options'), [
+    (2, ['--batch_size', 64, '--val', 1]), (2, ['--batch_size', 1, '--val', 1]),
+    (3, ['--batch_size', 2]),
+])
+def test_ranks_without_a_share(images, tmp_path, ranks, options):
+    words = small_run(images, tmp_path / 'run', '--epochs', 1, *options)[1:]
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', *words],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR'},
+    )
+    assert done.returncode == 0, done.stderr
+    (stats,) = stats_of(tmp_path / 'run')
+    assert all(math.isfinite(value) for value in stats.values() if isinstance(value, float))
+
+
+def test_the_log_too_is_that_of_a_run_never_stopped(images, whole, tmp_path):
+    run(images, tmp_path, '--epochs', 3, '--save_every', 1e-9)
+    assert_same_run(tmp_path, whole)
+
+
+# ---------------------------------------------------------------- let in
+
+
+def nested(depth):
+    """A list that holds itself many times over: little in a file, 8**depth when walked."""
+    inner = ['a']
+    for _ in range(depth):
+        inner = [inner] * 8
+    return inner
+
+
+def deep(depth):
+    inner = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
+NONSENSE = {  # of any command that reads the file: (a change of a checkpoint, what is said)
+    'nested lists': ({'args': {'depth': nested(40)}}, 'more than 1000000 values'),
+    'deep lists': ({'classes': deep(100)}, 'nested deeper than 20'),
+    'long text': ({'classes': ['a' * 100_000, 'b']}, 'a text of 100000 characters'),
+    'negative step': ({'step': -1}, 'step is -1: expected a count'),
+    'negative epoch': ({'epoch': -1}, 'epoch is -1: expected a count'),
+    'epoch in words': ({'epoch': 'two'}, "epoch is 'two': expected a count"),
+    'best': ({'best': 1e9}, 'best is 1000000000.0: expected per cent'),
+    'best in words': ({'best': 'good'}, "best is 'good': expected per cent"),
+    'totals': ({'totals': ['a'] * 4}, 'totals is .*: expected four or five numbers'),
+    'random states': ({'rng': 3}, 'rng is 3: expected a dict'),
+    'options': ({'args': {'depth': {}}}, 'args is .*: expected a dict of plain options'),
+    'classes': ({'classes': [1, 2]}, r'classes is \[1, 2\]: expected a list of names'),
+}
+PARAMS = {  # a change of its parameters
+    'integers': (lambda t: t.int(), 'conv is of torch.int32: expected floating-point numbers'),
+    'not a number': (lambda t: t * math.nan, 'conv holds numbers that are not finite'),
+    'no tensor': (lambda t: t.tolist(), "'conv' is a list: expected the tensor of a parameter"),
+}
+OF_RESUMING = {  # that are for --resume alone to refuse
+    'step beyond the end': ({'step': 5, 'totals': [1.0, 1.0, 40, 2]}, 'step 5 of an epoch: expect'),
+    'too many totals': ({'step': 2, 'totals': [1.0, 1.0, 24, 2, 1]}, '5 totals: expected 4'),
+    'no momentum': ({'optimizer': {'state': {}, 'param_groups': []}}, 'holds no momentum'),
+    'another optimizer': (
+        {'optimizer': {'state': {0: {'exp_avg': torch.ones(3)}}, 'param_groups': []}},
+        "not a checkpoint of this run: KeyError: 'momentum_buffer'"),
+    'momentum of another shape': (
+        {'optimizer': {'state': {0: {'momentum_buffer': torch.ones(3)}}, 'param_groups': []}},
+        r'a momentum is \(3,\): expected \(16, 3, 3, 3\)'),
+    'python state': ({'rng': {'python': 1}}, 'not a checkpoint of this run: TypeError'),
+}
+
+
+def refuse_to_resume(images, whole, tmp_path, capsys, change, message):
+    saved = torch.load(whole / 'model.pt7', weights_only=True)
+    torch.save({**saved, **change}, tmp_path / 'model.pt7')
+    error = refused(
+        capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--batch_size', 12,
+        '--epochs', 4, '--epoch_step', '[2]', '--save', tmp_path, '--resume', 'auto',
+    )
+    assert re.search(message, error), error
+    assert len(error) < 500
+
+
+@pytest.mark.parametrize('case', [*NONSENSE, *OF_RESUMING])
+def test_whole_checkpoints_with_nonsense_in_them(images, whole, tmp_path, capsys, case):
+    refuse_to_resume(images, whole, tmp_path, capsys, *{**NONSENSE, **OF_RESUMING}[case])
+
+
+@pytest.mark.parametrize('case', PARAMS)
+def test_parameters_that_are_none(images, whole, tmp_path, capsys, case):
+    change, message = PARAMS[case]
+    params = params_of(whole)
+    changed = {'params': {**params, 'conv': change(params['conv'])}}
+    refuse_to_resume(images, whole, tmp_path, capsys, changed, message)
+
+
+@pytest.mark.parametrize('case', ['nested lists', 'negative step', 'classes', 'options'])
+def test_every_command_checks_what_it_reads(images, whole, tmp_path, capsys, case):
+    change, message = NONSENSE[case]
+    path = str(tmp_path / 'model.pt7')
+    torch.save({**torch.load(whole / 'model.pt7', weights_only=True), **change}, path)
+    for main, arguments in (
+        (export.main, [path, '--to', str(tmp_path / 'x.pth')]),
+        (predict.main, ['x.png', '--model', path]),
+        (train.main, ['--evaluate', '--resume', path, '--dataset', 'Digits']),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_link_in_place_of_the_temporary_file_is_not_followed(images, tmp_path):
+    target = tmp_path / 'precious'
+    target.write_text('mine')
+    (tmp_path / 'run').mkdir()
+    for name in ('model.pt7.tmp', 'best.pt7.tmp'):
+        (tmp_path / 'run' / name).symlink_to(target)
+    run(images, tmp_path / 'run', '--epochs', 1)
+    assert target.read_text() == 'mine'
+    assert is_finite(tmp_path / 'run' / 'model.pt7')
+    assert not (tmp_path / 'run' / 'model.pt7').is_symlink()
+
+
+def test_a_log_of_nonsense_is_passed_over(images, tmp_path):
+    run(images, tmp_path, '--epochs', 1)
+    with open(tmp_path / 'log.txt', 'a') as log:
+        for nonsense in ('null', '"2"', '[1]', '{}', '1e999'):
+            log.write(f'json_stats: {{"epoch": {nonsense}}}\n')
+        log.write('json_stats: ' + '[' * 100_000 + '\n')
+    assert [stats['epoch'] for stats in checkpoint.read_log(tmp_path / 'log.txt')] == [1]
+    shutil.copy(tmp_path / 'log.txt', tmp_path / 'copy.txt')
+    run(images, tmp_path, '--epochs', 2, '--resume', 'auto')
+    assert [stats['epoch'] for stats in stats_of(tmp_path)] == [1, 2]
