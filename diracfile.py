@@ -81,12 +81,15 @@ def load_params(path):
     that of `define_diracnet`, in which no tensor requires grad. Raises ValueError for what is
     wrong with the contents, OSError for a file that cannot be read.
     """
-    saved = read(path)
+    return _functional(read(path))
+
+
+def _functional(saved, stated=None):
     if is_folded(saved.params):
         raise ValueError(
-            f'{path}: holds a folded network: expected the parameters it was folded from'
+            f'{saved.path}: holds a folded network: expected the parameters it was folded from'
         )
-    saved.topology()
+    saved.topology(stated)
     return saved.params
 
 
@@ -295,17 +298,17 @@ def checkpoint_path(depth):
 def pretrained_params(depth):
     """Loads the original, unfolded parameters of the ImageNet DiracNet of depth 18 or 34.
 
-    They are fetched once into torch.hub's cache. Returns a flat dict, as that of
-    `define_diracnet(depth, 1, 'ImageNet')`, to fine-tune from: `Network(f, params)` makes
-    parameters of them; `diracimage.preprocess()` makes their inputs. Raises ValueError for another
-    depth, RuntimeError that says which file to put where if they cannot be had.
+    They are fetched once into torch.hub's cache, under a name that has no hash to check. Returns a
+    flat dict, as that of `define_diracnet(depth, 1, 'ImageNet')`, to fine-tune from:
+    `Network(f, params)` makes parameters of them; `diracimage.preprocess()` makes their inputs.
+    Raises ValueError for another depth, RuntimeError that says which file to put where if they
+    cannot be had, hold NaN or are another network's.
     """
     if depth not in CHECKPOINT_URLS:
         raise ValueError(f'depth {depth}: expected 18 or 34, of which there are published weights')
-    contents = load_published(CHECKPOINT_URLS[depth], check_hash=False)
-    saved = _saved(contents, checkpoint_path(depth))
-    try:
-        saved.topology()
-    except ValueError as error:
-        raise RuntimeError(str(error)) from error
-    return saved.params
+
+    def params_of(contents):
+        saved = _saved(contents, checkpoint_path(depth))
+        return _functional(saved, {'depth': depth, 'width': 1})
+
+    return load_published(CHECKPOINT_URLS[depth], params_of)

@@ -12,11 +12,12 @@ and the Dirac term folded into plain convolutions, with published weights for Im
 """
 
 import functools
+import hashlib
 import itertools
 import re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from os.path import basename, join
+from os.path import basename, exists, join
 
 import torch
 import torch.nn.functional as F
@@ -363,17 +364,42 @@ class DiracNet(nn.Module):
         return self.fc(self.features(inputs).flatten(1))
 
 
-def load_published(url, check_hash=True):
-    """Loads a published file through torch.hub's cache, weights only, on the CPU.
+def check_finite(params):
+    """Raises ValueError naming a tensor of flat parameters with NaN or an infinity in it."""
+    for name, tensor in params.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f'{name} holds NaN or an infinity: expected finite numbers')
 
-    check_hash: its name ends in the start of its SHA-256. Raises RuntimeError that says which file
-    to put where if it cannot be had.
+
+def _check_hash(path):
+    """Raises ValueError for a file whose name ends in the start of another SHA-256 than its own."""
+    named = re.search(r'-([0-9a-f]+)\.\w+$', path)
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    if named and not digest.hexdigest().startswith(named[1]):
+        found = digest.hexdigest()[: len(named[1])]
+        raise ValueError(f'its SHA-256 begins with {found}, expected {named[1]}')
+
+
+def load_published(url, params_of):
+    """Loads the parameters in a published file through torch.hub's cache, on the CPU.
+
+    params_of: from what the file holds to a flat dict of them; raises ValueError for those of
+    another network. Where the file's name ends in the start of its SHA-256, that is checked each
+    time. Raises RuntimeError that says which file to put where if they cannot be had, or hold NaN.
     """
     path = join(torch.hub.get_dir(), 'checkpoints', basename(url))
     try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location='cpu', check_hash=check_hash, weights_only=True
+        if exists(path):  # torch.hub checks what it fetches, and that alone
+            _check_hash(path)
+        contents = torch.hub.load_state_dict_from_url(
+            url, map_location='cpu', check_hash=True, weights_only=True
         )
+        params = params_of(contents)
+        check_finite(params)
+        return params
     except Exception as error:  # damaged bytes make torch.load raise almost anything
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise RuntimeError(
@@ -384,16 +410,21 @@ def load_published(url, check_hash=True):
 def _diracnet(depth, pretrained):
     net = DiracNet(depth)
     if pretrained:
-        net.load_state_dict(load_published(MODEL_URLS[depth]))
+        def params_of(contents):
+            check_fit(contents, net.state_dict())
+            return contents
+
+        net.load_state_dict(load_published(MODEL_URLS[depth], params_of))
     return net
 
 
 def diracnet18(pretrained=False):
     """DiracNet-18 for ImageNet, folded: (N, 3, 224, 224) to (N, 1000) logits.
 
-    pretrained: load the published weights, fetched once into torch.hub's cache. Their inputs are
-    RGB in [0, 1], resized with OpenCV, less mean (.485, .456, .406), over std (.229, .224, .225).
-    Raises RuntimeError that says which file to put where if they cannot be had.
+    pretrained: load the published weights, fetched once into torch.hub's cache, where their hash is
+    checked each time. Their inputs are RGB in [0, 1], resized with OpenCV, less mean (.485, .456,
+    .406), over std (.229, .224, .225). Raises RuntimeError that says which file to put where if
+    they cannot be had.
     """
     return _diracnet(18, pretrained)
 

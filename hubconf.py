@@ -16,9 +16,9 @@ def diracnet18(pretrained=False):
     `diracimage.preprocess()` makes them of files. Outputs: logits of the 1000 classes of
     ILSVRC2012, in the order of their WordNet numbers.
 
-    pretrained: with the weights that the authors published (fetched once, hash checked). Their
-    top-1 and top-5 errors on the validation set, 30.37 and 10.88 %, are the authors' figures (arXiv
-    1706.00388), not measured here.
+    pretrained: with the weights that the authors published (fetched once, hash checked each
+    time). Their top-1 and top-5 errors on the validation set, 30.37 and 10.88 %, are the authors'
+    figures (arXiv 1706.00388), not measured here.
     """
     return diracnet.diracnet18(pretrained)
 
@@ -31,9 +31,9 @@ def diracnet34(pretrained=False):
     `diracimage.preprocess()` makes them of files. Outputs: logits of the 1000 classes of
     ILSVRC2012, in the order of their WordNet numbers.
 
-    pretrained: with the weights that the authors published (fetched once, hash checked). Their
-    top-1 and top-5 errors on the validation set, 27.79 and 9.34 %, are the authors' figures (arXiv
-    1706.00388), not measured here; the second is unverified.
+    pretrained: with the weights that the authors published (fetched once, hash checked each
+    time). Their top-1 and top-5 errors on the validation set, 27.79 and 9.34 %, are the authors'
+    figures (arXiv 1706.00388), not measured here; the second is unverified.
     """
     return diracnet.diracnet34(pretrained)
 

@@ -1,6 +1,7 @@
 """The commands that deploy a trained network, run for real: export.py, predict.py, torch.hub."""
 
 import contextlib
+import hashlib
 import io
 import os
 import re
@@ -19,6 +20,7 @@ from damages import DAMAGES, damaged
 from pages import blocks
 from safetensors.torch import load_file
 
+import diracnet
 import export
 import hubconf
 import predict
@@ -337,14 +339,23 @@ def test_predict_names_an_unreadable_image(run_folder, capsys):
 # ---------------------------------------------------------------- torch.hub, docs
 
 
+def sha256_start(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+
+
 @pytest.fixture(scope='module')
 def torch_home(tmp_path_factory):
-    """A cache of torch.hub with stand-ins for the published files of DiracNet-18."""
+    """A cache of torch.hub with stand-ins for the published files of DiracNet-18.
+
+    The folded one has its own hash in its name, which MODEL_URLS has to say in place of a2174e15.
+    """
     home = tmp_path_factory.mktemp('torch_home')
     cache = home / 'hub' / 'checkpoints'
     cache.mkdir(parents=True)
     torch.manual_seed(3)
-    torch.save(DiracNet(18).state_dict(), cache / 'diracnet18v2folded-a2174e15.pth')
+    file = cache / 'folded.pth'
+    torch.save(DiracNet(18).state_dict(), file)
+    file.rename(cache / f'diracnet18v2folded-{sha256_start(file)}.pth')
     params = define_diracnet(18, 1, 'ImageNet')[1]
     torch.save({'params': params, 'epoch': 100}, cache / 'diracnet18-v2_checkpoint.pth')
     return home
@@ -352,8 +363,9 @@ def torch_home(tmp_path_factory):
 
 def test_hub(torch_home, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(torch_home))
+    (file,) = (torch_home / 'hub' / 'checkpoints').glob('diracnet18v2folded-*.pth')
+    monkeypatch.setitem(diracnet.MODEL_URLS, 18, f'http://127.0.0.1:1/{file.name}')
     net = torch.hub.load(str(ROOT), 'diracnet18', source='local', pretrained=True)
-    file = torch_home / 'hub' / 'checkpoints' / 'diracnet18v2folded-a2174e15.pth'
     state = torch.load(file, weights_only=True)
     assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
     net = torch.hub.load(str(ROOT), 'diracnet34', source='local')
@@ -375,6 +387,12 @@ def test_every_block_of_the_docs_on_deploying(run_folder, images, torch_home, tm
     project = tmp_path / 'project'
     others = ('.*', '__pycache__', '*.egg-info', 'build', 'checkpoints', 'logs', 'runs', 'tests')
     shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(*others))
+    (file,) = (torch_home / 'hub' / 'checkpoints').glob('diracnet18v2folded-*.pth')
+    source = (project / 'diracnet.py').read_text()
+    assert source.count('diracnet18v2folded-a2174e15.pth') == 1
+    (project / 'diracnet.py').write_text(
+        source.replace('diracnet18v2folded-a2174e15.pth', file.name)
+    )
     shutil.copytree(run_folder, project / 'logs' / 'diracnet-28-1')
     shutil.copytree(images, tmp_path / 'home' / 'images')
     shutil.copy(next(images.rglob('*.png')), project / 'cat.jpg')

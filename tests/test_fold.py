@@ -356,6 +356,25 @@ def test_pretrained_params(tmp_path, monkeypatch):
         pretrained_params(18)
 
 
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda params: {**params, 'fc.bias': torch.full((1000,), torch.nan)},
+     'fc.bias holds NaN or an infinity: expected finite numbers'),
+    (lambda params: define_diracnet(34, 1, 'ImageNet')[1], 'depth 18, width 1 are stated'),
+    (lambda params: fold(params).state_dict(), 'holds a folded network'),
+    (list, 'AttributeError'),
+])
+def test_published_checkpoint_of_no_use(tmp_path, monkeypatch, change, message):
+    """Its name has no hash to compare: what can be seen is looked at."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    path = checkpoint_path(18)
+    os.makedirs(os.path.dirname(path))
+    torch.save(change(define_diracnet(18, 1, 'ImageNet')[1]), path)
+    with pytest.raises(RuntimeError, match=message) as error:
+        pretrained_params(18)
+    assert '\n' not in str(error.value)
+    assert str(error.value).endswith(f'put the file from there at {path}')
+
+
 def test_preprocess(tmp_path):
     path = str(tmp_path / 'image.png')
     pixels = np.random.default_rng(0).integers(0, 256, (300, 450, 3), np.uint8)  # BGR

@@ -261,14 +261,18 @@ def test_folded_network_is_a_chain_of_relu_and_convolutions():
     assert len(keys) == 2 * (1 + 16 + 1)
 
 
+def renamed_by_its_hash(file):
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    return file.rename(file.with_name(f'diracnet18v2folded-{digest}.pth'))
+
+
 @pytest.fixture
 def published(tmp_path, monkeypatch):
     """Serves a folded checkpoint on the loopback, its hash in its name; torch.hub starts empty."""
     (tmp_path / 'www').mkdir()
     file = tmp_path / 'www' / 'folded.pth'
     torch.save(DiracNet(18).state_dict(), file)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    file = file.rename(tmp_path / 'www' / f'diracnet18v2folded-{digest}.pth')
+    file = renamed_by_its_hash(file)
     handler = functools.partial(
         http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / 'www')
     )
@@ -308,3 +312,41 @@ def test_pretrained_weights_that_cannot_be_had(published, defect):
         diracnet18(pretrained=True)
     assert diracnet.MODEL_URLS[18] in str(error.value)
     assert str(cached) in str(error.value)
+
+
+@pytest.mark.parametrize('defect', ['bit', 'nan', 'other network'])
+def test_published_weights_are_checked_each_time(published, defect):
+    """In the cache, where users put them by hand: all of these are files that torch.load takes."""
+    served, cached = published
+    diracnet18(pretrained=True)
+    state = torch.load(cached)
+    if defect == 'bit':
+        state['fc.bias'].view(torch.int32)[0] ^= 1
+    if defect == 'nan':
+        state['fc.bias'][0] = torch.nan
+    if defect == 'other network':
+        state = {name: tensor + 1 for name, tensor in state.items()}
+    torch.save(state, cached)
+    with pytest.raises(RuntimeError, match='put the file from') as error:
+        diracnet18(pretrained=True)
+    expected = re.search(r'-(\w{8})\.pth', cached.name)[1]
+    assert re.search(rf'its SHA-256 begins with \w{{8}}, expected {expected}\)', str(error.value))
+    assert str(error.value).endswith(str(cached))
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    (lambda state: {**state, 'fc.bias': torch.full((1000,), torch.inf)}, 'fc.bias holds NaN or an'),
+    (lambda state: {**state, 'fc.bias': torch.zeros(10)}, r'fc.bias is \(10,\), expected'),
+    (lambda state: [1, 2], 'AttributeError'),
+])
+def test_published_weights_of_the_right_hash_and_no_sense(published, monkeypatch, change, message):
+    served, cached = published
+    cached.parent.mkdir(parents=True)
+    file = cached.parent / 'new'
+    torch.save(change(torch.load(served)), file)
+    file = renamed_by_its_hash(file)
+    monkeypatch.setitem(diracnet.MODEL_URLS, 18, f'http://127.0.0.1:1/{file.name}')
+    with pytest.raises(RuntimeError, match=message) as error:
+        diracnet18(pretrained=True)
+    assert '\n' not in str(error.value)
+    assert str(error.value).endswith(f'put the file from there at {file}')
