@@ -16,8 +16,28 @@ OF_THE_USER = (
 class Options(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage, and exit status 2."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        for word in args:
+            if re.fullmatch('-[^=]*=--', word):  # which argparse takes for an empty list
+                self.error(f'{word}: expected another value than --')
+        return super().parse_known_args(args, namespace)
+
     def error(self, message):
         self.exit(2, f'{self.prog}: {message}\n')
+
+
+def _end(number, frame):
+    os._exit(128 + number)
+
+
+def end_by_ctrl_c():
+    """Has Ctrl-C end the process without a traceback, until errors_in_one_line sees to it.
+
+    For what comes before, the import of torch above all. Where Ctrl-C is ignored it stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
 
 
 @contextlib.contextmanager
@@ -28,6 +48,8 @@ def errors_in_one_line(prog, expected=(ValueError, OSError, RuntimeError)):
     status: the error's own `status` if it has one, 2 for OF_THE_USER, 1 for the rest; 130 for
     Ctrl-C.
     """
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

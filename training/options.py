@@ -1,6 +1,7 @@
 """What may be asked of train.py, checked before anything is read."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ from networks import FAMILIES
 from training import distributed
 
 MOST = 10_000  # of what makes a network: an error is better than a machine that swaps
+MOST_PIXELS = 4096  # of a side of the inputs: one image of 200 MB
 DTYPES = ('auto', 'float', 'bfloat16', 'double')
 MOST_WORKERS = 8  # by default; of more, each has little to do
 SCHEDULES = ('step', 'cosine', 'onecycle')
@@ -86,7 +88,7 @@ def make_parser():
     add('--dataset', default=None, choices=DATASETS,
         help='what to train or test on (default: CIFAR10; with --evaluate that of the run)')
     add('--dataroot', '--imagenetpath', default='.', type=folder, help='folder of its files')
-    add('--image_size', default=None, type=at_least(8, int),
+    add('--image_size', default=None, type=at_least(8, int, MOST_PIXELS),
         help=f'pixels of a Folder (default: 32): up to {MAX_SMALL} for the CIFAR networks, above '
              'for the ImageNet ones')
     add('--randomcrop_pad', default=4, type=at_least(0, int), help='pixels, for small images')
@@ -106,7 +108,7 @@ def make_parser():
     add('--lr_schedule', default='step', choices=SCHEDULES, help='how it changes')
     add('--epoch_step', default='[60,120,160]', type=epoch_list,
         help='epochs, counted from 1, at whose start the learning rate drops')
-    add('--lr_decay_ratio', default=0.2, type=at_least(0, float), help='factor of such a drop')
+    add('--lr_decay_ratio', default=0.2, type=at_least(0, float, 1), help='factor of such a drop')
     add('--nesterov', default=False, action=argparse.BooleanOptionalAction,
         help="Nesterov's momentum")
     add('--weight_decay', '--weightDecay', default=5e-4, type=at_least(0, float),
@@ -198,7 +200,14 @@ def parse_options(argv):
 
 
 def _can_be_made(path):
-    there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    path = Path(path).absolute()
+    try:
+        there = next(p for p in (path, *path.parents) if p.exists())
+        for part in (path, *path.parts):  # does the file system take the names of those to come?
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(there / part)
+    except (OSError, ValueError):
+        return False
     return there.is_dir() and os.access(there, os.W_OK)
 
 
