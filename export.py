@@ -9,12 +9,20 @@ In int8, its ranges calibrated on a folder of images, with the accuracy that is 
 """
 
 import argparse
+import contextlib
 import copy
 import importlib.util
+import io
 import os
 import statistics
 import tempfile
 import time
+from pathlib import Path
+
+if __name__ == '__main__':  # before what takes seconds to import
+    from command import end_by_ctrl_c
+
+    end_by_ctrl_c()
 
 import torch
 from tqdm import tqdm
@@ -35,14 +43,21 @@ TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of the largest logit
 # ---------------------------------------------------------------- formats
 
 
-def write_onnx(net, inputs, path):
+def in_memory(save, contents):
+    """Returns the bytes of a file of torch's: its own writer aborts where the disk is full."""
+    file = io.BytesIO()
+    save(contents, file)
+    return file.getvalue()
+
+
+def as_onnx(net, inputs):
     program = torch.onnx.export(
         net, (inputs,), input_names=['inputs'], output_names=['logits'], opset_version=18,
         dynamic_shapes={'inputs': {0: torch.export.Dim('N')}}, dynamo=True, verbose=False,
     )
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces: paths of this machine
-    program.save(path, external_data=False)
+    return program.model_proto.SerializeToString()
 
 
 def open_onnx(path, net):
@@ -56,9 +71,9 @@ def open_onnx(path, net):
     return lambda inputs: torch.from_numpy(session.run(None, {'inputs': inputs.numpy()})[0])
 
 
-def write_pt2(net, inputs, path):
+def as_pt2(net, inputs):
     program = torch.export.export(net, (inputs,), dynamic_shapes=({0: torch.export.Dim('N')},))
-    torch.export.save(program, path)
+    return in_memory(torch.export.save, program)
 
 
 def open_pt2(path, net):
@@ -71,10 +86,10 @@ def open_state_dict(state, net):
     return net
 
 
-def write_safetensors(net, inputs, path):
-    from safetensors.torch import save_file
+def as_safetensors(net, inputs):
+    from safetensors.torch import save
 
-    save_file(net.state_dict(), path)
+    return save(net.state_dict())
 
 
 def open_safetensors(path, net):
@@ -83,19 +98,19 @@ def open_safetensors(path, net):
     return open_state_dict(load_file(path), net)
 
 
-def write_pth(net, inputs, path):
-    torch.save(net.state_dict(), path)
+def as_pth(net, inputs):
+    return in_memory(torch.save, net.state_dict())
 
 
 def open_pth(path, net):
     return open_state_dict(torch.load(path, weights_only=True), net)
 
 
-FORMATS = {  # write(net, inputs, path), open(path, net) -> inputs to logits, packages
-    '.onnx': (write_onnx, open_onnx, ('onnx', 'onnxruntime', 'onnxscript')),
-    '.pt2': (write_pt2, open_pt2, ()),
-    '.safetensors': (write_safetensors, open_safetensors, ('safetensors',)),
-    '.pth': (write_pth, open_pth, ()),
+FORMATS = {  # as(net, inputs) -> bytes, open(path, net) -> inputs to logits, packages
+    '.onnx': (as_onnx, open_onnx, ('onnx', 'onnxruntime', 'onnxscript')),
+    '.pt2': (as_pt2, open_pt2, ()),
+    '.safetensors': (as_safetensors, open_safetensors, ('safetensors',)),
+    '.pth': (as_pth, open_pth, ()),
 }
 
 
@@ -111,13 +126,21 @@ class Calibration:
         return None if inputs is None else {'inputs': inputs[None].numpy()}
 
 
-def quantise(path, int8_path, paths, transform):
-    """Writes a float32 ONNX file in int8: activations per tensor, filters per output channel."""
+def quantise(content, paths, transform):
+    """Makes int8 of the bytes of a float32 ONNX file: activations per tensor, filters per channel.
+
+    paths: of the images to calibrate on, which transform makes inputs of. Returns the bytes of both
+    files, float32 optimised as int8 is.
+    """
     from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    quant_pre_process(path, path)
-    quantize_static(path, int8_path, Calibration(paths, transform), per_channel=True)
+    with tempfile.TemporaryDirectory() as folder:  # ONNX Runtime goes by files, here and within
+        float32, int8 = (Path(folder, name) for name in ('float32.onnx', 'int8.onnx'))
+        float32.write_bytes(content)
+        quant_pre_process(float32, float32)
+        quantize_static(float32, int8, Calibration(paths, transform), per_channel=True)
+        return float32.read_bytes(), int8.read_bytes()
 
 
 # ---------------------------------------------------------------- inputs
@@ -230,16 +253,31 @@ def parse_options(argv=None):
     return opt
 
 
-def write(opt, net, trained, paths, folder):
-    """Writes the folded network into a folder: {title: (file, tolerance)}, that of --to last."""
+def make(opt, net, trained, paths):
+    """Makes files of the folded network: {title: (bytes, tolerance)}, that of --to last."""
     name, size = os.path.basename(opt.to), trained.inputs.size
-    path = os.path.join(folder, 'float32-' + name if opt.int8 else name)
-    FORMATS[opt.ending][0](net, torch.zeros(2, 3, size, size), path)
+    content = FORMATS[opt.ending][0](net, torch.zeros(2, 3, size, size))
     if not opt.int8:
-        return {name: (path, TOLERANCE)}
-    int8_path = os.path.join(folder, name)
-    quantise(path, int8_path, paths, trained.inputs.read)
-    return {'float32': (path, TOLERANCE), name: (int8_path, INT8_TOLERANCE)}
+        return {name: (content, TOLERANCE)}
+    float32, int8 = quantise(content, paths, trained.inputs.read)
+    return {'float32': (float32, TOLERANCE), name: (int8, INT8_TOLERANCE)}
+
+
+@contextlib.contextmanager
+def errors_that_name(path):
+    """Has an OSError name the file that was asked for, in place of one on the way to it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+def write(path, content):
+    """Writes bytes: when this returns they are on the disk. Raises OSError, of a full one too."""
+    with open(path, 'wb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def verify(networks, tolerances, inputs, expected):
@@ -266,16 +304,21 @@ def export(opt):
     unfolded, net = trained.network.float(), fold(trained.network)
     describe(opt, trained, described)
     target = os.path.dirname(os.path.abspath(opt.to))
-    os.makedirs(target, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target) as folder:
-        written = write(opt, net, trained, paths, folder)
-        files, tolerances = zip(*written.values())
+    made = make(opt, net, trained, paths)
+    contents, tolerances = zip(*made.values())
+    with errors_that_name(opt.to):
+        os.makedirs(target, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(dir=target)
+    with beside as folder:
+        files = [os.path.join(folder, str(i) + opt.ending) for i in range(len(contents))]
         forms = {'unfolded': unfolded}
-        for title, path in zip(written, files):
+        for title, path, content in zip(made, files, contents):
+            with errors_that_name(opt.to):
+                write(path, content)
             forms[title] = FORMATS[opt.ending][1](path, net)
         expected = copy.deepcopy(unfolded).double()(inputs.double())
         memory = sum(tensor.nbytes for tensor in unfolded.state_dict().values())
-        sizes = [memory, *map(os.path.getsize, files)]
+        sizes = [memory, *map(len, contents)]
         rows = {
             'parameters': [
                 f'{sum(p.numel() for p in network.parameters()):,}'
@@ -290,7 +333,8 @@ def export(opt):
                 f'{top1(network, sets.test, trained.inputs, title):.2f}'
                 for title, network in forms.items()
             ]
-        os.replace(files[-1], opt.to)
+        with errors_that_name(opt.to):
+            os.replace(files[-1], opt.to)
     print_table(['', *forms], [[name, *cells] for name, cells in rows.items()])
     print(f'written to {opt.to}')
 

@@ -6,6 +6,11 @@
 
 import argparse
 
+if __name__ == '__main__':  # before what takes seconds to import
+    from command import end_by_ctrl_c
+
+    end_by_ctrl_c()
+
 import torch
 
 import networks
@@ -53,6 +58,8 @@ def predict(opt):
     network, inputs, classes = load(opt.model)
     for path in opt.images:
         probabilities = network(inputs.read(path)[None]).softmax(dim=1)[0]  # (num_classes,)
+        if not probabilities.isfinite().all():
+            raise RuntimeError(f'{opt.model}: its outputs are no numbers: expected finite ones')
         print(path)
         for p, label in zip(*probabilities.topk(min(5, len(probabilities)))):
             print(f'  {100 * p:6.2f} %  {classes[label] if classes else f"class {label}"}')

@@ -1,10 +1,12 @@
 """The commands that deploy a trained network, run for real: export.py, predict.py, torch.hub."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -137,6 +139,19 @@ def test_a_file_that_differs_is_not_left_behind(run_folder, tmp_path, capsys, mo
         'expected at most 0.0001\n',
         capsys.readouterr().err,
     )
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize('ending', RUN)
+def test_full_disk(run_folder, tmp_path, ending):
+    """In a process of its own, which torch's writers would abort; a limit stands for the disk."""
+    path = tmp_path / f'diracnet{ending}'
+    done = subprocess.run(
+        [sys.executable, 'export.py', str(run_folder), '--to', str(path)], cwd=ROOT,
+        capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
+    assert (done.returncode, done.stderr) == (1, f'export.py: {path}: {os.strerror(errno.EFBIG)}\n')
     assert os.listdir(tmp_path) == []
 
 
@@ -334,6 +349,17 @@ def test_predict_numbers_classes_without_names(trained, images, tmp_path, capsys
 def test_predict_names_an_unreadable_image(run_folder, capsys):
     line = error_of(predict.main, [__file__, '--model', str(run_folder)], capsys)
     assert line == f'predict.py: {__file__}: not a readable image\n'
+
+
+@pytest.mark.parametrize('number', [torch.nan, torch.inf])
+def test_predict_refuses_outputs_that_are_no_numbers(trained, images, tmp_path, capsys, number):
+    path = str(tmp_path / 'params.pth')
+    torch.save({**trained[1], 'fc.bias': torch.full((10,), number)}, path)
+    with pytest.raises(SystemExit) as exit:
+        predict.main([str(next(images.rglob('*.png'))), '--model', path])
+    assert exit.value.code == 1
+    expected = f'predict.py: {path}: its outputs are no numbers: expected finite ones\n'
+    assert capsys.readouterr() == ('', expected)
 
 
 # ---------------------------------------------------------------- torch.hub, docs
