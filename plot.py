@@ -10,6 +10,11 @@ import argparse
 import math
 from pathlib import Path
 
+if __name__ == '__main__':  # before what takes seconds to import
+    from command import end_by_ctrl_c
+
+    end_by_ctrl_c()
+
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D

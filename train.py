@@ -28,6 +28,11 @@ import signal
 import sys
 import time
 
+if __name__ == '__main__':  # before what takes seconds to import
+    from command import end_by_ctrl_c
+
+    end_by_ctrl_c()
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

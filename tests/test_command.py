@@ -1,0 +1,44 @@
+"""How commands end: Ctrl-C at any time."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import command
+
+ROOT = Path(command.__file__).parent
+INTERRUPT = 'import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint("still here")\n'
+
+
+def run(*arguments, **kwargs):
+    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
+                          timeout=60, **kwargs)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(('script', 'imported'), [
+    ('train.py', 'torch'), ('export.py', 'torch'), ('predict.py', 'torch'),
+    ('plot.py', 'matplotlib'),
+])
+def test_ctrl_c_while_it_imports(tmp_path, script, imported):
+    """What takes the time is replaced by a module that presses the keys."""
+    (tmp_path / f'{imported}.py').write_text(INTERRUPT + 'raise SystemExit(7)\n')
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    assert run(ROOT / script, env=environment) == (130, '', '')
+    ignored = run(ROOT / script, env=environment,  # as in the background of a shell script
+                  preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert ignored == (7, 'still here\n', '')
+
+
+def test_ctrl_c_in_main_can_be_answered(tmp_path):
+    (tmp_path / 'interrupt.py').write_text(INTERRUPT)
+    text = '\n'.join([
+        'import command', 'command.end_by_ctrl_c()', 'with command.errors_in_one_line("x.py"):',
+        '    try:', '        import interrupt', '    finally:', '        print("answered")',
+    ])
+    environment = {**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{tmp_path}'}
+    assert run('-c', text, env=environment) == (130, 'answered\n', '')
