@@ -111,6 +111,14 @@ def _saved(contents, path):
     return Saved(str(path), params, contents.get('args') or {}, contents.get('classes'))
 
 
+def metadata(args, classes):
+    """What an exported state dict says of itself: {key: text}, which `read` finds again.
+
+    args: options of train.py, as a checkpoint has them; classes: their names, or None.
+    """
+    return {METADATA: json.dumps({'args': args, 'classes': classes})}
+
+
 def _metadata_of(state_dict):
     """What an exported state dict says of itself, `args` and `classes`: a dict, perhaps empty."""
     text = getattr(state_dict, '_metadata', {}).get(METADATA)

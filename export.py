@@ -50,7 +50,7 @@ def in_memory(save, contents):
     return file.getvalue()
 
 
-def as_onnx(net, inputs):
+def as_onnx(net, inputs, said):
     program = torch.onnx.export(
         net, (inputs,), input_names=['inputs'], output_names=['logits'], opset_version=18,
         dynamic_shapes={'inputs': {0: torch.export.Dim('N')}}, dynamo=True, verbose=False,
@@ -71,7 +71,7 @@ def open_onnx(path, net):
     return lambda inputs: torch.from_numpy(session.run(None, {'inputs': inputs.numpy()})[0])
 
 
-def as_pt2(net, inputs):
+def as_pt2(net, inputs, said):
     program = torch.export.export(net, (inputs,), dynamic_shapes=({0: torch.export.Dim('N')},))
     return in_memory(torch.export.save, program)
 
@@ -86,10 +86,10 @@ def open_state_dict(state, net):
     return net
 
 
-def as_safetensors(net, inputs):
+def as_safetensors(net, inputs, said):
     from safetensors.torch import save
 
-    return save(net.state_dict())
+    return save(net.state_dict(), said)
 
 
 def open_safetensors(path, net):
@@ -98,15 +98,19 @@ def open_safetensors(path, net):
     return open_state_dict(load_file(path), net)
 
 
-def as_pth(net, inputs):
-    return in_memory(torch.save, net.state_dict())
+def as_pth(net, inputs, said):
+    state = net.state_dict()
+    state._metadata.update(said)  # which torch.save keeps, and load_state_dict passes over
+    return in_memory(torch.save, state)
 
 
 def open_pth(path, net):
     return open_state_dict(torch.load(path, weights_only=True), net)
 
 
-FORMATS = {  # as(net, inputs) -> bytes, open(path, net) -> inputs to logits, packages
+# as(net, inputs, what a state dict says of itself) -> bytes, open(path, net) -> inputs to logits,
+# packages
+FORMATS = {
     '.onnx': (as_onnx, open_onnx, ('onnx', 'onnxruntime', 'onnxscript')),
     '.pt2': (as_pt2, open_pt2, ()),
     '.safetensors': (as_safetensors, open_safetensors, ('safetensors',)),
@@ -256,7 +260,7 @@ def parse_options(argv=None):
 def make(opt, net, trained, paths):
     """Makes files of the folded network: {title: (bytes, tolerance)}, that of --to last."""
     name, size = os.path.basename(opt.to), trained.inputs.size
-    content = FORMATS[opt.ending][0](net, torch.zeros(2, 3, size, size))
+    content = FORMATS[opt.ending][0](net, torch.zeros(2, 3, size, size), trained.metadata())
     if not opt.int8:
         return {name: (content, TOLERANCE)}
     float32, int8 = quantise(content, paths, trained.inputs.read)

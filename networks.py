@@ -133,6 +133,11 @@ class Trained:
     classes: list  # their names, or None
     args: dict  # the options of its training, or empty
 
+    def metadata(self):
+        """What a file of its parameters alone says of it, as `diracfile.metadata` has it."""
+        inputs = {'dataset': 'Folder', 'image_size': self.inputs.size}
+        return diracfile.metadata({**self.options, **inputs}, self.classes)
+
     @property
     def title(self):
         sizes = dict(self.options)

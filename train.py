@@ -171,10 +171,10 @@ def print_beginning(what, network, sets, device, dtype):
     training = f'{len(sets.train)} training and ' if sets.train else ''
     say(
         *[f'  {name:<16}{value}' for name, value in what.items()],
-        f'\n  {"parameter":<32}{"shape":<20}{"size":>12}',
-        *[f'  {name:<32}{str(tuple(tensor.shape)):<20}{tensor.numel():>12,}'
+        f'\n  {"parameter":<40}{"shape":<20}{"size":>12}',
+        *[f'  {name:<40}{str(tuple(tensor.shape)):<20}{tensor.numel():>12,}'
           for name, tensor in params.items()],
-        f'  {"total":<52}{sum(p.numel() for p in params.values()):>12,}\n',
+        f'  {"total":<60}{sum(p.numel() for p in params.values()):>12,}\n',
         f'{sets.name}: {training}{len(sets.test)} test images, {len(sets.classes)} '
         f'classes; computing on {world()} x {device.type} in {dtype}',
     )

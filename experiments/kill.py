@@ -1,14 +1,19 @@
-"""Kills a training at random moments, lets it go on, and compares its end, bit by bit.
+"""Attacks trainings, lets them go on, and compares their end with one that was left alone.
 
-    python -m experiments.kill --kills 20
+    python -m experiments.kill --kills 20     # at random moments
+    python -m experiments.kill --points       # at each point where it touches the disk
 
-One DiracNet-10-1 is trained on the digits without a stop. A second training with the same options
-is killed with SIGKILL, every fourth time while it writes a checkpoint, and started again with
-`--resume auto`. Exit status 1 if a parameter, a running statistic or a momentum differs at the end,
-or an epoch's line in the log.
+A DiracNet-10-1 is trained on the digits without a stop. Others with the same options are killed
+with SIGKILL at random moments, every fourth time while a checkpoint is written, or at each point of
+the disk (experiments/touch.py): before it, in the middle of writing, or by a full disk. They are
+started again with `--resume auto`. With --points two trainings in one folder are tried too. Exit
+status 1 if a parameter, a running statistic, a momentum, a random state or a figure in the log
+differs at the end.
 """
 
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -75,12 +80,9 @@ def compare(whole, killed):
         same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
         differ += [] if same else [name]
     logs = [checkpoint.read_log(str(folder / checkpoint.LOG)) for folder in (whole, killed)]
-    epochs = [[stats['epoch'] for stats in log] for log in logs]
-    if epochs[0] != epochs[1]:
-        differ.append(f'epochs in the logs: {epochs}')
-    accuracies = [[stats['test_acc'] for stats in log] for log in logs]
-    if accuracies[0] != accuracies[1]:
-        differ.append(f'test_acc in the logs: {accuracies}')
+    for name in ('epoch', 'lr', 'train_loss', 'train_acc', 'test_loss', 'test_acc'):
+        one, other = ([stats[name] for stats in log] for log in logs)
+        differ += [] if one == other else [f'{name} in the logs: {one} and {other}']
     return differ
 
 
@@ -101,18 +103,77 @@ def survive(folder, kills, epochs, seed):
     return alive, in_save, compare(whole, killed)
 
 
+# ---------------------------------------------------------------- at each point of the disk
+
+POINT_OPTIONS = ['--dataset', 'Digits', '--depth', '10', '--dtype', 'float', '--epochs', '2']
+EXPECTED = {'kill': {-signal.SIGKILL}, 'half': {-signal.SIGXFSZ, 0}, 'full': {1, 0}}
+
+
+def touch(save, point, how):
+    """Runs a training that is attacked at a point: (exit status, what it said)."""
+    command = [sys.executable, '-m', 'experiments.touch', str(save), str(point), how]
+    done = subprocess.run([*command, *POINT_OPTIONS], cwd=ROOT, stdout=subprocess.DEVNULL,
+                          stderr=subprocess.PIPE, text=True)
+    return done.returncode, done.stderr.strip().splitlines()
+
+
+def train_on(save, *options):
+    command = [sys.executable, str(ROOT / 'train.py'), *POINT_OPTIONS, '--save', str(save)]
+    return subprocess.run([*command, *options], capture_output=True, text=True)
+
+
+def attack_points(folder, points=None):
+    """Attacks at the points given, or at each: returns (number of attacks, what went wrong)."""
+    whole = folder / 'whole'
+    status, said = touch(whole, 0, 'kill')
+    if status != 0:
+        raise RuntimeError(f'the training that is not attacked ended with {status}: {said[-1:]}')
+    cases = [(p, how) for p in points or range(1, int(said[-1]) + 1) for how in EXPECTED]
+    wrong = []
+    for point, how in tqdm(cases, 'points', disable=None):
+        save = folder / f'{point}-{how}'
+        status, said = touch(save, point, how)
+        if status not in EXPECTED[how] or len(said) > 1:
+            wrong.append(f'point {point}, {how}: status {status}, {said[-2:]}')
+        again = train_on(save, '--resume', 'auto')
+        differ = [again.stderr] if again.returncode else compare(whole, save)
+        wrong += [f'point {point}, {how}: {name}' for name in differ]
+        shutil.rmtree(save)
+    return len(cases), wrong
+
+
+def attack_together(folder):
+    """Starts two trainings on one folder: what went wrong, if not one alone was refused."""
+    command = [sys.executable, str(ROOT / 'train.py'), *POINT_OPTIONS, '--save',
+               str(folder / 'together'), '--resume', 'auto']
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for _ in range(2)]
+    statuses = sorted(process.wait() for process in both)
+    differ = compare(folder / 'whole', folder / 'together')
+    return differ if statuses == [0, 2] else [f'two trainings ended with {statuses}', *differ]
+
+
 def main():
     parser = Options(prog='experiments.kill', description=__doc__.splitlines()[0])
     parser.add_argument('--kills', type=int, default=20, help='how often (default: 20)')
     parser.add_argument('--seed', type=int, default=0, help='of the moments (default: 0)')
+    parser.add_argument('--points', action='store_true',
+                        help='attack at each point of the disk, not at random moments')
     args = parser.parse_args()
     with errors_in_one_line('experiments.kill'), tempfile.TemporaryDirectory() as folder:
-        epochs = 2 + args.kills
-        alive, in_save, differ = survive(Path(folder), args.kills, epochs, args.seed)
-        print(f'{alive} kills in {epochs} epochs, {in_save} of them while a checkpoint was written')
+        folder = Path(folder).resolve()
+        if args.points:
+            count, differ = attack_points(folder)
+            differ += attack_together(folder)
+            print(f'{count} attacks at the points of the disk, and two trainings in one folder')
+        else:
+            epochs = 2 + args.kills
+            alive, in_save, differ = survive(folder, args.kills, epochs, args.seed)
+            print(f'{alive} kills in {epochs} epochs, {in_save} of them while a checkpoint was '
+                  'written')
         if differ:
-            raise RuntimeError('the end differs in ' + ', '.join(differ[:5]))
-    print('every parameter, running statistic and momentum is the same, bit by bit')
+            raise RuntimeError('the end differs: ' + '; '.join(differ[:5]))
+    print('every parameter, running statistic, momentum and figure is the same, bit by bit')
 
 
 if __name__ == '__main__':

@@ -51,3 +51,13 @@ def refused(capsys, *options):
     assert error.startswith('train.py: ')
     assert error.count('\n') == 1
     return error
+
+
+def assert_same_run(folder, whole):
+    """Every number but times: parameters, momenta and the log."""
+    assert all(torch.equal(p, params_of(whole)[name]) for name, p in params_of(folder).items())
+    logs = [
+        [{name: value for name, value in epoch.items() if name.endswith(('_loss', '_acc', 'epoch'))}
+         for epoch in stats_of(f)] for f in (folder, whole)
+    ]
+    assert logs[0] == logs[1]

@@ -11,15 +11,20 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
-from runs import params_of, refused, run, stats_of, write_images
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from runs import assert_same_run, params_of, refused, run, stats_of, write_images
 
 import diracfile
 import export
 import predict
 import train
-from training import checkpoint
+from diracimage import DataError, read_test_image
+from training import checkpoint, data
 
 ROOT = Path(train.__file__).parent
 
@@ -53,16 +58,6 @@ def is_finite(path):
     saved = torch.load(path, weights_only=True)
     momenta = [state['momentum_buffer'] for state in saved['optimizer']['state'].values()]
     return all(tensor.isfinite().all() for tensor in [*saved['params'].values(), *momenta])
-
-
-def assert_same_run(folder, whole):
-    """Every number but times: parameters, momenta and the log."""
-    assert all(torch.equal(p, params_of(whole)[name]) for name, p in params_of(folder).items())
-    logs = [
-        [{name: value for name, value in epoch.items() if name.endswith(('_loss', '_acc', 'epoch'))}
-         for epoch in stats_of(f)] for f in (folder, whole)
-    ]
-    assert logs[0] == logs[1]
 
 
 # ---------------------------------------------------------------- lost or spoilt work
@@ -253,6 +248,37 @@ def test_the_log_too_is_that_of_a_run_never_stopped(images, whole, tmp_path):
 
 
 # ---------------------------------------------------------------- let in
+
+
+@pytest.mark.parametrize('ending', ['.png', '.jpg', '.bmp', '.webp', '.tiff', '.ppm'])
+def test_damaged_images_give_an_error_or_pixels(ending, tmp_path, request):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    good = cv2.imencode(ending, cv2.resize(pixels, (90, 80)))[1].tobytes()
+    path = str(tmp_path / f'image{ending}')
+
+    @settings(max_examples=request.config.getoption('--fuzz') // 6 + 1, deadline=None,
+              database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(st.lists(st.tuples(st.integers(0, len(good) - 1) | st.integers(0, 40),
+                              st.integers(1, 255)), max_size=4),
+           st.just(0) | st.integers(0, len(good)))
+    def flip_and_cut(flips, cut):
+        content = bytearray(good)
+        for position, change in flips:
+            content[position] ^= change
+        Path(path).write_bytes(content[: len(content) - cut])
+        for read in (read_test_image, data.read_random_crop):
+            message, shape = f'{path}: ', (70, 70, 3)
+            try:
+                shape = read(path, 70).shape
+            except DataError as error:
+                message = str(error)
+            assert shape == (70, 70, 3)
+            assert message.startswith(f'{path}: ')
+            assert '\n' not in message
+
+    start = time.monotonic()
+    flip_and_cut()
+    assert time.monotonic() - start < 1 + request.config.getoption('--fuzz')  # seconds: none hangs
 
 
 def nested(depth):

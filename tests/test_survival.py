@@ -18,10 +18,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pages import text_of
-from runs import params_of, refused, run, stats_of, write_images
+from runs import assert_same_run, params_of, refused, run, stats_of, write_images
 
 import train
-from experiments.kill import flat, survive
+from experiments.kill import attack_points, flat, survive
 from training import checkpoint, options
 
 ROOT = Path(train.__file__).parent
@@ -53,16 +53,6 @@ def whole(images, tmp_path_factory):
     return folder
 
 
-def assert_same_run(folder, whole):
-    expected = params_of(whole)
-    assert all(torch.equal(p, expected[name]) for name, p in params_of(folder).items())
-    figures = [[(s['epoch'], s['lr'], s['train_acc'], s['test_acc']) for s in stats_of(f)]
-               for f in (folder, whole)]
-    assert figures[0] == figures[1]
-    losses = [[s['train_loss'] for s in stats_of(f)] for f in (folder, whole)]
-    assert losses[0] == pytest.approx(losses[1])
-
-
 def environment(**changes):
     """One thread each, torch's C++ warnings left out; scripts in tests/ find the project."""
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR',
@@ -70,6 +60,12 @@ def environment(**changes):
 
 
 # ---------------------------------------------------------------- stopped and killed
+
+
+def test_attacks_at_points_of_the_disk(tmp_path):
+    """A few; `python -m experiments.kill --points` tries all."""
+    count, wrong = attack_points(tmp_path, points=[4, 9])
+    assert (count, wrong) == (6, [])
 
 
 def test_killed_runs_end_like_the_one_that_was_not(tmp_path):
@@ -293,7 +289,7 @@ def test_pickle_that_would_run_code(tmp_path, capsys):
 
 def test_nonsense_in_options_gives_one_line(request, capsys):
     names = sorted('--' + name for name in vars(options.parse_options([])))
-    text = st.text(st.characters(codec='utf-8', exclude_characters='\x00'), max_size=12)
+    text = st.text(st.characters(codec='utf-8'), max_size=12) | st.just('--') | st.just('a' * 300)
     number = st.integers() | st.floats() | st.lists(st.integers(-5, 500) | st.floats(), max_size=3)
 
     @settings(max_examples=request.config.getoption('--fuzz'), deadline=None, database=None,
@@ -312,7 +308,8 @@ def test_nonsense_in_options_gives_one_line(request, capsys):
             assert re.fullmatch('train.py: [^\n]+\n', capsys.readouterr().err)
             return
         assert opt.batch_size >= 1
-        assert opt.lr >= 0
+        rates = [train.learning_rate(opt, part * opt.epochs) for part in (0, 0.5, 1)]
+        assert all(0 <= rate < float('inf') for rate in rates)
         assert all(isinstance(epoch, int) for epoch in opt.epoch_step)
 
     parse()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import params_of, refused, run, stats_of, write_images
 
+import export
 import networks
 import train
 from diracfold import fold
@@ -340,11 +341,18 @@ def test_every_family_trains_resumes_and_folds(family, tmp_path):
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert [s['epoch'] for s in stats_of(tmp_path / 'run')] == [1, 2]
 
-    network = networks.load(tmp_path / 'run').network.double()
+    trained = networks.load(tmp_path / 'run')
+    network, folded = trained.network.double(), fold(trained.network, torch.float64)
     inputs = torch.randn(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
-        logits, folded = network(inputs), fold(network, torch.float64)(inputs)
-    assert (folded - logits).abs().max() <= 1e-9 * logits.abs().max()
+        logits = network(inputs)
+        assert (folded(inputs) - logits).abs().max() <= 1e-9 * logits.abs().max()
+        # a folded file knows what it is of: by keys and shapes alone a resnet would be a DiracNet
+        (tmp_path / 'folded.pth').write_bytes(export.as_pth(folded, None, trained.metadata()))
+        again = networks.load(tmp_path / 'folded.pth')
+        assert torch.equal(again.network(inputs), folded(inputs))
+    assert (again.title, again.inputs, again.classes) == (
+        trained.title, trained.inputs, trained.classes)
 
 
 def test_every_family_is_in_the_test():
@@ -406,6 +414,36 @@ def test_evaluate_of_a_file_without_options_takes_them_from_the_command(images, 
     assert accuracy == f'test_acc: {stats_of(tmp_path)[0]["test_acc"]:.2f}'
     assert 'bare.pth: ' in refused(capsys, *evaluate, '--model', 'resnet', '--depth', 10)
     assert 'fc.weight' not in refused(capsys, *evaluate)
+
+
+def test_images_of_another_kind_than_the_networks(images, tmp_path, capsys):
+    run(images, tmp_path, '--epochs', 1)
+    torch.save(params_of(tmp_path), tmp_path / 'bare.pth')
+    error = refused(capsys, '--evaluate', '--resume', tmp_path / 'bare.pth', '--dataset', 'Folder',
+                    '--dataroot', images, '--image_size', 128)
+    assert 'images of 128 pixels: expected those of a network for CIFAR10' in error
+
+
+def test_a_checkpoint_that_lacks_a_part_is_served_by_the_one_before(images, tmp_path, capsys):
+    run(images, tmp_path, '--epochs', 2)
+    saved = torch.load(tmp_path / 'model.pt7', weights_only=True)
+    del saved['optimizer']
+    torch.save(saved, tmp_path / 'model.pt7')
+    run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
+    assert 'model.pt7: optimizer is missing: expected a checkpoint of train.py; taking' in (
+        capsys.readouterr().err)
+    assert [s['epoch'] for s in stats_of(tmp_path)] == [1, 2, 3]
+
+
+def test_evaluate_takes_the_data_set_of_the_run_too(tmp_path, capsys):
+    save = str(tmp_path)
+    train.main(['--dataset', 'Digits', '--depth', '10', '--epochs', '1', '--save', save])
+    logged = stats_of(tmp_path)[0]['test_acc']
+    capsys.readouterr()
+    train.main(['--evaluate', '--resume', save])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f'test_acc: {logged:.2f}'
+    assert ['network', 'DiracNet-10-1'] in [line.split() for line in lines]
 
 
 def test_older_checkpoint_of_images_with_a_size_of_their_own_goes_on(tmp_path):

@@ -86,7 +86,7 @@ def make_parser():
               action=argparse.BooleanOptionalAction)
 
     add('--dataset', default=None, choices=DATASETS,
-        help='what to train or test on (default: CIFAR10; with --evaluate that of the run)')
+        help='what to train on (default: CIFAR10) or, as that of the run, to test on')
     add('--dataroot', '--imagenetpath', default='.', type=folder, help='folder of its files')
     add('--image_size', default=None, type=at_least(8, int, MOST_PIXELS),
         help=f'pixels of a Folder (default: 32): up to {MAX_SMALL} for the CIFAR networks, above '
