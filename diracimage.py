@@ -4,6 +4,10 @@ Images are read and resized with OpenCV, as those that the original models were 
 libraries' pixels differ, and the stated accuracies need these.
 """
 
+import os
+import re
+import stat
+import struct
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +17,15 @@ try:
     import numpy as np
 except ImportError:  # the networks, folded or not, do without
     cv2 = None
+else:
+    if 'OPENCV_LOG_LEVEL' not in os.environ:  # what is wrong is said once, by a DataError
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 MAX_SMALL = 64  # pixels: up to this size inputs are whole images, above the middle of larger ones
 DEFAULT_SIZE = 32  # pixels, of images that say nothing else
+MAX_PIXELS = 2**28 // 3  # of an image, as it is read and as it is resized: 256 MiB, as in Pillow
+MAX_BYTES = 2**30  # of an image file
+_READ = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)  # no FIFO's wait
 SIZES = {'CIFAR10': 32, 'CIFAR100': 32, 'Digits': 32, 'ImageNet': 224}  # pixels, of each data set
 NORMALISATION = {  # by kind: mean and standard deviation of the channels of images in [0, 1]
     'CIFAR10': ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
@@ -94,32 +104,201 @@ def normalise(images, inputs, dtype=torch.float32):
     return images.to(dtype).sub_(mean).div_(std)
 
 
+# ---------------------------------------------------------------- the heads of image files
+
+
+_MARKER = re.compile(rb'\xff([^\x00\xff])')  # of a JPEG segment; before it, libjpeg skips the rest
+_APP1, _START_OF_SCAN = 0xE1, 0xDA
+_WITHOUT_CONTENT = {0x01, *range(0xD0, 0xDA)}
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_JPEG, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
+_PNG, _PNG_END = b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'
+_SPACE = rb'(?:\s|#[^\n]*\n)+'  # between the numbers of a PPM file
+_PPM = re.compile(rb'P[1-6Ff]' + _SPACE + rb'(\d{1,19})' + _SPACE + rb'(\d{1,19})\s')
+
+
+def _jpeg_segments(content):
+    """Yields (kind, where its length stands) of a JPEG file's segments, up to the first scan."""
+    kind, at = None, len(_JPEG)
+    while kind != _START_OF_SCAN and (marker := _MARKER.search(content, at)):
+        kind, at = marker[1][0], marker.end()
+        if kind not in _WITHOUT_CONTENT:
+            yield kind, at
+            at += struct.unpack_from('>H', content, at)[0]
+
+
+def _jpeg_size(content):
+    for kind, at in _jpeg_segments(content):
+        if kind in _FRAMES:
+            return struct.unpack_from('>HH', content, at + 3)
+    return None
+
+
+def _png_size(content):
+    return struct.unpack_from('>II', content, 16)[::-1]
+
+
+def _gif_size(content):
+    return struct.unpack_from('<HH', content, 6)[::-1]
+
+
+def _bmp_size(content):
+    (length,) = struct.unpack_from('<I', content, 14)
+    width, height = struct.unpack_from('<HH' if length == 12 else '<ii', content, 18)
+    return abs(height), width  # rows that go down have a negative height
+
+
+def _ppm_size(content):
+    found = _PPM.match(content)
+    return found and (int(found[2]), int(found[1]))
+
+
+def _webp_size(content):
+    kind = content[12:16].tobytes()
+    if kind == b'VP8 ':
+        width, height = struct.unpack_from('<HH', content, 26)
+        return height & 0x3FFF, width & 0x3FFF
+    if kind == b'VP8L':
+        (bits,) = struct.unpack_from('<I', content, 21)
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    low, high, *rest = struct.unpack_from('<HBHB', content, 24)
+    return (rest[0] | rest[1] << 16) + 1, (low | high << 16) + 1
+
+
+def _tiff_size(content):
+    order = '<' if content[0] == ord('I') else '>'
+    (at,) = struct.unpack_from(order + 'I', content, 4)
+    (count,) = struct.unpack_from(order + 'H', content, at)
+    sides = {}
+    for entry in range(at + 2, at + 2 + 12 * count, 12):
+        tag, kind = struct.unpack_from(order + 'HH', content, entry)
+        short = order + ('H' if kind == 3 else 'I')
+        sides.setdefault(tag, struct.unpack_from(short, content, entry + 8)[0])
+    return (sides[257], sides[256]) if {256, 257} <= sides.keys() else None
+
+
+_SIZES = (  # how a file starts, and what reads the size in its head
+    (_JPEG, _jpeg_size), (_PNG[:4], _png_size), (b'BM', _bmp_size), (b'RIFF', _webp_size),
+    ((b'II*\0', b'MM\0*'), _tiff_size), (b'P', _ppm_size), (b'GIF8', _gif_size),
+)
+
+
+def size_in_head(content):
+    """Reads (height, width) from the head of an image file, uint8 (bytes,), as they stand there.
+
+    Returns None for a cut head, and for kinds of files that are not known here.
+    """
+    start = content[:4].tobytes()
+    try:
+        for head, size in _SIZES:
+            if start.startswith(head):
+                return size(content)
+    except struct.error:
+        return None
+    return None
+
+
+def jpeg_size(content):
+    """Reads (height, width) from the head of a JPEG file, uint8 (bytes,).
+
+    Returns None for anything else, where Exif data may turn the image, and for an empty image.
+    """
+    if content[:2].tobytes() != _JPEG:
+        return None
+    try:
+        size = _jpeg_size(content)
+        turned = any(kind == _APP1 for kind, _ in _jpeg_segments(content))
+    except struct.error:
+        return None
+    return size if size and all(size) and not turned else None
+
+
 def _is_cut(content):
-    """Tells a JPEG file that ends too early, of which OpenCV makes grey rows without a word."""
-    return content.startswith(b'\xff\xd8') and b'\xff\xd9' not in content[-1024:]
+    """Tells a JPEG or PNG file that ends too early.
+
+    Of such a JPEG OpenCV makes grey rows without a word, of such a PNG libpng says a line of its
+    own. Behind their ends whole files may have anything, and before a JPEG's first scan stand
+    thumbnails, with ends of their own.
+    """
+    start = content[:8].tobytes()
+    if start == _PNG:
+        return content[-8:].tobytes() != _PNG_END and re.search(_PNG_END, content) is None
+    if not start.startswith(_JPEG) or content[-2:].tobytes() == _JPEG_END:
+        return False
+    try:
+        scan = next((at for kind, at in _jpeg_segments(content) if kind == _START_OF_SCAN), None)
+    except struct.error:
+        return True
+    return scan is None or re.search(_JPEG_END, content[scan:]) is None
+
+
+# ---------------------------------------------------------------- from a file to an image
+
+
+class Naming:
+    """A context that turns an error of OpenCV into a DataError that names the file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, cv2.error):
+            why = ' '.join((error.err or 'OpenCV').split())
+            raise DataError(f'{self.path}: not a readable image ({why})') from error
 
 
 def read_file(path):
-    """Reads a file: uint8 (bytes,). Raises DataError that names one that cannot be read."""
+    """Reads a file: uint8 (bytes,).
+
+    Raises DataError that names one that cannot be read, is no ordinary file, such as a FIFO or a
+    device, or has more than MAX_BYTES.
+    """
     if cv2 is None:
         raise DataError('cv2 is missing: expected OpenCV, as of pip install opencv-python-headless')
     try:
-        return np.fromfile(path, np.uint8)
+        file = os.open(path, _READ)
+        try:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f'{path}: not an ordinary file')
+            if status.st_size > MAX_BYTES:
+                raise DataError(f'{path}: {status.st_size:,} bytes: expected at most {MAX_BYTES:,} '
+                                '(MAX_BYTES)')
+            return np.frombuffer(os.read(file, status.st_size), np.uint8)
+        finally:
+            os.close(file)
     except OSError as error:
         raise DataError(f'{path}: not readable ({error.strerror})') from error
+
+
+def _check_pixels(path, height, width, what=''):
+    if height < 1 or width < 1:
+        raise DataError(f'{path}: not a readable image (of {width} x {height} pixels)')
+    if height * width > MAX_PIXELS:
+        raise DataError(f'{path}: {width} x {height} pixels{what}: expected at most '
+                        f'{MAX_PIXELS:,} (MAX_PIXELS)')
 
 
 def decode(content, path, reduction=1):
     """Makes an image of the content of a file: uint8 (H, W, 3), RGB.
 
     reduction: 1, or 2, 4 or 8 for an image of that part of the height and width, rounded up, which
-    JPEG files give in less time. Raises DataError that names the path of an unreadable one.
+    JPEG files give in less time. Raises DataError that names the path of an unreadable one, and of
+    one of more than MAX_PIXELS, which is known before memory is taken for them. (Of kinds of files
+    that `size_in_head` does not know, OpenCV itself refuses those of more than 2^30 pixels.)
     """
+    size = size_in_head(content)
+    if size:
+        _check_pixels(path, *size)
     how = cv2.IMREAD_COLOR if reduction == 1 else getattr(cv2, f'IMREAD_REDUCED_COLOR_{reduction}')
-    image = cv2.imdecode(content, how) if len(content) else None
-    if image is None or _is_cut(content.tobytes()):
-        raise DataError(f'{path}: not a readable image')
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    with Naming(path):
+        image = None if len(content) == 0 or _is_cut(content) else cv2.imdecode(content, how)
+        if image is None:
+            raise DataError(f'{path}: not a readable image')
+        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def read_image(path):
@@ -127,12 +306,16 @@ def read_image(path):
     return decode(read_file(path), path)
 
 
+def _resized(height, width, shorter):
+    scale = shorter / min(height, width)
+    return max(shorter, round(height * scale)), max(shorter, round(width * scale))
+
+
 def resize_and_crop(image, shorter, size):
     """Resizes the shorter side to `shorter` (cubic) and cuts the middle `size` x `size` pixels."""
     height, width = image.shape[:2]
     if min(height, width) != shorter:
-        scale = shorter / min(height, width)
-        height, width = max(shorter, round(height * scale)), max(shorter, round(width * scale))
+        height, width = _resized(height, width, shorter)
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
@@ -142,7 +325,11 @@ def read_test_image(path, size):
     """Reads an image file as it is in testing: uint8 (size, size, 3), RGB.
 
     Up to MAX_SMALL the shorter side is resized to `size`, above to 256 / 224 of it; the middle is
-    cut.
+    cut. Raises DataError that names an unreadable file, and one so long and narrow that it would
+    have more than MAX_PIXELS then.
     """
     shorter = size if size <= MAX_SMALL else size * 256 // 224
-    return resize_and_crop(read_image(path), shorter, size)
+    image = read_image(path)
+    _check_pixels(path, *_resized(*image.shape[:2], shorter), ' after resizing')
+    with Naming(path):
+        return resize_and_crop(image, shorter, size)

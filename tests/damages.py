@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import struct
+import zlib
 
 import torch
 from safetensors.torch import save_file
@@ -73,3 +75,30 @@ DAMAGES = {
     'list': 'holds a list: expected a dict',
     'other': 'conv is missing: expected',
 }
+
+
+def png_of(width, height):
+    """A PNG file of 69 bytes whose head declares these sides, and that has no pixels."""
+    head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    chunks = [(b'IHDR', head), (b'IDAT', bytes(12)), (b'IEND', b'')]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(content)) + kind + content
+        + struct.pack('>I', zlib.crc32(kind + content)) for kind, content in chunks
+    )
+
+
+def jpeg_segment(kind, content):
+    return bytes([0xFF, kind]) + struct.pack('>H', len(content) + 2) + content
+
+
+def jpeg_parts(jpeg):
+    """Cuts a JPEG file before its frame's head, behind it, and before its (first) scan."""
+    frame = min(at for at in map(jpeg.find, (b'\xff\xc0', b'\xff\xc2')) if at > 0)
+    behind = frame + 2 + struct.unpack_from('>H', jpeg, frame + 2)[0]
+    scan = jpeg.index(b'\xff\xda')
+    return jpeg[:frame], jpeg[frame:behind], jpeg[behind:scan], jpeg[scan:]
+
+
+# Exif data by which an image is turned by a quarter
+TURNED = jpeg_segment(0xE1, b'Exif\0\0MM\0*\0\0\0\x08\0\x01' + struct.pack(
+    '>HHIHHI', 0x112, 3, 1, 6, 0, 0))

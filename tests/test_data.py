@@ -1,9 +1,14 @@
 """From files to batches: pixels, order and augmentation."""
 
+import os
+import struct
+import threading
+
 import cv2
 import numpy as np
 import pytest
 import torch
+from damages import TURNED, jpeg_parts, jpeg_segment, png_of
 from runs import write_images
 
 import diracimage
@@ -374,6 +379,142 @@ def test_what_is_wrong_is_named(tmp_path):
     (tmp_path / 'train' / 'dog').rmdir()
     with pytest.raises(data.DataError, match='1 class folders, expected two or more'):
         data.load('Folder', str(tmp_path))
+
+
+SMOOTH = cv2.resize(
+    np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8), (120, 90)
+)
+
+
+def encoded(ending, image=SMOOTH, *options):
+    return cv2.imencode(f'.{ending}', image, options)[1].tobytes()
+
+
+def faulty(kind):
+    """The bytes of a file of some kind that is no image of 90 x 120, and what is said of it."""
+    before, frame, tables, scan = jpeg_parts(encoded('jpg'))
+    bmp, side = encoded('bmp'), struct.pack('<i', 60_000)
+    return {
+        'huge PNG': (png_of(100_000, 100_000), '100000 x 100000 pixels: .*MAX_PIXELS'),
+        'large PNG': (png_of(20_000, 20_000), '20000 x 20000 pixels: .* 89,478,485 .MAX_PIXELS'),
+        'JPEG without height': (
+            before + frame[:5] + b'\0\0' + frame[7:] + tables + scan, 'of 120 x 0 pixels'),
+        'BMP with wrong sides': (bmp[:18] + 2 * side + bmp[26:], '60000 x 60000 pixels'),
+        'BMP without width': (bmp[:18] + bytes(4) + bmp[22:], 'of 0 x 90 pixels'),
+        'Sun raster of a kind not known here': (
+            struct.pack('>8I', 0x59A66A95, 100_000, 100_000, 24, 0, 1, 0, 0), 'not a readable'),
+        'long JPEG': (encoded('jpg', np.zeros((1, 65_500, 3), np.uint8)),
+                      '16768000 x 256 pixels after resizing: .*MAX_PIXELS'),
+    }[kind]
+
+
+@pytest.mark.parametrize('kind', [
+    'huge PNG', 'large PNG', 'JPEG without height', 'BMP with wrong sides', 'BMP without width',
+    'Sun raster of a kind not known here', 'long JPEG',
+])
+def test_a_faulty_image_is_a_data_error_that_names_it(tmp_path, capfd, kind):
+    content, message = faulty(kind)
+    path = tmp_path / 'faulty'
+    path.write_bytes(content)
+    readers = [diracimage.read_test_image, data.read_random_crop]
+    for read in readers[: 1 if kind == 'long JPEG' else 2]:  # a crop of it is small
+        with pytest.raises(data.DataError, match=f'^{path}: .*{message}') as refused:
+            read(str(path), 224)
+        assert '\n' not in str(refused.value)
+    assert capfd.readouterr().err == ''
+
+
+@pytest.mark.parametrize('ending', ['png', 'jpg', 'bmp', 'ppm', 'pgm', 'webp', 'tif', 'gif'])
+def test_sizes_are_known_before_pixels(tmp_path, monkeypatch, ending):
+    for options in {'jpg': [(), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1)],
+                    'webp': [(), (cv2.IMWRITE_WEBP_QUALITY, 80)]}.get(ending, [()]):
+        image = SMOOTH[..., 0] if ending == 'pgm' else SMOOTH
+        content = np.frombuffer(encoded(ending, image, *options), np.uint8)
+        assert diracimage.size_in_head(content) == (90, 120)
+        assert diracimage.decode(content, 'image').shape == (90, 120, 3)
+        for length in range(64):
+            assert diracimage.size_in_head(content[:length]) in (None, (90, 120))
+        with monkeypatch.context() as patch:
+            patch.setattr(diracimage, 'MAX_PIXELS', 90 * 120 - 1)
+            patch.setattr(cv2, 'imdecode', None)  # is not called
+            with pytest.raises(data.DataError, match='image: 120 x 90 pixels: expected at most'):
+                diracimage.decode(content, 'image')
+
+
+def test_sizes_in_the_heads_of_rarer_files():
+    webp = b'RIFF\0\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0' + b'\x6f\x11\x01' + b'\x9f\x86\x01'
+    old_bmp = b'BM' + bytes(12) + struct.pack('<IHH', 12, 70_000 - 65_536, 90)
+    down_bmp = b'BM' + bytes(12) + struct.pack('<Iii', 40, 120, -90)
+    tiff = b'MM\0*' + struct.pack('>IHHHIHHHHIHH', 8, 2, 257, 3, 1, 90, 0, 256, 3, 1, 120, 0)
+    ppm = b'P6 # of a camera\n# 1 2\n120\t90\n255\n'
+    for head, size in [(webp, (100_000, 70_000)), (old_bmp, (90, 4464)), (down_bmp, (90, 120)),
+                       (tiff, (90, 120)), (ppm, (90, 120)), (b'nothing', None), (b'', None)]:
+        assert diracimage.size_in_head(np.frombuffer(head, np.uint8)) == size
+
+
+def test_jpegs_that_are_whole_and_that_are_cut(tmp_path, capfd):
+    before, frame, tables, scan = jpeg_parts(encoded('jpg'))
+    thumbnail = jpeg_segment(0xE1, b'Exif\0\0' + encoded('jpg', SMOOTH[:32, :32]))
+    path = tmp_path / 'image.jpg'
+
+    def read(content):
+        path.write_bytes(content)
+        return diracimage.read_image(str(path))
+
+    whole = read(before + frame + tables + scan)
+    progressive = encoded('jpg', SMOOTH, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
+    parts = before[:2] + thumbnail + before[2:] + frame + tables, scan
+    for content in (b''.join(parts), progressive):
+        for behind in (b'', bytes(5000), b'\xff\xd8' + bytes(2000), content + bytes(2000)):
+            np.testing.assert_array_equal(read(content + behind), read(content))
+    np.testing.assert_array_equal(read(b''.join(parts)), whole)
+    for cut in (2, 60, len(scan) // 2, len(scan), len(scan) + 20):
+        for content in (b''.join(parts), before + frame + tables + scan, progressive):
+            for behind in (b'', bytes(2000)):
+                with pytest.raises(data.DataError, match=f'{path}: not a readable image$'):
+                    read(content[:-cut] + behind)
+    assert capfd.readouterr().err == ''
+
+
+def test_exif_data_behind_the_head_of_the_frame_turn_too(tmp_path):
+    before, frame, tables, scan = jpeg_parts(encoded('jpg'))
+    content = np.frombuffer(before + frame + TURNED + tables + scan, np.uint8)
+    assert diracimage.decode(content, 'image').shape == (120, 90, 3)
+    assert data.jpeg_size(content) is None  # which of the sides is the height it does not say
+
+
+@pytest.mark.parametrize('ending', ['png', 'bmp', 'ppm', 'webp', 'tif', 'gif'])
+def test_cut_files_are_refused_without_a_line_of_opencv(tmp_path, capfd, ending):
+    content = encoded(ending)
+    for length in (20, len(content) // 2, len(content) - 20):
+        with pytest.raises(data.DataError, match='^image: not a readable image'):
+            diracimage.decode(np.frombuffer(content[:length], np.uint8), 'image')
+    assert capfd.readouterr().err == ''
+
+
+def test_only_ordinary_files_of_some_size_are_read(tmp_path, monkeypatch):
+    said, fifo = [], tmp_path / 'fifo.png'
+    os.mkfifo(fifo)
+
+    def read(path):
+        try:
+            diracimage.read_test_image(str(path), 32)
+        except data.DataError as error:
+            said.append(str(error))
+
+    for path in (fifo, '/dev/null', '/dev/zero'):
+        reading = threading.Thread(target=read, args=[path], daemon=True)
+        reading.start()
+        reading.join(timeout=10)
+        assert not reading.is_alive()
+    assert said == [f'{path}: not an ordinary file' for path in (fifo, '/dev/null', '/dev/zero')]
+    link = tmp_path / 'link.png'
+    link.symlink_to(tmp_path / 'image.png')
+    (tmp_path / 'image.png').write_bytes(encoded('png'))
+    assert diracimage.read_image(str(link)).shape == (90, 120, 3)
+    monkeypatch.setattr(diracimage, 'MAX_BYTES', 1000)
+    with pytest.raises(data.DataError, match=r'bytes: expected at most 1,000 \(MAX_BYTES\)'):
+        diracimage.read_image(str(link))
 
 
 @pytest.mark.parametrize('name', ['CIFAR10', 'CIFAR100'])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from damages import png_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pages import text_of
@@ -206,7 +207,10 @@ def test_no_checkpoint_of_a_loss_that_is_no_number(images, tmp_path):
     assert saved['totals'][1] == pytest.approx(saved['totals'][1])  # no NaN
 
 
-def test_unreadable_image_met_in_training_comes_after_a_save(tmp_path, capsys):
+@pytest.mark.parametrize(('content', 'message'), [
+    (b'nothing', 'not a readable image'), (png_of(100_000, 100_000), '100000 x 100000 pixels'),
+], ids=['no image', 'huge'])
+def test_unreadable_image_met_in_training_comes_after_a_save(tmp_path, capsys, content, message):
     def options_(save):
         return ['--dataset', 'Folder', '--dataroot', tmp_path, '--image_size', 70, '--depth', 18,
                 '--width', 0.125, '--save', tmp_path / save, '--nthread', 0, '--epochs', 1,
@@ -216,12 +220,12 @@ def test_unreadable_image_met_in_training_comes_after_a_save(tmp_path, capsys):
     write_images(tmp_path / 'test', n=2, size=(70, 70))
     train.main([str(option) for option in options_('whole')])
     broken = tmp_path / 'train' / 'dog' / '1.png'
-    content = broken.read_bytes()
-    broken.write_bytes(b'nothing')
-    assert f'{broken}: not a readable image' in refused(capsys, *options_('run'))
+    good = broken.read_bytes()
+    broken.write_bytes(content)
+    assert f'{broken}: {message}' in refused(capsys, *options_('run'))
     saved = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
     assert 0 <= saved['step'] < 4
-    broken.write_bytes(content)
+    broken.write_bytes(good)
     train.main([str(option) for option in options_('run')])
     assert_same_run(tmp_path / 'run', tmp_path / 'whole')
 

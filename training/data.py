@@ -25,7 +25,9 @@ from diracimage import (
     SIZES,
     DataError,
     Inputs,
+    Naming,
     decode,
+    jpeg_size,
     read_file,
     read_test_image,
 )
@@ -46,25 +48,6 @@ class Data:
 
 
 # ---------------------------------------------------------------- images
-
-
-def jpeg_size(content):
-    """Reads (height, width) from the head of a JPEG file, uint8 (bytes,).
-
-    Returns None for anything else, and where Exif data may turn the image.
-    """
-    head = content[: 1 << 16].tobytes()
-    if not head.startswith(b'\xff\xd8'):
-        return None
-    at = 2  # of a segment: two bytes of its kind, two of its length, its content
-    while at + 9 <= len(head) and head[at] == 0xFF:
-        kind, length = head[at + 1], int.from_bytes(head[at + 2 : at + 4], 'big')
-        if kind == 0xE1:
-            return None
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # the start of a frame
-            return tuple(int.from_bytes(head[at + k : at + k + 2], 'big') for k in (5, 7))
-        at += 2 + length
-    return None
 
 
 def reduction(height, width, size):
@@ -90,7 +73,8 @@ def read_random_crop(path, size):
         image = decode(content, path, factor)
     top, left, height, width = (round(number / factor) for number in crop)
     image = image[top : top + height, left : left + width]
-    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+    with Naming(path):
+        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
     return image[:, ::-1] if torch.rand(()) < 0.5 else image
 
 
