@@ -3,6 +3,7 @@
 import os
 import struct
 import threading
+import time
 
 import cv2
 import numpy as np
@@ -515,6 +516,23 @@ def test_only_ordinary_files_of_some_size_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(diracimage, 'MAX_BYTES', 1000)
     with pytest.raises(data.DataError, match=r'bytes: expected at most 1,000 \(MAX_BYTES\)'):
         diracimage.read_image(str(link))
+
+
+def test_no_thread_reads_on_when_an_image_is_faulty(tmp_path, monkeypatch):
+    write_images(tmp_path / 'train', n=70)  # more than one thread takes at a time
+    write_images(tmp_path / 'test')
+
+    def slow(path, size):
+        if path.endswith('cat/0.png'):
+            raise data.DataError(path)
+        time.sleep(0.01)
+        return np.zeros((size, size, 3), np.uint8)
+
+    monkeypatch.setattr(data, 'read_test_image', slow)
+    before = set(threading.enumerate())
+    with pytest.raises(data.DataError, match='cat/0.png'):
+        data.load('Folder', str(tmp_path))
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.parametrize('name', ['CIFAR10', 'CIFAR100'])

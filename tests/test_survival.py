@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from damages import png_of
@@ -228,6 +230,30 @@ def test_unreadable_image_met_in_training_comes_after_a_save(tmp_path, capsys, c
     broken.write_bytes(good)
     train.main([str(option) for option in options_('run')])
     assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+def ended(command, folder, limit=''):
+    """Runs train.py in a process of its own: (status, what it says on stderr)."""
+    line = f'{limit} exec "$0" train.py "$@"'
+    with open(folder / 'errors.txt', 'w+') as errors:
+        done = subprocess.run(['bash', '-c', line, sys.executable, *map(str, command)], cwd=ROOT,
+                              env=environment(), stdout=subprocess.DEVNULL, stderr=errors,
+                              timeout=120)
+        errors.seek(0)
+        return done.returncode, errors.read()
+
+
+def test_a_damaged_image_ends_a_process_whose_threads_read_others(tmp_path):
+    write_images(tmp_path / 'train', n=1)
+    write_images(tmp_path / 'test', n=1)
+    flat_image = tmp_path / 'flat.png'  # takes its time, so that the others are not done
+    cv2.imwrite(str(flat_image), np.zeros((2000, 2000, 3), np.uint8))
+    for i in range(130):
+        (tmp_path / 'train' / 'dog' / f'{i + 1}.png').symlink_to(flat_image)
+    broken = tmp_path / 'train' / 'cat' / '0.png'
+    broken.write_bytes(b'nothing')
+    command = [*SMALL, '--dataroot', tmp_path, '--nthread', 4, '--save', tmp_path / 'run']
+    assert ended(command, tmp_path) == (2, f'train.py: {broken}: not a readable image\n')
 
 
 # ---------------------------------------------------------------- nonsense

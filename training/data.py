@@ -9,6 +9,7 @@ of it, whatever the number of workers.
 """
 
 import os
+import threading
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 
@@ -191,14 +192,21 @@ def list_images(folder):
 def _read_all(paths, size, nthread, name):
     """Reads small images into memory: uint8 (N, size, size, 3)."""
     images = np.empty((len(paths), size, size, 3), np.uint8)
+    ended = threading.Event()
 
     def read(i):
-        images[i] = read_test_image(paths[i], size)
+        if not ended.is_set():
+            images[i] = read_test_image(paths[i], size)
 
-    with ThreadPool(max(1, nthread)) as pool:
+    pool = ThreadPool(max(1, nthread))
+    try:
         done = pool.imap_unordered(read, range(len(paths)), chunksize=64)
         for _ in tqdm(done, f'reading {name}', len(paths), unit='img', disable=None, leave=False):
             pass
+    finally:  # a thread that still reads when the interpreter ends would abort it
+        ended.set()
+        pool.terminate()
+        pool.join()
     return images
 
 
