@@ -256,6 +256,20 @@ def test_a_damaged_image_ends_a_process_whose_threads_read_others(tmp_path):
     assert ended(command, tmp_path) == (2, f'train.py: {broken}: not a readable image\n')
 
 
+def test_few_open_files_end_a_process_that_needs_more(tmp_path):
+    write_images(tmp_path / 'train', n=4, size=(70, 70))
+    write_images(tmp_path / 'test', n=2, size=(70, 70))
+    command = ['--dataset', 'Folder', '--dataroot', tmp_path, '--image_size', 70, '--depth', 18,
+               '--width', 0.125, '--nthread', 2, '--batch_size', 4, '--epochs', 1, '--save',
+               tmp_path / 'run']
+    status, errors = ended(command, tmp_path, 'ulimit -n 24;')
+    assert status == 2
+    needed = re.fullmatch('train.py: 2 worker processes need ([0-9]+) open files, 24 are allowed: '
+                          'expected a higher ulimit -n, or a lower nthread\n', errors)
+    assert needed
+    assert ended(command, tmp_path, f'ulimit -n {needed[1]};') == (0, '')
+
+
 # ---------------------------------------------------------------- nonsense
 
 

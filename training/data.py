@@ -9,6 +9,7 @@ of it, whatever the number of workers.
 """
 
 import os
+import resource
 import threading
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
@@ -359,13 +360,30 @@ def _start_worker(_):
     os.setpgid(0, 0)  # Ctrl-C and SIGTERM to the group are the training's to answer
 
 
+def _check_open_files(workers, loaders):
+    """Raises DataError where so many workers may not open their files: they would wait for ever.
+
+    Queues, processes and the tensors on their way (torch passes each as an open file) were counted
+    with 1 to 16 workers: at most 6 open files for each and 8 beside, in each of the loaders.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY or not os.path.isdir('/dev/fd'):
+        return
+    needed = len(os.listdir('/dev/fd')) + loaders * (6 * workers + 8)
+    if needed > allowed:
+        raise DataError(f'{workers} worker processes need {needed} open files, {allowed} are '
+                        'allowed: expected a higher ulimit -n, or a lower nthread')
+
+
 def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1, augment=True):
     """Returns a DataLoader over a data set of `load`: see Images for what a batch is.
 
     nthread: worker processes, for images that are read from files; the others: see BatchSampler,
-    which is the loader's `sampler`.
+    which is the loader's `sampler`. Raises DataError for more workers than may open their files.
     """
     workers = nthread if isinstance(dataset, ImageFiles) else 0
+    if workers:
+        _check_open_files(workers, 1 if seed is None else 2)  # training has the test's beside it
     return DataLoader(
         dataset,
         batch_size=None,  # the sampler makes the batches
