@@ -18,7 +18,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -84,12 +84,13 @@ def load_params(path):
     return _functional(read(path))
 
 
-def _functional(saved, stated=None):
+def _functional(saved):
+    """The parameters of a functional DiracNet; raises ValueError, naming the file, for others."""
     if is_folded(saved.params):
         raise ValueError(
             f'{saved.path}: holds a folded network: expected the parameters it was folded from'
         )
-    saved.topology(stated)
+    saved.topology()
     return saved.params
 
 
@@ -317,6 +318,7 @@ def pretrained_params(depth):
 
     def params_of(contents):
         saved = _saved(contents, checkpoint_path(depth))
-        return _functional(saved, {'depth': depth, 'width': 1})
+        args = {**saved.args, 'depth': depth, 'width': 1}  # as it was published
+        return _functional(replace(saved, args=args))
 
     return load_published(CHECKPOINT_URLS[depth], params_of)

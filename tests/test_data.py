@@ -12,6 +12,7 @@ import torch
 from damages import TURNED, jpeg_parts, jpeg_segment, png_of
 from runs import write_images
 
+import dirachead
 import diracimage
 from diracimage import Inputs
 from training import data
@@ -431,10 +432,10 @@ def test_sizes_are_known_before_pixels(tmp_path, monkeypatch, ending):
                     'webp': [(), (cv2.IMWRITE_WEBP_QUALITY, 80)]}.get(ending, [()]):
         image = SMOOTH[..., 0] if ending == 'pgm' else SMOOTH
         content = np.frombuffer(encoded(ending, image, *options), np.uint8)
-        assert diracimage.size_in_head(content) == (90, 120)
+        assert dirachead.size_in_head(content) == (90, 120)
         assert diracimage.decode(content, 'image').shape == (90, 120, 3)
         for length in range(64):
-            assert diracimage.size_in_head(content[:length]) in (None, (90, 120))
+            assert dirachead.size_in_head(content[:length]) in (None, (90, 120))
         with monkeypatch.context() as patch:
             patch.setattr(diracimage, 'MAX_PIXELS', 90 * 120 - 1)
             patch.setattr(cv2, 'imdecode', None)  # is not called
@@ -450,7 +451,7 @@ def test_sizes_in_the_heads_of_rarer_files():
     ppm = b'P6 # of a camera\n# 1 2\n120\t90\n255\n'
     for head, size in [(webp, (100_000, 70_000)), (old_bmp, (90, 4464)), (down_bmp, (90, 120)),
                        (tiff, (90, 120)), (ppm, (90, 120)), (b'nothing', None), (b'', None)]:
-        assert diracimage.size_in_head(np.frombuffer(head, np.uint8)) == size
+        assert dirachead.size_in_head(np.frombuffer(head, np.uint8)) == size
 
 
 def test_jpegs_that_are_whole_and_that_are_cut(tmp_path, capfd):

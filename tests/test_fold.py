@@ -359,7 +359,7 @@ def test_pretrained_params(tmp_path, monkeypatch):
 @pytest.mark.parametrize(('change', 'message'), [
     (lambda params: {**params, 'fc.bias': torch.full((1000,), torch.nan)},
      'fc.bias holds NaN or an infinity: expected finite numbers'),
-    (lambda params: define_diracnet(34, 1, 'ImageNet')[1], 'depth 18, width 1 are stated'),
+    (lambda params: define_diracnet(34, 1, 'ImageNet')[1], 'say depth 18, width 1: expected those'),
     (lambda params: fold(params).state_dict(), 'holds a folded network'),
     (list, 'AttributeError'),
 ])

@@ -11,12 +11,15 @@ FILES = [
         (ROOT / room).glob('*.py')))
     if path.name not in ('__init__.py', 'test.py')
 ]
-PACKAGE = {'diracconv', 'diracnet', 'diracfold', 'diracimage', 'diracfile', 'diracdeploy'}
+PACKAGE = {
+    'diracconv', 'diracnet', 'diracfold', 'dirachead', 'diracimage', 'diracfile', 'diracdeploy'
+}
 MAY_IMPORT = {  # room: what of the project it may know
     'diracconv': set(),
     'diracnet': {'diracconv'},
     'diracfold': {'diracconv', 'diracnet'},
-    'diracimage': set(),
+    'dirachead': set(),
+    'diracimage': {'dirachead'},
     'diracfile': {'diracnet'},
     'diracdeploy': set(),
     'command': set(),

@@ -397,7 +397,7 @@ def test_evaluate_takes_from_the_file_what_it_knows(tmp_path, capsys):
     for flags, message in (
         (['--image_size', 32], 'image_size is 24, not 32: expected the same, or no such option'),
         (['--depth', 16, '--block', 'dbb'], 'depth is 10, not 16; block is acb, not dbb: expected'),
-        (['--layers', 40], 'plain takes no layers'),
+        (['--layers', 40], 'plain takes no --layers: expected of --depth'),
         (['--dataset', 'Digits'], 'Digits has images of 32 pixels: expected 24'),
     ):
         assert message in refused(capsys, *evaluate, *flags)
@@ -591,7 +591,7 @@ def test_meters_weigh_every_image_alike():
     (['--save', 'x/' * 3000], 'expected a folder that can be written'),
     (['--save', 'a/b\0'], r"--save 'a/b\x00': expected a folder that can be written"),
     (['--save', '\ud800'], r"--save '\ud800': expected a folder that can be written"),
-    (['--image_size', '48'], '--image_size 48: expected 32, the size of CIFAR10'),
+    (['--image_size', '48'], '--image_size 48: expected 32, of CIFAR10'),
     (['--randomcrop_pad', '32'], '--randomcrop_pad 32: expected less than the image, 32'),
     (['--gpu_id', 'first'], "--gpu_id 'first': expected numbers of devices"),
     (['--save', '/dev/null/x'], "--save '/dev/null/x': expected a folder that can be written"),

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
+from dirachead import jpeg_size
 from diracimage import (
     MAX_SMALL,
     SIZES,
@@ -29,7 +30,6 @@ from diracimage import (
     Inputs,
     Naming,
     decode,
-    jpeg_size,
     read_file,
     read_test_image,
 )
