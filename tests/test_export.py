@@ -351,15 +351,20 @@ def test_predict_names_an_unreadable_image(run_folder, capsys):
     assert line == f'predict.py: {__file__}: not a readable image\n'
 
 
-@pytest.mark.parametrize('number', [torch.nan, torch.inf])
-def test_predict_refuses_outputs_that_are_no_numbers(trained, images, tmp_path, capsys, number):
+@pytest.mark.parametrize(('number', 'status', 'message'), [
+    (torch.nan, 2, 'fc.weight holds numbers that are not finite'),
+    (3e38, 1, 'its outputs are no numbers: expected finite ones'),
+])
+def test_predict_refuses_outputs_that_are_no_numbers(
+    trained, images, tmp_path, capsys, number, status, message
+):
     path = str(tmp_path / 'params.pth')
-    torch.save({**trained[1], 'fc.bias': torch.full((10,), number)}, path)
+    weight = torch.full_like(trained[1]['fc.weight'], number)
+    torch.save({**trained[1], 'fc.weight': weight}, path)
     with pytest.raises(SystemExit) as exit:
         predict.main([str(next(images.rglob('*.png'))), '--model', path])
-    assert exit.value.code == 1
-    expected = f'predict.py: {path}: its outputs are no numbers: expected finite ones\n'
-    assert capsys.readouterr() == ('', expected)
+    assert exit.value.code == status
+    assert capsys.readouterr() == ('', f'predict.py: {path}: {message}\n')
 
 
 # ---------------------------------------------------------------- torch.hub, docs

@@ -65,10 +65,10 @@ def environment(**changes):
 # ---------------------------------------------------------------- stopped and killed
 
 
-def test_attacks_at_points_of_the_disk(tmp_path):
-    """A few; `python -m experiments.kill --points` tries all."""
-    count, wrong = attack_points(tmp_path, points=[4, 9])
-    assert (count, wrong) == (6, [])
+def test_attacks_at_a_point_of_the_disk(tmp_path):
+    """One; `python -m experiments.kill --points` tries all."""
+    count, wrong = attack_points(tmp_path, points=[9])
+    assert (count, wrong) == (3, [])
 
 
 def test_killed_runs_end_like_the_one_that_was_not(tmp_path):
@@ -123,7 +123,7 @@ def test_sigterm_to_the_whole_group_spares_the_reading_processes(tmp_path):
     printed, errors = training.communicate(timeout=120)
     assert training.returncode == 128 + signal.SIGTERM, errors
     assert 'stopped by SIGTERM' in printed
-    assert torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)['step'] > 0
+    assert torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)['epoch'] >= 1
 
 
 def test_second_ctrl_c_stops_at_once():
