@@ -6,11 +6,12 @@
 A DiracNet-10-1 is trained on the digits without a stop. Others with the same options are killed
 with SIGKILL at random moments, every fourth time while a checkpoint is written, or at each point of
 the disk (experiments/touch.py): before it, in the middle of writing, or by a full disk. They are
-started again with `--resume auto`. With --points two trainings in one folder are tried too. Exit
-status 1 if a parameter, a running statistic, a momentum, a random state or a figure in the log
-differs at the end.
+started again with `--resume auto`. With --points two trainings in one folder and the death of a
+process that reads images are tried too. Exit status 1 if a parameter, a running statistic, a
+momentum, a random state or a figure in the log differs at the end.
 """
 
+import os
 import random
 import shutil
 import signal
@@ -20,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -153,6 +156,32 @@ def attack_together(folder):
     return differ if statuses == [0, 2] else [f'two trainings ended with {statuses}', *differ]
 
 
+def attack_reader(folder):
+    """Kills a process that reads images, and lets the training go on: lists what went wrong."""
+    rng = np.random.default_rng(0)
+    for name in ('train/a', 'train/b', 'test/a', 'test/b'):
+        (folder / 'images' / name).mkdir(parents=True)
+        for i in range(12):
+            image = rng.integers(0, 256, (70, 70, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / 'images' / name / f'{i}.png'), image)
+    command = [sys.executable, str(ROOT / 'train.py'), '--dataset', 'Folder', '--dataroot',
+               str(folder / 'images'), '--image_size', '70', '--depth', '18', '--width', '0.125',
+               '--batch_size', '4', '--nthread', '2', '--dtype', 'float', '--epochs', '20',
+               '--resume', 'auto', '--save']
+    whole, killed = folder / 'whole-reader', folder / 'killed-reader'
+    subprocess.run([*command, str(whole)], stdout=subprocess.DEVNULL, check=True)
+    training = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL)
+    while training.poll() is None and not (killed / diracfile.MODEL).exists():
+        time.sleep(0.01)
+    children = Path(f'/proc/{training.pid}/task/{training.pid}/children').read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    status = training.wait()
+    subprocess.run([*command, str(killed)], stdout=subprocess.DEVNULL, check=True)
+    differ = compare(whole, killed)
+    return differ if status == 1 else [f'without a reading process: status {status}', *differ]
+
+
 def main():
     parser = Options(prog='experiments.kill', description=__doc__.splitlines()[0])
     parser.add_argument('--kills', type=int, default=20, help='how often (default: 20)')
@@ -164,8 +193,9 @@ def main():
         folder = Path(folder).resolve()
         if args.points:
             count, differ = attack_points(folder)
-            differ += attack_together(folder)
-            print(f'{count} attacks at the points of the disk, and two trainings in one folder')
+            differ += attack_together(folder) + attack_reader(folder)
+            print(f'{count} attacks at the points of the disk, two trainings in one folder, and a '
+                  'reading process that was killed')
         else:
             epochs = 2 + args.kills
             alive, in_save, differ = survive(folder, args.kills, epochs, args.seed)
