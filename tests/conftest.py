@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from runs import run
 
 from diracimage import Inputs, normalise
 from diracnet import Network, define_diracnet
@@ -60,4 +61,12 @@ def run_folder(trained, tmp_path_factory):
          'classes': [f'digit {i}' for i in range(10)]},
         folder / 'model.pt7',
     )
+    return folder
+
+
+@pytest.fixture(scope='module')
+def whole(images, tmp_path_factory):
+    """A run of three epochs that nothing stopped, on the `images` of the test's module."""
+    folder = tmp_path_factory.mktemp('whole') / 'run'
+    run(images, folder, '--epochs', 3)
     return folder

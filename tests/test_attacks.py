@@ -46,14 +46,6 @@ def large_images(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope='module')
-def whole(images, tmp_path_factory):
-    """A run of three epochs that nothing stopped."""
-    folder = tmp_path_factory.mktemp('whole') / 'run'
-    run(images, folder, '--epochs', 3)
-    return folder
-
-
 def is_finite(path):
     saved = torch.load(path, weights_only=True)
     momenta = [state['momentum_buffer'] for state in saved['optimizer']['state'].values()]

@@ -48,14 +48,6 @@ def images(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope='module')
-def whole(images, tmp_path_factory):
-    """A run of three epochs that nothing stopped."""
-    folder = tmp_path_factory.mktemp('whole') / 'run'
-    run(images, folder, '--epochs', 3)
-    return folder
-
-
 def environment(**changes):
     """One thread each, torch's C++ warnings left out; scripts in tests/ find the project."""
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR',
