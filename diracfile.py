@@ -228,7 +228,7 @@ SCHEMA = {  # of what may stand beside `params`: what it must be, in words
     'args': (_is_options, 'a dict of plain options, numbers for depth and width'),
     'versions': (_is_options, 'a dict of texts'),
 }
-OF_EVERY_FILE = {'classes', 'totals'}  # which may be None
+MAY_BE_NONE = {'classes', 'totals'}
 
 
 def _check_schema(contents):
@@ -236,7 +236,7 @@ def _check_schema(contents):
     whole = isinstance(contents.get('params'), Mapping)
     for name, (fits, expected) in SCHEMA.items() if whole else ():
         value = contents.get(name)
-        if name in contents and not (value is None and name in OF_EVERY_FILE or fits(value)):
+        if name in contents and not (value is None and name in MAY_BE_NONE or fits(value)):
             raise ValueError(f'{name} is {reprlib.repr(value)}: expected {expected}')
     for part in ('params', 'stats') if whole else (None,):
         for name, tensor in (contents.get(part) or {} if part else contents).items():

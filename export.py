@@ -32,6 +32,7 @@ from command import Options, errors_in_one_line, print_table
 from diracfold import fold
 from diracimage import normalise
 from training import data
+from training.checkpoint import write
 from training.options import DATASETS
 
 BATCH = 16  # images, in verifying and measuring
@@ -274,14 +275,6 @@ def errors_that_name(path):
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from error
-
-
-def write(path, content):
-    """Writes bytes: when this returns they are on the disk. Raises OSError, of a full one too."""
-    with open(path, 'wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def verify(networks, tolerances, inputs, expected):

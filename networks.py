@@ -159,10 +159,9 @@ def load(path, stated=None):
     try:
         said = _agreed(saved.args, stated)
         if said['model'] == 'diracnet':
-            network, num_classes, sizes = _of_topology(saved, stated)
+            network, num_classes, sizes, inputs = _of_topology(saved, stated)
         else:
-            network, num_classes, sizes = _of_family(saved, said)
-        inputs = _inputs(saved.args, stated, sizes.pop('kind', None))
+            network, num_classes, sizes, inputs = _of_family(saved, said)
     except ValueError as error:
         reason = str(error).removeprefix(f'{saved.path}: ')
         raise ValueError(f'{saved.path}: {reason}') from error
@@ -190,7 +189,7 @@ def _agreed(args, stated):
     return said
 
 
-def _inputs(args, stated, kind):
+def _inputs(args, stated, kind=None):
     """The Inputs of a network: of its training, as they are stated, or those of its kind."""
     if 'dataset' in args:
         inputs = Inputs.of_args(args)
@@ -204,30 +203,30 @@ def _inputs(args, stated, kind):
 
 
 def _of_topology(saved, stated):
-    """The DiracNet, on the meta device, that fits a file: (network, num_classes, its sizes)."""
+    """The DiracNet on the meta device that fits a file: network, num_classes, sizes, Inputs."""
     net = saved.topology()
     if not net.is_of(stated.get('depth', net.depth), stated.get('width', net.width)):
         raise ValueError(f'depth is {net.depth}, width {net.width:g}: expected the same, or no '
                          'such option')
     with torch.device('meta'):
         network = (DiracNet.of if is_folded(saved.params) else _diracnet)(net)
-    sizes = {'depth': net.depth, 'width': net.width, 'kind': net.kind}
-    return network, net.num_classes, sizes
+    sizes = {'depth': net.depth, 'width': net.width}
+    return network, net.num_classes, sizes, _inputs(saved.args, stated, net.kind)
 
 
 def _of_family(saved, said):
-    """The network, on the meta device, that fits a file: (network, num_classes, its sizes)."""
-    name, kind = said['model'], _inputs(saved.args, said, None).kind
+    """The network on the meta device that fits a file: network, num_classes, sizes, Inputs."""
+    name, inputs = said['model'], _inputs(saved.args, said)
     sizes = {option: said.get(option, default) for option, default in family(name).options.items()}
     with torch.device('meta'):
-        last = list(build(name, kind, **sizes).state_dict())[-1]  # the bias of the last layer
+        *_, last = build(name, inputs.kind, **sizes).state_dict()  # the bias of the last layer
         num_classes = len(saved.params.get(last, ())) or None
-        network = build(name, kind, num_classes, **sizes)
+        network = build(name, inputs.kind, num_classes, **sizes)
     if saved.params.keys() != network.state_dict().keys():
         folded = fold(network)
         network = folded if saved.params.keys() == folded.state_dict().keys() else network
     check_fit(saved.params, network.state_dict())
-    return network, num_classes, sizes
+    return network, num_classes, sizes, inputs
 
 
 def check_classes(path, num_classes, known, names):

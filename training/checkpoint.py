@@ -66,6 +66,14 @@ def check_finite(checkpoint):
             raise DivergedError(f'{name} is not finite after step {checkpoint["step"]}')
 
 
+def write(path, content):
+    """Writes bytes into a new file: when this returns they are on the disk. Raises OSError."""
+    with open(path, 'xb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def save(folder, checkpoint, name=MODEL):
     """Writes a checkpoint: when this returns it is on the disk, and until then the last one is.
 
@@ -78,10 +86,7 @@ def save(folder, checkpoint, name=MODEL):
     try:
         if os.path.lexists(path + '.tmp'):  # of a run that was killed; a link is not followed
             os.remove(path + '.tmp')
-        with open(path + '.tmp', 'xb') as file:
-            file.write(written.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        write(path + '.tmp', written.getbuffer())
     except OSError as error:
         if os.path.exists(path + '.tmp'):
             os.remove(path + '.tmp')

@@ -111,7 +111,6 @@ class Run:
             if 'rng' in loaded:
                 checkpoint.set_rng_state(loaded['rng'])
 
-
     def _check(self, totals):
         """Raises ValueError if what was taken over would go wrong later, or silently."""
         if (self.epoch or self.step) and not self.optimizer.state:
