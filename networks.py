@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import diracfile
-from baselines import densenet, diracnet_v1, mobilenet, plain, wide_resnet
+from baselines import densenet, diracnet_v1, mobilenet, plain, repeated_delta, wide_resnet
 from baselines.replace import with_block
 from diracfold import fold
 from diracimage import Inputs
@@ -65,6 +65,7 @@ DENSENET = {'layers': 100, 'growth': 12, 'reduce': 0.5, 'bottleneck': True, 'dro
 FAMILIES = {
     'diracnet': Family(_diracnet, {**SIZE, 'checkpointing': False}),
     'diracnet-v1': Family(diracnet_v1.diracnet_v1, SIZE, decay_all=True),
+    'diracnet-repeated': Family(repeated_delta.repeated_delta, SIZE),
     'plain': Family(plain.plain, {**SIZE, **BLOCK}),
     'dirac-init': Family(plain.dirac_init, SIZE),
     'resnet': Family(plain.resnet, SIZE),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from baselines.plain import PlainNet, conv_block
-from diracconv import DiracConv2d, normalize
+from baselines.repeated_delta import RepeatedDeltaConv2d
 
 ALPHA_INIT, BETA_INIT, WEIGHT_STD = 5.0, 1e-3, 0.1
 
@@ -20,18 +20,15 @@ class NCReLU(nn.Module):
         return torch.cat([x.clamp(min=0), x.clamp(max=0)], dim=1)
 
 
-class DiracConv2dV1(DiracConv2d):
+class DiracConv2dV1(RepeatedDeltaConv2d):
     """A convolution with W_hat = alpha * delta + beta * normalize(W), alpha and beta scalars.
 
-    delta is, in the middle of the kernel, the identity of the smaller number of channels, repeated
-    along the larger: behind NCReLU both halves pass through it. Arguments are those of nn.Conv2d;
-    raises ValueError for theirs and for groups other than 1.
+    delta is repeated along the larger number of channels: behind NCReLU both halves pass through
+    it. Arguments and errors are those of `RepeatedDeltaConv2d`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.groups != 1:
-            raise ValueError(f'groups {self.groups}: expected 1')
         self.alpha = nn.Parameter(torch.empty_like(self.alpha[:1]))
         self.beta = nn.Parameter(torch.empty_like(self.beta[:1]))
         self.reset_parameters()
@@ -42,19 +39,6 @@ class DiracConv2dV1(DiracConv2d):
         if hasattr(self, 'alpha'):  # nn.Conv's constructor calls this before there is one
             nn.init.constant_(self.alpha, ALPHA_INIT)
             nn.init.constant_(self.beta, BETA_INIT)
-
-    def transform_weight(self):
-        """Returns W_hat, differentiable: (out_channels, in_channels, *kernel_size)."""
-        out_channels, in_channels, height, width = self.weight.shape
-        smaller = min(out_channels, in_channels)
-        identity = torch.eye(smaller, dtype=self.weight.dtype, device=self.weight.device).repeat(
-            -(-out_channels // smaller), -(-in_channels // smaller)
-        )
-        w_hat = self.beta * normalize(self.weight)
-        w_hat[:, :, height // 2, width // 2] += (
-            self.alpha * identity[:out_channels, :in_channels]
-        )
-        return w_hat
 
 
 def _block(cin, cout):
