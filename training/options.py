@@ -26,8 +26,8 @@ MODEL_OPTIONS = sorted({name for row in FAMILIES.values() for name in row.option
 DATASETS = (*SIZES, 'Folder')
 # what may differ when a run goes on; every other option changes its result
 FREE_ON_RESUME = {
-    'checkpointing', 'dataroot', 'epochs', 'evaluate', 'force', 'gpu_id', 'name', 'ngpu',
-    'nthread', 'pretrained', 'recipe', 'resume', 'save', 'save_every', 'tensorboard',
+    'checkpointing', 'dataroot', 'epochs', 'evaluate', 'force', 'gpu_id', 'keep_every', 'name',
+    'ngpu', 'nthread', 'pretrained', 'recipe', 'resume', 'save', 'save_every', 'tensorboard',
 }
 
 
@@ -120,6 +120,8 @@ def make_parser():
     add('--name', default='', help='short for --save runs/NAME')
     add('--save_every', default=0, type=at_least(0, float),
         help='minutes between checkpoints within an epoch; 0: at its end only')
+    add('--keep_every', default=0, type=at_least(0, int),
+        help='epochs between checkpoints that stay, as epoch-N.pt7; 0: none')
     add('--resume', default='', type=folder,
         help='checkpoint, or its folder, to go on from; auto: that of --save, if there is one')
     add('--pretrained', default='', type=folder,

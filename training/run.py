@@ -80,6 +80,8 @@ class Run:
             checkpoint.check_finite(self.contents())
             checkpoint.append_log(self.opt.save, stats)
         self.epoch, self.step, self.totals = self.epoch + 1, 0, None
+        if self.opt.keep_every and self.epoch % self.opt.keep_every == 0:
+            self.save(f'epoch-{self.epoch}.pt7')
         improved = accuracy >= self.best
         self.best = max(self.best, accuracy)
         if improved:
