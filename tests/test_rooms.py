@@ -31,7 +31,7 @@ MAY_IMPORT = {  # room: what of the project it may know
     'predict': {'networks', 'command', *PACKAGE},
     'plot': {'training', 'command'},
     'hubconf': {'diracnet'},
-    'experiments': {'experiments', 'train', 'training', 'networks', 'baselines', 'command',
+    'experiments': {'experiments', 'train', 'export', 'training', 'networks', 'baselines', 'command',
                     *PACKAGE},
 }
 

@@ -1,0 +1,265 @@
+"""Draws what the experiments left, from logs/NAME/*.csv and logs/trainings/ alone.
+
+    python -m experiments.figures             # all that have rows
+    python -m experiments.figures depth       # logs/depth/depth.png
+
+Points are means over seeds, bars one standard deviation; n is the number of seeds. All is told by
+markers and dashes too, as colours do not print.
+"""
+
+import csv
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+from command import Options, errors_in_one_line
+from experiments.definitions import EXPERIMENTS
+from experiments.turns import ROOT
+from training.checkpoint import read_log
+
+STYLES = [  # of the series of a figure, in order
+    {'color': color, 'marker': marker, 'linestyle': line, 'capsize': 3}
+    for color, marker, line in (
+        ('C0', 'o', '-'), ('C3', 's', '--'), ('C2', '^', '-.'), ('C1', 'D', ':'),
+        ('C4', 'v', '-'), ('C5', 'x', '--'), ('C7', 'P', '-.'), ('C8', '*', ':'), ('C9', '<', '-'),
+    )
+]
+ACCURACY = 'test accuracy (%)'
+
+
+# ---------------------------------------------------------------- rows
+
+
+def read(table):
+    """The rows of a CSV file, numbers as such: none where there is no file."""
+    if not table.exists():
+        return []
+    with open(table, newline='') as file:
+        return [{name: _number(value) for name, value in row.items()}
+                for row in csv.DictReader(file)]
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def whole(rows):
+    """The rows of trainings that came to their end."""
+    return [row for row in rows if row['ended'] == 'whole']
+
+
+def grouped(rows, *names):
+    """Returns {values of the columns `names`: rows}, in the order of the rows."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[name] for name in names)].append(row)
+    return groups
+
+
+def mean_and_deviation(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def counts(rows):
+    """Says how many seeds the points of a figure have, such as 'n = 3' or 'n = 1 to 3'."""
+    sizes = sorted({len(group) for group in grouped(rows, 'series', 'x').values()})
+    return f'n = {sizes[0]}' + (f' to {sizes[-1]}' if len(sizes) > 1 else '')
+
+
+# ---------------------------------------------------------------- axes
+
+
+def lines(axes, rows, value, xlabel, ylabel, log=False):
+    """Draws the mean of a column over x, a line a series, with bars of one deviation."""
+    for style, ((series,), of_series) in zip(STYLES, grouped(rows, 'series').items()):
+        points = sorted(grouped(of_series, 'x').items())
+        means = [mean_and_deviation([row[value] for row in group]) for _, group in points]
+        axes.errorbar([x for (x,), _ in points], [m for m, _ in means], [d for _, d in means],
+                      label=series, **style)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if log:
+        axes.set_xscale('log')
+        axes.set_xticks(sorted({row['x'] for row in rows}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+
+
+def points(axes, rows, value, ylabel):
+    """Draws each training of a column as a point over its series, beside mean and deviation."""
+    groups = grouped(rows, 'series')
+    for i, (style, group) in enumerate(zip(STYLES, groups.values())):
+        values = [row[value] for row in group]
+        mean, deviation = mean_and_deviation(values)
+        axes.plot([i - 0.12] * len(values), values, 'o', mfc='none', color='0.5', markersize=5)
+        axes.errorbar(i + 0.08, mean, deviation, **{**style, 'linestyle': ''})
+        axes.annotate(f'{mean:.2f}', (i + 0.16, mean), va='center', fontsize=8)
+    axes.set_xticks(range(len(groups)), [series for series, in groups], rotation=12)
+    axes.set(ylabel=ylabel, xlim=(-0.5, len(groups) - 0.3))
+    axes.grid(alpha=0.25, axis='y')
+
+
+def curves(axes, rows, logs, value, ylabel):
+    """Draws a figure of the logs over epochs: a line a series, the mean of its seeds."""
+    for style, ((series,), group) in zip(STYLES, grouped(rows, 'series').items()):
+        runs = [read_log(logs / row['log']) for row in group]
+        epochs = [stats['epoch'] for stats in runs[0]]
+        means = [mean_and_deviation([run[i][value] for run in runs]) for i in range(len(epochs))]
+        axes.errorbar(epochs, [m for m, _ in means], [d for _, d in means], label=series, **style)
+    axes.set(xlabel='epoch', ylabel=ylabel)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def depth(figure, rows, measured, logs):
+    test, train = figure.subplots(1, 2)
+    lines(test, rows, 'test_acc_percent', 'depth (layers)', ACCURACY, log=True)
+    lines(train, rows, 'train_loss', 'depth (layers)', 'training loss, last epoch', log=True)
+
+
+def width(figure, rows, measured, logs):
+    by_width, by_parameters = figure.subplots(1, 2)
+    lines(by_width, rows, 'test_acc_percent', 'width (factor on channels)', ACCURACY, log=True)
+    by_size = [{**row, 'x': row['parameters'] / 1e6} for row in rows]
+    lines(by_parameters, by_size, 'test_acc_percent', 'parameters (millions)', ACCURACY)
+    by_parameters.set_xscale('log')
+
+
+def init(figure, rows, measured, logs):
+    test, train = figure.subplots(1, 2)
+    for axes, value, label in ((test, 'test_acc_percent', ACCURACY),
+                               (train, 'train_loss', 'training loss, last epoch')):
+        lines(axes, rows, value, "filters' first deviation (times Kaiming's)", label, log=True)
+
+
+def alpha_beta(figure, rows, measured, logs):
+    groups = grouped(measured, 'series')
+    panels = figure.subplots(len(groups), 3, squeeze=False)
+    for row_of_axes, ((series,), group) in zip(panels, groups.items()):
+        for style, ((epoch,), at) in zip(STYLES, sorted(grouped(group, 'epoch').items())):
+            layers = sorted(grouped(at, 'layer').items())
+            numbers = [layer for (layer,), _ in layers]
+            for axes, value in zip(row_of_axes, (
+                lambda row: row['alpha_mean'], lambda row: row['beta_mean'],
+                lambda row: row['dirac_norm'] / row['free_norm'],
+            )):
+                means = [mean_and_deviation(list(map(value, seeds))) for _, seeds in layers]
+                axes.errorbar(numbers, [m for m, _ in means], [d for _, d in means],
+                              label=f'epoch {epoch:.0f}', **{**style, 'markersize': 3})
+        for axes, label in zip(row_of_axes, (
+            'mean alpha of the layer', 'mean beta of the layer',
+            'norm of the Dirac part\nover that of the free part',
+        )):
+            axes.set(xlabel='layer', ylabel=label, title=series)
+            axes.grid(alpha=0.25)
+        row_of_axes[0].legend(fontsize=8)
+
+
+def at_one_depth(figure, rows, measured, logs):
+    test, train = figure.subplots(1, 2)
+    points(test, rows, 'test_acc_percent', ACCURACY)
+    points(train, rows, 'train_loss', 'training loss, last epoch')
+
+
+def versions(figure, rows, measured, logs):
+    (test, loss, *_), histograms = figure.subplots(2, 3)
+    points(test, rows, 'test_acc_percent', ACCURACY)
+    curves(loss, rows, logs, 'train_loss', 'training loss')
+    figure.delaxes(figure.axes[2])
+    first = [row for row in measured if row['seed'] == 1]
+    series = grouped(first, 'series')
+    for style, ((name,), group) in zip(STYLES, series.items()):
+        for axes, ((layer,), bins) in zip(histograms, sorted(grouped(group, 'layer').items())):
+            axes.stairs([row['share'] for row in bins],
+                        [row['from_deviations'] for row in bins]
+                        + [2 * bins[-1]['from_deviations'] - bins[-2]['from_deviations']],
+                        label=f'{name}, layer {layer:.0f}', color=style['color'],
+                        linestyle=style['linestyle'])
+            axes.set(xlabel='activation (its deviations)', ylabel='share', yscale='log')
+            axes.legend(fontsize=7)
+
+
+def cost(figure, rows, measured, logs):
+    panels = figure.subplots(1, 2)
+    for axes, ((title,), group) in zip(panels, grouped(measured, 'compared').items()):
+        for y, row in enumerate(group):
+            slower = [1 / row[name] for name in ('ratio', 'ratio_high', 'ratio_low')]
+            axes.barh(y, slower[0], color='0.7', edgecolor='black')
+            axes.errorbar(slower[0], y, xerr=[[slower[0] - slower[1]], [slower[2] - slower[0]]],
+                          color='black', capsize=3)
+            axes.annotate(f'{slower[0]:.2f}', (0.02, y), va='center', fontsize=9)
+        axes.set_yticks(range(len(group)), [row['what'] for row in group])
+        axes.invert_yaxis()
+        axes.set(xlabel=f'time over that of the first (median, 95 %, n = {group[0]["n"]:.0f} '
+                        'turns)', title=f'{title}, 128 images')
+
+
+def int8(figure, rows, measured, logs):
+    accuracies, drops = figure.subplots(1, 2)
+    points(accuracies, measured, 'float32_test_acc_percent', f'{ACCURACY}, float32')
+    lost = [{**row, 'lost': row['float32_test_acc_percent'] - row['int8_test_acc_percent']}
+            for row in measured]
+    points(drops, lost, 'lost', 'accuracy lost in int8 (points)')
+    drops.axhline(0, color='black', linewidth=0.8)
+
+
+def thousand(figure, rows, measured, logs):
+    accuracy, loss = figure.subplots(1, 2)
+    curves(accuracy, rows, logs, 'test_acc', f'{ACCURACY}, digits')
+    curves(loss, rows, logs, 'train_loss', 'training loss, digits')
+
+
+FIGURES = {
+    'depth': depth, 'width': width, 'init': init, 'alpha-beta': alpha_beta, 'delta': at_one_depth,
+    'versions': versions, 'large': at_one_depth, 'cost': cost, 'int8': int8, 'thousand': thousand,
+}
+TALL = {'versions', 'alpha-beta'}
+
+
+def draw(experiment, logs):
+    """Draws an experiment from its files under `logs`; raises ValueError if there are none."""
+    folder = logs / experiment
+    rows, measured = whole(read(folder / 'results.csv')), read(folder / 'measured.csv')
+    if not rows and not measured:
+        raise ValueError(f'{folder}: no results: expected those of python -m experiments.run '
+                         f'{experiment}')
+    figure = Figure((11, 7.4 if experiment in TALL else 4.2), dpi=110, layout='constrained')
+    FIGURES[experiment](figure, rows, measured, logs)
+    diverged = len(read(folder / 'results.csv')) - len(rows)
+    figure.suptitle(
+        EXPERIMENTS[experiment].__doc__ + (f' ({counts(rows)})' if rows else '')
+        + (f' ({diverged} diverged: left out)' if diverged else ''))
+    return figure
+
+
+def save(experiment, logs):
+    """Draws an experiment into its folder: the path of the PNG."""
+    path = logs / experiment / f'{experiment}.png'
+    draw(experiment, logs).savefig(path)
+    return path
+
+
+def main(argv=None):
+    parser = Options(prog='experiments.figures', description=__doc__.splitlines()[0])
+    parser.add_argument('experiments', nargs='*', help='which ones (default: all with results)')
+    parser.add_argument('--logs', default=ROOT / 'logs', type=Path,
+                        help='folder of the tables (default: logs)')
+    opt = parser.parse_args(argv)
+    there = [name for name in EXPERIMENTS if list((opt.logs / name).glob('*.csv'))]
+    with errors_in_one_line('experiments.figures'):
+        for name in opt.experiments or there:
+            print(save(name, opt.logs))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,260 @@
+"""Trains what a claim of the paper rests on, and draws what came out.
+
+    python -m experiments.run depth --dataroot ../cifar10-jpeg
+    python -m experiments.run depth --only 'plain*'        # as another machine does the others
+    python -m experiments.run --list                       # what there is, and its hours
+
+The experiments are those of experiments/definitions.py. A row of each training goes to
+logs/NAME/results.csv, its log to logs/trainings/. What has a row is not trained again, what was
+stopped goes on where it was, and what another process trains is left to it.
+"""
+
+import argparse
+import csv
+import fnmatch
+import functools
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import diracfile
+import networks
+import train
+from command import Options, errors_in_one_line, print_table, say
+from experiments import figures, measures
+from experiments.definitions import BUDGETS, EXPERIMENTS
+from experiments.starts import started
+from experiments.turns import ROOT, append, environment
+from training.checkpoint import DivergedError, Lock, read_log
+from training.options import DATASETS, folder
+
+RATE = 2e11  # multiply-adds a second of 2 CPU cores in bfloat16, from which hours are counted
+DIGITS, CIFAR = 1437, 50_000  # images of training
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where trainings find their images, and leave what they make."""
+
+    logs: Path  # tables, logs and figures, which git keeps
+    runs: Path  # checkpoints
+    dataset: str
+    dataroot: str
+
+    def dataset_of(self, training):
+        return training.options.get('dataset', self.dataset)
+
+    def folder(self, training):
+        """Where the run of a training is, or will be."""
+        return self.runs / training.run
+
+    def table(self, experiment):
+        return self.logs / experiment / 'results.csv'
+
+    def row(self, training, experiment):
+        """The row of a training in the table of an experiment, or None."""
+        rows = read_rows(self.table(experiment))
+        key = training.run, self.dataset_of(training)
+        return next((row for row in rows if (row['run'], row['dataset']) == key), None)
+
+
+def read_rows(table):
+    """The rows of a CSV file: none where there is no file."""
+    if not table.exists():
+        return []
+    with open(table, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- what there is to do
+
+
+@functools.cache
+def _multiply_adds(model, depth, width):
+    with torch.device('meta'):
+        network = networks.build(model, 'CIFAR10', depth=depth, width=width)
+    return networks.multiply_adds(network, 32)
+
+
+def work(training):
+    """Counts the multiply-adds of a training: forward and, twice that, backward."""
+    options = training.options
+    images = options['epochs'] * (DIGITS if options.get('dataset') == 'Digits' else CIFAR)
+    return 3 * images * _multiply_adds(*(options[name] for name in ('model', 'depth', 'width')))
+
+
+def hours(trainings):
+    return sum(map(work, trainings)) / RATE / 3600
+
+
+def in_turn(trainings, experiment):
+    """Yields each training, after a line that says how far all of them are, and the time left."""
+    begun, left, done, rate = time.monotonic(), sum(map(work, trainings)), 0, RATE
+    for number, training in enumerate(trainings, 1):
+        say(f'\n{experiment}: training {number} of {len(trainings)}: {training.name}; '
+            f'{(left - done) / rate / 3600:.1f} h left')
+        yield training
+        done += work(training)
+        rate = done / (time.monotonic() - begun)
+
+
+# ---------------------------------------------------------------- one training
+
+
+def words_of(training, place):
+    """The options of train.py for a training, as words."""
+    options = {'dataset': place.dataset, 'dataroot': place.dataroot, **training.options,
+               'seed': training.seed, 'save': place.folder(training), 'resume': 'auto'}
+    words = []
+    for name, value in options.items():
+        words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
+    return words
+
+
+def write_start(training, path):
+    """Writes the parameters that a training starts from: those of its seed, then changed."""
+    torch.manual_seed(training.seed)
+    sizes = {name: training.options[name] for name in ('depth', 'width')}
+    network = networks.build(training.options['model'], 'CIFAR10', **sizes)
+    torch.save(started(network, training.start).state_dict(), path)
+
+
+def do(training, place):
+    """Trains, or goes on; returns how it ended: 'whole', or 'diverged'."""
+    words = words_of(training, place)
+    if training.start:
+        start = place.runs / f'{training.run}.pth'
+        write_start(training, start)
+        words += ['--pretrained', str(start)]
+    try:
+        train.main(words)
+    except SystemExit as ending:
+        if ending.code != DivergedError.status:
+            raise
+        return 'diverged'
+    return 'whole'
+
+
+def keep_log(training, place):
+    """Copies the log of a training to where git keeps it: (its epochs, its path under logs/)."""
+    log, kept = place.folder(training) / 'log.txt', Path('trainings', f'{training.run}.txt')
+    if not log.exists():  # it diverged in its first epoch
+        return [], ''
+    (place.logs / kept).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(log, place.logs / kept)
+    return read_log(log), str(kept)
+
+
+def row_of(training, place, ended):
+    """The row of a training that has ended: what it was, its figures, and where it was made."""
+    epochs, log = keep_log(training, place)
+    last = epochs[-1] if epochs else {}
+    return {
+        'series': training.series, 'x': training.x, 'seed': training.seed, 'ended': ended,
+        'test_acc_percent': last.get('test_acc', ''), 'test_loss': last.get('test_loss', ''),
+        'train_acc_percent': last.get('train_acc', ''), 'train_loss': last.get('train_loss', ''),
+        'epochs': len(epochs),
+        'train_seconds': round(sum(stats['train_time'] for stats in epochs)),
+        'parameters': last.get('n_parameters', ''), 'multiply_adds': work(training),
+        'dataset': place.dataset_of(training), 'run': training.run, 'log': log,
+        'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
+        **environment(), 'dtype': last.get('dtype', ''),
+    }
+
+
+def is_done(training, experiment, place):
+    """Whether nothing is left of a training: its row is there, and what is measured of it."""
+    row = place.row(training, experiment)
+    if not row or row['ended'] != 'whole' or experiment not in measures.OF_PARAMETERS:
+        return bool(row)
+    return training.run in measures.measured(experiment, place.logs)
+
+
+def finish(training, experiment, place):
+    """Sees to it that a training has its row and, where they are measured, its parameters.
+
+    Raises ValueError if another process trains it now.
+    """
+    place.runs.mkdir(parents=True, exist_ok=True)
+    lock_file = place.runs / f'{training.run}.lock'
+    lock_file.touch()
+    with Lock(lock_file) as lock:
+        lock.take()
+        own = place.row(training, experiment)
+        row = own or next(filter(None, (place.row(training, e) for e in EXPERIMENTS)), None)
+        lost = experiment in measures.OF_PARAMETERS and not (
+            place.folder(training) / diracfile.MODEL).exists()
+        if not row or row['ended'] == 'whole' and lost:
+            ended = do(training, place)
+            row = row or row_of(training, place, ended)
+        if not own:
+            where = {'series': training.series, 'x': training.x, 'seed': training.seed}
+            append([{**row, **where}], place.table(experiment))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run(experiment, trainings, place):
+    """Trains what is left, measures it, and draws the figure from all that is there."""
+    left = [training for training in trainings if not is_done(training, experiment, place)]
+    for training in in_turn(left, experiment):
+        try:
+            finish(training, experiment, place)
+        except ValueError as error:  # of the lock: train.py ends for its own
+            say(f'left out: {error}')
+    measures.measure(experiment, trainings, place)
+    path = figures.save(experiment, place.logs)
+    done = sum(is_done(training, experiment, place) for training in trainings)
+    say(f'{experiment}: {done} of {len(trainings)} trainings done; drawn in {path}')
+
+
+def show_list(budget):
+    """Prints what there is, with the hours that it takes."""
+    rows = [[name, str(len(trainings)), f'{hours(trainings):.1f}', define.__doc__]
+            for name, define in EXPERIMENTS.items() for trainings in [define(budget)]]
+    print_table(['experiment', 'trainings', 'hours', 'asks'], rows, left=['asks'])
+    print(f'\nhours: of 2 CPU cores in bfloat16, at {RATE:g} multiply-adds a second, alone')
+
+
+def parse_options(argv):
+    parser = Options(prog='experiments.run', description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('experiment', nargs='?', choices=EXPERIMENTS, help='which one')
+    add('--list', action='store_true', help='print all of them, and end')
+    add('--budget', default='small', choices=BUDGETS,
+        help="small: 4 epochs, 3 seeds; paper: the paper's 200 epochs, 5 seeds; tiny: a test of "
+             'the code (default: %(default)s)')
+    add('--only', default='*', metavar='PATTERN',
+        help="of the trainings, such as 'plain*' or '*seed 1' (default: all)")
+    add('--dataset', choices=DATASETS, help="data set (default: Folder; tiny's is Digits)")
+    add('--dataroot', default='.', type=folder,
+        help='folder of its files: train/CLASS and test/CLASS of a Folder (default: .)')
+    add('--logs', default=ROOT / 'logs', type=Path, help='folder of the tables (default: logs)')
+    add('--runs', default=ROOT / 'runs', type=Path,
+        help='folder of the checkpoints, which may be deleted after (default: runs)')
+    opt = parser.parse_args(argv)
+    if not opt.experiment and not opt.list:
+        parser.error(f'no experiment: expected one of {", ".join(EXPERIMENTS)}, or --list')
+    return opt
+
+
+def main(argv=None):
+    opt = parse_options(argv)
+    budget = BUDGETS[opt.budget]
+    if opt.list:
+        show_list(budget)
+        return
+    trainings = [training for training in EXPERIMENTS[opt.experiment](budget)
+                 if fnmatch.fnmatch(training.name, opt.only)]
+    place = Place(opt.logs, opt.runs, opt.dataset or budget.dataset, opt.dataroot)
+    with errors_in_one_line('experiments.run'):
+        run(opt.experiment, trainings, place)
+
+
+if __name__ == '__main__':
+    main()
