@@ -31,8 +31,8 @@ MAY_IMPORT = {  # room: what of the project it may know
     'predict': {'networks', 'command', *PACKAGE},
     'plot': {'training', 'command'},
     'hubconf': {'diracnet'},
-    'experiments': {'experiments', 'train', 'export', 'training', 'networks', 'baselines', 'command',
-                    *PACKAGE},
+    'experiments': {'experiments', 'train', 'export', 'training', 'networks', 'baselines',
+                    'command', *PACKAGE},
 }
 
 
