@@ -64,7 +64,7 @@ BUDGETS = {
     # for the tests: seconds
     'tiny': Budget(
         1, 1, {'lr_schedule': 'cosine', 'batch_size': 64, 'keep_every': 1}, 'Digits',
-        depths=(10,), deeper=(), widths=(0.5,), layers=10, large=0.5, thousand=28,
+        depths=(10,), deeper=(), widths=(0.5,), layers=10, large=0.5, thousand=10,
     ),
 }
 INIT_SCALES = (1, 0.1, 0.01)

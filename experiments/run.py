@@ -49,7 +49,7 @@ class Place:
 
     def folder(self, training):
         """Where the run of a training is, or will be."""
-        return self.runs / training.run
+        return self.runs / self.dataset_of(training) / training.run
 
     def table(self, experiment):
         return self.logs / experiment / 'results.csv'
@@ -90,17 +90,6 @@ def hours(trainings):
     return sum(map(work, trainings)) / RATE / 3600
 
 
-def in_turn(trainings, experiment):
-    """Yields each training, after a line that says how far all of them are, and the time left."""
-    begun, left, done, rate = time.monotonic(), sum(map(work, trainings)), 0, RATE
-    for number, training in enumerate(trainings, 1):
-        say(f'\n{experiment}: training {number} of {len(trainings)}: {training.name}; '
-            f'{(left - done) / rate / 3600:.1f} h left')
-        yield training
-        done += work(training)
-        rate = done / (time.monotonic() - begun)
-
-
 # ---------------------------------------------------------------- one training
 
 
@@ -126,7 +115,7 @@ def do(training, place):
     """Trains, or goes on; returns how it ended: 'whole', or 'diverged'."""
     words = words_of(training, place)
     if training.start:
-        start = place.runs / f'{training.run}.pth'
+        start = place.folder(training).with_name(f'{training.run}.start.pth')
         write_start(training, start)
         words += ['--pretrained', str(start)]
     try:
@@ -140,7 +129,8 @@ def do(training, place):
 
 def keep_log(training, place):
     """Copies the log of a training to where git keeps it: (its epochs, its path under logs/)."""
-    log, kept = place.folder(training) / 'log.txt', Path('trainings', f'{training.run}.txt')
+    log = place.folder(training) / 'log.txt'
+    kept = Path('trainings', place.dataset_of(training), f'{training.run}.txt')
     if not log.exists():  # it diverged in its first epoch
         return [], ''
     (place.logs / kept).parent.mkdir(parents=True, exist_ok=True)
@@ -178,15 +168,15 @@ def finish(training, experiment, place):
 
     Raises ValueError if another process trains it now.
     """
-    place.runs.mkdir(parents=True, exist_ok=True)
-    lock_file = place.runs / f'{training.run}.lock'
+    folder = place.folder(training)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock_file = folder.with_name(f'{training.run}.lock')
     lock_file.touch()
     with Lock(lock_file) as lock:
         lock.take()
         own = place.row(training, experiment)
         row = own or next(filter(None, (place.row(training, e) for e in EXPERIMENTS)), None)
-        lost = experiment in measures.OF_PARAMETERS and not (
-            place.folder(training) / diracfile.MODEL).exists()
+        lost = experiment in measures.OF_PARAMETERS and not (folder / diracfile.MODEL).exists()
         if not row or row['ended'] == 'whole' and lost:
             ended = do(training, place)
             row = row or row_of(training, place, ended)
@@ -198,14 +188,26 @@ def finish(training, experiment, place):
 # ---------------------------------------------------------------- the command
 
 
-def run(experiment, trainings, place):
-    """Trains what is left, measures it, and draws the figure from all that is there."""
-    left = [training for training in trainings if not is_done(training, experiment, place)]
-    for training in in_turn(left, experiment):
+def train_all(trainings, experiment, place):
+    """Trains one after the other, with a line before each: how far all are, and the time left."""
+    left, done, seconds = sum(map(work, trainings)), 0, 0
+    for number, training in enumerate(trainings, 1):
+        rate = done / seconds if done else RATE
+        say(f'\n{experiment}: training {number} of {len(trainings)}: {training.name}; '
+            f'{left / rate / 3600:.1f} h left')
+        begun, left = time.monotonic(), left - work(training)
         try:
             finish(training, experiment, place)
         except ValueError as error:  # of the lock: train.py ends for its own
             say(f'left out: {error}')
+            continue
+        done, seconds = done + work(training), seconds + time.monotonic() - begun
+
+
+def run(experiment, trainings, place):
+    """Trains what is left, measures it, and draws the figure from all that is there."""
+    left = [training for training in trainings if not is_done(training, experiment, place)]
+    train_all(left, experiment, place)
     measures.measure(experiment, trainings, place)
     path = figures.save(experiment, place.logs)
     done = sum(is_done(training, experiment, place) for training in trainings)

@@ -141,7 +141,7 @@ def compare(title, sides, pairs, table, target=''):
 
 def append(rows, table):
     table = Path(table)
-    table.parent.mkdir(exist_ok=True)
+    table.parent.mkdir(parents=True, exist_ok=True)
     new = not table.exists()
     with open(table, 'a', newline='') as file:
         writer = csv.DictWriter(file, rows[0])

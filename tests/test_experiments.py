@@ -1,0 +1,196 @@
+"""The experiments: what they train, what they keep of it, and that it goes on where it stopped."""
+
+import csv
+import json
+import shutil
+
+import cv2
+import pytest
+import torch
+
+import networks
+import train
+from diracconv import dirac_weight
+from diracfile import load_params
+from experiments import figures, measures, run, starts
+from experiments.definitions import BUDGETS, EXPERIMENTS, Training
+from training import data
+
+
+def read(table):
+    with open(table, newline='') as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """Folders that all experiments of this module share, as those of the repository are."""
+    return tmp_path_factory.mktemp('experiments')
+
+
+@pytest.fixture(scope='module')
+def digit_files(tmp_path_factory):
+    """Some of the digits as a Folder: image files to calibrate on."""
+    folder = tmp_path_factory.mktemp('digits')
+    sets = data.load('Digits')
+    for split, images in (('train', sets.train), ('test', sets.test)):
+        for i in range(200):
+            name = folder / split / str(int(images.labels[i]))
+            name.mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(name / f'{i}.png'), images.images[i].numpy())
+    return folder
+
+
+def tiny(experiment, place, *options):
+    run.main([experiment, '--budget', 'tiny', '--logs', str(place / 'logs'),
+              '--runs', str(place / 'runs'), *map(str, options)])
+    return place / 'logs' / experiment
+
+
+@pytest.mark.parametrize('experiment', [e for e in EXPERIMENTS if e not in ('cost', 'int8')])
+def test_a_tiny_budget_goes_to_its_figure(experiment, place):
+    folder = tiny(experiment, place)
+    trainings = EXPERIMENTS[experiment](BUDGETS['tiny'])
+    rows = read(folder / 'results.csv')
+    assert [(row['series'], float(row['x']), int(row['seed'])) for row in rows] == [
+        (training.series, training.x, training.seed) for training in trainings]
+    for row, training in zip(rows, trainings):
+        lines = (place / 'logs' / row['log']).read_text().splitlines()
+        last = json.loads(lines[-1].removeprefix('json_stats: '))
+        assert float(row['test_acc_percent']) == last['test_acc']
+        assert last['model'] == training.options['model']
+        assert int(row['epochs']) == training.options['epochs'] == len(lines)
+    assert cv2.imread(str(folder / f'{experiment}.png')).std() > 10
+
+
+def test_int8_to_its_figure(digit_files, place):
+    folder = tiny('int8', place, '--dataset', 'Folder', '--dataroot', digit_files)
+    row, *_ = rows = read(folder / 'measured.csv')
+    assert {row['series'] for row in rows} == {'plain', 'diracnet', 'resnet'}
+    # the accuracy of the log is of bfloat16 or float32 before folding: the same network
+    trained = {row['run']: float(row['test_acc_percent']) for row in read(folder / 'results.csv')}
+    assert abs(float(row['float32_test_acc_percent']) - trained[row['run']]) < 2
+    assert cv2.imread(str(folder / 'int8.png')).std() > 10
+
+
+def test_cost_to_its_figure(monkeypatch, place):
+    monkeypatch.setattr(measures, 'TURNS', 2)
+    monkeypatch.setattr(measures, 'STEPS', 1)
+    folder = tiny('cost', place)
+    rows = read(folder / 'measured.csv')
+    assert len(rows) == 8
+    assert all(row['n'] == '2' and float(row['milliseconds']) > 0 for row in rows)
+    assert cv2.imread(str(folder / 'cost.png')).std() > 10
+
+
+def test_what_is_done_is_not_done_again_and_what_stopped_goes_on(place, monkeypatch):
+    folder = tiny('depth', place)
+    table, before = folder / 'results.csv', read(folder / 'results.csv')
+    monkeypatch.setattr(train, 'main', lambda words: pytest.fail('trained again'))
+    tiny('depth', place)
+    assert read(table) == before
+    shutil.rmtree(folder)  # the same training is known from another experiment
+    tiny('depth', place, '--only', 'plain*')
+    assert [row['series'] for row in read(table)] == ['plain']
+    monkeypatch.undo()
+    stopped = []
+
+    def stop(words):
+        stopped.append(words)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(train, 'main', stop)
+    shutil.rmtree(place / 'logs')
+    with pytest.raises(SystemExit) as ending:
+        tiny('depth', place, '--only', 'plain*')
+    assert ending.value.code == 143
+    assert not table.exists()
+    assert stopped[0][-1] == 'auto'
+    assert stopped[0][-2] == '--resume'
+
+
+def test_a_diverged_training_is_a_row_without_figures(tmp_path, monkeypatch):
+    def diverge(words):
+        raise SystemExit(3)
+
+    monkeypatch.setattr(train, 'main', diverge)
+    with pytest.raises(SystemExit) as ending:  # nothing can be drawn
+        tiny('depth', tmp_path, '--only', 'plain*')
+    assert ending.value.code == 2
+    row, = read(tmp_path / 'logs' / 'depth' / 'results.csv')
+    assert (row['ended'], row['test_acc_percent'], row['epochs']) == ('diverged', '', '0')
+
+
+def test_two_processes_share_trainings(tmp_path, capsys):
+    training = EXPERIMENTS['depth'](BUDGETS['tiny'])[0]
+    folder = tmp_path / 'runs' / 'Digits'
+    folder.mkdir(parents=True)
+    lock = folder / f'{training.run}.lock'
+    lock.touch()
+    with run.Lock(lock) as other:
+        other.take()
+        with pytest.raises(SystemExit):
+            tiny('depth', tmp_path, '--only', training.name)
+    assert 'left out' in capsys.readouterr().out
+    assert not (tmp_path / 'logs' / 'depth').exists()
+
+
+def test_hours_are_counted_by_hand():
+    training = Training('plain', 10, 1, {'model': 'plain', 'depth': 10, 'width': 1, 'epochs': 4})
+    # 32^2 positions of 3 x 16 and twice 16 x 16; 16^2 of 16 x 32, 32 x 32; 8^2 of 32 x 64, 64 x 64
+    convolutions = 9 * (1024 * (48 + 512) + 256 * (512 + 1024) + 64 * (2048 + 4096))
+    assert run.work(training) == 3 * 200_000 * (convolutions + 640)
+
+
+def test_starts():
+    torch.manual_seed(0)
+    drawn = networks.build('plain', 'CIFAR10', depth=10, width=1)
+    before = {name: p.clone() for name, p in drawn.named_parameters()}
+    for name, p in starts.started(drawn, 'scaled-0.1').named_parameters():
+        torch.testing.assert_close(p, before[name] * (0.1 if p.dim() == 4 else 1))
+    weight = starts.started(drawn, 'delta-orthogonal').features.group1.block0.conv.weight
+    assert weight.shape == (32, 16, 3, 3)
+    middle = weight[:, :, 1, 1]
+    torch.testing.assert_close(middle.T @ middle, torch.eye(16), atol=1e-5, rtol=0)
+    assert weight.count_nonzero() == middle.count_nonzero()
+    with pytest.raises(ValueError, match='sideways'):
+        starts.started(drawn, 'sideways')
+
+
+def test_alpha_beta_measures_the_two_parts_of_w_hat(place):
+    tiny('alpha-beta', place)
+    training, = EXPERIMENTS['alpha-beta'](BUDGETS['tiny'])
+    rows = read(place / 'logs' / 'alpha-beta' / 'measured.csv')
+    params = load_params(str(place / 'runs' / 'Digits' / training.run / 'epoch-1.pt7'))
+    assert len(rows) == 6
+    for row, name in zip(rows, [f'group{g}.block{b}' for g in range(3) for b in range(2)]):
+        alpha, beta, weight = (params[f'{name}.{part}'].double()
+                               for part in ('alpha', 'beta', 'conv'))
+        free = dirac_weight(weight, torch.zeros_like(alpha), beta)
+        dirac = dirac_weight(weight, alpha, beta) - free
+        assert float(row['dirac_norm']) == pytest.approx(dirac.norm().item(), rel=1e-5)
+        assert float(row['free_norm']) == pytest.approx(free.norm().item(), rel=1e-5)
+        assert float(row['alpha_mean']) == pytest.approx(alpha.mean().item(), rel=1e-5)
+
+
+def test_histograms_of_activations_sum_to_one(place):
+    tiny('versions', place)
+    rows = read(place / 'logs' / 'versions' / 'measured.csv')
+    shares = figures.grouped([{**row, 'share': float(row['share'])} for row in rows],
+                             'run', 'layer')
+    assert len(shares) == 6
+    for bins in shares.values():
+        assert len(bins) == measures.BINS
+        assert 0.98 < sum(row['share'] for row in bins) < 1 + 1e-6
+
+
+def test_points_are_means_and_deviations_over_seeds():
+    rows = [{'series': 'a', 'x': 1, 'value': value} for value in (1.0, 2.0, 6.0)]
+    assert figures.mean_and_deviation([row['value'] for row in rows]) == (3.0, 7 ** 0.5)
+    assert figures.counts(rows) == 'n = 3'
+
+
+def test_the_list_says_hours(capsys):
+    run.main(['--list'])
+    out = capsys.readouterr().out
+    assert all(f'| {name} ' in out for name in EXPERIMENTS)
