@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 
 import cv2
 import pytest
@@ -83,30 +82,30 @@ def test_cost_to_its_figure(monkeypatch, place):
     assert cv2.imread(str(folder / 'cost.png')).std() > 10
 
 
-def test_what_is_done_is_not_done_again_and_what_stopped_goes_on(place, monkeypatch):
-    folder = tiny('depth', place)
-    table, before = folder / 'results.csv', read(folder / 'results.csv')
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+    table = tiny('init', tmp_path, '--only', 'plain, 1, *') / 'results.csv'
+    before = read(table)
     monkeypatch.setattr(train, 'main', lambda words: pytest.fail('trained again'))
-    tiny('depth', place)
+    tiny('init', tmp_path, '--only', 'plain, 1, *')
     assert read(table) == before
-    shutil.rmtree(folder)  # the same training is known from another experiment
-    tiny('depth', place, '--only', 'plain*')
-    assert [row['series'] for row in read(table)] == ['plain']
-    monkeypatch.undo()
-    stopped = []
+    # the same training in another experiment: its row, in that one's place
+    row, = read(tiny('depth', tmp_path, '--only', 'plain*') / 'results.csv')
+    assert row == {**before[0], 'x': '10'}
 
-    def stop(words):
-        stopped.append(words)
+
+def test_what_stopped_goes_on(tmp_path, monkeypatch):
+    words = []
+
+    def stop(given):
+        words.extend(given)
         raise SystemExit(143)
 
     monkeypatch.setattr(train, 'main', stop)
-    shutil.rmtree(place / 'logs')
     with pytest.raises(SystemExit) as ending:
-        tiny('depth', place, '--only', 'plain*')
+        tiny('depth', tmp_path, '--only', 'plain*')
     assert ending.value.code == 143
-    assert not table.exists()
-    assert stopped[0][-1] == 'auto'
-    assert stopped[0][-2] == '--resume'
+    assert not (tmp_path / 'logs').exists()
+    assert words[-2:] == ['--resume', 'auto']
 
 
 def test_a_diverged_training_is_a_row_without_figures(tmp_path, monkeypatch):
