@@ -47,6 +47,7 @@ from training.distributed import rank, world
 from training.meters import STEPS_PER_READING, Meters, write_tensorboard
 from training.run import (
     choose_dtype,
+    compiled,
     keep_freed_memory,
     load_to_test,
     prepare,
@@ -170,7 +171,7 @@ def train(run, device, signals):
     wrapped = DistributedDataParallel(run.network) if world() > 1 else run.network
     tested = run.network
     if opt.compile:
-        wrapped, tested = (torch.compile(n, dynamic=False) for n in (wrapped, tested))
+        wrapped, tested = (compiled(n, device) for n in (wrapped, tested))
     train_step = make_step(wrapped, run.inputs, run.dtype, device, opt.label_smoothing)
     test_step = make_step(tested, run.inputs, run.dtype, device)
     loader = data.loader(
@@ -284,7 +285,7 @@ def main(argv=None):
                 )
             if opt.gpu_id:
                 os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
-            device = distributed.start()
+            device = distributed.start(opt.deterministic)
             if device.type == 'cpu':
                 keep_freed_memory()
             begun = load_to_test(opt) if opt.evaluate else prepare(opt, device, lock)

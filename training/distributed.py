@@ -14,13 +14,18 @@ def cores():
     return max(1, allowed // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
-def start():
+def start(deterministic=False):
     """Joins the processes of torchrun, if it started this one; returns this one's device.
 
-    NCCL on CUDA, gloo on the CPU.
+    NCCL on CUDA, gloo on the CPU. deterministic: have CUDA add in the same order each time, where
+    it can.
     """
     cuda = torch.cuda.is_available()
-    torch.backends.cudnn.benchmark = cuda
+    torch.backends.cudnn.benchmark = cuda and not deterministic
+    if deterministic and cuda:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read at its first use
+        # max-pooling warns: its windows do not overlap on small images, and so add in no order
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if 'LOCAL_RANK' not in os.environ:
         return torch.device('cuda' if cuda else 'cpu')
     store, number, count = next(dist.rendezvous('env://'))

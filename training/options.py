@@ -26,8 +26,9 @@ MODEL_OPTIONS = sorted({name for row in FAMILIES.values() for name in row.option
 DATASETS = (*SIZES, 'Folder')
 # what may differ when a run goes on; every other option changes its result
 FREE_ON_RESUME = {
-    'checkpointing', 'dataroot', 'epochs', 'evaluate', 'force', 'gpu_id', 'keep_every', 'name',
-    'ngpu', 'nthread', 'pretrained', 'recipe', 'resume', 'save', 'save_every', 'tensorboard',
+    'checkpointing', 'dataroot', 'deterministic', 'epochs', 'evaluate', 'force', 'gpu_id',
+    'keep_every', 'name', 'ngpu', 'nthread', 'pretrained', 'recipe', 'resume', 'save',
+    'save_every', 'tensorboard',
 }
 
 
@@ -101,6 +102,8 @@ def make_parser():
 
     add('--dtype', default='auto', choices=DTYPES,
         help='bfloat16 is autocast from float; auto: bfloat16 where the hardware computes in it')
+    add('--deterministic', default=False, action='store_true',
+        help='the same bits in each run on a GPU too, which takes longer; the CPU always has them')
     add('--compile', default=False, action='store_true', help='run torch.compile on the network')
     add('--batch_size', '--batchSize', default=128, type=at_least(1, int), help='images in a step')
     add('--epochs', default=200, type=at_least(1, int), help='epochs in all, resumed ones counted')
