@@ -1,0 +1,325 @@
+"""Shows what holds on a CUDA GPU and how fast it is: checks, then rates, the most wanted first.
+
+    python -m experiments.gpu                 # some eight minutes; stops by itself
+    python -m experiments.gpu --minutes 20
+    python -m experiments.gpu --device cpu    # tries the command itself, on small networks
+
+Needs no network and no files: images are random, or scikit-learn's digits. Rows are appended to
+logs/gpu/checks.csv and logs/gpu/rates.csv. The status is 1 where a check does not hold.
+"""
+
+import argparse
+import functools
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torchvision
+from tqdm import tqdm
+
+import networks
+import train
+from command import Options, errors_in_one_line, print_table, say
+from diracdeploy import deploy
+from diracfold import fold
+from diracimage import Inputs
+from diracnet import DiracNet, Network, forward, init_params, topology
+from experiments.gpu_checks import check_all
+from experiments.turns import ROOT, append, environment, median_interval
+from training.options import at_least
+from training.run import compiled
+
+LEAST, MOST = 5, 20  # turns
+TURN = 0.2  # seconds of work in a turn, at least
+FORMS = ('train.py', 'train.py --compile')
+
+
+# ---------------------------------------------------------------- what is timed
+
+
+def training_step(network, kind, batch, form, device):
+    """A step of train.py on random images, in the form that `form` names."""
+    inputs = Inputs.of(kind)
+    eager = form == 'float32, NCHW, eager'
+    network = network.to(device)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4,
+                                fused=device.type == 'cuda' and not eager)
+    run = network if form != 'train.py --compile' else compiled(network, device)
+    step = train.make_step(run, inputs, 'float' if eager else 'bfloat16', device)
+    images = torch.randint(256, (batch, inputs.size, inputs.size, 3), dtype=torch.uint8,
+                           device=device).permute(0, 3, 1, 2)
+    if eager:
+        images = images.contiguous()
+    labels = torch.randint(10, (batch,), device=device)
+
+    def work():
+        loss, _ = step((images, labels, batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return work
+
+
+def diracnet(depth, width, kind, dirac=True):
+    net = topology(depth, width, kind)
+    return Network(functools.partial(forward, net, dirac=dirac), init_params(net))
+
+
+def inference(network, batch, form, device):
+    """Logits of a batch of 224 x 224 from a folded network: deployed, or as it stands."""
+    network, shape = network.to(device).eval(), (batch, 3, 224, 224)
+    inputs = torch.randn(shape, device=device)
+    run = deploy(network, shape) if form == 'deploy()' else torch.no_grad()(network)
+    return lambda: run(inputs)
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+@dataclass
+class Side:
+    """One side of a comparison: `prepare()` returns a function that does the work of a batch."""
+
+    name: str
+    prepare: object
+    seconds: list = field(default_factory=list)  # of one call
+    memory: float = 0  # MB that it takes at most, beside those of the others
+
+
+@dataclass
+class Comparison:
+    title: str
+    batch: int
+    multiply_adds: float  # of one image, in the work of a side
+    sides: list
+    target: str = ''  # in words
+
+
+def _multiply_adds(make, size):
+    with torch.device('meta'):
+        return networks.multiply_adds(make(), size)
+
+
+def of_training(depth, width, kind, batch, device, rival, target=''):
+    """DiracNet-depth-width in training, against ordinary convolutions and a network with skips.
+
+    rival: (its name, a function that makes it).
+    """
+    size = Inputs.of(kind).size
+    make = functools.partial(diracnet, depth, width, kind)
+    forms = [('', make, form) for form in (*FORMS, 'float32, NCHW, eager')]
+    forms += [('ordinary convolutions, ', functools.partial(make, dirac=False), form)
+              for form in FORMS]
+    forms += [(f'{rival[0]}, ', rival[1], form) for form in FORMS]
+    sides = [
+        Side(name + form,
+             lambda make=make, form=form: training_step(make(), kind, batch, form, device))
+        for name, make, form in forms
+    ]
+    return Comparison(f'training {depth}-{width:g}, batch {batch}', batch,
+                      3 * _multiply_adds(make, size), sides, target)
+
+
+def of_inference(depth, batch, device, target=''):
+    """The folded DiracNet for ImageNet against torchvision's ResNet of its depth, treated alike."""
+    resnet = functools.partial(torchvision.models.get_model, f'resnet{depth}')
+    makers = {f'DiracNet-{depth}': lambda: DiracNet(depth),
+              f'resnet{depth}, folded': lambda: fold(resnet().eval())}
+    sides = [
+        Side(f'{name}, {form}',
+             lambda make=make, form=form: inference(make(), batch, form, device))
+        for form in ('deploy()', 'float32, NCHW, eager') for name, make in makers.items()
+    ]
+    work = _multiply_adds(lambda: DiracNet(depth), 224)
+    return Comparison(f'inference {depth}, batch {batch}', batch, work, sides, target)
+
+
+def comparisons(device):
+    """Yields what is compared, the most wanted first."""
+
+    def resnet(depth, width):
+        return 'resnet', lambda: networks.build('resnet', 'CIFAR10', depth=depth, width=width)
+
+    if device.type == 'cpu':
+        yield of_training(10, 1, 'CIFAR10', 8, device, resnet(10, 1))
+        yield of_inference(18, 1, device)
+        return
+    yield of_training(28, 10, 'CIFAR10', 128, device, resnet(28, 10), '45 % of the product')
+    yield of_training(28, 1, 'CIFAR10', 512, device, resnet(28, 1), '50,000 images/s')
+    yield of_inference(18, 256, device, 'no slower than resnet18')
+    yield of_training(28, 1, 'CIFAR10', 128, device, resnet(28, 1))
+    yield of_training(34, 2, 'CIFAR10', 128, device, resnet(34, 2))
+    for depth in (18, 34):
+        rival = functools.partial(torchvision.models.get_model, f'resnet{depth}')
+        yield of_training(depth, 1, 'ImageNet', 256, device, (f'resnet{depth}', rival))
+    for depth, batch in itertools.product((18, 34), (1, 16, 256)):
+        if (depth, batch) != (18, 256):
+            yield of_inference(depth, batch, device)
+
+
+# ---------------------------------------------------------------- timing
+
+
+def wait(device):
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def used(device):
+    return torch.cuda.memory_allocated(device) if device.type == 'cuda' else 0
+
+
+def prepare(side, device):
+    """Prepares and warms up a side: (its work, how often that is done in a turn)."""
+    before = used(device)
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    torch.manual_seed(0)
+    work = side.prepare()
+    for _ in range(3):
+        work()
+    wait(device)
+    if device.type == 'cuda':
+        side.memory = (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    start = time.perf_counter()
+    work()
+    wait(device)
+    return work, max(1, round(TURN / (time.perf_counter() - start)))
+
+
+def measure(comparison, device, deadline):
+    """Lets the sides work in turns, until there are MOST turns or the time is over."""
+    works = []
+    bar = tqdm(comparison.sides, comparison.title, unit='side', disable=None, leave=False)
+    for side in bar:
+        if time.monotonic() > deadline:
+            break
+        works.append((side, *prepare(side, device)))
+    for turn in range(MOST):
+        if turn >= LEAST and time.monotonic() > deadline:
+            break
+        for side, work, times in works:
+            start = time.perf_counter()
+            for _ in range(times):
+                work()
+            wait(device)
+            side.seconds.append((time.perf_counter() - start) / times)
+
+
+def product_rate(device, size=8192):
+    """The best TFLOP/s of thirty products of two square bfloat16 matrices."""
+    size = size if device.type == 'cuda' else 1024
+    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
+    rates = []
+    for _ in range(30):
+        wait(device)
+        start = time.perf_counter()
+        a @ b
+        wait(device)
+        rates.append(2e-12 * size**3 / (time.perf_counter() - start))
+    return max(rates)
+
+
+def here(device):
+    """The columns that say where a row was measured."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
+    return {'device': name, 'cuda': torch.version.cuda or '', **environment()}
+
+
+def rows_of(comparison, product, where):
+    """The rows of a comparison: rates, and ratios to its first side."""
+    rows, first = [], comparison.sides[0]
+    for side in comparison.sides:
+        if len(side.seconds) < LEAST:
+            continue
+        rate = comparison.batch / statistics.median(side.seconds)
+        ratio, low, high = median_interval([a / b for a, b in zip(first.seconds, side.seconds)])
+        tflops = 2e-12 * comparison.multiply_adds * rate
+        rows.append({
+            'compared': comparison.title, 'what': side.name, 'n': len(side.seconds),
+            'images_per_second': round(rate, 1),
+            'milliseconds': round(1000 * statistics.median(side.seconds), 3),
+            'ratio': round(ratio, 3), 'ratio_low': round(low, 3), 'ratio_high': round(high, 3),
+            'tflop_per_second': round(tflops, 2),
+            'percent_of_product': round(100 * tflops / product, 1),
+            'product_tflop_per_second': round(product, 1),
+            'target': comparison.target, 'peak_memory_mb': round(side.memory),
+            'batch': comparison.batch, **where,
+        })
+    return rows
+
+
+def show(rows):
+    target = rows[0]['target']
+    print(f'\n{rows[0]["compared"]}: {rows[0]["n"]} turns' + (f'; target: {target}' * bool(target)))
+    print_table(['', 'images/s', 'ms', 'ratio (95 %)', 'TFLOP/s', 'of the product', 'MB'], [[
+        row['what'], f'{row["images_per_second"]:,.0f}', f'{row["milliseconds"]:,.2f}',
+        f'{row["ratio"]:.2f} ({row["ratio_low"]:.2f} to {row["ratio_high"]:.2f})',
+        f'{row["tflop_per_second"]:,.1f}', f'{row["percent_of_product"]:.0f} %',
+        f'{row["peak_memory_mb"]:,}',
+    ] for row in rows])
+
+
+# ---------------------------------------------------------------- the command
+
+
+def check(device, table, where):
+    """Runs the checks: whether all of them hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = []
+        for row in tqdm(check_all(device, Path(folder)), 'checking', unit='check', disable=None,
+                        leave=False):
+            rows.append(row)
+    print_table(['check', 'what', 'off by', 'at most', 'holds'],
+                [list(map(str, row.values())) for row in rows], left=('what', 'holds'))
+    append([{**row, **where} for row in rows], table)
+    return all(row['holds'] == 'yes' for row in rows)
+
+
+def time_all(device, table, where, deadline):
+    product = product_rate(device)
+    say(f'\na bfloat16 product: {product:,.1f} TFLOP/s')
+    for comparison in comparisons(device):
+        if time.monotonic() > deadline:
+            say(f'left out, as the time is over: {comparison.title}')
+            continue
+        measure(comparison, device, deadline)
+        rows = rows_of(comparison, product, where)
+        if rows:
+            append(rows, table)
+            show(rows)
+        torch._dynamo.reset()  # compiled networks are kept by code, and so few of them
+        if device.type == 'cuda':
+            torch.cuda.empty_cache()
+
+
+def main(argv=None):
+    parser = Options(prog='experiments.gpu', description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--minutes', type=at_least(0, float), default=8,
+                        help='after which nothing new is begun (default: %(default)s)')
+    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda',
+                        help='cpu: to try the command (default: %(default)s)')
+    parser.add_argument('--logs', type=Path, default=ROOT / 'logs' / 'gpu',
+                        help='folder of the tables (default: logs/gpu)')
+    opt = parser.parse_args(argv)
+    deadline = time.monotonic() + 60 * opt.minutes
+    with errors_in_one_line('experiments.gpu'):
+        if opt.device == 'cuda' and not torch.cuda.is_available():
+            raise ValueError('no CUDA GPU here: expected one, or --device cpu to try the command')
+        device = torch.device(opt.device)
+        where = here(device)
+        holds = check(device, opt.logs / 'checks.csv', where)
+        time_all(device, opt.logs / 'rates.csv', where, deadline)
+    if not holds:
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    main()
