@@ -77,8 +77,8 @@ def say(*lines):
             print(f'no more is shown ({error.strerror})', file=sys.stderr)
 
 
-def print_table(head, rows, left=()):
-    """Prints rows of cells, all of them text, as a table in Markdown that reads well as it is.
+def table(head, rows, left=()):
+    """Returns the lines of a table in Markdown that reads well as it is: cells are text.
 
     left: titles of the columns that are aligned to the left, beside the first; the others to the
     right.
@@ -87,7 +87,14 @@ def print_table(head, rows, left=()):
     widths = [max(3, *map(len, column)) for column in zip(head, *rows)]
     rule = ['-' * width if is_left else '-' * (width - 1) + ':'
             for width, is_left in zip(widths, to_left)]
-    for cells in (head, rule, *rows):
-        padded = [cell.ljust(width) if is_left else cell.rjust(width)
-                  for cell, width, is_left in zip(cells, widths, to_left)]
-        print('| ' + ' | '.join(padded) + ' |', flush=True)
+    return [
+        '| ' + ' | '.join(cell.ljust(width) if is_left else cell.rjust(width)
+                          for cell, width, is_left in zip(cells, widths, to_left)) + ' |'
+        for cells in (head, rule, *rows)
+    ]
+
+
+def print_table(head, rows, left=()):
+    """Prints a `table`."""
+    for line in table(head, rows, left):
+        print(line, flush=True)

@@ -1,0 +1,121 @@
+"""What the paper and others claim, and the rule by which the rows of an experiment answer it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from experiments.figures import grouped, mean_and_deviation
+
+SAME = 1.0  # points of accuracy that count as no difference
+
+
+@dataclass(frozen=True)
+class Claim:
+    experiment: str
+    text: str
+    source: str
+    answer: Callable  # (rows, measured) to (what was found, 'yes', 'partly' or 'no')
+
+
+def accuracies(rows, column='test_acc_percent'):
+    """Returns {series: {x: mean of a column over seeds}}."""
+    found = {}
+    for (series, x), group in grouped(rows, 'series', 'x').items():
+        found.setdefault(series, {})[x] = mean_and_deviation([row[column] for row in group])[0]
+    return found
+
+
+def _said(*holds):
+    return 'yes' if all(holds) else 'partly' if any(holds) else 'no'
+
+
+def _depth(rows, measured):
+    means = accuracies(rows)
+    lost = {series: max(means[series].values()) - means[series][max(means[series])]
+            for series in ('plain', 'diracnet')}
+    deepest = {series: max(means[series]) for series in lost}
+    found = ', '.join(f'{series} loses {points:.1f} points from its best depth to '
+                      f'{deepest[series]:.0f} layers' for series, points in lost.items())
+    return found, _said(lost['plain'] > SAME, lost['diracnet'] <= SAME)
+
+
+def _width(rows, measured):
+    means = accuracies(rows)
+    by_width = all(sorted(of.items()) == sorted(of.items(), key=lambda item: item[1])
+                   for of in means.values())
+    depths = sorted(means, key=lambda series: float(series.split()[1]))
+    by_depth = all(means[a][x] <= means[b][x] for a, b in zip(depths, depths[1:])
+                   for x in means[a].keys() & means[b].keys())
+    found = (f'accuracy {"rises" if by_width else "does not always rise"} with width, '
+             f'{"rises" if by_depth else "does not always rise"} with depth')
+    return found, _said(by_width, by_depth)
+
+
+def _init(rows, measured):
+    means = accuracies(rows)
+    spread = {series: max(of.values()) - min(of.values()) for series, of in means.items()
+              if series in ('diracnet', 'plain')}
+    found = ', '.join(f'{series}: {points:.1f} points between scales'
+                      for series, points in spread.items())
+    return found, _said(spread['diracnet'] <= SAME)
+
+
+def _identity(rows, measured):
+    last = max(row['epoch'] for row in measured)
+    ratios, layers = [], max(row['layer'] for row in measured)
+    for first, end in ((1, layers // 3), (layers - layers // 3 + 1, layers)):
+        ratios.append(mean_and_deviation([
+            row['dirac_norm'] / row['free_norm'] for row in measured
+            if row['epoch'] == last and first <= row['layer'] <= end])[0])
+    found = (f'norm of the Dirac part over the free part: {ratios[0]:.2f} in the first third of '
+             f'the layers, {ratios[1]:.2f} in the last')
+    return found, _said(ratios[1] > 1, ratios[1] > ratios[0])
+
+
+def _alpha_drifts(rows, measured):
+    last = max(row['epoch'] for row in measured)
+    drift, _ = mean_and_deviation(
+        [abs(row['alpha_mean'] - 1) for row in measured if row['epoch'] == last])
+    return f'mean alpha of a layer is {drift:.2f} away from its start at 1', _said(drift > 0.1)
+
+
+def _large(rows, measured):
+    means = {series: of[max(of)] for series, of in accuracies(rows).items()}
+    lag = means['resnet'] - means['diracnet']
+    return f'DiracNet is {lag:.1f} points below the ResNet', _said(lag > SAME)
+
+
+def _versions(rows, measured):
+    means = {series: of[max(of)] for series, of in accuracies(rows).items()}
+    lag = means['diracnet-v1'] - means['diracnet']
+    return f'v1 is {lag:+.1f} points from v2', _said(lag <= SAME)
+
+
+def _training_cost(rows, measured):
+    row = next(row for row in measured if row['compared'].startswith('a training step')
+               and row['what'] == 'diracnet')
+    more = 100 * (1 / row['ratio'] - 1)
+    return f'{more:+.1f} % of a step (median of {row["n"]:.0f} turns)', _said(more < 5)
+
+
+def _inference_cost(rows, measured):
+    row = next(row for row in measured if row['compared'].startswith('inference')
+               and row['what'] == 'diracnet, folded')
+    more = 100 * (1 / row['ratio'] - 1)
+    within = row['ratio_low'] <= 1 <= row['ratio_high']
+    return f'{more:+.1f} % (median of {row["n"]:.0f} turns)', _said(within or more < 1)
+
+
+PAPER = 'DiracNets, arXiv 1706.00388'
+CLAIMS = [
+    Claim('depth', 'plain networks get worse with depth, DiracNets do not', PAPER, _depth),
+    Claim('width', 'both depth and width raise the accuracy', PAPER, _width),
+    Claim('init', 'careful initialisation is mostly not needed', PAPER, _init),
+    Claim('alpha-beta', 'deep layers stay near the identity', PAPER, _identity),
+    Claim('alpha-beta', 'alpha drifts from the identity', 'Oyedotun et al.', _alpha_drifts),
+    Claim('large', 'DiracNets lag behind ResNets where networks are large', 'Oyedotun et al.',
+          _large),
+    Claim('versions', 'ReLU with alpha and beta for each channel is no worse than NCReLU', PAPER,
+          _versions),
+    Claim('cost', 'W_hat is a minor cost in training', PAPER, _training_cost),
+    Claim('cost', 'folded, there is no cost at inference', PAPER, _inference_cost),
+]
