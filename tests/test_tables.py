@@ -1,0 +1,104 @@
+"""The tables of docs/results.md: that they are as the CSV files, and how a claim is answered."""
+
+import pytest
+
+from experiments import claims, tables
+
+
+def rows(**series):
+    """Rows of three seeds around accuracies {x: per cent} of each series."""
+    return [
+        {'series': name, 'x': x, 'seed': seed, 'test_acc_percent': percent + seed - 2,
+         'train_loss': 1.0, 'parameters': 1000.0}
+        for name, points in series.items() for x, percent in points.items() for seed in (1, 2, 3)
+    ]
+
+
+def answer(experiment, rows=(), measured=(), whose=claims.PAPER):
+    claim, = (c for c in claims.CLAIMS if (c.experiment, c.source) == (experiment, whose))
+    return claim.answer(rows, measured)
+
+
+def test_the_tables_are_as_the_files():
+    page = tables.PAGE.read_text()
+    assert tables.filled(page, tables.ROOT / 'logs') == page
+
+
+def test_a_table_between_its_marks(tmp_path):
+    (tmp_path / 'delta').mkdir()
+    (tmp_path / 'delta' / 'results.csv').write_text(
+        'series,x,ended,test_acc_percent,train_loss,parameters\n'
+        'diracnet,0,whole,70,1.5,368730\ndiracnet,0,whole,74,1.25,368730\n'
+        'diracnet,0,diverged,,,\n')
+    page = 'before\n<!-- table: delta -->\nold\n<!-- end -->\nafter\n'
+    filled = tables.filled(page, tmp_path)
+    assert filled.startswith('before\n<!-- table: delta -->\n\n| series ')
+    assert filled.endswith('<!-- end -->\nafter\n')
+    row = filled.split('|\n| ')[2]
+    # the mean of 70 and 74, and the deviation of two values: their difference over sqrt(2)
+    assert [cell.strip() for cell in row.split('|')][:6] == [
+        'diracnet', '0', '2', '72.00 ± 2.83', '1.375 ± 0.177', '368,730']
+    assert tables.filled(filled, tmp_path) == filled
+    with pytest.raises(ValueError, match='nothing'):
+        tables.filled('<!-- table: nothing -->\n<!-- end -->', tmp_path)
+
+
+@pytest.mark.parametrize(('plain', 'diracnet', 'expected'), [
+    ({10: 80, 100: 60}, {10: 80, 100: 82}, 'yes'),
+    ({10: 80, 100: 60}, {10: 80, 100: 70}, 'partly'),
+    ({10: 80, 100: 81}, {10: 80, 100: 70}, 'no'),
+])
+def test_depth_is_answered(plain, diracnet, expected):
+    found, said = answer('depth', rows(plain=plain, diracnet=diracnet))
+    assert said == expected
+    assert f'plain loses {max(plain.values()) - plain[100]:.1f} points' in found
+
+
+def test_width_is_answered():
+    rising = {'depth 10': {0.5: 60, 1: 70}, 'depth 16': {0.5: 65, 1: 75}}
+    assert answer('width', rows(**rising))[1] == 'yes'
+    assert answer('width', rows(**{**rising, 'depth 16': {0.5: 65, 1: 64}}))[1] == 'no'
+    assert answer('width', rows(**{**rising, 'depth 16': {0.5: 55, 1: 75}}))[1] == 'partly'
+
+
+def test_init_is_answered():
+    assert answer('init', rows(plain={1: 70, 0.1: 60}, diracnet={1: 70, 0.1: 70.5}))[1] == 'yes'
+    assert answer('init', rows(plain={1: 70, 0.1: 70}, diracnet={1: 70, 0.1: 60}))[1] == 'no'
+
+
+def test_alpha_and_beta_are_answered():
+    def measured(ratios, alpha):
+        return [{'epoch': epoch, 'layer': layer, 'dirac_norm': 2 * ratio, 'free_norm': 2.0,
+                 'alpha_mean': alpha if epoch == 4 else 1}
+                for epoch in (1, 4) for layer, ratio in enumerate(ratios, 1)]
+
+    found, said = answer('alpha-beta', (), measured((0.5, 1, 3), 1.02))
+    assert said == 'yes'
+    assert '0.50 in the first third of the layers, 3.00 in the last' in found
+    assert answer('alpha-beta', (), measured((0.9, 1, 0.5), 1.02))[1] == 'no'
+    assert answer('alpha-beta', (), measured((3, 1, 2), 1.02))[1] == 'partly'
+    for alpha, expected in ((1.02, 'no'), (0.7, 'yes')):
+        same = measured((1, 1, 1), alpha)
+        assert answer('alpha-beta', (), same, 'Oyedotun et al.')[1] == expected
+
+
+def test_large_and_versions_are_answered():
+    lag = rows(plain={0: 70}, diracnet={1: 80}, resnet={2: 82})
+    assert answer('large', lag, whose='Oyedotun et al.') == (
+        'DiracNet is 2.0 points below the ResNet', 'yes')
+    assert answer('versions', rows(**{'diracnet-v1': {0: 80}, 'diracnet': {1: 80.5}})) == (
+        'v1 is -0.5 points from v2', 'yes')
+
+
+def test_cost_is_answered():
+    def measured(what, ratio, low, high):
+        return [{'compared': what, 'what': name, 'n': 20.0, 'ratio': ratio, 'ratio_low': low,
+                 'ratio_high': high} for name in ('diracnet', 'diracnet, folded')]
+
+    training, inference = (c for c in claims.CLAIMS if c.experiment == 'cost')
+    step = measured('a training step, 28-1', 0.8, 0.7, 0.9)
+    assert training.answer((), step) == ('+25.0 % of a step (median of 20 turns)', 'no')
+    same = measured('inference, 28-1', 0.98, 0.95, 1.01)
+    assert inference.answer((), same)[1] == 'yes'
+    slower = measured('inference, 28-1', 0.9, 0.89, 0.91)
+    assert inference.answer((), slower)[1] == 'no'
