@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.util
 import os
 import re
 import signal
@@ -38,6 +39,18 @@ def end_by_ctrl_c():
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
+
+
+def expect_packages(prog, extra, *names):
+    """Ends the process in one line, with status 2, where packages of an extra are missing.
+
+    extra: of pyproject.toml, which installs them.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"{prog}: {', '.join(missing)} missing: expected pip install '.[{extra}]'",
+              file=sys.stderr)
+        sys.exit(2)
 
 
 @contextlib.contextmanager

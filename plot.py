@@ -11,9 +11,10 @@ import math
 from pathlib import Path
 
 if __name__ == '__main__':  # before what takes seconds to import
-    from command import end_by_ctrl_c
+    from command import end_by_ctrl_c, expect_packages
 
     end_by_ctrl_c()
+    expect_packages('plot.py', 'plot', 'matplotlib')
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure

@@ -1,12 +1,28 @@
 """Runs every test of tests/: the numbers that must hold.
 
-Arguments are pytest's: `python test.py -k fold`.
+    python test.py              # all of them
+    python test.py -k fold      # those with this in their names
+    python test.py --fuzz 500   # with so many cases of each that draws nonsense at random
+
+Arguments are pytest's, which `python -m pytest --help` lists.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
-import pytest
+from command import Options, expect_packages
+
+
+def main():
+    parser = Options(prog='test.py', usage='%(prog)s [ARGUMENT ...]', description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    _, arguments = parser.parse_known_args()
+    expect_packages('test.py', 'test', 'pytest')
+    import pytest
+
+    sys.exit(pytest.main([str(Path(__file__).parent / 'tests'), *arguments]))
+
 
 if __name__ == '__main__':
-    sys.exit(pytest.main([str(Path(__file__).parent / 'tests'), *sys.argv[1:]]))
+    main()

@@ -42,3 +42,28 @@ def test_ctrl_c_in_main_can_be_answered(tmp_path):
     ])
     environment = {**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{tmp_path}'}
     assert run('-c', text, env=environment) == (130, 'answered\n', '')
+
+
+HIDDEN = """
+import importlib.machinery
+found = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = lambda name, *rest: (
+    None if name.partition('.')[0] in {names} else found(name, *rest))
+"""
+
+
+@pytest.mark.parametrize(('script', 'missing', 'extra'), [
+    ('plot.py', 'matplotlib', 'plot'), ('test.py', 'pytest', 'test'),
+])
+def test_a_missing_package_is_one_line(tmp_path, script, missing, extra):
+    """As in an environment without it, of which Python hears before anything else."""
+    (tmp_path / 'sitecustomize.py').write_text(HIDDEN.replace('{names}', repr({missing})))
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    expected = f"{script}: {missing} missing: expected pip install '.[{extra}]'\n"
+    assert run(ROOT / script, 'logs', env=environment) == (2, '', expected)
+
+
+def test_help_of_the_tests_is_their_own():
+    status, shown, _ = run(ROOT / 'test.py', '--help')
+    assert status == 0
+    assert 'python test.py -k fold' in shown
