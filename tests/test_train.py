@@ -487,20 +487,6 @@ def test_evaluate_of_other_files(images, tmp_path, capsys):
             assert loss == pytest.approx(logged, abs=1e-3), name
 
 
-def test_fine_tuning_from_a_file(trained, images, tmp_path, capsys):
-    write_images(tmp_path / 'three' / 'train', ('a', 'b', 'c'), n=4)
-    write_images(tmp_path / 'three' / 'test', ('a', 'b', 'c'), n=4)
-    run(tmp_path / 'three', tmp_path / 'run', '--pretrained', trained, '--epochs', 1, '--lr', 0)
-    printed = capsys.readouterr().out
-    assert 'the last layer, of 2 classes, is replaced by a new one of 3' in printed
-    before, after = params_of(trained), params_of(tmp_path / 'run')
-    assert torch.equal(before['group2.block1.conv'], after['group2.block1.conv'])
-    assert after['fc.weight'].shape == (3, 64)
-    error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 16,
-                    '--save', tmp_path / 'new', '--pretrained', trained)
-    assert 'group0.block2.alpha is missing' in error
-
-
 def test_resuming_with_other_classes(trained, tmp_path, capsys):
     write_images(tmp_path / 'train', ('owl', 'yak'), n=2)
     write_images(tmp_path / 'test', ('owl', 'yak'), n=2)

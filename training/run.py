@@ -19,7 +19,7 @@ from command import say
 from diracdeploy import native_bfloat16
 from diracimage import Inputs
 from diracnet import check_fit
-from training import checkpoint, data, distributed, options
+from training import checkpoint, data, distributed, options, pretrained
 from training.checkpoint import DivergedError
 from training.distributed import rank, world
 from training.meters import Meters, topk
@@ -230,29 +230,6 @@ def load_sets(opt, name, inputs, training=True, **crops):
     return distributed.first_before_others(load) if name.startswith('CIFAR') else load()
 
 
-def take_pretrained(network, source, num_classes):
-    """Starts the network from --pretrained, with a new last layer for another number of classes.
-
-    Raises ValueError for parameters that do not fit otherwise, OSError for published ones that
-    cannot be had.
-    """
-    try:
-        published = source in ('18', '34')
-        params = (
-            diracfile.pretrained_params(int(source)) if published else diracfile.read(source).params
-        )
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
-    expected = network.state_dict()
-    if 'fc.bias' in params and len(params['fc.bias']) != num_classes:
-        if rank() == 0:
-            say(f'{source}: the last layer, of {len(params["fc.bias"])} classes, is '
-                f'replaced by a new one of {num_classes}')
-        params = {**params, **{name: expected[name] for name in ('fc.weight', 'fc.bias')}}
-    check_fit(params, expected)
-    network.load_state_dict(params)
-
-
 def keep_freed_memory():
     """Has glibc keep what a step frees for the next one: given back, it comes page by page again.
 
@@ -294,7 +271,7 @@ def prepare(opt, device, lock):
         raise ValueError(f'the network cannot be made: {str(error).splitlines()[0]}') from error
     torch.manual_seed(opt.seed + rank())  # the same network, but dropout of its own
     if opt.pretrained and not path:
-        take_pretrained(network, opt.pretrained, len(sets.classes))
+        pretrained.take(network, opt, inputs, sets.classes)
     run = Run(opt, inputs, dtype, sets, network, make_optimizer(network, opt))
     if path:
         run.restore(loaded, path)

@@ -1,0 +1,97 @@
+"""Fine-tuning: what becomes of the last layer, and networks that do not fit."""
+
+import pytest
+import torch
+from runs import params_of, refused, run, write_images
+
+import networks
+from diracfold import fold
+from diracimage import Inputs
+from training import options, pretrained
+
+
+@pytest.fixture(scope='module')
+def before(tmp_path_factory):
+    """A run on cats and dogs, and the folder of their images."""
+    folder = tmp_path_factory.mktemp('before')
+    images = images_of(folder / 'images', 'cat', 'dog')
+    run(images, folder / 'run', '--epochs', 1)
+    return folder / 'run', images
+
+
+def images_of(folder, *classes):
+    write_images(folder / 'train', classes)
+    write_images(folder / 'test', classes)
+    return folder
+
+
+@pytest.mark.parametrize(('classes', 'said'), [
+    (('cat', 'dog'), 'is kept: they are the same'),
+    (('owl', 'yak'), 'is replaced by a new one: class 0 was cat, is owl'),
+    (('cat', 'emu'), 'is replaced by a new one: class 1 was dog, is emu'),
+    (('cat', 'dog', 'emu'), 'is replaced by a new one of 3'),
+])
+def test_last_layer(before, tmp_path, capsys, classes, said):
+    images = images_of(tmp_path / 'images', *classes)
+    run(images, tmp_path / 'new', '--epochs', 1, '--lr', 0)
+    capsys.readouterr()
+    run(images, tmp_path / 'run', '--epochs', 1, '--lr', 0, '--pretrained', before[0])
+    assert f'--pretrained {before[0]}: the last layer, of 2 classes, {said}' in (
+        capsys.readouterr().out.splitlines())
+    old, new, after = map(params_of, (before[0], tmp_path / 'new', tmp_path / 'run'))
+    kept = old if classes == ('cat', 'dog') else new
+    assert torch.equal(after['fc.weight'], kept['fc.weight'])
+    assert torch.equal(after['fc.bias'], kept['fc.bias'])
+    learnt = [name for name in old if not name.startswith('fc.') and 'running' not in name]
+    assert all(torch.equal(after[name], old[name]) for name in learnt)
+
+
+def test_last_layer_of_classes_without_names(before, tmp_path, capsys):
+    torch.save(params_of(before[0]), tmp_path / 'bare.pth')
+    run(before[1], tmp_path / 'run', '--epochs', 1, '--lr', 0, '--pretrained',
+        tmp_path / 'bare.pth')
+    said = 'the last layer, of 2 classes, is kept: the file does not say which they are'
+    assert said in capsys.readouterr().out
+    weights = [params_of(folder)['fc.weight'] for folder in (before[0], tmp_path / 'run')]
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(('flags', 'differ'), [
+    (['--depth', 16], 'depth 10, expected 16'),
+    (['--depth', 16, '--width', 0.5], 'depth 10, expected 16; width 1, expected 0.5'),
+    (['--depth', 10, '--model', 'plain'], 'model diracnet, expected plain'),
+    (['--depth', 18, '--image_size', 72],
+     'depth 10, expected 18; for images up to 64 pixels, expected above 64 pixels'),
+])
+@pytest.mark.parametrize('bare', [False, True])
+def test_another_network_is_one_line(before, tmp_path, capsys, flags, differ, bare):
+    source = tmp_path / 'bare.pth' if bare else before[0]
+    if bare:
+        torch.save(params_of(before[0]), source)
+    error = refused(capsys, '--dataset', 'Folder', '--dataroot', before[1], '--save',
+                    tmp_path / 'run', '--pretrained', source, *flags)
+    assert error == f'train.py: --pretrained {source}: {differ}\n'
+    assert not (tmp_path / 'run').exists()
+
+
+def test_folded_parameters_are_no_beginning(before, tmp_path, capsys):
+    torch.save(fold(networks.load(before[0]).network).state_dict(), tmp_path / 'folded.pth')
+    error = refused(capsys, '--dataset', 'Folder', '--dataroot', before[1], '--depth', 10,
+                    '--save', tmp_path / 'run', '--pretrained', tmp_path / 'folded.pth')
+    assert 'holds a folded network: expected the parameters it was folded from' in error
+
+
+@pytest.mark.parametrize('family', ['plain', 'densenet121', 'mobilenet'])
+def test_last_layer_of_other_families(family, tmp_path):
+    kind = networks.FAMILIES[family].kinds[0]
+    depth = {'depth': 10} if 'depth' in networks.FAMILIES[family].options else {}
+    args = {'dataset': 'ImageNet' if kind == 'ImageNet' else 'CIFAR10'}
+    opt = options.parse_options(
+        ['--model', family, '--dataset', args['dataset'], '--pretrained', str(tmp_path / 'f.pth'),
+         *(['--depth', '10'] if depth else [])])
+    small, large = (networks.build(family, kind, n, **depth) for n in (3, 5))
+    torch.save(small.state_dict(), tmp_path / 'f.pth')
+    pretrained.take(large, opt, Inputs.of(args['dataset']), list('abcde'))
+    taken = [torch.equal(p, q) if p.shape == q.shape else None
+             for p, q in zip(small.parameters(), large.parameters())]
+    assert taken == [True] * (len(taken) - 2) + [None] * 2

@@ -1,0 +1,88 @@
+"""What fine-tuning starts from: the parameters of another training, or the published ones."""
+
+import diracfile
+from command import say
+from diracimage import MAX_SMALL, Inputs
+from diracnet import check_fit, is_folded
+from training import options
+from training.distributed import rank
+
+NO_PARAMETERS = {'checkpointing', 'droprate'}  # options of a network that add none
+
+
+def take(network, opt, inputs, classes):
+    """Starts the network from --pretrained, and prints what becomes of its last layer.
+
+    It is kept for the same classes, and for as many where the file does not name them; for others
+    the newly drawn one stays. classes: the names of those to be learnt. Raises ValueError for
+    parameters that do not fit otherwise, OSError for published ones that cannot be had.
+    """
+    saved, expected = _read(opt.pretrained), network.state_dict()
+    weight, bias = [name for name, _ in network.named_parameters()][-2:]
+    before = saved.params[bias].numel() if bias in saved.params else len(classes)
+    kept, said = _last_layer(before, saved.classes, classes)
+    params = saved.params if kept else {**saved.params,
+                                        **{name: expected[name] for name in (weight, bias)}}
+    try:
+        check_fit(params, expected)
+    except ValueError as error:
+        differ = '; '.join(_differences(saved, opt, inputs))
+        raise ValueError(f'--pretrained {saved.path}: {differ or error}') from error
+    network.load_state_dict(params)
+    if rank() == 0:
+        say(f'--pretrained {saved.path}: the last layer, of {before} classes, {said}')
+
+
+def _read(source):
+    if source not in ('18', '34'):
+        return diracfile.read(source)
+    try:
+        params = diracfile.pretrained_params(int(source))
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+    args = {'model': 'diracnet', 'depth': int(source), 'width': 1, 'dataset': 'ImageNet'}
+    return diracfile.Saved(source, params, args, None)
+
+
+def _last_layer(before, known, names):
+    """Whether the last layer is kept, and how that is said.
+
+    before: the number of its classes; known: their names, or None; names: of those to be learnt.
+    """
+    if before != len(names):
+        return False, f'is replaced by a new one of {len(names)}'
+    if not known or len(known) != before:
+        return True, 'is kept: the file does not say which they are'
+    for number, (was, now) in enumerate(zip(known, names)):
+        if was != now:
+            return False, f'is replaced by a new one: class {number} was {was}, is {now}'
+    return True, 'is kept: they are the same'
+
+
+def _differences(saved, opt, inputs):
+    """Lists in what the network of a file, as far as that is known, is another than is trained."""
+    if is_folded(saved.params):
+        return ['holds a folded network: expected the parameters it was folded from']
+    found, asked = dict(saved.args), {'model': opt.model, **options.of_model(opt)}
+    kind = Inputs.of_args(found).kind if 'dataset' in found else None
+    if found.get('model', 'diracnet') == 'diracnet':
+        try:
+            net = saved.topology()
+        except ValueError:  # of another family, and says nothing of itself
+            return []
+        found = {'model': 'diracnet', 'depth': net.depth, 'width': net.width, **found}
+        kind = net.kind
+    differ = [f'{name} {_shown(found[name])}, expected {_shown(value)}'
+              for name, value in asked.items()
+              if name not in NO_PARAMETERS and found.get(name, value) != value]
+    if kind and (kind == 'ImageNet') != (inputs.kind == 'ImageNet'):
+        differ.append(f'for images {_sizes(kind)}, expected {_sizes(inputs.kind)}')
+    return differ
+
+
+def _shown(value):
+    return f'{value:g}' if isinstance(value, float) else value
+
+
+def _sizes(kind):
+    return f'{"above" if kind == "ImageNet" else "up to"} {MAX_SMALL} pixels'
