@@ -19,7 +19,7 @@ import diracfile
 from baselines import densenet, diracnet_v1, mobilenet, plain, repeated_delta, wide_resnet
 from baselines.replace import with_block
 from diracfold import fold
-from diracimage import Inputs
+from diracimage import MAX_SMALL, Inputs
 from diracnet import (
     CLASSES,
     DiracNet,
@@ -199,7 +199,8 @@ def _inputs(args, stated, kind=None):
     else:
         inputs = Inputs.of(kind or stated.get('dataset', 'CIFAR10'))
     if kind and (kind == 'ImageNet') != (inputs.kind == 'ImageNet'):
-        raise ValueError(f'images of {inputs.size} pixels: expected those of a network for {kind}')
+        raise ValueError(f'images of {inputs.size} pixels: expected those of a network for {kind}, '
+                         f'{"above" if kind == "ImageNet" else "up to"} {MAX_SMALL} pixels')
     return inputs
 
 

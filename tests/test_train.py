@@ -422,6 +422,7 @@ def test_images_of_another_kind_than_the_networks(images, tmp_path, capsys):
     error = refused(capsys, '--evaluate', '--resume', tmp_path / 'bare.pth', '--dataset', 'Folder',
                     '--dataroot', images, '--image_size', 128)
     assert 'images of 128 pixels: expected those of a network for CIFAR10' in error
+    assert 'up to 64 pixels' in error
 
 
 def test_a_checkpoint_that_lacks_a_part_is_served_by_the_one_before(images, tmp_path, capsys):
@@ -561,6 +562,9 @@ def test_meters_weigh_every_image_alike():
     (['--resume', 'nowhere.pt7'], 'nowhere.pt7'),
     (['--model', 'densenet', '--depth', '10'], 'densenet takes no --depth: expected of --layers'),
     (['--model', 'resnet18', '--dataset', 'Digits'], "resnet18 is not for 'CIFAR10'"),
+    (['--model', 'resnet18', '--dataset', 'Digits'], 'image_size 32: images of up to 64 pixels'),
+    (['--dataset', 'Folder', '--image_size', '65'],
+     'larger ones the ImageNet networks'),
     (['--label_smoothing', '1'], '--label_smoothing 1.0: expected less than 1'),
     (['--val', '1437', '--dataset', 'Digits'], '1437 images to hold out'),
     (['--width', '1e300'], 'expected a number of at least 0 and at most 10000'),

@@ -19,9 +19,12 @@ MOST = 10_000  # of what makes a network: an error is better than a machine that
 MOST_PIXELS = 4096  # of a side of the inputs: one image of 200 MB
 DTYPES = ('auto', 'float', 'bfloat16', 'double')
 MOST_WORKERS = 8  # by default; of more, each has little to do
+METAVARS = {'int': 'N', 'float': 'X', 'folder': 'PATH', 'epoch_list': 'LIST'}  # by type, in --help
 SCHEDULES = ('step', 'cosine', 'onecycle')
 RECIPE_FOLDER = Path(__file__).parent.parent / 'recipes'
 RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
+NETWORKS_BY_SIZE = (f'images of up to {MAX_SMALL} pixels take the CIFAR networks, larger ones the '
+                    'ImageNet networks')
 MODEL_OPTIONS = sorted({name for row in FAMILIES.values() for name in row.options})
 DATASETS = (*SIZES, 'Folder')
 # what may differ when a run goes on; every other option changes its result
@@ -58,40 +61,65 @@ def folder(text):
     return os.path.expanduser(text)
 
 
+def _families():
+    small, large = ([name for name, row in FAMILIES.items() if ('ImageNet' in row.kinds) == large
+                     and len(row.kinds) < 3] for large in (False, True))
+    every = [name for name, row in FAMILIES.items() if name not in small + large]
+    return (f'family of networks: {", ".join(every)}; for images of up to {MAX_SMALL} pixels alone '
+            f'{", ".join(small)}; above, {", ".join(large)} (default: diracnet)')
+
+
 def make_parser():
-    parser = Options(prog='train.py', description='Trains a network, or tests a trained one.')
+    parser = Options(
+        prog='train.py', usage='%(prog)s [--dataset NAME] [--save FOLDER] [options]',
+        description='Trains a network, or tests a trained one, with the figures of each epoch in '
+                    'log.txt and its checkpoints in the folder of --save.',
+        epilog='Examples stand at the top of train.py, and in docs/training.md.',
+    )
+    group = parser
 
     def add(*names, default, help, **kwargs):
-        shown = '' if default in ('', None) or default is False else ' (default: %(default)s)'
-        parser.add_argument(*names, default=default, help=help + shown, **kwargs)
+        if 'type' in kwargs:
+            kwargs.setdefault('metavar', METAVARS.get(kwargs['type'].__name__))
+        silent = default in ('', None, argparse.SUPPRESS) or default is False
+        shown = '' if silent else ' (default: %(default)s)'
+        group.add_argument(*names, default=default, help=help + shown, **kwargs)
 
     def add_model(name, help, **kwargs):  # without a default: each family has its own
-        own = [f'{row.options[name]} for {family}' for family, row in FAMILIES.items()
-               if name in row.options]
-        shown = f'{help} (default: {own[0]}{", ..." if own[1:] else ""})'
-        parser.add_argument(f'--{name}', default=argparse.SUPPRESS, help=shown, **kwargs)
+        families = {}
+        for family, row in FAMILIES.items():
+            if name in row.options:
+                families.setdefault(str(row.options[name]), []).append(family)
+        own = '; '.join(f'{value} for {", ".join(names)}' for value, names in families.items())
+        add(f'--{name}', default=argparse.SUPPRESS, help=f'{help} (default: {own})', **kwargs)
 
+    group = parser.add_argument_group('the network')
     add('--recipe', default='', choices=RECIPES, help="a paper's settings; other flags given win")
-    add('--model', default=None, choices=FAMILIES, metavar='NAME',
-        help=f'family of networks: {", ".join(FAMILIES)} (default: diracnet)')
-    add_model('depth', 'layers: 6n + 4, or 18 and 34 on ImageNet', type=at_least(1, int, MOST))
+    add('--model', default=None, choices=FAMILIES, metavar='NAME', help=_families())
+    add_model('depth', f'layers: 6n + 4 or, for images above {MAX_SMALL} pixels, 18 or 34',
+              type=at_least(1, int, MOST))
     add_model('width', 'factor on the numbers of channels', type=at_least(0, float, MOST))
-    add_model('block', 'what stands for a convolution', choices=list(BLOCKS))
+    add_model('block', 'what a convolution is in training: itself, or a diverse branch block or an '
+                       'asymmetric one, which fold into it', choices=list(BLOCKS))
     add_model('layers', 'of a DenseNet', type=at_least(1, int, MOST))
     add_model('growth', 'channels that each layer of a DenseNet adds',
               type=at_least(1, int, MOST))
     add_model('reduce', 'share of the channels that pass a transition', type=at_least(0, float, 1))
-    add_model('bottleneck', '1x1 before each 3x3', action=argparse.BooleanOptionalAction)
-    add_model('droprate', 'of dropout', type=at_least(0, float, 1))
+    add_model('bottleneck', 'a 1x1 convolution before each 3x3 of a DenseNet',
+              action=argparse.BooleanOptionalAction)
+    add_model('droprate', 'share of the activations that dropout zeroes, below 1',
+              type=at_least(0, float, 1))
     add_model('checkpointing', 'compute layers again in the backward pass, to save memory',
               action=argparse.BooleanOptionalAction)
 
+    group = parser.add_argument_group('the images')
     add('--dataset', default=None, choices=DATASETS,
         help='what to train on (default: CIFAR10) or, as that of the run, to test on')
-    add('--dataroot', '--imagenetpath', default='.', type=folder, help='folder of its files')
+    add('--dataroot', '--imagenetpath', default='.', type=folder,
+        help='folder of its files; of ImageNet with train/ and val/, of a Folder with train/CLASS/ '
+             'and test/CLASS/ or val/CLASS/')
     add('--image_size', default=None, type=at_least(8, int, MOST_PIXELS),
-        help=f'pixels of a Folder (default: 32): up to {MAX_SMALL} for the CIFAR networks, above '
-             'for the ImageNet ones')
+        help=f'pixels of a side, of a Folder (default: 32): {NETWORKS_BY_SIZE}')
     add('--randomcrop_pad', default=4, type=at_least(0, int), help='pixels, for small images')
     add('--augment', default=True, action=argparse.BooleanOptionalAction,
         help='crop and flip the training images at random')
@@ -100,27 +128,33 @@ def make_parser():
     add('--nthread', default=min(distributed.cores(), MOST_WORKERS), type=at_least(0, int),
         help='threads or processes that read images')
 
+    group = parser.add_argument_group('computing and learning')
     add('--dtype', default='auto', choices=DTYPES,
         help='bfloat16 is autocast from float; auto: bfloat16 where the hardware computes in it')
     add('--deterministic', default=False, action='store_true',
         help='the same bits in each run on a GPU too, which takes longer; the CPU always has them')
     add('--compile', default=False, action='store_true', help='run torch.compile on the network')
-    add('--batch_size', '--batchSize', default=128, type=at_least(1, int), help='images in a step')
+    add('--batch_size', '--batchSize', default=128, type=at_least(1, int),
+        help='images in a step, of all processes together')
     add('--epochs', default=200, type=at_least(1, int), help='epochs in all, resumed ones counted')
     add('--lr', default=0.1, type=at_least(0, float, 1e38), help='learning rate, the highest')
-    add('--lr_schedule', default='step', choices=SCHEDULES, help='how it changes')
+    add('--lr_schedule', default='step', choices=SCHEDULES,
+        help='how it changes: in steps, to 0 as half a cosine, or up in 30 %% of the epochs and '
+             'down after them')
     add('--epoch_step', default='[60,120,160]', type=epoch_list,
-        help='epochs, counted from 1, at whose start the learning rate drops')
+        help='epochs, counted from 1, at whose start the learning rate drops, in steps')
     add('--lr_decay_ratio', default=0.2, type=at_least(0, float, 1), help='factor of such a drop')
     add('--nesterov', default=False, action=argparse.BooleanOptionalAction,
         help="Nesterov's momentum")
     add('--weight_decay', '--weightDecay', default=5e-4, type=at_least(0, float),
         help='of tensors of two or more dimensions; of all in families that decay all')
-    add('--label_smoothing', default=0, type=at_least(0, float), help='in training, below 1')
+    add('--label_smoothing', default=0, type=at_least(0, float),
+        help='share of each label that is spread over all classes in training, below 1')
     add('--seed', default=1, type=at_least(0, int), help='of parameters, order and augmentation')
 
+    group = parser.add_argument_group('the run')
     add('--save', default='checkpoints', type=folder, help='folder for checkpoints and log')
-    add('--name', default='', help='short for --save runs/NAME')
+    add('--name', default='', metavar='NAME', help='short for --save runs/NAME')
     add('--save_every', default=0, type=at_least(0, float),
         help='minutes between checkpoints within an epoch; 0: at its end only')
     add('--keep_every', default=0, type=at_least(0, int),
@@ -128,14 +162,16 @@ def make_parser():
     add('--resume', default='', type=folder,
         help='checkpoint, or its folder, to go on from; auto: that of --save, if there is one')
     add('--pretrained', default='', type=folder,
-        help='parameters to start from: a file, a run, or 18 or 34 for the published ones')
+        help='parameters to start from: a file, a run, or 18 or 34 for the published ones; where '
+             'the classes are others the last layer is a new one')
     add('--force', default=False, action='store_true',
         help='go on though options differ that change the result, or test on other class names')
     add('--evaluate', default=False, action='store_true',
         help='test the network of --resume, whose sizes its file knows, and write nothing')
     add('--tensorboard', default=False, action='store_true',
         help='write the figures for TensorBoard into --save too')
-    add('--gpu_id', default='', help='CUDA devices to use, such as 0; all if not given')
+    add('--gpu_id', default='', metavar='LIST',
+        help='CUDA devices to use, such as 0; all if not given')
     add('--ngpu', default=1, type=at_least(1, int), help='number of GPUs; torchrun starts them')
     return parser
 

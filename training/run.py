@@ -250,8 +250,12 @@ def prepare(opt, device, lock):
     """
     inputs = Inputs.of(opt.dataset, opt.image_size)
     build = functools.partial(networks.build, opt.model, inputs.kind, **options.of_model(opt))
-    with torch.device('meta'):
-        build()  # depth, width and the like are checked before anything is read
+    try:
+        with torch.device('meta'):
+            build()  # depth, width and the like are checked before anything is read
+    except ValueError as error:
+        which = f'image_size {inputs.size}: {options.NETWORKS_BY_SIZE}'
+        raise ValueError(f'{error} ({which})') from error
     if rank() == 0 and os.path.isdir(opt.save):
         lock.take()
     path = find_checkpoint(opt)
