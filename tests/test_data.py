@@ -353,6 +353,30 @@ def test_size_in_the_head_of_a_jpeg_file(photograph, tmp_path):
         assert data.jpeg_size(content[:length]) in (None, (402, 603))
 
 
+def test_skipped_files_are_counted_aloud(tmp_path, capsys):
+    images = write_images(tmp_path)
+    for name in ('cat/a.gif', 'cat/b.GIF', 'dog/c.avif', 'dog/._d.png', 'dog/README'):
+        (tmp_path / name).write_bytes(b'nothing')
+    for name in ('.ipynb_checkpoints', 'dog/.ipynb_checkpoints'):
+        (tmp_path / name).mkdir()
+    paths, _, classes = data.list_images(str(tmp_path))
+    assert (sorted(images), ['cat', 'dog']) == (paths, classes)
+    assert capsys.readouterr().err == (
+        f'{tmp_path}: 7 skipped (2 .ipynb_checkpoints, 2 .gif, 1 ._d.png, 1 README, 1 .avif): '
+        f'expected {", ".join(data.IMAGE_ENDINGS)}\n')
+    for path in images:
+        if 'cat' in path:
+            os.remove(path)
+    with pytest.raises(data.DataError, match='cat: a class folder without an image: 2 .gif; exp'):
+        data.list_images(str(tmp_path))
+
+
+def test_nothing_skipped_is_nothing_said(tmp_path, capfd):
+    write_images(tmp_path)
+    data.list_images(str(tmp_path))
+    assert capfd.readouterr() == ('', '')
+
+
 def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(data.DataError, match='train: no such folder'):
         data.load('Folder', str(tmp_path))

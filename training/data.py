@@ -10,7 +10,9 @@ of it, whatever the number of workers.
 
 import os
 import resource
+import sys
 import threading
+from collections import Counter
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 
@@ -33,6 +35,7 @@ from diracimage import (
     read_file,
     read_test_image,
 )
+from training.distributed import rank
 
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 IGNORED = -100  # as a label: what cross_entropy leaves out
@@ -172,22 +175,43 @@ class ImageFiles(Images):
 def list_images(folder):
     """Lists a folder of class folders: (paths, labels, class names), all sorted.
 
-    Raises DataError for a missing folder, fewer than two classes, or a class without an image.
+    What is hidden, and what has another ending than those of images, is left out, and stderr says
+    how much that is. Raises DataError for a missing folder, fewer than two classes, or a class
+    without an image.
     """
     if not os.path.isdir(folder):
         raise DataError(f'{folder}: no such folder; expected one folder of images for each class')
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    classes = [name for name in folders if not name.startswith('.')]
+    skipped = [name for name in folders if name.startswith('.')]
     if len(classes) < 2:
         raise DataError(f'{folder}: {len(classes)} class folders, expected two or more')
     paths, labels = [], []
     for label, name in enumerate(classes):
-        files = sorted(os.listdir(os.path.join(folder, name)))
-        files = [file for file in files if file.lower().endswith(IMAGE_ENDINGS)]
+        there = sorted(os.listdir(os.path.join(folder, name)))
+        files = [file for file in there
+                 if file.lower().endswith(IMAGE_ENDINGS) and not file.startswith('.')]
+        others = sorted({*there} - {*files})
         if not files:
-            raise DataError(f'{os.path.join(folder, name)}: a class folder without an image')
+            held = f': {_kinds(others)}; expected {", ".join(IMAGE_ENDINGS)}' if others else ''
+            raise DataError(f'{os.path.join(folder, name)}: a class folder without an image{held}')
         paths += [os.path.join(folder, name, file) for file in files]
         labels += [label] * len(files)
+        skipped += others
+    if skipped and rank() == 0:
+        print(f'{folder}: {len(skipped)} skipped ({_kinds(skipped)}): expected '
+              f'{", ".join(IMAGE_ENDINGS)}', file=sys.stderr)
     return paths, labels, classes
+
+
+def _kinds(names):
+    """Counts names by their endings, the most frequent first: '2 .gif, 1 .avif, 1 README'."""
+    counts = Counter(
+        name if name.startswith('.') else os.path.splitext(name)[1].lower() or name
+        for name in names
+    ).most_common()
+    rest = f', {sum(count for _, count in counts[5:])} others' if counts[5:] else ''
+    return ', '.join(f'{count} {kind}' for kind, count in counts[:5]) + rest
 
 
 def _read_all(paths, size, nthread, name):
