@@ -119,11 +119,11 @@ def run_epoch(step, batches, meters, on_step, optimizer=None):
 
     engine = Engine()
     engine.hooks = {'on_forward': on_forward, 'on_update': lambda state: on_step()}
-    if optimizer:
-        engine.train(step, batches, 1, optimizer)
-        return
-    with torch.no_grad():
-        engine.test(step, batches)
+    with meters.bar, torch.set_grad_enabled(optimizer is not None):
+        if optimizer:
+            engine.train(step, batches, 1, optimizer)
+        else:
+            engine.test(step, batches)
 
 
 def print_beginning(what, network, sets, device, dtype):

@@ -12,6 +12,7 @@ from training.checkpoint import DivergedError
 from training.distributed import over_ranks, rank, world
 
 STEPS_PER_READING = 20  # meters are read, which waits for a GPU, once in so many steps
+SECONDS_PER_READING = 1  # or after so long: a bar of few, long steps shows its loss too
 
 
 def topk(num_classes):
@@ -20,10 +21,11 @@ def topk(num_classes):
 
 
 class Meters:
-    """Loss and top-k accuracies of one epoch, shown in a bar, and summed over all processes.
+    """Loss and top-k accuracies of one epoch, summed over all processes, and shown in a `bar`.
 
     totals: of the first `steps` of this epoch, which another run did. In testing steps is None, and
-    a loss that is no number is a figure like others.
+    a loss that is no number is a figure like others. Who feeds them ends the bar, as a context,
+    before another line is printed.
     """
 
     def __init__(self, num_classes, length, description, totals=None, steps=None):
@@ -33,7 +35,7 @@ class Meters:
         self.unread, self.steps = [], steps
         hidden = True if rank() > 0 else None  # None: where stderr is no terminal
         self.bar = tqdm(total=length, desc=description, unit='img', disable=hidden, leave=False)
-        self.start = time.perf_counter()
+        self.start = self.last_reading = time.perf_counter()
         if totals:
             seconds, *sums = totals
             self.start -= seconds
@@ -53,32 +55,32 @@ class Meters:
         _, labels, whole = state['sample']
         loss = state['loss'].detach() * (whole / world())  # the sum over this process' images
         self.unread.append((loss, state['output'].detach(), labels))
-        if len(self.unread) >= STEPS_PER_READING:
+        waited = time.perf_counter() - self.last_reading
+        if len(self.unread) >= STEPS_PER_READING or waited >= SECONDS_PER_READING:
             self.read()
+        self.bar.update(whole)
 
     def read(self):
         """Takes in the steps since the last reading; raises DivergedError in training."""
         if not self.unread:
             return
         losses, logits, labels = zip(*self.unread)
-        self.unread = []
+        self.unread, self.last_reading = [], time.perf_counter()
         losses = torch.stack(losses).cpu()
         if self.steps is not None:
             self._check(losses)
-        before = self.loss.n
         for loss, given in zip(losses.tolist(), labels):
             # step by step: sums of steps would depend on when they were read, as after a stop
             self.loss.add(loss, int((given != data.IGNORED).sum()))
-        if self.loss.n == before:  # this process had no share of these batches
-            return
         labels = torch.cat(labels)
         counted = labels != data.IGNORED
+        if not counted.any():  # this process had no share of these batches
+            return
         self.accuracy.add(torch.cat(logits).cpu()[counted], labels[counted])
         self.bar.set_postfix_str(
             f'loss {self.loss.sum / self.loss.n:.3f}, acc {self.accuracy.value(1):.2f} %',
             refresh=False,
         )
-        self.bar.update((self.loss.n - before) * world())
 
     def _check(self, losses):
         lost = (~losses.isfinite()).nonzero().flatten().tolist()
@@ -92,9 +94,8 @@ class Meters:
         return [time.perf_counter() - self.start, *over_ranks(self._sums())]
 
     def figures(self, prefix):
-        """Ends the epoch: returns its figures, accuracies in per cent and time in seconds."""
+        """Returns the figures of the epoch, accuracies in per cent and time in seconds."""
         seconds, *sums = self.totals()
-        self.bar.close()
         self._set_sums(sums)
         figures = {f'{prefix}_loss': self.loss.value()[0]}
         for k in self.topk:
