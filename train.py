@@ -44,7 +44,7 @@ from diracimage import DataError, normalise
 from training import checkpoint, data, distributed, options
 from training.checkpoint import DivergedError
 from training.distributed import rank, world
-from training.meters import STEPS_PER_READING, Meters, write_tensorboard
+from training.meters import STEPS_PER_READING, Meters
 from training.run import (
     choose_dtype,
     compiled,
@@ -152,7 +152,7 @@ def train_epoch(run, step, loader, title, on_step, signals):
     figures = run.meters.figures('train')
     rate = len(run.sets.train) / figures['train_time']
     lr = learning_rate(run.opt, run.epoch)  # that of its first step
-    return {'epoch': run.epoch + 1, 'lr': lr, **figures, 'images_per_second': rate}
+    return {'epoch': run.epoch + 1, 'epoch_lr': lr, **figures, 'images_per_second': rate}
 
 
 def evaluate(network, step, images, meters, opt, on_step=lambda: None, batches=data.batches):
@@ -177,7 +177,6 @@ def train(run, device, signals):
     loader = data.loader(
         sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world(), opt.augment
     )
-    judge = 'val' if opt.val else 'test'  # whose accuracy chooses best.pt7
 
     def set_rate():
         set_learning_rate(run.optimizer, learning_rate(opt, run.epoch + run.step / len(loader)))
@@ -210,7 +209,7 @@ def train(run, device, signals):
         stats = {**run.args, **train_epoch(
             run, train_step, loader, title, on_train_step, signals
         )}
-        for split in ('val', 'test') if opt.val else ('test',):
+        for split in run.tested:
             images = getattr(sets, split)
             meters = Meters(len(sets.classes), len(images), f'{title}, {split}')
             evaluate(run.network, test_step, images, meters, opt, on_test_step, signals.batches)
@@ -220,13 +219,9 @@ def train(run, device, signals):
         stats['num_classes'] = len(sets.classes)
         stats['n_parameters'] = sum(p.numel() for p in run.network.parameters())
 
-        run.end_epoch(stats, stats[f'{judge}_acc'])
-        if rank() == 0:
-            say(f'==> id: {opt.save} ({run.epoch}/{opt.epochs}), test_acc: {stats["test_acc"]:.2f}')
-            if opt.tensorboard:
-                write_tensorboard(opt.save, stats, run.network)
+        run.end_epoch(stats)
     if rank() == 0:
-        say(f'best {judge}_acc {run.best:.2f}; log and checkpoints in {opt.save}')
+        say(run.outcome())
 
 
 def train_or_stop(run, device, command):

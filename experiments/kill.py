@@ -83,7 +83,7 @@ def compare(whole, killed):
         same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
         differ += [] if same else [name]
     logs = [checkpoint.read_log(str(folder / checkpoint.LOG)) for folder in (whole, killed)]
-    for name in ('epoch', 'lr', 'train_loss', 'train_acc', 'test_loss', 'test_acc'):
+    for name in ('epoch', 'epoch_lr', 'train_loss', 'train_acc', 'test_loss', 'test_acc'):
         one, other = ([stats[name] for stats in log] for log in logs)
         differ += [] if one == other else [f'{name} in the logs: {one} and {other}']
     return differ

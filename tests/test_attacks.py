@@ -141,7 +141,7 @@ def test_a_line_that_cannot_be_printed_costs_nothing(images, tmp_path, where):
 def test_events_that_cannot_be_written_cost_nothing(images, tmp_path, capsys, monkeypatch):
     import torch.utils.tensorboard
 
-    def full(folder):
+    def full(folder, **options):
         raise OSError(errno.ENOSPC, 'No space left on device')
 
     monkeypatch.setattr(torch.utils.tensorboard, 'SummaryWriter', full)

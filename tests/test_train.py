@@ -78,7 +78,8 @@ def test_help_says_every_option_with_its_default(capsys):
 def test_log(trained, images):
     stats = stats_of(trained)
     assert [s['epoch'] for s in stats] == [1, 2]
-    assert [s['lr'] for s in stats] == pytest.approx([0.1, 0.02])
+    assert [s['epoch_lr'] for s in stats] == pytest.approx([0.1, 0.02])
+    assert [s['lr'] for s in stats] == [0.1, 0.1]  # the option
     assert set(vars(options.parse_options([]))) <= set(stats[0])
     for figure in ('train_loss', 'train_acc', 'train_time', 'test_loss', 'test_acc', 'test_time',
                    'images_per_second'):
@@ -141,7 +142,7 @@ def test_resumed_run_equals_the_one_that_was_never_stopped(trained, images, tmp_
     expected = params_of(tmp_path / 'whole')
     assert all(torch.equal(p, expected[k]) for k, p in params_of(tmp_path / 'rest').items())
     rest, whole = stats_of(tmp_path / 'rest'), stats_of(tmp_path / 'whole')
-    assert [(s['epoch'], s['lr']) for s in rest] == [(3, whole[2]['lr'])]
+    assert [(s['epoch'], s['epoch_lr']) for s in rest] == [(3, whole[2]['epoch_lr'])]
     assert rest[0]['train_loss'] == whole[2]['train_loss']
 
 
@@ -289,15 +290,32 @@ def test_label_smoothing_is_for_training_alone(images, tmp_path):
 
 def test_tensorboard(images, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.api_pb2 import Status
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     run(images, tmp_path, '--tensorboard')
+    assert len(list(tmp_path.glob('**/events.*'))) == 1
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [e.value for e in events.Scalars('lr')] == pytest.approx([0.1, 0.02])
+    assert [e.value for e in events.Scalars('epoch_lr')] == pytest.approx([0.1, 0.02])
     logged = [s['test_acc'] for s in stats_of(tmp_path)]
     assert [e.value for e in events.Scalars('test_acc')] == pytest.approx(logged)
     alpha = params_of(tmp_path)['group1.block0.alpha'].mean().item()
     assert events.Scalars('mean/group1.block0.alpha')[-1].value == pytest.approx(alpha)
     assert len([tag for tag in events.Tags()['scalars'] if tag.startswith('mean/')]) == 12
+
+    def said(part):
+        content = events.SummaryMetadata(f'_hparams_/{part}').plugin_data.content
+        return getattr(HParamsPluginData.FromString(content), part)
+
+    options = said('session_start_info').hparams
+    assert (options['lr'].number_value, options['epoch_step'].string_value) == (0.1, '[2]')
+    assert 'test_acc' in [metric.name.tag for metric in said('experiment').metric_infos]
+    assert said('session_end_info').status == Status.STATUS_SUCCESS
+
+    run(images, tmp_path, '--tensorboard', '--epochs', 4, '--resume', 'auto')
+    assert len(list(tmp_path.glob('**/events.*'))) == 2  # one for each start
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.step for e in events.Scalars('test_acc')] == [1, 2, 3, 4]
 
 
 IMAGENET = ['--image_size', 72, '--nthread', 0]

@@ -165,7 +165,8 @@ def read_log(path):
     """Reads a log.txt: a list of dicts, one for each epoch, in order.
 
     An epoch that ran again counts as it was last. A record that a crash cut short is left out, also
-    where a later one follows it in the same line.
+    where a later one follows it in the same line. `epoch_lr` is the learning rate of an epoch's
+    first step; older logs call it `lr`, which is the option --lr now.
     """
     epochs = {}
     with open(path, encoding='utf-8', errors='replace') as log:
@@ -176,6 +177,8 @@ def read_log(path):
             number = operator.index(stats['epoch'])
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
+        if 'lr' in stats:
+            stats.setdefault('epoch_lr', stats['lr'])
         epochs[number] = stats
     return [epochs[epoch] for epoch in sorted(epochs)]
 

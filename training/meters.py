@@ -1,6 +1,5 @@
 """What is measured in an epoch: torchnet's meters, read seldom and added up over all processes."""
 
-import sys
 import time
 
 import torch
@@ -102,19 +101,3 @@ class Meters:
             figures[f'{prefix}_acc' + str(k) * (k > 1)] = self.accuracy.value(k)
         figures[f'{prefix}_time'] = seconds
         return figures
-
-
-def write_tensorboard(folder, stats, network):
-    """Writes an epoch's losses, accuracies, learning rate, and means of each alpha and beta."""
-    from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
-
-    try:
-        with SummaryWriter(folder) as board:
-            for name, value in stats.items():
-                if name == 'lr' or name.split('_')[-1] in ('loss', 'acc', 'acc5'):
-                    board.add_scalar(name, value, stats['epoch'])
-            for name, parameter in network.named_parameters():
-                if name.split('.')[-1] in ('alpha', 'beta'):
-                    board.add_scalar(f'mean/{name}', parameter.mean().item(), stats['epoch'])
-    except OSError as error:  # what is only shown may fail: the epoch is in the log
-        print(f'{folder}: no events for TensorBoard ({error})', file=sys.stderr)

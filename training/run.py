@@ -20,6 +20,7 @@ from diracdeploy import native_bfloat16
 from diracimage import Inputs
 from diracnet import check_fit
 from training import checkpoint, data, distributed, options, pretrained
+from training.board import Board
 from training.checkpoint import DivergedError
 from training.distributed import rank, world
 from training.meters import Meters, topk
@@ -39,13 +40,32 @@ class Run:
     step: int = 0  # finished ones of the next epoch
     totals: list = None  # of the meters in these steps, where another run did them
     meters: Meters = None  # of the training in this epoch
-    best: float = 0.0  # test (or, with --val, validation) accuracy in per cent
+    best: float = 0.0  # the best accuracy yet, in per cent, on the first of `tested`
+    begun: str = ''  # the checkpoint that it goes on from, or its folder
+    board: Board = None  # for TensorBoard
     saved: float = field(default_factory=time.monotonic)  # when, in seconds
 
     @property
     def args(self):
         """The options, as checkpoints and the log have them."""
         return {**vars(self.opt), 'dtype': self.dtype}
+
+    @property
+    def tested(self):
+        """The sets that each epoch ends with; best.pt7 is chosen by the accuracy on the first."""
+        return ('val', 'test') if self.opt.val else ('test',)
+
+    @property
+    def done(self):
+        return self.epoch >= self.opt.epochs
+
+    def outcome(self):
+        """What the training came to, in a line."""
+        best = f'best {self.tested[0]}_acc {self.best:.2f}'
+        if self.meters:
+            return f'{best}; log and checkpoints in {self.opt.save}'
+        return (f'nothing was left to train, and nothing was written: {self.begun} has '
+                f'{self.epoch} epochs, --epochs is {self.opt.epochs}; {best}')
 
     def contents(self):
         """What a checkpoint of this moment holds: see training/checkpoint.py."""
@@ -67,11 +87,11 @@ class Run:
         if rank() == 0:
             checkpoint.save(self.opt.save, {**self.contents(), 'totals': totals}, name)
 
-    def end_epoch(self, stats, accuracy):
-        """Writes what an epoch left: its line in the log, then the checkpoints.
+    def end_epoch(self, stats):
+        """Writes what an epoch left: its line in the log, then the checkpoints; prints that it did.
 
-        stats: that line; accuracy: by which best.pt7 is chosen, in per cent. Raises DivergedError
-        as `save` does, and for a figure of testing that is no number.
+        stats: that line. Raises DivergedError as `save` does, and for a figure of testing that is
+        no number.
         """
         for name, value in stats.items():
             if name.endswith('_loss') and not math.isfinite(value):
@@ -82,11 +102,18 @@ class Run:
         self.epoch, self.step, self.totals = self.epoch + 1, 0, None
         if self.opt.keep_every and self.epoch % self.opt.keep_every == 0:
             self.save(f'epoch-{self.epoch}.pt7')
-        improved = accuracy >= self.best
-        self.best = max(self.best, accuracy)
+        accuracies = {f'{split}_acc': stats[f'{split}_acc'] for split in self.tested}
+        judged, *_ = accuracies.values()
+        improved = judged >= self.best
+        self.best = max(self.best, judged)
         if improved:
             self.save(diracfile.BEST)
         self.save()
+        if rank() == 0:
+            figures = ', '.join(f'{name}: {value:.2f}' for name, value in accuracies.items())
+            say(f'==> id: {self.opt.save} ({self.epoch}/{self.opt.epochs}), {figures}')
+            if self.board:
+                self.board.write(stats, self.network)
 
     def restore(self, loaded, path):
         """Takes over what a checkpoint holds. Raises ValueError if it cannot be this run's."""
@@ -276,10 +303,12 @@ def prepare(opt, device, lock):
     torch.manual_seed(opt.seed + rank())  # the same network, but dropout of its own
     if opt.pretrained and not path:
         pretrained.take(network, opt, inputs, sets.classes)
-    run = Run(opt, inputs, dtype, sets, network, make_optimizer(network, opt))
+    run = Run(opt, inputs, dtype, sets, network, make_optimizer(network, opt), begun=path)
+    if opt.tensorboard:
+        run.board = Board(opt.save, run.args)
     if path:
         run.restore(loaded, path)
-    if rank() == 0:
+    if rank() == 0 and not run.done:
         open_folder(run, lock)
     return run
 

@@ -1,0 +1,122 @@
+"""What a person sees of a training: in a terminal, in its last line and in its log."""
+
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+import torch
+from runs import run, stats_of, write_images
+
+import plot
+import train
+from training import checkpoint, meters
+
+ROOT = Path(train.__file__).parent
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """24 training and 4 test images of two classes."""
+    root = tmp_path_factory.mktemp('images')
+    write_images(root / 'train', n=12)
+    write_images(root / 'test', n=2, seed=1)
+    return root
+
+
+def in_terminal(*words):
+    """Runs a command whose stdout and stderr are a terminal: (exit status, what stands there)."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 100, 0, 0))
+    process = subprocess.Popen(words, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b''
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # as Linux says that the other side is closed
+            part = b''
+        if not part:
+            break
+        shown += part
+    os.close(ours)
+    return process.wait(), shown.decode()
+
+
+def test_the_bar_is_ended_before_an_error(images, tmp_path):
+    status, shown = in_terminal(
+        sys.executable, 'train.py', '--dataset', 'Folder', '--dataroot', str(images), '--depth',
+        '10', '--batch_size', '4', '--lr', '1e30', '--dtype', 'float', '--save', str(tmp_path))
+    assert status == 3
+    assert re.search(r'epoch 1/200: .*0/24', shown)
+    *_, bar, ended, error = re.split(r'\r(?!\n)', shown)
+    assert 'img/s' in bar
+    assert ended.strip() == ''
+    assert error.startswith('train.py: the loss is')
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_moves_with_each_step(monkeypatch):
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    seen = meters.Meters(10, 12, 'short')
+    with seen.bar:
+        for done in (4, 8, 12):
+            seen.on_forward({'sample': (None, torch.zeros(4, dtype=torch.long), 4),
+                             'loss': torch.tensor(1.0), 'output': torch.zeros(4, 10)})
+            assert seen.bar.n == done
+        assert seen.loss.n == 0  # fewer steps than are read at once
+    assert seen.figures('train')['train_loss'] == 1.0
+
+
+def test_long_steps_show_their_loss(monkeypatch):
+    clock = iter(range(0, 1000, 2))  # seconds
+    monkeypatch.setattr(meters.time, 'perf_counter', lambda: next(clock))
+    seen = meters.Meters(10, 8, 'slow')
+    seen.on_forward({'sample': (None, torch.zeros(4, dtype=torch.long), 4),
+                     'loss': torch.tensor(1.0), 'output': torch.zeros(4, 10)})
+    assert seen.loss.n == 4
+
+
+def test_validation_in_the_line_of_an_epoch(images, tmp_path, capsys):
+    run(images, tmp_path / 'run', '--val', 8)
+    lines = capsys.readouterr().out.splitlines()
+    for stats in stats_of(tmp_path / 'run'):
+        assert (f'==> id: {tmp_path / "run"} ({stats["epoch"]}/2), val_acc: '
+                f'{stats["val_acc"]:.2f}, test_acc: {stats["test_acc"]:.2f}') in lines
+    epochs = checkpoint.read_log(tmp_path / 'run' / 'log.txt')
+    _, accuracy, _ = plot.draw({'run': epochs}).axes
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [
+        [stats[f'{split}_acc'] for stats in epochs] for split in ('train', 'val', 'test')]
+
+
+@pytest.mark.parametrize('elsewhere', [True, False])
+def test_a_finished_run_says_that_nothing_was_left(images, tmp_path, capsys, elsewhere):
+    first, save = tmp_path / 'run', tmp_path / ('other' if elsewhere else 'run')
+    run(images, first)
+    before = {path: path.read_bytes() for path in first.iterdir()}
+    capsys.readouterr()
+    run(images, save, '--resume', first)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith('nothing was left to train, and nothing was written: '
+                           f'{first} has 2 epochs, --epochs is 2; best test_acc ')
+    assert sorted(tmp_path.iterdir()) == [first]
+    assert {path: path.read_bytes() for path in first.iterdir()} == before
+
+
+def test_older_logs_have_the_rate_under_another_name(tmp_path):
+    log = tmp_path / 'log.txt'
+    log.write_text('json_stats: {"epoch": 1, "lr": 0.02}\n'
+                   'json_stats: {"epoch": 2, "lr": 0.1, "epoch_lr": 0.004}\n'
+                   'json_stats: {"epoch": 3}\n')
+    assert [stats.get('epoch_lr') for stats in checkpoint.read_log(log)] == [0.02, 0.004, None]
