@@ -1,9 +1,11 @@
-"""Draws the losses, accuracies and learning rates of one or more trainings as one PNG.
+"""Draws the losses, accuracies and learning rates of one or more trainings as one picture.
 
     python plot.py logs/diracnet-28-1 logs/plain-28-1 --save comparison.png
+    python plot.py logs/diracnet-28-1 --save diracnet.pdf
 
-Each argument is the log.txt of a training or its folder. Needs matplotlib. In Python,
-`plot_filters` draws the filters of a convolution.
+One colour is one training; dashed is training, dotted validation where images were held out for it
+(train.py --val), and a full line the test. Needs matplotlib. In Python, `plot_filters` draws the
+filters of a convolution.
 """
 
 import argparse
@@ -17,6 +19,7 @@ if __name__ == '__main__':  # before what takes seconds to import
     expect_packages('plot.py', 'plot', 'matplotlib')
 
 from matplotlib import colormaps
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -24,13 +27,15 @@ from matplotlib.ticker import MaxNLocator
 from command import Options, errors_in_one_line
 from training.checkpoint import MARK, read_log
 
+FORMATS = sorted(FigureCanvasBase.filetypes)  # by the ending of a file
 STYLES = {'train': {'linestyle': '--', 'linewidth': 1.1, 'alpha': 0.75},
+          'val': {'linestyle': ':', 'linewidth': 1.9},
           'test': {'linestyle': '-', 'linewidth': 1.9}}
 STEPS = {'linestyle': '-', 'linewidth': 1.9, 'drawstyle': 'steps-mid'}  # one rate per epoch
 PANELS = [  # what stands in each: its axis, and the lines by their key in the log
-    ('cross-entropy loss', {'train_loss': STYLES['train'], 'test_loss': STYLES['test']}),
-    ('top-1 accuracy (%)', {'train_acc': STYLES['train'], 'test_acc': STYLES['test']}),
-    ('learning rate', {'lr': STEPS}),
+    ('cross-entropy loss (nats)', {f'{split}_loss': style for split, style in STYLES.items()}),
+    ('top-1 accuracy (%)', {f'{split}_acc': style for split, style in STYLES.items()}),
+    ("learning rate at the epoch's start", {'epoch_lr': STEPS}),
 ]
 
 
@@ -61,12 +66,15 @@ def draw(logs):
     figure = Figure(figsize=(13, 4.4), dpi=150, layout='constrained')
     palette = colormaps['tab10' if len(logs) <= 10 else 'tab20'].colors
     figure.get_layout_engine().set(w_pad=0.12)
-    panels = figure.subplots(1, len(PANELS))
+    panels, drawn = figure.subplots(1, len(PANELS)), set()
     for (title, keys), axes in zip(PANELS, panels):
         for i, epochs in enumerate(logs.values()):
             numbers = [stats['epoch'] for stats in epochs]
             for key, style in keys.items():
                 values = [stats.get(key, math.nan) for stats in epochs]
+                if not any(key in stats for stats in epochs):  # as without --val
+                    continue
+                drawn.add(key)
                 axes.plot(
                     numbers, values, color=palette[i % len(palette)], **style,
                     marker='o' if len(numbers) == 1 else None,
@@ -79,7 +87,8 @@ def draw(logs):
     panels[-1].set_yscale('symlog', linthresh=1e-4)  # a cosine ends at zero
     panels[-1].set_ylim(bottom=0)
 
-    lines = [Line2D([], [], color='0.3', label=label, **style) for label, style in STYLES.items()]
+    lines = [Line2D([], [], color='0.3', label=split, **style) for split, style in STYLES.items()
+             if drawn & {f'{split}_loss', f'{split}_acc'}]
     for i, (name, epochs) in enumerate(logs.items()):
         accuracies = [stats['test_acc'] for stats in epochs if 'test_acc' in stats]
         last = f' ({accuracies[-1]:.2f} % at epoch {epochs[-1]["epoch"]})' if accuracies else ''
@@ -125,13 +134,19 @@ def plot_filters(weight, title):
 def main(argv=None):
     parser = Options(prog='plot.py', description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('logs', nargs='+', metavar='LOG', help='log.txt of a training, or folder')
-    parser.add_argument('--save', default='training.png', help='PNG to write (%(default)s)')
+    parser.add_argument('logs', nargs='+', metavar='LOG',
+                        help='log.txt of a training, or the folder of its run')
+    parser.add_argument('--save', default='training.png', metavar='FILE',
+                        help='picture to write, in the format of its ending, such as .png, .pdf or '
+                             '.svg (default: %(default)s)')
     opt = parser.parse_args(argv)
+    ending = Path(opt.save).suffix.lower().removeprefix('.')
+    if ending not in FORMATS:
+        parser.error(f'--save {opt.save}: expected a name that ends in .{", .".join(FORMATS)}')
     with errors_in_one_line('plot.py'):
         logs = read_logs([log_file(log) for log in opt.logs])
-        draw(logs).savefig(opt.save, format='png')
-    print(f'{len(logs)} trainings drawn in {opt.save}')
+        draw(logs).savefig(opt.save, format=ending)
+    print(f'{len(logs)} training{"s" * (len(logs) > 1)} drawn in {opt.save}')
 
 
 if __name__ == '__main__':

@@ -86,6 +86,35 @@ def test_command_writes_one_png_of_files_and_folders(tmp_path):
     assert len({tuple(pixel) for pixel in image.reshape(-1, 3)[::7].tolist()}) > 10
 
 
+def test_validation_is_a_line_of_its_own(tmp_path):
+    log = write(tmp_path / 'a', record(1, val_loss=2.5, val_acc=45), record(2))
+    loss, accuracy, _ = (figure := plot.draw({'a': plot.read_log(log)})).axes
+    assert len(loss.lines) == len(accuracy.lines) == 3
+    assert accuracy.lines[1].get_ydata()[0] == 45
+    assert len({line.get_linestyle() for line in accuracy.lines}) == 3
+    assert [text.get_text() for text in figure.legends[0].texts][:3] == ['train', 'val', 'test']
+    assert '(nats)' in loss.get_ylabel()
+
+
+@pytest.mark.parametrize(('name', 'beginning'), [
+    ('a.pdf', b'%PDF'), ('a.PNG', b'\x89PNG'), ('a.svg', b'<?xml'), ('a.jpg', b'\xff\xd8'),
+])
+def test_the_ending_is_the_format(tmp_path, name, beginning):
+    plot.main([str(write(tmp_path / 'a', record(1))), '--save', str(tmp_path / name)])
+    assert (tmp_path / name).read_bytes().startswith(beginning)
+
+
+@pytest.mark.parametrize('name', ['a.doc', 'a', 'a.'])
+def test_an_unknown_ending_is_one_line(tmp_path, capsys, name):
+    with pytest.raises(SystemExit) as stopped:
+        plot.main([str(write(tmp_path / 'a', record(1))), '--save', str(tmp_path / name)])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'plot.py: --save {tmp_path / name}: expected a name that ends in .')
+    assert error.count('\n') == 1
+    assert '.pdf, ' in error
+
+
 @pytest.mark.parametrize(('text', 'status'), [('', 2), ('json_stats: {"epo', 2), (None, 2)])
 def test_nothing_to_draw_is_one_line(tmp_path, text, status):
     if text is not None:
