@@ -11,6 +11,7 @@
 The sides of a comparison work in turns (experiments/turns.py). Rows are appended to logs/bench.csv.
 """
 
+import argparse
 import functools
 import importlib.util
 import os
@@ -381,7 +382,8 @@ BENCHES = {'train': bench_train, 'data': bench_data, 'infer': bench_infer, 'dept
 
 
 def main(argv=None):
-    parser = Options(prog='experiments.bench', description=__doc__.splitlines()[0])
+    parser = Options(prog='experiments.bench', description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=BENCHES, help='what to measure, or plot')
     parser.add_argument('--pairs', type=options.at_least(10, int), default=10,
                         help='turns of each side (default: %(default)s)')

@@ -45,8 +45,10 @@ def compare(args):
 def main():
     parser = Options(prog='experiments.deploy', description=__doc__.splitlines()[0])
     parser.add_argument('run', help='folder of a run of train.py, or a checkpoint')
-    parser.add_argument('--dataset', choices=DATASETS, default='CIFAR10')
-    parser.add_argument('--dataroot', default='.', help='folder of the data set')
+    parser.add_argument('--dataset', choices=DATASETS, default='CIFAR10',
+                        help='whose test images (default: %(default)s)')
+    parser.add_argument('--dataroot', default='.',
+                        help='folder of its files (default: %(default)s)')
     args = parser.parse_args()
     with errors_in_one_line('experiments.deploy'):
         compare(args)

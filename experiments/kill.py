@@ -11,6 +11,7 @@ process that reads images are tried too. Exit status 1 if a parameter, a running
 momentum, a random state or a figure in the log differs at the end.
 """
 
+import argparse
 import os
 import random
 import shutil
@@ -183,9 +184,11 @@ def attack_reader(folder):
 
 
 def main():
-    parser = Options(prog='experiments.kill', description=__doc__.splitlines()[0])
-    parser.add_argument('--kills', type=int, default=20, help='how often (default: 20)')
-    parser.add_argument('--seed', type=int, default=0, help='of the moments (default: 0)')
+    parser = Options(prog='experiments.kill', description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kills', type=int, default=20,
+                        help='how often a training is killed (default: 20)')
+    parser.add_argument('--seed', type=int, default=0, help='of the random moments (default: 0)')
     parser.add_argument('--points', action='store_true',
                         help='attack at each point of the disk, not at random moments')
     args = parser.parse_args()

@@ -8,12 +8,14 @@ the file that is opened there, `full` lets the disk be full from there on; FLAGS
 POINT 0 nothing happens, and the last line on stderr is the number of points.
 """
 
+import argparse
 import os
 import resource
 import signal
 import sys
 
 import train
+from command import Options
 
 EVENTS = ('open', 'os.mkdir', 'os.remove', 'os.rename')  # of Python's audit hooks
 BYTES = 50  # that are still written
@@ -47,9 +49,16 @@ def attack(folder, point, how):
 
 
 def main():
-    folder, point, how, *flags = sys.argv[1:]
-    points = attack(os.path.realpath(folder), int(point), how)
-    train.main([*flags, '--save', os.path.realpath(folder)])
+    parser = Options(prog='experiments.touch', description=__doc__,
+                     usage='%(prog)s FOLDER POINT HOW FLAGS...',
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=os.path.realpath, help='that of --save')
+    parser.add_argument('point', type=int, help='at which it is attacked')
+    parser.add_argument('how', choices=('kill', 'half', 'full'), help='what is done there')
+    parser.add_argument('flags', nargs=argparse.REMAINDER, help='of train.py')
+    args = parser.parse_args()
+    points = attack(args.folder, args.point, args.how)
+    train.main([*args.flags, '--save', args.folder])
     print(points(), file=sys.stderr)
 
 

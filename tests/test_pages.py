@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 
 import pytest
 from pages import PAGES, ROOT, blocks, commands, text_of
@@ -9,6 +10,7 @@ from pages import PAGES, ROOT, blocks, commands, text_of
 import export
 import plot
 import predict
+from experiments import bench, deploy, kill, memory, sizes, touch
 from experiments.bench import BENCHES
 from training import options
 
@@ -44,6 +46,17 @@ def test_options_of_the_other_commands(capsys):
         with pytest.raises(SystemExit) as exit:
             module.main(['--help'])
         assert exit.value.code == 0
+
+
+@pytest.mark.parametrize('module', [bench, deploy, kill, memory, sizes, touch],
+                         ids=lambda module: module.__name__)
+def test_help_of_the_experiments(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['x', '--help'])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert stopped.value.code == 0
+    shown = ''.join(capsys.readouterr().out.split())  # lines may end at a hyphen
+    assert ''.join(module.__doc__.splitlines()[0].split()) in shown
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
