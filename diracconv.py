@@ -6,10 +6,12 @@ Each filter of a convolution is
 
 where `delta` is the identity kernel: convolving with it returns the input. The functional form is
 `dirac_weight`; `DiracConv1d/2d/3d` are drop-in layers, and `DiracParametrization` gives any
-existing convolution the same weights through `torch.nn.utils.parametrize`.
+existing convolution the same weights through `torch.nn.utils.parametrize`. `dirac` does so for all
+convolutions of a network.
 
     conv = DiracConv2d(64, 64, kernel_size=3, padding=1)
     plain = conv.fold()                     # nn.Conv2d with the same output
+    network = dirac(network)                # diracfold.fold undoes it
 """
 
 from numbers import Integral
@@ -17,6 +19,7 @@ from numbers import Integral
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 ALPHA_INIT, BETA_INIT = 1.0, 0.1
 NORM_EPS = 1e-12  # of torch.nn.functional.normalize
@@ -220,6 +223,13 @@ class DiracParametrization(nn.Module):
         return dirac_weight(weight, self.alpha, self.beta, self.groups)
 
 
+def is_parametrised(layer):
+    """Tells whether a layer has a DiracParametrization of its weight."""
+    return parametrize.is_parametrized(layer, 'weight') and any(
+        isinstance(p, DiracParametrization) for p in layer.parametrizations.weight
+    )
+
+
 def _check_numbers(name, value, ndim, least):
     """Raises ValueError unless `value` is an integer, or `ndim` of them, of at least `least`.
 
@@ -229,6 +239,59 @@ def _check_numbers(name, value, ndim, least):
     if len(numbers) != ndim or not all(isinstance(n, Integral) and n >= least for n in numbers):
         expected = f'an integer of at least {least}' + (f', or {ndim} of them' if ndim > 1 else '')
         raise ValueError(f'{name} is {value!r}: expected {expected}')
+
+
+# ---------------------------------------------------------------- networks
+
+LAYERS = {layer.plain: layer for layer in (DiracConv1d, DiracConv2d, DiracConv3d)}
+
+
+def dirac(network, which=None):
+    """Dirac-parameterises the convolutions of a network, in place: returns the network.
+
+    network: any nn.Module, itself a convolution, perhaps. which: a function of a convolution's name
+    in it and of the convolution, to whether that one is meant; without, all are. For instance, as
+    in DiracNets, in which the first one, that sees the images, is an ordinary one:
+
+        dirac(network, lambda name, conv: conv.in_channels > 3 and conv.kernel_size == (3, 3))
+
+    Each nn.Conv1d, 2d and 3d becomes a DiracConv1d, 2d or 3d: the same module, with its weight as
+    W, its hooks and its places in the network, and with new parameters `alpha`, which starts at 1,
+    and `beta`, at 0.1, of the weight's dtype and device, that require grad if the weight does. A
+    subclass keeps its own forward, and gets a DiracParametrization. Make the optimizer afterwards,
+    and wrap the network (DDP, say),
+    as both have to know alpha and beta. Every stride, padding, padding mode, dilation and number of
+    groups is welcome. What is Dirac-parameterised already stays as it is. Transposed convolutions
+    stay as they are too: their filters lie in dimension 1. So does the arithmetic of a module that
+    reads the weight of a convolution and never calls it.
+
+    As W is normalised, the outputs change, also of a trained network, unless alpha is set to 0 and
+    beta to the norms of the filters, where W_hat is W. `diracfold.fold` makes plain convolutions of
+    them again. Raises ValueError, and changes nothing, if a lazy convolution, whose weight is not
+    there yet, is among them, or if none is: neither new nor already Dirac-parameterised.
+    """
+    convs = [
+        conv for name, conv in network.named_modules()
+        if isinstance(conv, tuple(LAYERS)) and (which is None or which(name, conv))
+    ]
+    if not convs:
+        raise ValueError(
+            f'{type(network).__name__}: none of its modules is '
+            + ('a convolution' if which is None else 'a convolution that is meant')
+            + ': expected a Conv1d, Conv2d or Conv3d'
+        )
+    added_to = {
+        conv: DiracParametrization(conv).requires_grad_(conv.weight.requires_grad)
+        for conv in convs if not (isinstance(conv, _DiracConv) or is_parametrised(conv))
+    }
+    for conv, added in added_to.items():
+        if type(conv) in LAYERS:
+            conv.__class__ = LAYERS[type(conv)]  # who holds this module, holds the new one
+            conv.alpha, conv.beta = added.alpha, added.beta
+        else:
+            parametrize.register_parametrization(conv, 'weight', added)
+            conv.parametrizations.train(conv.training)
+    return network
 
 
 # ---------------------------------------------------------------- gradients

@@ -15,6 +15,8 @@ import networks
 from baselines import densenet, diracnet_v1, diverse_branch
 from baselines.diverse_branch import ACBlock, DiverseBranchBlock
 from baselines.plain import PlainNet
+from baselines.replace import BLOCKS
+from diracconv import DiracConv2d
 from diracfold import fold
 from diracnet import DiracNet, define_diracnet
 from experiments.sizes import NETWORKS, row
@@ -82,9 +84,34 @@ def test_parameters(name, dataset, options, parameters):
     ('mobilenet', 4_231_976, 4_372_183, 4_221_032),
 ])
 def test_parameters_of_diverse_branches_in_training_and_deployed(name, base, dbb, deployed):
-    networks = [build_on_meta(name, 'ImageNet', block=block) for block in ('base', 'dbb', 'acb')]
+    networks = [build_on_meta(name, 'ImageNet', block=block) for block in BLOCKS]
     assert [count(network) for network in networks[:2]] == [base, dbb]
-    assert [count(fold(network)) for network in networks] == [deployed] * 3
+    assert [count(fold(network)) for network in networks] == [deployed] * 4
+
+
+@pytest.mark.parametrize(('name', 'filters'), [  # of 3x3 and 5x5, the stem's left out
+    ('resnet18', 4 * (64 + 128 + 256 + 512)), ('alexnet', 192 + 384 + 256 + 256),
+    ('mobilenet', 32 + 64 + 128 + 128 + 256 + 256 + 6 * 512 + 1024),
+])
+def test_parameters_with_w_hat_are_two_more_for_each_filter(name, filters):
+    network = build_on_meta(name, 'ImageNet', block='dirac')
+    assert count(network) == count(build_on_meta(name, 'ImageNet')) + 2 * filters
+    assert sum(m.out_channels for m in network.modules() if isinstance(m, DiracConv2d)) == filters
+
+
+def test_plain_with_w_hat_is_a_diracnet():
+    network = perturb(networks.build('plain', 'CIFAR10', depth=10, width=0.5, block='dirac'))
+    f, params = define_diracnet(10, 0.5, 'CIFAR10')
+    state = {
+        name.removeprefix('features.').replace('conv.weight', 'conv').replace('conv.alpha', 'alpha')
+        .replace('conv.beta', 'beta'): tensor.double()
+        for name, tensor in network.state_dict().items() if 'tracked' not in name
+    }
+    assert {name: t.shape for name, t in state.items()} == {n: p.shape for n, p in params.items()}
+    images = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    for mode in (False, True):
+        logits = network.double().train(mode)(images)
+        torch.testing.assert_close(f(images, state, mode), logits, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(('dataset', 'depth', 'width'), [('CIFAR10', 28, 1), ('ImageNet', 18, 1)])
@@ -192,6 +219,7 @@ SMALLEST = [
     ('plain', 'CIFAR10', {'depth': 10}),
     ('plain', 'CIFAR10', {'depth': 10, 'block': 'dbb'}),
     ('plain', 'CIFAR10', {'depth': 10, 'block': 'acb'}),
+    ('plain', 'CIFAR10', {'depth': 10, 'block': 'dirac'}),
     ('plain', 'ImageNet', {'depth': 18, 'width': 0.25, 'block': 'dbb'}),
     ('dirac-init', 'CIFAR10', {'depth': 10}),
     ('resnet', 'CIFAR10', {'depth': 10}),

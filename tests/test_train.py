@@ -326,6 +326,7 @@ FAMILIES = {  # the smallest of each
     'diracnet-v1, ImageNet': [*IMAGENET, '--depth', 18, '--width', 0.25],
     'plain': ['--depth', 10],
     'plain, dbb': ['--depth', 10, '--block', 'dbb'],
+    'plain, dirac': ['--depth', 10, '--block', 'dirac'],
     'plain, ImageNet': [*IMAGENET, '--depth', 18, '--width', 0.25],
     'dirac-init': ['--depth', 10],
     'resnet': ['--depth', 10],
