@@ -16,40 +16,42 @@ import torch
 from torch import nn
 from torch.fx import Tracer
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.optim.swa_utils import AveragedModel
 
-from diracconv import DiracParametrization
+from diracconv import is_parametrised
 from diracnet import BN_EPS, DiracNet, Network, Topology, check_fit, init_params, is_folded, w_hats
 
 PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # and torch.compile's
+HOOKS = (  # what a module's hooks are kept in; those of the last two are called with keywords
+    '_forward_hooks', '_forward_pre_hooks', '_forward_hooks_always_called',
+    '_forward_hooks_with_kwargs', '_forward_pre_hooks_with_kwargs',
+)
 
 
 def fold(what, dtype=torch.float32):
     """Folds Dirac parameterisation and batch norm into plain convolutions, for evaluation.
 
     what: one of
-    - the parameters of a functional DiracNet (flat name -> tensor), or the Network that carries
-      them: returns a DiracNet;
-    - any other nn.Module: returns a copy, in which each layer with a `fold()` (a DiracConv, say, or
-      a block of diverse branches) is what that returns, and each convolution with a
-      DiracParametrization, or whose output goes to a batch norm and nowhere else, is one plain
-      convolution. Such a batch norm is gone from an nn.Sequential of named layers; elsewhere
-      nn.Identity stands for it. Names, sharing and everything else stay; a layer with hooks, or
-      with another parametrization, keeps its batch norm, and so does one that is used twice.
+    - the parameters of a functional DiracNet (flat name -> tensor): returns a DiracNet;
+    - an nn.Module: returns a copy, in which each Network is a DiracNet, wherever it is, each layer
+      with a `fold()` (a DiracConv, say, or a block of diverse branches) is what that returns, and
+      each convolution with a DiracParametrization, or whose output goes to a batch norm and nowhere
+      else, is one plain convolution. Such a batch norm is gone from an nn.Sequential of named
+      layers; elsewhere nn.Identity stands for it. In place of DataParallel,
+      DistributedDataParallel, AveragedModel and what torch.compile returns stands what they wrap.
+      Names, sharing, hooks and everything else stay; a layer with hooks, or with another
+      parametrization, keeps its batch norm, and so does one that is used twice.
     dtype: of the result; the arithmetic is done in float64.
 
     The result is on the CPU for parameters, on the module's device for a module (meta included),
-    and in evaluation mode. Raises ValueError for parameters that are no DiracNet's, and for a
-    module with batch norm that torch.fx cannot trace (whose forward depends on values of tensors,
-    say): fold its parts.
+    and in evaluation mode. Raises ValueError for parameters that are no DiracNet's, for a Network
+    of a subclass with a forward of its own, and for a module with batch norm that torch.fx cannot
+    trace (whose forward depends on values of tensors, say): fold its parts.
     """
-    if isinstance(what, DistributedDataParallel):
-        what = what.module
-    what = getattr(what, '_orig_mod', what)  # of torch.compile
-    if isinstance(what, Network):
-        what = what.state_dict()
     if isinstance(what, Mapping):
         return _fold_params(what, dtype)
     if isinstance(what, nn.Module):
@@ -58,14 +60,14 @@ def fold(what, dtype=torch.float32):
 
 
 @torch.no_grad()
-def _fold_params(params, dtype):
+def _fold_params(params, dtype, device='cpu'):
     if is_folded(params):
         raise ValueError('holds a folded network: expected the parameters it was folded from')
     net = Topology.of(params)
     with torch.device('meta'):  # nothing is drawn that would be thrown away
         check_fit(params, init_params(net))
         folded_net = DiracNet.of(net)
-    params = {name: tensor.to('cpu', torch.float64, copy=True) for name, tensor in params.items()}
+    params = {name: tensor.to(device, torch.float64, copy=True) for name, tensor in params.items()}
     filters = {'conv': params['conv'], **w_hats(params, [name for name, _, _ in net.layers()])}
     folded = {name: params[name] for name in ('fc.weight', 'fc.bias')}
     for name, weight in filters.items():
@@ -80,13 +82,13 @@ def _fold_params(params, dtype):
 
 @torch.no_grad()
 def _fold_module(module, dtype):
-    root = nn.ModuleList([copy.deepcopy(module)]).eval().double()  # so that all have a parent
+    root = nn.ModuleList([_unwrapped_copy(module)]).eval().double()  # so that all have a parent
     for layer in list(root.modules()):
-        if hasattr(layer, 'fold'):
+        if isinstance(layer, Network):
+            _replace(root, layer, _fold_network(layer))
+        elif hasattr(layer, 'fold'):
             _replace(root, layer, layer.fold())
-        elif parametrize.is_parametrized(layer, 'weight') and any(
-            isinstance(p, DiracParametrization) for p in layer.parametrizations.weight
-        ):
+        elif is_parametrised(layer):
             # a class made for this layer loses the parametrization: the copy needs one of its own
             kind = type(layer)
             layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
@@ -99,8 +101,40 @@ def _fold_module(module, dtype):
     return root[0].to(dtype).eval()
 
 
+def _wrapped(layer):
+    """What a wrapper that changes no outputs is around, or None."""
+    return layer.module if isinstance(layer, WRAPPERS) else layer._modules.get('_orig_mod')
+
+
+def _unwrapped_copy(module):
+    """A deep copy with what they wrap in place of all wrappers, which cannot all be copied."""
+    copies = {}  # id -> copy, of what copy.deepcopy need not copy any more
+    for wrapper in reversed([layer for layer in module.modules() if _wrapped(layer)]):
+        inside = copy.deepcopy(_wrapped(wrapper), copies)
+        _hand_on_hooks(wrapper, inside)
+        copies[id(wrapper)] = inside
+    return copy.deepcopy(module, copies)
+
+
+def _hand_on_hooks(old, new):
+    for kind in HOOKS:
+        getattr(new, kind).update(getattr(old, kind))
+
+
+def _fold_network(network):
+    if type(network).forward is not Network.forward:
+        raise ValueError(
+            f'{type(network).__name__} has a forward of its own: expected a Network, or a module '
+            'that contains one'
+        )
+    params = network.state_dict()
+    return _fold_params(params, torch.float64, next(iter(params.values())).device)
+
+
 def _replace(root, old, new):
-    """Puts `new`, or nothing, in every place of the tree where `old` is: sharing stays."""
+    """Puts `new`, or nothing, in every place of the tree where `old` is: sharing and hooks stay."""
+    if new is not None:
+        _hand_on_hooks(old, new)
     for parent in list(root.modules()):
         # named_children() would leave out repeated ones
         for name in [name for name, child in parent._modules.items() if child is old]:

@@ -1,5 +1,6 @@
 """Folding, and the files that folding starts from."""
 
+import copy
 import os
 
 import cv2
@@ -83,6 +84,81 @@ def test_module_and_wrappers_fold_as_their_parameters(trained, tmp_path):
             assert all(torch.equal(state[name], expected[name]) for name in state)
     finally:
         dist.destroy_process_group()
+
+
+class Ensemble(nn.Module):
+    """Two places for networks, wherever they are inside, and arithmetic of its own."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.members = nn.ModuleDict({'first': first, 'second': nn.Sequential(second)})
+
+    def forward(self, x):
+        return self.members['first'](x) - 2 * self.members['second'](x).softmax(1)
+
+
+CONTAINERS = {
+    'softmax': lambda net: nn.Sequential(net, nn.Softmax(1)),
+    'DataParallel': nn.DataParallel,
+    'average': torch.optim.swa_utils.AveragedModel,
+    'ensemble': lambda net: Ensemble(net, copy.deepcopy(net)),
+    'used twice': lambda net: Ensemble(net, net),
+    'compiled inside': lambda net: nn.Sequential(torch.compile(net, backend='eager'), nn.ReLU()),
+    'compiled around': lambda net: torch.compile(CONTAINERS['softmax'](net), backend='eager'),
+    'average of all': lambda net: nn.Sequential(
+        torch.optim.swa_utils.AveragedModel(nn.DataParallel(CONTAINERS['ensemble'](net)))
+    ),
+    'beside batch norm': lambda net: nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Sequential(net)
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', CONTAINERS)
+def test_a_network_is_folded_wherever_it_is(trained, digits, kind):
+    f, params = trained
+    params = {name: tensor.double().clone() for name, tensor in params.items()}
+    module = CONTAINERS[kind](Network(f, params)).eval()
+    inputs = digits[0][:4].double()
+    module.double()
+    state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with torch.no_grad():
+        expected = module(inputs)
+        folded = fold(module, torch.float64)
+        assert relative(folded(inputs), expected) < 1e-10
+    assert count(folded, Network) == count(folded, nn.BatchNorm2d) == 0
+    assert count(folded, DiracNet) == 1 + (kind in ('ensemble', 'average of all'))
+    assert type(fold(nn.DataParallel(Network(f, params)))) is DiracNet
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+
+def test_hooks_and_forwards_of_ones_own_are_not_lost(trained, digits):
+    class Calibrated(Network):
+        def forward(self, inputs):
+            return super().forward(inputs) / 2
+
+    with pytest.raises(ValueError, match='Calibrated has a forward of its own: expected a Netw'):
+        fold(nn.Sequential(Calibrated(*trained)))
+    network = Network(*trained).double().eval()
+    network.register_forward_hook(_double)
+    around = nn.DataParallel(nn.Sequential(network, DiracConv1d(10, 2, 1))).double()
+    around.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    around.module[1].register_forward_hook(_double, with_kwargs=False, always_call=True)
+    inputs = digits[0][:2].double()
+    with torch.no_grad():
+        network(inputs)
+        around.module[0].register_forward_hook(lambda module, args, logits: logits[..., None])
+        assert relative(fold(around, torch.float64)(inputs), around(inputs)) < 1e-10
+
+
+def test_a_network_folds_where_it_is(trained):
+    with torch.device('meta'):
+        net = Network(*define_diracnet(10, 0.5, 'CIFAR10'))
+    folded = fold(nn.Sequential(net, nn.Softmax(1)))
+    assert {p.device.type for p in folded.parameters()} == {'meta'}
+    state = fold(Network(*trained)).state_dict()
+    assert {name: t.shape for name, t in folded[0].state_dict().items()} == {
+        name: t.shape for name, t in state.items()}
 
 
 def test_folding_leaves_parameters_and_generator_alone(trained):
