@@ -54,7 +54,7 @@ def in_memory(save, contents):
 def as_onnx(net, inputs, said):
     program = torch.onnx.export(
         net, (inputs,), input_names=['inputs'], output_names=['logits'], opset_version=18,
-        dynamic_shapes={'inputs': {0: torch.export.Dim('N')}}, dynamo=True, verbose=False,
+        dynamic_shapes=({0: torch.export.Dim('N')},), dynamo=True, verbose=False,
     )
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces: paths of this machine

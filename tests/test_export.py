@@ -216,6 +216,15 @@ def test_diverse_branches_are_converted_and_both_forms_evaluate(images, tmp_path
     assert f'test_acc: {table["top-1, %"]["unfolded"]}' == accuracies[0]
 
 
+def test_onnx_of_a_network_whose_argument_has_another_name(tmp_path):
+    """As in all of torchvision, where it is x."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()).eval()
+    inputs = torch.randn(3, 3, 5, 6)
+    (tmp_path / 'net.onnx').write_bytes(export.as_onnx(net, inputs[:2], {}))
+    logits = run_onnx(str(tmp_path / 'net.onnx'), inputs)
+    torch.testing.assert_close(logits, net(inputs), rtol=1e-4, atol=1e-5)
+
+
 # ---------------------------------------------------------------- errors
 
 
