@@ -208,6 +208,38 @@ def test_deployed_dtype():
         deploy(torch.nn.Conv2d(3, 3, 1), (1, 3, 8, 8), torch.float16)
 
 
+class Tells(torch.nn.Module):
+    """A convolution, of which only zeros are seen where it runs uncompiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) if torch.compiler.is_compiling() else torch.zeros(1)
+
+
+def test_every_deployed_shape_and_network_is_compiled():
+    """Also beyond torch's limit, which is 8 and here 1: it counts by code, not by network."""
+    first, second = Tells(), Tells()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        runs = [(network, deploy(network, shape, torch.float32), torch.randn(shape)) for
+                network, shape in ((first, (1, 3, 8, 8)), (first, (2, 3, 6, 9)),
+                                   (second, (1, 3, 8, 8)))]
+        for network, run, inputs in runs:
+            torch.testing.assert_close(run(inputs), network.conv(inputs))
+
+
+def test_what_cannot_be_compiled_says_so():
+    class Depends(Tells):
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else x
+
+    with pytest.raises(ValueError, match=r'Depends cannot be compiled whole \(.*\): exp') as error:
+        deploy(Depends(), (1, 3, 8, 8), torch.float32)
+    assert '\n' not in str(error.value)
+
+
 # ---------------------------------------------------------------- threads
 
 
