@@ -40,12 +40,26 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the inputs of a network are: (N, 3, size, size), RGB in [0, 1], less mean, over std."""
+    """What the inputs of a network are: (N, channels, size, size), images less mean, over std.
+
+    The images are RGB in [0, 1]. Of a network of other channels its file knows no mean and
+    deviation: they are 0 and 1, and what the inputs were made of is for its user to know.
+    """
 
     kind: str  # 'CIFAR10', 'CIFAR100' or 'ImageNet': which networks are for such images
     size: int  # pixels
     mean: tuple  # of each channel
     std: tuple
+
+    @property
+    def channels(self):
+        """Of the images: 3, unless the network's are no RGB ones."""
+        return len(self.mean)
+
+    @property
+    def shape(self):
+        """Of one input: (channels, size, size)."""
+        return self.channels, self.size, self.size
 
     @classmethod
     def of(cls, dataset, image_size=None):
@@ -96,9 +110,15 @@ def preprocess(dataset='ImageNet', image_size=None):
 
 
 def normalise(images, inputs, dtype=torch.float32):
-    """Turns uint8 images (N, 3, H, W) into inputs: scaled to [0, 1], less mean, over deviation."""
+    """Turns uint8 images (N, C, H, W) into inputs: scaled to [0, 1], less mean, over deviation.
+
+    Raises ValueError for images of other channels than the inputs'.
+    """
+    if images.shape[1] != inputs.channels:
+        raise ValueError(f'images of {images.shape[1]} channels: expected {inputs.channels}, those '
+                         'of the network')
     mean, std = (
-        torch.tensor(values, dtype=dtype, device=images.device).mul_(255).view(3, 1, 1)
+        torch.tensor(values, dtype=dtype, device=images.device).mul_(255).view(-1, 1, 1)
         for values in (inputs.mean, inputs.std)
     )
     return images.to(dtype).sub_(mean).div_(std)

@@ -46,6 +46,7 @@ class Topology:
     channels: tuple  # of each group; the stem has those of the first
     blocks: tuple  # convolutions in each group
     num_classes: int
+    in_channels: int = 3
 
     @classmethod
     def of(cls, params):
@@ -68,7 +69,7 @@ class Topology:
             counted = ', '.join(map(str, blocks)) or 'no'
             raise ValueError(f'holds groups of {counted} blocks: expected {expected}')
         sizes = cls(stem[-1], (channels,), blocks, num_classes)
-        return topology(sizes.depth, sizes.width, sizes.kind, num_classes)
+        return topology(sizes.depth, sizes.width, sizes.kind, num_classes, stem[1])
 
     @property
     def imagenet(self):
@@ -93,7 +94,8 @@ class Topology:
     def is_of(self, depth, width):
         """Whether it is that of a depth and width, which may round down to the same channels."""
         try:
-            return topology(depth, width, self.kind, self.num_classes) == self
+            net = topology(depth, width, self.kind, self.num_classes, self.in_channels)
+            return net == self
         except ValueError:
             return False
 
@@ -123,18 +125,21 @@ def _shape_of(params, name, ndim):
     return params[name].shape
 
 
-def topology(depth, width, dataset, num_classes=None):
+def topology(depth, width, dataset, num_classes=None, in_channels=3):
     """Returns the Topology of a DiracNet.
 
     depth: 6n + 4 for the CIFAR networks, 18 or 34 for ImageNet; width: the factor on the numbers of
     channels, which are rounded down; dataset: 'CIFAR10', 'CIFAR100' or 'ImageNet'; num_classes: in
-    place of the dataset's own. Raises ValueError that names the nearest valid choices.
+    place of the dataset's own; in_channels: of the images, 3 for RGB. Raises ValueError that names
+    the nearest valid choices.
     """
     if dataset not in CLASSES:
         raise ValueError(f'unknown dataset {dataset!r}: expected one of {", ".join(CLASSES)}')
     num_classes = CLASSES[dataset] if num_classes is None else num_classes
     if num_classes < 1:
         raise ValueError(f'num_classes {num_classes}: expected at least 1')
+    if in_channels < 1:
+        raise ValueError(f'in_channels {in_channels}: expected at least 1')
     if dataset == 'ImageNet':
         stem, channels = IMAGENET_STEM, IMAGENET_CHANNELS
         if depth not in IMAGENET_BLOCKS:
@@ -151,7 +156,8 @@ def topology(depth, width, dataset, num_classes=None):
         blocks = ((depth - 4) // 6 * 2,) * 3
     if not 1 <= channels[0] * width < float('inf'):
         raise ValueError(f'width {width}: expected at least {1 / channels[0]}, for one channel')
-    return Topology(stem, tuple(int(c * width) for c in channels), blocks, num_classes)
+    channels = tuple(int(c * width) for c in channels)
+    return Topology(stem, channels, blocks, num_classes, in_channels)
 
 
 def check_fit(params, expected):
@@ -185,7 +191,7 @@ def init_params(net):
     Everything but the running statistics requires grad.
     """
     kaiming = nn.init.kaiming_normal_  # fan-in, gain sqrt(2)
-    params = {'conv': kaiming(torch.empty(net.channels[0], 3, net.stem, net.stem))}
+    params = {'conv': kaiming(torch.empty(net.channels[0], net.in_channels, net.stem, net.stem))}
     params.update(_bn_params('bn', net.channels[0]))
     for name, cin, cout in net.layers():
         params[f'{name}.conv'] = kaiming(torch.empty(cout, cin, 3, 3))
@@ -261,7 +267,7 @@ def _checkpointed_group(x, params, names, mode, dirac):
 
 
 def forward(net, inputs, params, mode, checkpointing=False, dirac=True):
-    """Runs the network of a Topology: inputs (N, 3, H, W) to logits (N, num_classes).
+    """Runs the network of a Topology: inputs (N, in_channels, H, W) to logits (N, num_classes).
 
     With mode=True batch norm uses the statistics of the batch and updates the running ones.
     checkpointing: compute most blocks again in the backward pass, for less memory. dirac=False:
@@ -288,14 +294,16 @@ def forward(net, inputs, params, mode, checkpointing=False, dirac=True):
     return F.linear(x, params['fc.weight'], params['fc.bias'])
 
 
-def define_diracnet(depth, width, dataset, num_classes=None, checkpointing=False):
+def define_diracnet(
+    depth, width, dataset, num_classes=None, checkpointing=False, in_channels=3
+):
     """Returns (f, params): the network as a function and its parameters, newly drawn.
 
-    `f(inputs, params, mode)` takes inputs (N, 3, H, W), square, and returns logits
+    `f(inputs, params, mode)` takes inputs (N, in_channels, H, W), square, and returns logits
     (N, num_classes); mode=True is training. checkpointing: less memory in training for more time,
     with the same results. The other arguments and the errors are those of `topology`.
     """
-    net = topology(depth, width, dataset, num_classes)
+    net = topology(depth, width, dataset, num_classes, in_channels)
     return functools.partial(forward, net, checkpointing=checkpointing), init_params(net)
 
 
@@ -329,17 +337,19 @@ class Network(nn.Module):
 
 
 class DiracNet(nn.Module):
-    """The folded network: a chain of ReLU and plain convolutions, (N, 3, H, W) to logits.
+    """The folded network: a chain of ReLU and plain convolutions, (N, C, H, W) to logits.
 
     Its state dict has the keys of the published folded checkpoints: `features.conv.weight|bias`,
     `features.group{g}.block{b}.conv.weight|bias`, `fc.weight|bias`. Arguments and errors are those
     of `topology`; `DiracNet.of` takes a Topology.
     """
 
-    def __init__(self, depth=18, width=1, dataset='ImageNet', num_classes=None):
+    def __init__(self, depth=18, width=1, dataset='ImageNet', num_classes=None, in_channels=3):
         super().__init__()
-        net = topology(depth, width, dataset, num_classes)
-        conv = nn.Conv2d(3, net.channels[0], net.stem, 1 + net.imagenet, padding=net.stem // 2)
+        net = topology(depth, width, dataset, num_classes, in_channels)
+        conv = nn.Conv2d(
+            in_channels, net.channels[0], net.stem, 1 + net.imagenet, padding=net.stem // 2
+        )
         self.features = nn.Sequential(OrderedDict(conv=conv))
         if net.imagenet:
             self.features.add_module('max_pool', nn.MaxPool2d(3, stride=2, padding=1))
@@ -358,7 +368,7 @@ class DiracNet(nn.Module):
 
     @classmethod
     def of(cls, net):
-        return cls(net.depth, net.width, net.kind, net.num_classes)
+        return cls(net.depth, net.width, net.kind, net.num_classes, net.in_channels)
 
     def forward(self, inputs):
         return self.fc(self.features(inputs).flatten(1))

@@ -181,8 +181,8 @@ def verification_inputs(trained, sets, paths):
         paths = paths[:: -(-len(paths) // BATCH)]
         inputs = torch.stack(list(map(trained.inputs.read, paths)))
         return inputs, f'{len(inputs)} calibration images'
-    size, generator = trained.inputs.size, torch.Generator().manual_seed(0)
-    return torch.randn(BATCH, 3, size, size, generator=generator), f'{BATCH} random inputs'
+    shape, generator = (BATCH, *trained.inputs.shape), torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator), f'{BATCH} random inputs'
 
 
 # ---------------------------------------------------------------- figures
@@ -218,13 +218,14 @@ def top1(network, test, inputs, title):
 
 def describe(opt, trained, verified_on):
     """Prints what goes in, and how the figures that follow are taken."""
-    size = trained.inputs.size
     mean, std = (
         ', '.join(f'{v:.4f}' for v in values)
         for values in (trained.inputs.mean, trained.inputs.std)
     )
+    colours = 'RGB in [0, 1], ' if trained.inputs.channels == 3 else ''
     print(f'{opt.checkpoint}: {trained.title}, {trained.num_classes} classes')
-    print(f'inputs: (N, 3, {size}, {size}), RGB in [0, 1], less ({mean}), over ({std})')
+    shape = ', '.join(map(str, trained.inputs.shape))
+    print(f'inputs: (N, {shape}), {colours}less ({mean}), over ({std})')
     print(f'max difference: of logits, over the largest, on {verified_on}; from the unfolded '
           'network in float64')
     print(f'images per second: in batches of {BATCH}, CPU threads: {torch.get_num_threads()}\n',
@@ -260,8 +261,8 @@ def parse_options(argv=None):
 
 def make(opt, net, trained, paths):
     """Makes files of the folded network: {title: (bytes, tolerance)}, that of --to last."""
-    name, size = os.path.basename(opt.to), trained.inputs.size
-    content = FORMATS[opt.ending][0](net, torch.zeros(2, 3, size, size), trained.metadata())
+    name, zeros = os.path.basename(opt.to), torch.zeros(2, *trained.inputs.shape)
+    content = FORMATS[opt.ending][0](net, zeros, trained.metadata())
     if not opt.int8:
         return {name: (content, TOLERANCE)}
     float32, int8 = quantise(content, paths, trained.inputs.read)

@@ -8,7 +8,7 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torchvision
@@ -213,7 +213,10 @@ def _of_topology(saved, stated):
     with torch.device('meta'):
         network = (DiracNet.of if is_folded(saved.params) else _diracnet)(net)
     sizes = {'depth': net.depth, 'width': net.width}
-    return network, net.num_classes, sizes, _inputs(saved.args, stated, net.kind)
+    inputs = _inputs(saved.args, stated, net.kind)
+    if net.in_channels != inputs.channels:
+        inputs = replace(inputs, mean=(0.0,) * net.in_channels, std=(1.0,) * net.in_channels)
+    return network, net.num_classes, sizes, inputs
 
 
 def _of_family(saved, said):

@@ -27,7 +27,7 @@ def conv_block(conv, activation):
 
 
 class PlainNet(nn.Module):
-    """A chain of the shape of a DiracNet: (N, 3, H, W) to logits (N, num_classes).
+    """A chain of the shape of a DiracNet: (N, in_channels, H, W) to logits.
 
     net: a diracnet.Topology; block: a function (in channels, out channels) to a module; group: the
     Sequential that holds the blocks of a group; stem_relu: a ReLU behind the stem's batch norm;
@@ -38,7 +38,9 @@ class PlainNet(nn.Module):
         super().__init__()
         cin = net.channels[0]
         layers = OrderedDict(
-            conv=nn.Conv2d(3, cin, net.stem, 1 + net.imagenet, padding=net.stem // 2, bias=False),
+            conv=nn.Conv2d(
+                net.in_channels, cin, net.stem, 1 + net.imagenet, padding=net.stem // 2, bias=False
+            ),
             bn=_batch_norm(cin),
         )
         nn.init.kaiming_normal_(layers['conv'].weight)

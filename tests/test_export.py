@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 import diracnet
 import export
 import hubconf
+import networks
 import predict
 import train
 from diracnet import DiracNet, define_diracnet
@@ -223,6 +224,26 @@ def test_onnx_of_a_network_whose_argument_has_another_name(tmp_path):
     (tmp_path / 'net.onnx').write_bytes(export.as_onnx(net, inputs[:2], {}))
     logits = run_onnx(str(tmp_path / 'net.onnx'), inputs)
     torch.testing.assert_close(logits, net(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_for_grey_images_is_exported_and_asks_for_such(images, tmp_path, capsys):
+    """Nothing but its parameters says how many channels it takes."""
+    f, params = define_diracnet(10, 0.5, 'CIFAR10', 3, in_channels=1)
+    torch.save({'params': params, 'args': {'depth': 10, 'width': 0.5}}, tmp_path / 'grey.pth')
+    inputs = torch.randn(2, 1, 32, 32)
+    expected = f(inputs, params, False).detach()
+    for name in ('grey.onnx', 'folded.pth'):
+        export.main([str(tmp_path / 'grey.pth'), '--to', str(tmp_path / name)])
+        assert 'inputs: (N, 1, 32, 32), less (0.0000), over (1.0000)\n' in capsys.readouterr().out
+    torch.testing.assert_close(
+        run_onnx(str(tmp_path / 'grey.onnx'), inputs), expected, rtol=1e-4, atol=1e-5)
+    folded = networks.load(tmp_path / 'folded.pth').network
+    torch.testing.assert_close(folded(inputs), expected, rtol=1e-4, atol=1e-5)
+    image = next(str(path) for path in images.glob('*/*/*.png'))
+    message = 'images of 3 channels: expected 1, those of the network'
+    assert message in error_of(predict.main, [image, '--model', str(tmp_path / 'grey.pth')], capsys)
+    with pytest.raises(ValueError, match=message):
+        networks.load(tmp_path / 'folded.pth').inputs.read(image)
 
 
 # ---------------------------------------------------------------- errors

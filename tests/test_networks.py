@@ -16,6 +16,7 @@ from pages import text_of
 from reference import slow_w_hat
 
 import diracnet
+from diracfold import fold
 from diracnet import DiracNet, Network, define_diracnet, diracnet18, topology
 
 ROOT = Path(diracnet.__file__).parent
@@ -26,14 +27,14 @@ def seed():
     torch.manual_seed(0)
 
 
-def trained(depth, width, dataset, num_classes=None, size=32, steps=3):
+def trained(depth, width, dataset, num_classes=None, size=32, steps=3, in_channels=3):
     """A network after a few steps of SGD, its batch norms full of real statistics."""
-    f, params = define_diracnet(depth, width, dataset, num_classes)
+    f, params = define_diracnet(depth, width, dataset, num_classes, in_channels=in_channels)
     classes = len(params['fc.bias'])
     optimizer = torch.optim.SGD([p for p in params.values() if p.requires_grad], lr=0.1)
     for _ in range(steps):
         optimizer.zero_grad()
-        logits = f(torch.randn(16, 3, size, size), params, mode=True)
+        logits = f(torch.randn(16, in_channels, size, size), params, mode=True)
         F.cross_entropy(logits, torch.randint(classes, (16,))).backward()
         optimizer.step()
     return f, {name: tensor.detach() for name, tensor in params.items()}
@@ -167,6 +168,34 @@ def test_any_square_input_that_survives_the_pooling(size):
     assert f(torch.randn(2, 3, size, size), params, mode=False).shape == (2, 100)
 
 
+@pytest.mark.parametrize(('depth', 'dataset', 'size'), [(10, 'CIFAR10', 16), (18, 'ImageNet', 64)])
+@pytest.mark.parametrize('channels', [1, 4])
+def test_other_channels_than_three(depth, dataset, size, channels):
+    """Filters and images with zeros in the channels that one has more give the same logits."""
+    f, params = trained(depth, 0.25, dataset, 5, size, in_channels=channels)
+    g, rgb = define_diracnet(depth, 0.25, dataset, 5)
+    assert params['conv'].shape[1] == channels
+    assert params['conv'].numel() * 3 == rgb['conv'].numel() * channels
+    rgb, stem = {**params, 'conv': torch.zeros_like(rgb['conv'])}, torch.zeros_like(params['conv'])
+    both = min(channels, 3)
+    rgb['conv'][:, :both] = stem[:, :both] = params['conv'][:, :both]
+    images = torch.randn(2, 4, size, size)
+    expected = g(images[:, :3], rgb, False)
+    params['conv'] = stem
+    inputs = images[:, :channels]
+    torch.testing.assert_close(f(inputs, params, False), expected)
+    network = Network(f, params).eval()
+    torch.testing.assert_close(network(inputs), expected)
+    folded = fold(network)
+    assert type(folded) is DiracNet
+    torch.testing.assert_close(folded(inputs), expected, rtol=1e-4, atol=1e-5)
+    net = DiracNet(depth, 0.25, dataset, 5, channels).eval()
+    net.load_state_dict(fold_by_hand(params))
+    torch.testing.assert_close(net(inputs), expected, rtol=1e-4, atol=1e-5)
+    for names in (params, folded.state_dict()):
+        assert topology(depth, 0.25, dataset, 5, channels) == diracnet.Topology.of(names)
+
+
 def test_fractional_widths_round_down():
     assert topology(16, 0.3, 'CIFAR10').channels == (4, 9, 19)
     assert topology(18, 0.75, 'ImageNet').channels == (48, 96, 192, 384)
@@ -182,6 +211,7 @@ def test_fractional_widths_round_down():
     ((16, float('nan'), 'CIFAR10'), 'width nan'),
     ((16, 1, 'MNIST'), "unknown dataset 'MNIST': expected one of CIFAR10, CIFAR100, ImageNet"),
     ((16, 1, 'CIFAR10', 0), 'num_classes 0: expected at least 1'),
+    ((16, 1, 'CIFAR10', 5, False, 0), 'in_channels 0: expected at least 1'),
 ])
 def test_what_is_no_diracnet(arguments, message):
     with pytest.raises(ValueError, match=message):
