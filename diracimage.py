@@ -1,12 +1,13 @@
-"""From an image file to the input of a network: read, resize, crop, normalise.
+"""From an image, a file or pixels, to the input of a network: read, resize, crop, normalise.
 
 Images are read and resized with OpenCV, as those that the original models were trained on: other
 libraries' pixels differ, and the stated accuracies need these.
 """
 
+import math
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 
@@ -36,6 +37,12 @@ NORMALISATION['CIFAR100'] = NORMALISATION['CIFAR10']
 
 class DataError(ValueError):
     """What is wrong with a data set, and where."""
+
+
+def _is_numbers(values):
+    return isinstance(values, tuple) and all(
+        type(value) in (int, float) and math.isfinite(value) for value in values
+    )
 
 
 @dataclass(frozen=True)
@@ -90,21 +97,50 @@ class Inputs:
         dataset = args['dataset']
         return cls.of(dataset, args.get('image_size') if dataset == 'Folder' else None)
 
-    def read(self, path):
-        """Reads an image file as in testing: (3, size, size), float32.
+    @classmethod
+    def of_fields(cls, said):
+        """The inputs whose fields a file says: a dict, as `dataclasses.asdict` makes it.
 
-        RGB, resized by OpenCV (cubic; above 64 pixels to 256 / 224 of the size, of which the middle
-        is cut). Raises DataError that names a file that is no image.
+        Raises ValueError for what is no such dict.
         """
-        image = torch.from_numpy(read_test_image(path, self.size))  # (S, S, 3)
+        known = {f.name: f.default is MISSING for f in fields(cls)}
+        missing = {name for name, needed in known.items() if needed} - said.keys()
+        if missing or said.keys() - known.keys():
+            raise ValueError(f'inputs of {", ".join(map(repr, said)) or "nothing"}: expected '
+                             + ', '.join(known))
+        inputs = cls(**{name: tuple(value) if isinstance(value, list) else value
+                        for name, value in said.items()})
+        most = math.isqrt(MAX_PIXELS)
+        if type(inputs.size) is not int or not 1 <= inputs.size <= most:
+            raise ValueError(f'inputs of size {inputs.size!r}: expected 1 to {most} pixels')
+        if inputs.kind not in [*NORMALISATION]:
+            raise ValueError(f'inputs of kind {inputs.kind!r}: expected one of '
+                             + ', '.join(NORMALISATION))
+        if not (_is_numbers(inputs.mean) and _is_numbers(inputs.std) and 0 not in inputs.std
+                and len(inputs.mean) == len(inputs.std) > 0):
+            raise ValueError(f'inputs of mean {inputs.mean!r}, std {inputs.std!r}: expected a '
+                             'number for each channel')
+        return inputs
+
+    def read(self, image):
+        """Makes an input of an image as in testing: (3, size, size), float32.
+
+        image: the path of a file, a PIL image, or an array, uint8 (H, W, 3), RGB. It is resized by
+        OpenCV (cubic; above 64 pixels to 256 / 224 of the size, of which the middle is cut), so
+        that the same pixels give the same input. Raises DataError that names a file that is no
+        image, and says what another array or PIL image is.
+        """
+        pixels, name = _pixels(image)
+        image = torch.from_numpy(_as_in_testing(pixels, name, self.size))  # (S, S, 3)
         return normalise(image.permute(2, 0, 1)[None], self)[0]
 
 
 def preprocess(dataset='ImageNet', image_size=None):
-    """Returns the transform, from the path of an image file to an input, of a data set's networks.
+    """Returns the transform, from an image to an input, of a data set's networks.
 
-    Arguments and errors are those of `Inputs.of`, the transform is its `read`: that with which the
-    accuracy of a network was measured.
+    It takes the path of a file, a PIL image, or an array, uint8 (H, W, 3), RGB. Arguments and
+    errors are those of `Inputs.of`, the transform is its `read`: that with which the accuracy of a
+    network was measured.
     """
     return Inputs.of(dataset, image_size).read
 
@@ -139,14 +175,18 @@ class Naming:
             raise DataError(f'{self.path}: not a readable image ({why})') from error
 
 
+def _check_opencv():
+    if cv2 is None:
+        raise DataError('cv2 is missing: expected OpenCV, as of pip install opencv-python-headless')
+
+
 def read_file(path):
     """Reads a file: uint8 (bytes,).
 
     Raises DataError that names one that cannot be read, is no ordinary file, such as a FIFO or a
     device, or has more than MAX_BYTES.
     """
-    if cv2 is None:
-        raise DataError('cv2 is missing: expected OpenCV, as of pip install opencv-python-headless')
+    _check_opencv()
     try:
         file = os.open(path, _READ)
         try:
@@ -210,6 +250,14 @@ def resize_and_crop(image, shorter, size):
     return image[top : top + size, left : left + size]
 
 
+def _as_in_testing(image, name, size):
+    shorter = size if size <= MAX_SMALL else size * 256 // 224
+    _check_pixels(name, *image.shape[:2])
+    _check_pixels(name, *_resized(*image.shape[:2], shorter), ' after resizing')
+    with Naming(name):
+        return resize_and_crop(image, shorter, size)
+
+
 def read_test_image(path, size):
     """Reads an image file as it is in testing: uint8 (size, size, 3), RGB.
 
@@ -217,8 +265,26 @@ def read_test_image(path, size):
     cut. Raises DataError that names an unreadable file, and one so long and narrow that it would
     have more than MAX_PIXELS then.
     """
-    shorter = size if size <= MAX_SMALL else size * 256 // 224
-    image = read_image(path)
-    _check_pixels(path, *_resized(*image.shape[:2], shorter), ' after resizing')
-    with Naming(path):
-        return resize_and_crop(image, shorter, size)
+    return _as_in_testing(read_image(path), path, size)
+
+
+def _pixels(image):
+    """The pixels of a path, a PIL image or an array, and its name: uint8 (H, W, 3), RGB."""
+    if isinstance(image, (str, bytes, os.PathLike)):
+        return read_image(image), image
+    _check_opencv()
+    if hasattr(image, 'getexif'):  # of PIL, which is there then
+        return _of_pil(image), 'the image'
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise DataError(f'an image of {pixels.dtype} {pixels.shape}: expected a path, a PIL image '
+                        'or an array, uint8 (H, W, 3)')
+    return np.ascontiguousarray(pixels), 'the image'
+
+
+def _of_pil(image):
+    from PIL import ImageOps
+
+    if image.mode.startswith(('I', 'F')):  # of which PIL would keep what is below 256
+        raise DataError(f'a PIL image of mode {image.mode}: expected 8 bits a channel')
+    return np.array(ImageOps.exif_transpose(image).convert('RGB'))  # turned, as OpenCV does
