@@ -1,10 +1,14 @@
 """Labels image files with a trained network: the five best, with their probabilities.
 
     python predict.py cat.jpg dog.jpg --model logs/diracnet-28-1
+    python predict.py cat.jpg --model diracnet-int8.onnx    # any file that export.py writes
     python predict.py cat.jpg --model diracnet18            # the published network, of ImageNet
+
+A file that is missing or no image is named on stderr, and passed over; the exit status is 2 then.
 """
 
 import argparse
+import sys
 
 if __name__ == '__main__':  # before what takes seconds to import
     from command import end_by_ctrl_c
@@ -16,7 +20,7 @@ import torch
 import networks
 from command import Options, errors_in_one_line
 from diracfold import fold
-from diracimage import Inputs
+from diracimage import DataError, Inputs
 from diracnet import diracnet18, diracnet34
 
 PUBLISHED = {'diracnet18': diracnet18, 'diracnet34': diracnet34}
@@ -29,7 +33,8 @@ def parse_options(argv=None):
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
     parser.add_argument(
         '--model', required=True,
-        help=f'checkpoint, folder of a run, or one of {", ".join(PUBLISHED)}',
+        help='checkpoint, folder of a run, file of export.py, or one of '
+             f'{", ".join(PUBLISHED)}',
     )
     return parser.parse_args(argv)
 
@@ -55,20 +60,32 @@ def load(model):
 
 @torch.inference_mode()
 def predict(opt):
+    """Prints the labels of the images that can be read; returns how many cannot."""
     network, inputs, classes = load(opt.model)
+    unreadable = 0
     for path in opt.images:
-        probabilities = network(inputs.read(path)[None]).softmax(dim=1)[0]  # (num_classes,)
+        try:
+            image = inputs.read(path)
+        except DataError as error:
+            print(f'predict.py: {error}', file=sys.stderr)
+            unreadable += 1
+            continue
+        probabilities = network(image[None]).softmax(dim=1)[0]  # (num_classes,)
         if not probabilities.isfinite().all():
             raise RuntimeError(f'{opt.model}: its outputs are no numbers: expected finite ones')
         print(path)
         for p, label in zip(*probabilities.topk(min(5, len(probabilities)))):
             print(f'  {100 * p:6.2f} %  {classes[label] if classes else f"class {label}"}')
+        sys.stdout.flush()  # so that errors stand where they belong
+    return unreadable
 
 
 def main(argv=None):
     opt = parse_options(argv)
     with errors_in_one_line('predict.py'):
-        predict(opt)
+        unreadable = predict(opt)
+    if unreadable:
+        sys.exit(2)
 
 
 if __name__ == '__main__':
