@@ -4,15 +4,15 @@
     net = diracfold.fold(params)
 
 A run of train.py (its folder, or a checkpoint in it), the original repository's checkpoints, those
-of DistributedDataParallel and torch.compile, bare state dicts and safetensors, folded or not.
+of DistributedDataParallel and torch.compile, bare state dicts and safetensors, folded or not, and
+the parameters in a .pt2 of export.py, whose program is not run: torch.export.load would run code.
 Archives are checked whole before they are read, as torch.load takes altered numbers for good ones.
+
+What an exported file says of its network beside them is in diracschema.
 """
 
-import json
-import math
 import os
 import re
-import reprlib
 import sys
 import warnings
 import zipfile
@@ -30,6 +30,7 @@ from diracnet import (
     is_folded,
     load_published,
 )
+from diracschema import METADATA, ORIGIN, check_bounds, check_schema, parsed, said_in
 
 MODEL, PREVIOUS, BEST = 'model.pt7', 'previous.pt7', 'best.pt7'  # in the folder of a run
 CHECKPOINT_URLS = {  # unfolded, with which training can go on
@@ -37,8 +38,8 @@ CHECKPOINT_URLS = {  # unfolded, with which training can go on
     34: 'https://s3.amazonaws.com/modelzoo-networks/diracnet34-v2_checkpoint.pth',
 }
 WRAPPERS = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel, torch.compile
-METADATA = 'diracnets'  # under which an exported state dict says what it is of, as JSON
-MOST_VALUES, MOST_DEPTH, MOST_TEXT = 1_000_000, 20, 10_000  # beside the tensors of a file
+PT2_CONFIG = 'data/weights/model_weights_config.json'  # in a .pt2 of torch: what is where
+PT2_DTYPES = {5: torch.int64, 7: torch.float32}  # by their numbers there
 DELTA = re.compile(r'^eye[\d_]+$')  # dense identities, which the original kept: eye64_64_3_3
 
 
@@ -50,26 +51,24 @@ class Saved:
     params: dict  # flat name -> tensor, on the CPU
     args: dict  # the options of its training, or empty
     classes: list  # their names, or None
+    inputs: dict  # the fields of its Inputs, or None
+    origin: dict  # of diracschema.ORIGIN: what it came from
 
     def topology(self):
         """Reads the Topology off the parameters of a DiracNet, functional or folded.
 
-        Raises ValueError, naming the file, for parameters that are no DiracNet's, or whose depth or
-        width `args` contradict.
+        Raises ValueError for parameters that are no DiracNet's, or whose depth or width `args`
+        contradict.
         """
-        try:
-            net = Topology.of(self.params)
-            with torch.device('meta'):  # shapes alone
-                folded = is_folded(self.params)
-                check_fit(self.params, DiracNet.of(net).state_dict() if folded
-                          else init_params(net))
-        except ValueError as error:
-            raise ValueError(f'{self.path}: {error}') from error
+        net = Topology.of(self.params)
+        with torch.device('meta'):  # shapes alone
+            folded = is_folded(self.params)
+            check_fit(self.params, DiracNet.of(net).state_dict() if folded else init_params(net))
         depth, width = (self.args.get(name, getattr(net, name)) for name in ('depth', 'width'))
         if not net.is_of(depth, width):
             raise ValueError(
-                f'{self.path}: its args say depth {depth}, width {width}: expected those of its '
-                f'parameters, depth {net.depth}, width {net.width:g}'
+                f'its args say depth {depth}, width {width}: expected those of its parameters, '
+                f'depth {net.depth}, width {net.width:g}'
             )
         return net
 
@@ -90,7 +89,10 @@ def _functional(saved):
         raise ValueError(
             f'{saved.path}: holds a folded network: expected the parameters it was folded from'
         )
-    saved.topology()
+    try:
+        saved.topology()
+    except ValueError as error:
+        raise ValueError(f'{saved.path}: {error}') from error
     return saved.params
 
 
@@ -105,30 +107,20 @@ def read(path):
 
 def _saved(contents, path):
     if not isinstance(contents.get('params'), Mapping):
-        contents = {'params': contents, **_metadata_of(contents)}
+        texts = getattr(contents, '_metadata', None)
+        said = said_in(texts if isinstance(texts, Mapping) else {}, path)
+        contents = {'params': contents, **said}
     params = {**contents['params'], **(contents.get('stats') or {})}
     params = {WRAPPERS.sub('', name): tensor for name, tensor in params.items()}
     params = {name: tensor for name, tensor in params.items() if not DELTA.match(name)}
-    return Saved(str(path), params, contents.get('args') or {}, contents.get('classes'))
+    return saved_of(path, contents, params)
 
 
-def metadata(args, classes):
-    """What an exported state dict says of itself: {key: text}, which `read` finds again.
-
-    args: options of train.py, as a checkpoint has them; classes: their names, or None.
-    """
-    return {METADATA: json.dumps({'args': args, 'classes': classes})}
-
-
-def _metadata_of(state_dict):
-    """What an exported state dict says of itself, `args` and `classes`: a dict, perhaps empty."""
-    text = getattr(state_dict, '_metadata', {}).get(METADATA)
-    try:
-        said = json.loads(text) if text else {}
-        _check_schema({'params': {}, **said})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'what it says of its network is no JSON of ours: {error}') from error
-    return {name: said[name] for name in ('args', 'classes') if name in said}
+def saved_of(path, contents, params):
+    """What a file says of a network whose parameters are known, or {}: Saved."""
+    return Saved(str(path), params, contents.get('args') or {}, contents.get('classes'),
+                 contents.get('inputs'), {name: contents[name] for name in ORIGIN
+                                          if contents.get(name) is not None})
 
 
 def load(path, required=()):
@@ -154,105 +146,19 @@ def load_file(path, required=()):
     """Loads one file, checked: a dict. required and errors are those of `load`."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path}: no such file: expected a checkpoint or a folder with one')
-    contents = _load_safetensors(path) if path.endswith('.safetensors') else _load_pickle(path)
+    load = LOADERS.get(os.path.splitext(path)[1], _load_pickle)
+    contents = load(path)
     if not isinstance(contents, Mapping):
         raise ValueError(f'{path}: holds a {type(contents).__name__}: expected a dict')
     try:
-        _check_bounds(contents)
-        _check_schema(contents)
+        check_bounds(contents)
+        check_schema(contents)
         for name in required:
             if name not in contents:
                 raise ValueError(f'{name} is missing: expected a checkpoint of train.py')
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
     return contents
-
-
-def _check_bounds(contents):
-    """Raises ValueError if there is more beside the tensors than one can walk through or print.
-
-    Lists that hold each other many times over take no room in a file, and all memory when walked.
-    """
-    level, count = [contents], 0
-    for _ in range(MOST_DEPTH):
-        inside = []
-        for value in level:
-            if isinstance(value, Mapping):
-                inside += [*value, *value.values()]
-            elif isinstance(value, (list, tuple, set)):
-                inside += value
-            elif isinstance(value, (str, bytes)) and len(value) > MOST_TEXT:
-                raise ValueError(f'a text of {len(value)} characters: expected at most {MOST_TEXT}')
-            count += 1
-            if count + len(inside) > MOST_VALUES:
-                raise ValueError(f'more than {MOST_VALUES} values beside the tensors')
-        level = inside
-    if level:
-        raise ValueError(f'values nested deeper than {MOST_DEPTH}')
-
-
-def _is_count(value):
-    return type(value) is int and 0 <= value < 2**53
-
-
-def _is_texts(value):
-    return isinstance(value, (list, tuple)) and all(type(name) is str for name in value)
-
-
-def _is_options(value):
-    plain = (str, int, float, bool, type(None))
-    return isinstance(value, Mapping) and all(
-        isinstance(value.get(name, 1), (int, float)) for name in ('depth', 'width', 'image_size')
-    ) and all(
-        type(name) is str and (
-            isinstance(option, plain)
-            or isinstance(option, (list, tuple)) and all(isinstance(o, plain) for o in option)
-        ) for name, option in value.items()
-    )
-
-
-def _is_totals(value):
-    return isinstance(value, (list, tuple)) and len(value) in (4, 5) and all(
-        isinstance(number, (int, float)) and math.isfinite(number) for number in value
-    )
-
-
-SCHEMA = {  # of what may stand beside `params`: what it must be, in words
-    'optimizer': (lambda value: isinstance(value, Mapping), 'a dict'),
-    'epoch': (_is_count, 'a count'),
-    'step': (_is_count, 'a count'),
-    'totals': (_is_totals, 'four or five numbers'),
-    'best': (lambda value: isinstance(value, (int, float)) and 0 <= value <= 100, 'per cent'),
-    'rng': (lambda value: isinstance(value, Mapping), 'a dict'),
-    'classes': (_is_texts, 'a list of names'),
-    'args': (_is_options, 'a dict of plain options, numbers for depth and width'),
-    'versions': (_is_options, 'a dict of texts'),
-}
-MAY_BE_NONE = {'classes', 'totals'}
-
-
-def _check_schema(contents):
-    """Raises ValueError that names what is of another kind than train.py and the original write."""
-    whole = isinstance(contents.get('params'), Mapping)
-    for name, (fits, expected) in SCHEMA.items() if whole else ():
-        value = contents.get(name)
-        if name in contents and not (value is None and name in MAY_BE_NONE or fits(value)):
-            raise ValueError(f'{name} is {reprlib.repr(value)}: expected {expected}')
-    for part in ('params', 'stats') if whole else (None,):
-        for name, tensor in (contents.get(part) or {} if part else contents).items():
-            _check_tensor(name, tensor)
-
-
-def _check_tensor(name, tensor):
-    if type(name) is not str or not isinstance(tensor, torch.Tensor):
-        kind = type(tensor).__name__
-        raise ValueError(f'{reprlib.repr(name)} is a {kind}: expected the tensor of a parameter')
-    if name.endswith('num_batches_tracked'):
-        return
-    if not tensor.is_floating_point():
-        raise ValueError(f'{name} is of {tensor.dtype}: expected floating-point numbers')
-    if not tensor.isfinite().all():
-        raise ValueError(f'{name} holds numbers that are not finite')
 
 
 def _load_safetensors(path):
@@ -270,6 +176,40 @@ def _load_safetensors(path):
         return contents
     except SafetensorError as error:
         raise ValueError(f'{path}: truncated, or not a safetensors file ({error})') from error
+
+
+def _load_pt2(path):
+    """Reads the parameters of a .pt2, and its texts, from where torch.export.save puts them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type for part in archive.infolist()) or archive.testzip():
+                raise ValueError('altered')
+            root = archive.namelist()[0].split('/')[0]
+            config = parsed(archive.read(f'{root}/{PT2_CONFIG}'))['config']
+            contents = OrderedDict(
+                (name, _pt2_tensor(archive.read(f'{root}/data/weights/{said["path_name"]}'), said))
+                for name, said in config.items()
+            )
+            contents._metadata = {METADATA: archive.read(f'{root}/extra/{METADATA}').decode()}
+            return contents
+    except Exception as error:  # damaged bytes make it raise almost anything
+        raise ValueError(
+            f'{path}: truncated, damaged or not of export.py: expected a .pt2 that says what its '
+            'network is'
+        ) from error
+
+
+def _pt2_tensor(content, said):
+    """A parameter, from its bytes and what a .pt2 says of them."""
+    meta = said['tensor_meta']
+    shape = [size['as_int'] for size in meta['sizes']]
+    if said['use_pickle']:
+        raise ValueError('expected bytes')
+    tensor = torch.frombuffer(bytearray(content), dtype=PT2_DTYPES[meta['dtype']]).view(shape)
+    strides = [stride['as_int'] for stride in meta['strides']]
+    if any(s != t for s, t, size in zip(strides, tensor.stride(), shape) if size > 1):
+        raise ValueError('expected contiguous parameters')
+    return tensor
 
 
 def _load_pickle(path):
@@ -292,6 +232,10 @@ def _load_pickle(path):
                 f'{path}: truncated, damaged or no weights: expected a file that torch.load reads '
                 'with weights_only'
             ) from error
+
+
+# by a name's ending; every other file is torch.save's
+LOADERS = {'.safetensors': _load_safetensors, '.pt2': _load_pt2}
 
 
 # ---------------------------------------------------------------- published

@@ -11,6 +11,7 @@ In int8, its ranges calibrated on a folder of images, with the accuracy that is 
 import argparse
 import contextlib
 import copy
+import functools
 import importlib.util
 import io
 import os
@@ -31,6 +32,7 @@ import networks
 from command import Options, errors_in_one_line, print_table
 from diracfold import fold
 from diracimage import normalise
+from diraconnx import OnnxNetwork
 from training import data
 from training.checkpoint import write
 from training.options import DATASETS
@@ -38,6 +40,7 @@ from training.options import DATASETS
 BATCH = 16  # images, in verifying and measuring
 ROUNDS = 10
 CALIBRATION_IMAGES = 256
+ROOM = 5  # float32 files, of which int8 takes four on its way
 TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of the largest logit
 
 
@@ -58,23 +61,25 @@ def as_onnx(net, inputs, said):
     )
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces: paths of this machine
-    return program.model_proto.SerializeToString()
+    return saying(program.model_proto, said)
+
+
+def saying(model, said):
+    """Returns the bytes of an ONNX model that says this of itself, beside what it says already."""
+    for name, text in said.items():
+        model.metadata_props.add(key=name, value=text)
+    return model.SerializeToString()
 
 
 def open_onnx(path, net):
-    import onnxruntime
-
-    session_options = onnxruntime.SessionOptions()
-    session_options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        path, session_options, providers=['CPUExecutionProvider']
-    )
-    return lambda inputs: torch.from_numpy(session.run(None, {'inputs': inputs.numpy()})[0])
+    return OnnxNetwork(path)
 
 
 def as_pt2(net, inputs, said):
     program = torch.export.export(net, (inputs,), dynamic_shapes=({0: torch.export.Dim('N')},))
-    return in_memory(torch.export.save, program)
+    for node in program.graph.nodes:
+        node.meta.pop('stack_trace', None)  # paths of this machine
+    return in_memory(functools.partial(torch.export.save, extra_files=said), program)
 
 
 def open_pt2(path, net):
@@ -109,7 +114,7 @@ def open_pth(path, net):
     return open_state_dict(torch.load(path, weights_only=True), net)
 
 
-# as(net, inputs, what a state dict says of itself) -> bytes, open(path, net) -> inputs to logits,
+# as(net, inputs, what the file says of itself) -> bytes, open(path, net) -> inputs to logits,
 # packages
 FORMATS = {
     '.onnx': (as_onnx, open_onnx, ('onnx', 'onnxruntime', 'onnxscript')),
@@ -131,28 +136,49 @@ class Calibration:
         return None if inputs is None else {'inputs': inputs[None].numpy()}
 
 
-def quantise(content, paths, transform):
+def check_room(folder, content):
+    """Raises OSError where ROOM files of this content do not fit into a temporary folder.
+
+    ONNX Runtime itself would print a traceback, and read again what it could not write.
+    """
+    files = [Path(folder, f'room-{i}') for i in range(ROOM)]
+    with errors_that_name(tempfile.gettempdir()):
+        for file in files:
+            file.write_bytes(content)
+    for file in files:
+        file.unlink()
+
+
+def quantise(content, paths, transform, said):
     """Makes int8 of the bytes of a float32 ONNX file: activations per tensor, filters per channel.
 
-    paths: of the images to calibrate on, which transform makes inputs of. Returns the bytes of both
-    files, float32 optimised as int8 is.
+    paths: of the images to calibrate on, which transform makes inputs of; said: what the int8 file
+    says of itself. Returns the bytes of both files, float32 optimised as int8 is.
     """
+    import onnx
     from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory() as folder:  # ONNX Runtime goes by files, here and within
         float32, int8 = (Path(folder, name) for name in ('float32.onnx', 'int8.onnx'))
+        check_room(folder, content)
         float32.write_bytes(content)
         quant_pre_process(float32, float32)
         quantize_static(float32, int8, Calibration(paths, transform), per_channel=True)
-        return float32.read_bytes(), int8.read_bytes()
+        model = onnx.load(int8)
+        del model.metadata_props[:]  # what the float32 file said
+        return float32.read_bytes(), saying(model, said)
 
 
 # ---------------------------------------------------------------- inputs
 
 
-def calibration_paths(folder):
-    """Lists up to CALIBRATION_IMAGES image files under a folder, evenly over the sorted paths."""
+def calibration_set(folder):
+    """Chooses up to CALIBRATION_IMAGES image files under a folder, evenly over the sorted paths.
+
+    Returns (their paths, what an int8 file says of them): no seed, as nothing is drawn. Raises
+    ValueError for a folder without an image.
+    """
     paths = sorted(
         os.path.join(parent, file)
         for parent, _, files in os.walk(folder)
@@ -161,7 +187,11 @@ def calibration_paths(folder):
     )
     if not paths:
         raise ValueError(f'--int8 {folder}: no image in it: expected images to calibrate on')
-    return paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
+    chosen = paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
+    return chosen, {
+        'dataset': os.path.basename(os.path.abspath(folder)), 'images': len(chosen),
+        'of': len(paths), 'chosen': 'evenly over the sorted paths', 'seed': None,
+    }
 
 
 def load_test_set(opt, trained):
@@ -172,7 +202,7 @@ def load_test_set(opt, trained):
 
 
 def verification_inputs(trained, sets, paths):
-    """Returns (inputs (BATCH, 3, S, S), what they are): test images, calibration ones or noise."""
+    """Returns (inputs (BATCH, C, S, S), what they are): test images, calibration ones or noise."""
     if sets:
         chosen = torch.linspace(0, len(sets.test) - 1, BATCH).long()
         images = sets.test[chosen, None, torch.arange(BATCH)][0]
@@ -259,13 +289,14 @@ def parse_options(argv=None):
     return opt
 
 
-def make(opt, net, trained, paths):
+def make(opt, net, trained, paths, calibration):
     """Makes files of the folded network: {title: (bytes, tolerance)}, that of --to last."""
     name, zeros = os.path.basename(opt.to), torch.zeros(2, *trained.inputs.shape)
     content = FORMATS[opt.ending][0](net, zeros, trained.metadata())
     if not opt.int8:
         return {name: (content, TOLERANCE)}
-    float32, int8 = quantise(content, paths, trained.inputs.read)
+    said = trained.metadata(calibration=calibration)
+    float32, int8 = quantise(content, paths, trained.inputs.read, said)
     return {'float32': (float32, TOLERANCE), name: (int8, INT8_TOLERANCE)}
 
 
@@ -276,6 +307,24 @@ def errors_that_name(path):
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from error
+
+
+@contextlib.contextmanager
+def folder_beside(path):
+    """A temporary folder beside a file to come; folders made for one that does not come go."""
+    target = Path(path).absolute().parent
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    try:
+        with errors_that_name(path):
+            target.mkdir(parents=True, exist_ok=True)
+            folder = tempfile.TemporaryDirectory(dir=target)
+        with folder as name:
+            yield name
+    except BaseException:
+        for folder in made:  # the innermost first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 def verify(networks, tolerances, inputs, expected):
@@ -296,18 +345,17 @@ def verify(networks, tolerances, inputs, expected):
 def export(opt):
     """Loads, folds, writes, verifies and measures; --to appears when all of it went well."""
     trained = networks.load(opt.checkpoint)
-    paths = calibration_paths(opt.int8) if opt.int8 else []
+    if isinstance(trained.network, OnnxNetwork):
+        raise ValueError(f'{trained.path}: ONNX, which is run and not written again: expected the '
+                         'run, or another file that was exported from it')
+    paths, calibration = calibration_set(opt.int8) if opt.int8 else ([], None)
     sets = load_test_set(opt, trained) if opt.dataset else None
     inputs, described = verification_inputs(trained, sets, paths)
-    unfolded, net = trained.network.float(), fold(trained.network)
+    unfolded, net = trained.network.float(), fold(trained.network).requires_grad_(False)
     describe(opt, trained, described)
-    target = os.path.dirname(os.path.abspath(opt.to))
-    made = make(opt, net, trained, paths)
+    made = make(opt, net, trained, paths, calibration)
     contents, tolerances = zip(*made.values())
-    with errors_that_name(opt.to):
-        os.makedirs(target, exist_ok=True)
-        beside = tempfile.TemporaryDirectory(dir=target)
-    with beside as folder:
+    with folder_beside(opt.to) as folder:
         files = [os.path.join(folder, str(i) + opt.ending) for i in range(len(contents))]
         forms = {'unfolded': unfolded}
         for title, path, content in zip(made, files, contents):

@@ -2,13 +2,14 @@
 
     network = build('plain', 'CIFAR10', depth=28, width=1, block='dbb')
     logits = network(inputs)                        # (N, 3, H, W) to (N, num_classes)
-    trained = load('logs/compare-plain')            # the network of a file or run: Trained
+    trained = load('logs/compare-plain')            # the network of any file or run: Trained
     deployed = diracfold.fold(trained.network)      # plain convolutions
 """
 
 import functools
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torchvision
@@ -30,6 +31,8 @@ from diracnet import (
     is_folded,
     topology,
 )
+from diraconnx import OnnxNetwork
+from diracschema import metadata, said_in
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,16 @@ class Trained:
     num_classes: int
     classes: list  # their names, or None
     args: dict  # the options of its training, or empty
+    origin: dict  # what an exported file says that it came from: see diracschema.ORIGIN
 
-    def metadata(self):
-        """What a file of its parameters alone says of it, as `diracfile.metadata` has it."""
-        inputs = {'dataset': 'Folder', 'image_size': self.inputs.size}
-        return diracfile.metadata({**self.options, **inputs}, self.classes)
+    def metadata(self, **more):
+        """What an exported file says of it, as `diracschema.metadata` has it.
+
+        more: of diracschema.ORIGIN, beside its name, its file's and the epochs of its training.
+        """
+        origin = {'network': self.title, 'exported_from': os.path.basename(
+            os.path.abspath(self.path)), 'epoch': self.origin.get('epoch'), **more}
+        return metadata({**self.args, **self.options}, self.classes, asdict(self.inputs), origin)
 
     @property
     def title(self):
@@ -151,29 +159,48 @@ class Trained:
 def load(path, stated=None):
     """Loads the network of a file or of a run's folder, of any family, folded or not: Trained.
 
+    That of an ONNX file, float or int8, is a diraconnx.OnnxNetwork, which ONNX Runtime computes.
+
     stated: what someone states of it, in the names of the options of train.py. It must not
     contradict what the file says, in the options of its training or by the shapes of a DiracNet,
     and is taken where the file says nothing. path and errors are those of `diracfile.read`; raises
     ValueError too for what is contradicted, and for parameters that do not fit.
     """
-    saved, stated = diracfile.read(path), stated or {}
+    stated, onnx = stated or {}, str(path).endswith('.onnx') and os.path.isfile(path)
+    network = OnnxNetwork(path) if onnx else None
+    saved = (
+        diracfile.saved_of(path, said_in(network.said, path), {}) if onnx else diracfile.read(path)
+    )
     try:
-        said = _agreed(saved.args, stated)
-        if said['model'] == 'diracnet':
-            network, num_classes, sizes, inputs = _of_topology(saved, stated)
+        told = _told(saved)
+        said = _agreed(saved.args, told, stated)
+        if onnx:
+            num_classes, sizes, inputs = _of_onnx(network, told, said)
+        elif said['model'] == 'diracnet':
+            network, num_classes, sizes, inputs = _of_topology(saved, told, stated)
         else:
-            network, num_classes, sizes, inputs = _of_family(saved, said)
+            network, num_classes, sizes, inputs = _of_family(saved, told, said)
+        if saved.classes is not None and len(saved.classes) != num_classes:
+            raise ValueError(f'{len(saved.classes)} names of {num_classes} classes: expected one '
+                             'for each')
     except ValueError as error:
-        reason = str(error).removeprefix(f'{saved.path}: ')
-        raise ValueError(f'{saved.path}: {reason}') from error
-    network.load_state_dict(saved.params, assign=True)
+        raise ValueError(f'{saved.path}: {error}') from error
+    if not onnx:
+        network.load_state_dict(saved.params, assign=True)
     return Trained(saved.path, network.eval(), {'model': said['model'], **sizes}, inputs,
-                   num_classes, saved.classes, saved.args)
+                   num_classes, saved.classes, saved.args, saved.origin)
 
 
-def _agreed(args, stated):
+def _told(saved):
+    """The Inputs that a file tells, or None."""
+    if saved.inputs is not None:
+        return Inputs.of_fields(saved.inputs)
+    return Inputs.of_args(saved.args) if 'dataset' in saved.args else None
+
+
+def _agreed(args, told, stated):
     """What a file and someone else say of a network, who must not contradict each other."""
-    said = {**args, 'image_size': Inputs.of_args(args).size} if 'dataset' in args else args
+    said = {**args, 'image_size': told.size} if told else args
     differ = [
         f'{name} is {said[name]}, not {value}' for name, value in stated.items()
         # it may be tested on other images, and how its gradients are computed does not matter
@@ -190,10 +217,10 @@ def _agreed(args, stated):
     return said
 
 
-def _inputs(args, stated, kind=None):
-    """The Inputs of a network: of its training, as they are stated, or those of its kind."""
-    if 'dataset' in args:
-        inputs = Inputs.of_args(args)
+def _inputs(told, stated, kind=None):
+    """The Inputs of a network: those told, as they are stated, or those of its kind."""
+    if told:
+        inputs = told
     elif 'image_size' in stated:
         inputs = Inputs.of('Folder', stated['image_size'])
     else:
@@ -204,7 +231,24 @@ def _inputs(args, stated, kind=None):
     return inputs
 
 
-def _of_topology(saved, stated):
+def _of_onnx(network, told, said):
+    """What is said of an OnnxNetwork, if it fits: num_classes, sizes, Inputs."""
+    if told is None:
+        raise ValueError('says nothing of its network: expected an ONNX file of export.py')
+    shape = [len(told.mean), told.size, told.size]
+    if network.input_shape != shape:
+        raise ValueError(f'says inputs of {shape}: expected those of its network, '
+                         f'{network.input_shape}')
+    return network.num_classes, _sizes(said), told
+
+
+def _sizes(said):
+    """The options that size a network of its family: what is said, or their defaults."""
+    return {name: said.get(name, default) for name, default in
+            family(said['model']).options.items()}
+
+
+def _of_topology(saved, told, stated):
     """The DiracNet on the meta device that fits a file: network, num_classes, sizes, Inputs."""
     net = saved.topology()
     if not net.is_of(stated.get('depth', net.depth), stated.get('width', net.width)):
@@ -213,16 +257,15 @@ def _of_topology(saved, stated):
     with torch.device('meta'):
         network = (DiracNet.of if is_folded(saved.params) else _diracnet)(net)
     sizes = {'depth': net.depth, 'width': net.width}
-    inputs = _inputs(saved.args, stated, net.kind)
+    inputs = _inputs(told, stated, net.kind)
     if net.in_channels != inputs.channels:
         inputs = replace(inputs, mean=(0.0,) * net.in_channels, std=(1.0,) * net.in_channels)
     return network, net.num_classes, sizes, inputs
 
 
-def _of_family(saved, said):
+def _of_family(saved, told, said):
     """The network on the meta device that fits a file: network, num_classes, sizes, Inputs."""
-    name, inputs = said['model'], _inputs(saved.args, said)
-    sizes = {option: said.get(option, default) for option, default in family(name).options.items()}
+    name, inputs, sizes = said['model'], _inputs(told, said), _sizes(said)
     with torch.device('meta'):
         *_, last = build(name, inputs.kind, **sizes).state_dict()  # the bias of the last layer
         num_classes = len(saved.params.get(last, ())) or None

@@ -3,10 +3,12 @@
 import os
 import pickle
 import struct
+import zipfile
 import zlib
 
+import onnx
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from diracfold import fold
 
@@ -75,6 +77,29 @@ DAMAGES = {
     'list': 'holds a list: expected a dict',
     'other': 'conv is missing: expected',
 }
+
+
+def restated(path, text, tmp_path):
+    """Copies an exported file that says `text`, or nothing, of its network: returns its path."""
+    to = tmp_path / f'restated-{path.name}'
+    said = {} if text is None else {'diracnets': text}
+    if path.suffix == '.onnx':
+        model = onnx.load(path)
+        onnx.helper.set_model_props(model, said)
+        onnx.save(model, to)
+    elif path.suffix == '.pt2':
+        with zipfile.ZipFile(path) as good, zipfile.ZipFile(to, 'w') as copy:
+            for name in good.namelist():
+                mine = name.endswith('extra/diracnets')
+                if not mine or said:
+                    copy.writestr(name, text if mine else good.read(name))
+    elif path.suffix == '.safetensors':
+        save_file(load_file(path), to, said)
+    else:
+        state = torch.load(path, weights_only=True)
+        state._metadata.update(said)
+        torch.save(state, to)
+    return to
 
 
 def png_of(width, height):

@@ -12,7 +12,8 @@ FILES = [
     if path.name not in ('__init__.py', 'test.py')
 ]
 PACKAGE = {
-    'diracconv', 'diracnet', 'diracfold', 'dirachead', 'diracimage', 'diracfile', 'diracdeploy'
+    'diracconv', 'diracnet', 'diracfold', 'dirachead', 'diracimage', 'diracschema', 'diracfile',
+    'diraconnx', 'diracdeploy',
 }
 MAY_IMPORT = {  # room: what of the project it may know
     'diracconv': set(),
@@ -20,7 +21,9 @@ MAY_IMPORT = {  # room: what of the project it may know
     'diracfold': {'diracconv', 'diracnet'},
     'dirachead': set(),
     'diracimage': {'dirachead'},
-    'diracfile': {'diracnet'},
+    'diracschema': set(),
+    'diracfile': {'diracnet', 'diracschema'},
+    'diraconnx': set(),
     'diracdeploy': set(),
     'command': set(),
     'baselines': {'baselines', *PACKAGE},
