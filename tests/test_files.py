@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -328,16 +330,19 @@ def test_a_file_that_fails_leaves_no_folder(run, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_temporary_folder_is_named(run, images, tmp_path):
+def test_a_full_temporary_folder_is_named(files, tmp_path, monkeypatch):
     """A limit on the size of files stands for the disk, as in test_export."""
-    done = subprocess.run(
-        [sys.executable, 'export.py', str(run), '--to', str(tmp_path / 'x.onnx'), '--int8',
-         str(images / 'train')], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, 'TMPDIR': str(tmp_path)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )
-    assert (done.returncode, done.stderr) == (
-        1, f'export.py: {tmp_path}: {os.strerror(errno.EFBIG)}\n')
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    content = (files / 'float.onnx').read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as caught:
+            export.quantise(content, [], None, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caught.value.filename == str(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 # ---------------------------------------------------------------- images
@@ -366,9 +371,8 @@ def test_paths_pil_images_and_arrays_are_the_same_input(tmp_path):
             read(wrong)
 
 
-def test_pil_is_not_needed(tmp_path):
-    code = ('import sys; sys.modules["PIL"] = None\n'
-            'import numpy as np, diracimage\n'
-            'print(diracimage.preprocess()(np.zeros((9, 9, 3), np.uint8)).shape)')
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == 'torch.Size([3, 224, 224])\n', done.stderr
+def test_pil_is_not_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'PIL', None)
+    monkeypatch.delitem(sys.modules, 'diracimage')
+    fresh = importlib.import_module('diracimage')
+    assert fresh.preprocess()(np.zeros((9, 9, 3), np.uint8)).shape == (3, 224, 224)
