@@ -244,6 +244,10 @@ def test_a_network_for_grey_images_is_exported_and_asks_for_such(images, tmp_pat
     assert message in error_of(predict.main, [image, '--model', str(tmp_path / 'grey.pth')], capsys)
     with pytest.raises(ValueError, match=message):
         networks.load(tmp_path / 'folded.pth').inputs.read(image)
+    grey, message = str(tmp_path / 'grey.pth'), 'Digits has images of 3 channels: expected 1, those'
+    for main, arguments in ((train.main, ['--evaluate', '--resume', grey]),
+                            (export.main, [grey, '--to', grey + '.pth'])):
+        assert message in error_of(main, [*arguments, '--dataset', 'Digits'], capsys)
 
 
 # ---------------------------------------------------------------- errors

@@ -301,9 +301,12 @@ def load(name, root='.', inputs=None, nthread=4, training=True, **crops):
     val/); root: the folder with the files; inputs: the Inputs that the images are for, by default
     the data set's own; nthread: threads that read small images; crops: `pad` and `reflect` of
     MemoryImages. Raises DataError for what is wrong with the files, naming the path, and for
-    another size than that of images that come in one.
+    another size than that of images that come in one, and for others than RGB.
     """
     inputs = inputs or Inputs.of(name)
+    if inputs.channels != 3:
+        raise DataError(f'{name} has images of 3 channels: expected {inputs.channels}, those of '
+                        'the network')
     if name in ('ImageNet', 'Folder'):
         test_folders = ('val',) if name == 'ImageNet' else ('test', 'val')
         sets = _load_folder(root, test_folders, training, inputs.size, nthread, **crops)
