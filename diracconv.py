@@ -18,7 +18,7 @@ from numbers import Integral
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
 ALPHA_INIT, BETA_INIT = 1.0, 0.1
@@ -28,25 +28,28 @@ NORM_EPS = 1e-12  # of torch.nn.functional.normalize
 # ---------------------------------------------------------------- W_hat
 
 
-def _w_hat(weight, norms, alpha, beta, groups):
-    """Equation 3: what `dirac_weight` computes, of filters whose norms are known."""
-    scale = beta / norms                                    # one number for each filter
-    w_hat = _per_filter(scale, weight) * weight.contiguous()  # diag(beta) * normalize(W)
-    centre = delta_taps(w_hat, groups)                      # where delta, the identity, is one
-    centre += alpha.view(groups, -1)[:, : centre.shape[1]]  # + diag(alpha) * delta
-    return w_hat
+def _w_hat(weight, alpha, beta, groups):
+    """Equation 3: what `dirac_weight` computes."""
+    scale = beta / _filter_norms(weight)                    # one number for each filter
+    w_hat = _per_filter(scale, weight) * weight             # diag(beta) * normalize(W)
+    return add_delta(w_hat, alpha, groups)                  # + diag(alpha) * delta
 
 
 def dirac_weight(weight, alpha, beta, groups=1):
     """Computes W_hat = diag(alpha) * delta + diag(beta) * normalize(weight) (eq. 3).
 
-    Differentiable in all three, twice. An all-zero filter gives `alpha * delta`; no gradient is
-    NaN.
+    Differentiable in all three, twice, in reverse and in forward mode, and under torch.func. An
+    all-zero filter gives `alpha * delta`; no gradient is NaN.
 
     weight: (out, in / groups, *kernel_size); alpha, beta: (out,).
     Returns a tensor of the weight's shape. The arithmetic is `_w_hat`'s.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which read plain arithmetic alone
+        return _w_hat(weight, alpha, beta, groups)
     return _DiracWeight.apply(weight, alpha, beta, groups)
+
+
+fx.wrap('dirac_weight')  # one step of a symbolic trace, of which shapes are not known
 
 
 def _least_norm(dtype):
@@ -73,23 +76,32 @@ def normalize(weight):
     return weight / _per_filter(_filter_norms(weight), weight)
 
 
-def delta_taps(weight, groups=1):
-    """Views the entries of `weight` where delta is one; everywhere else delta is zero.
-
-    Filter o of a group passes input channel o of that group through its tap `kernel_size // 2`, as
-    in `torch.nn.init.dirac_`: the middle of an odd kernel, the tap after the middle of an even one
-    (identity then needs padding `kernel_size // 2`, and the output one element longer is cut). A
-    filter whose number in its group is at or above `in / groups` has no such entry.
-
-    weight: (out, in / groups, *kernel_size), contiguous.
-    Returns a view (groups, min(out / groups, in / groups)).
-    """
+def _delta_places(weight, groups):
+    """Where delta is one in a flattened weight: (groups, min(out / groups, in / groups))."""
     channels, kernel_size = weight.shape[1], weight.shape[2:]
     centre = 0
     for size in kernel_size:
         centre = centre * size + size // 2
-    taps = weight.view(groups, -1, channels, kernel_size.numel())[..., centre]
-    return taps.diagonal(dim1=1, dim2=2)
+    taps, filters = kernel_size.numel(), weight.shape[0] // groups
+    ones, step = min(filters, channels), (channels + 1) * taps  # from a filter and its channel
+    size = filters * channels * taps
+    inside = torch.arange(centre, centre + ones * step, step, device=weight.device)
+    return torch.arange(0, groups * size, size, device=weight.device)[:, None] + inside
+
+
+def add_delta(weight, alpha, groups=1):
+    """Returns weight + diag(alpha) * delta.
+
+    Filter o of a group passes input channel o of that group through its tap `kernel_size // 2`, as
+    in `torch.nn.init.dirac_`: the middle of an odd kernel, the tap after the middle of an even one
+    (identity then needs padding `kernel_size // 2`, and the output one element longer is cut). A
+    filter whose number in its group is at or above `in / groups` passes none.
+
+    weight: (out, in / groups, *kernel_size); alpha: (out,).
+    """
+    places = _delta_places(weight, groups)
+    added = alpha.reshape(groups, -1)[:, : places.shape[1]].flatten().to(weight.dtype)
+    return weight.flatten().index_add(0, places.flatten(), added).view(weight.shape)
 
 
 # ---------------------------------------------------------------- layers
@@ -298,34 +310,51 @@ def dirac(network, which=None):
 
 
 class _DiracWeight(torch.autograd.Function):
-    """`_w_hat`, with its gradients written out: autograd's own take twice the time.
+    """`_w_hat`, with its gradients written out: those of autograd take longer.
 
     With v = W / ||W||, of each filter, and G the gradient of W_hat:
 
         dbeta = <G, v>        dalpha = G at the one of delta        dW = beta / ||W|| (G - dbeta v)
 
-    They are made of differentiable steps, so that they have gradients in turn.
+    They are made of differentiable steps, so that they have gradients in turn (autograd's own
+    second ones of the norm are NaN for an all-zero filter).
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, weight, alpha, beta, groups):
-        norms = _filter_norms(weight)
-        ctx.save_for_backward(weight, beta, norms)
-        ctx.groups = groups
-        return _w_hat(weight, norms, alpha, beta, groups)
+    def forward(weight, alpha, beta, groups):
+        return _w_hat(weight, alpha, beta, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, _, beta, ctx.groups = inputs
+        ctx.save_for_backward(weight, beta)
+        ctx.save_for_forward(weight, beta)
 
     @staticmethod
     def backward(ctx, grad):
-        weight, beta, norms = ctx.saved_tensors
-        if torch.is_grad_enabled():  # these gradients get gradients: the norms depend on W
-            norms = _filter_norms(weight)
+        weight, beta = ctx.saved_tensors
+        norms = _filter_norms(weight)
         grad = grad.contiguous()
         grad_beta = torch.linalg.vecdot(grad.flatten(1), weight.flatten(1)) / norms
         # below the epsilon the norm is a constant: the second term is zero
         slope = grad_beta / norms * (norms > _least_norm(weight.dtype))
         grad_weight = torch.addcmul(grad, weight, _per_filter(slope, weight), value=-1)
-        taps = delta_taps(grad, ctx.groups)
-        without = len(beta) // ctx.groups - taps.shape[1]  # filters of a group, at its end
-        grad_alpha = F.pad(taps, (0, without)).flatten()
-        grad_weight.mul_(_per_filter(beta / norms, weight))
-        return grad_weight, grad_alpha, grad_beta, None
+        places = _delta_places(weight, ctx.groups)
+        without = len(beta) // ctx.groups - places.shape[1]  # filters of a group, at its end
+        at_ones = grad.flatten().index_select(0, places.flatten()).view(places.shape)
+        grad_alpha = F.pad(at_ones, (0, without)).flatten()
+        return grad_weight * _per_filter(beta / norms, weight), grad_alpha, grad_beta, None
+
+    @staticmethod
+    def jvp(ctx, d_weight, d_alpha, d_beta, _):
+        """Returns d(W_hat) = d(beta / ||W||) W + beta / ||W|| dW + diag(d(alpha)) * delta."""
+        weight, beta = ctx.saved_tensors
+        norms = _filter_norms(weight)
+        d_norms = (d_weight * weight).flatten(1).sum(dim=1) / norms  # autocast lowers a vecdot
+        d_norms = d_norms * (norms > _least_norm(weight.dtype))
+        scale = beta / norms
+        d_scale = (d_beta - scale * d_norms) / norms
+        d_w_hat = _per_filter(d_scale, weight) * weight + _per_filter(scale, weight) * d_weight
+        return add_delta(d_w_hat, d_alpha, ctx.groups)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diracconv import delta_taps
+from diracconv import add_delta
 
 # ---------------------------------------------------------------- the six transforms
 
@@ -59,7 +59,7 @@ def concat_branches(*branches):
 def average_as_conv(channels, kernel_size, groups=1, device=None, dtype=None):
     """Transform V: average pooling as a kernel (channels, channels / groups, k, k)."""
     kernel = torch.zeros(channels, channels // groups, 1, 1, device=device, dtype=dtype)
-    delta_taps(kernel, groups).fill_(1 / kernel_size**2)  # each output averages its own input
+    kernel = add_delta(kernel, kernel.new_full((channels,), 1 / kernel_size**2), groups)
     return kernel.expand(-1, -1, kernel_size, kernel_size)
 
 
@@ -81,9 +81,7 @@ class IdentityConv1x1(nn.Conv2d):
 
     def get_actual_kernel(self):
         """Returns identity + W: (C, C / groups, 1, 1)."""
-        kernel = self.weight.clone()
-        delta_taps(kernel, self.groups).add_(1)
-        return kernel
+        return add_delta(self.weight, torch.ones_like(self.weight[:, 0, 0, 0]), self.groups)
 
     def forward(self, x):
         return self._conv_forward(x, self.get_actual_kernel(), None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference import slow_w_hat
 from torch import nn
 from torch.nn.utils import parametrize
@@ -203,6 +204,17 @@ def test_all_zero_filter_gives_no_nan(dtype):
     for grad in (weight.grad, alpha.grad, beta.grad):
         assert grad.isfinite().all()
     assert normalize(weight).isfinite().all()
+
+
+def test_the_layer_in_another_dtype_than_its_inputs():
+    """Under autocast the norms, and so W_hat, are float32 where the parameters are bfloat16."""
+    conv = DiracConv2d(4, 4, 3, dtype=torch.bfloat16)
+    inputs = torch.randn(2, 4, 8, 8)
+    with torch.autocast('cpu', torch.bfloat16):
+        found = conv(inputs)
+    w_hat = slow_w_hat(conv.weight, conv.alpha, conv.beta, 1)
+    expected = F.conv2d(inputs.double(), w_hat, conv.bias.double())
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize('plain', [nn.Conv1d, nn.Conv2d, nn.Conv3d])
