@@ -12,13 +12,14 @@ FILES = [
     if path.name not in ('__init__.py', 'test.py')
 ]
 PACKAGE = {
-    'diracconv', 'diracnet', 'diracfold', 'dirachead', 'diracimage', 'diracschema', 'diracfile',
-    'diraconnx', 'diracdeploy',
+    'diracconv', 'diracnet', 'diracfold', 'diracmodules', 'dirachead', 'diracimage', 'diracschema',
+    'diracfile', 'diraconnx', 'diracdeploy',
 }
 MAY_IMPORT = {  # room: what of the project it may know
     'diracconv': set(),
     'diracnet': {'diracconv'},
     'diracfold': {'diracconv', 'diracnet'},
+    'diracmodules': {'diracconv', 'diracnet', 'diracfold'},
     'dirachead': set(),
     'diracimage': {'dirachead'},
     'diracschema': set(),
