@@ -4,7 +4,7 @@
     python -m experiments.bench data --images FOLDER    # input pipelines; of class folders of JPEGs
     python -m experiments.bench infer       # the deployed network
     python -m experiments.bench depth       # time and memory of a step over depth
-    python -m experiments.bench overhead    # what computing W_hat takes of a step
+    python -m experiments.bench overhead    # what W_hat, and modules, take of a step
     python -m experiments.bench profile     # where the time of a step goes, at 28-1
     python -m experiments.bench plot        # logs/bench.png of the last rows of each
 
@@ -32,6 +32,7 @@ from command import Options, errors_in_one_line
 from diracdeploy import deploy, native_bfloat16
 from diracfold import fold
 from diracimage import Inputs
+from diracmodules import ModularNetwork
 from diracnet import DiracNet, Network, forward, init_params, topology
 from experiments.turns import Side, compare, draw
 from training import data, distributed, options
@@ -69,6 +70,11 @@ def diracnet(depth, width, **more):
     """A DiracNet for training; more: arguments of `diracnet.forward`."""
     net = topology(depth, width, 'CIFAR10')
     return Network(functools.partial(forward, net, **more), init_params(net))
+
+
+def modular(depth, width):
+    """The same network of modules."""
+    return ModularNetwork.of(init_params(topology(depth, width, 'CIFAR10')))
 
 
 def make_sgd(network):
@@ -306,10 +312,10 @@ def bench_infer(args):
 # ---------------------------------------------------------------- depth and W_hat
 
 
-def step(depth, width, **more):
+def step(depth, width, make=diracnet, **more):
     """One step of a training on 128 images in memory, in the dtype of this machine."""
     keep_freed_memory()
-    network = diracnet(depth, width, **more)
+    network = make(depth, width, **more)
     optimizer, forward_step = make_sgd(network), make_step(network)
     images, labels = random_images(BATCH)
     batch = images.permute(0, 3, 1, 2), labels, BATCH
@@ -330,6 +336,10 @@ def checkpointed_step(depth):
 def step_of_ordinary_convolutions(depth, width):
     """The same step, with W itself in place of W_hat."""
     return step(depth, width, dirac=False)
+
+
+def step_of_modules(depth, width):
+    return step(depth, width, modular)
 
 
 def bench_depth(args):
@@ -355,6 +365,8 @@ def bench_overhead(args):
             Side('ordinary convolutions', repeated,
                  (STEPS, step_of_ordinary_convolutions, depth, width), STEPS * BATCH, work, NATIVE),
             Side('W_hat', repeated, (STEPS, step, depth, width), STEPS * BATCH, work, NATIVE),
+            Side('W_hat, in modules', repeated, (STEPS, step_of_modules, depth, width),
+                 STEPS * BATCH, work, NATIVE),
         ], 4 * args.pairs, TABLE)
 
 
