@@ -93,7 +93,7 @@ def epoch_of_train(depth, width, n, dtype=NATIVE, compiled=False):
     network = diracnet(depth, width)
     optimizer = make_sgd(network)
     step = make_step(torch.compile(network, dynamic=False) if compiled else network, dtype)
-    images = data.MemoryImages(*random_images(n), pad=4, flip=True)
+    images = data.MemoryImages(*random_images(n), pad=4, flip='horizontal')
     loader = data.loader(images, BATCH, 0, seed=0)
 
     def epoch():
@@ -186,7 +186,7 @@ def whole(loader):
 
 
 def gathered(n):
-    images = data.MemoryImages(*random_images(n), pad=4, flip=True)
+    images = data.MemoryImages(*random_images(n), pad=4, flip='horizontal')
     return whole(data.loader(images, BATCH, 0, seed=0))
 
 

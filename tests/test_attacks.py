@@ -24,7 +24,7 @@ import export
 import predict
 import train
 from diracimage import DataError, read_test_image
-from training import checkpoint, data
+from training import augment, checkpoint
 
 ROOT = Path(train.__file__).parent
 
@@ -258,7 +258,7 @@ def test_damaged_images_give_an_error_or_pixels(ending, tmp_path, request):
         for position, change in flips:
             content[position] ^= change
         Path(path).write_bytes(content[: len(content) - cut])
-        for read in (read_test_image, data.read_random_crop):
+        for read in (read_test_image, augment.read_random_crop):
             message, shape = f'{path}: ', (70, 70, 3)
             try:
                 shape = read(path, 70).shape

@@ -15,14 +15,14 @@ from runs import write_images
 import dirachead
 import diracimage
 from diracimage import Inputs
-from training import data
+from training import augment, data
 
 
 @pytest.fixture
 def memory():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (50, 12, 12, 3), dtype=np.uint8)
-    return images, data.MemoryImages(images, np.arange(50), pad=3, flip=True)
+    return images, data.MemoryImages(images, np.arange(50), pad=3, flip='horizontal')
 
 
 def test_normalise():
@@ -209,7 +209,7 @@ def test_test_batches_come_in_order(memory):
 def test_digits():
     sets = data.load('Digits', pad=0)
     assert (len(sets.train), len(sets.test), len(sets.classes)) == (1437, 360, 10)
-    assert not sets.train.flip
+    assert sets.train.flip == 'none'
     images = torch.cat([sets.train.images, sets.test.images])
     assert images.shape == (1797, 32, 32, 3)
     assert (images.min(), images.max()) == (0, 255)
@@ -235,7 +235,7 @@ def test_folder_of_small_images(tmp_path, test_folder):
     sets = data.load('Folder', str(tmp_path), pad=4)
     assert sets.classes == ['cat', 'dog']
     assert sets.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert (sets.train.pad, sets.train.flip) == (4, True)
+    assert (sets.train.pad, sets.train.flip) == (4, 'horizontal')
     for dataset, written in [(sets.train, train), (sets.test, test)]:
         np.testing.assert_array_equal(dataset.images.numpy(), np.stack(list(written.values())))
 
@@ -294,7 +294,7 @@ def test_large_images_are_read_as_needed(tmp_path):
 def test_random_crop_of_a_flat_image_is_flat(tmp_path):
     path = str(tmp_path / 'flat.png')
     cv2.imwrite(path, np.full((50, 60, 3), (30, 20, 10), np.uint8))
-    crop = data.read_random_crop(path, 24)
+    crop = augment.read_random_crop(path, 24)
     assert crop.shape == (24, 24, 3)
     assert (crop == (10, 20, 30)).all()
 
@@ -304,7 +304,8 @@ def test_random_crops_flip_half(tmp_path):
     path = str(tmp_path / 'ramp.png')
     cv2.imwrite(path, ramp)
     torch.manual_seed(0)
-    crops = [data.read_random_crop(path, 32)[0, :, 0].astype(int) for _ in range(400)]
+    crops = [augment.flip_at_random(augment.read_random_crop(path, 32), 'horizontal')
+             [0, :, 0].astype(int) for _ in range(400)]
     rising = np.mean([crop[-1] > crop[0] for crop in crops])
     assert rising == pytest.approx(0.5, abs=0.08)
     widths = np.array([abs(crop[-1] - crop[0]) for crop in crops])
@@ -325,12 +326,14 @@ def photograph(tmp_path):
 def test_crops_of_reduced_images_have_the_pixels_of_whole_ones(photograph, size, monkeypatch):
     def crops():
         torch.manual_seed(1)
-        return np.stack([data.read_random_crop(photograph, size) for _ in range(30)]).astype(float)
+        read = [augment.read_random_crop(photograph, size) for _ in range(30)]
+        return np.stack(read).astype(float)
 
-    used, decode = [], data.decode
-    monkeypatch.setattr(data, 'decode', lambda *args: used.append((*args, 1)[2]) or decode(*args))
+    used, decode = [], augment.decode
+    monkeypatch.setattr(augment, 'decode',
+                        lambda *args: used.append((*args, 1)[2]) or decode(*args))
     reduced = crops()
-    monkeypatch.setattr(data, 'jpeg_size', lambda content: None)  # which decodes the whole image
+    monkeypatch.setattr(augment, 'jpeg_size', lambda content: None)  # which decodes the whole image
     difference = np.abs(reduced - crops())
     largest = {32: 8, 70: 4, 140: 2, 300: 1}[size]
     assert max(used[:30]) == largest  # the smaller side is 402: 402 // 32 = 12, 402 // 70 = 5, ...
@@ -344,13 +347,13 @@ def test_crops_of_reduced_images_have_the_pixels_of_whole_ones(photograph, size,
 
 def test_size_in_the_head_of_a_jpeg_file(photograph, tmp_path):
     content = np.fromfile(photograph, np.uint8)
-    assert data.jpeg_size(content) == (402, 603)
+    assert dirachead.jpeg_size(content) == (402, 603)
     exif = bytes([0xFF, 0xD8, 0xFF, 0xE1, 0, 4, 0, 0])  # which may say that the image is turned
-    assert data.jpeg_size(np.frombuffer(exif + content.tobytes()[2:], np.uint8)) is None
+    assert dirachead.jpeg_size(np.frombuffer(exif + content.tobytes()[2:], np.uint8)) is None
     cv2.imwrite(str(tmp_path / 'image.png'), np.zeros((4, 5, 3), np.uint8))
-    assert data.jpeg_size(np.fromfile(tmp_path / 'image.png', np.uint8)) is None
+    assert dirachead.jpeg_size(np.fromfile(tmp_path / 'image.png', np.uint8)) is None
     for length in range(200):
-        assert data.jpeg_size(content[:length]) in (None, (402, 603))
+        assert dirachead.jpeg_size(content[:length]) in (None, (402, 603))
 
 
 def test_skipped_files_are_counted_aloud(tmp_path, capsys):
@@ -442,7 +445,7 @@ def test_a_faulty_image_is_a_data_error_that_names_it(tmp_path, capfd, kind):
     content, message = faulty(kind)
     path = tmp_path / 'faulty'
     path.write_bytes(content)
-    readers = [diracimage.read_test_image, data.read_random_crop]
+    readers = [diracimage.read_test_image, augment.read_random_crop]
     for read in readers[: 1 if kind == 'long JPEG' else 2]:  # a crop of it is small
         with pytest.raises(data.DataError, match=f'^{path}: .*{message}') as refused:
             read(str(path), 224)
@@ -506,7 +509,7 @@ def test_exif_data_behind_the_head_of_the_frame_turn_too(tmp_path):
     before, frame, tables, scan = jpeg_parts(encoded('jpg'))
     content = np.frombuffer(before + frame + TURNED + tables + scan, np.uint8)
     assert diracimage.decode(content, 'image').shape == (120, 90, 3)
-    assert data.jpeg_size(content) is None  # which of the sides is the height it does not say
+    assert dirachead.jpeg_size(content) is None  # which of the sides is the height it does not say
 
 
 @pytest.mark.parametrize('ending', ['png', 'bmp', 'ppm', 'webp', 'tif', 'gif'])
@@ -581,6 +584,6 @@ def test_cifar(tmp_path, monkeypatch):
     monkeypatch.setattr(data.torchvision.datasets, 'CIFAR100', Few)
     sets = data.load('CIFAR100', str(tmp_path), pad=2)
     assert (sets.classes, sets.train.pad) == (['cat', 'dog'], 2)
-    assert (sets.train.flip, sets.test.labels.tolist()) == (True, [0, 1])
+    assert (sets.train.flip, sets.test.labels.tolist()) == ('horizontal', [0, 1])
     sets = data.load('CIFAR100', str(tmp_path), training=False)
     assert (sets.train, sets.test.labels.tolist()) == (None, [0, 1])

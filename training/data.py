@@ -1,11 +1,7 @@
-"""From files to batches: uint8 images (N, 3, H, W), RGB, and labels (N,).
+"""From files to batches: uint8 images (N, C, H, W), those of files RGB, and labels (N,).
 
-`load` gives a training and a test set; `loader` makes batches of one of them. How one
-image is read is in diracimage. Augmentation works on uint8, and `diracimage.normalise` is the last
-step, on the device that trains.
-
-A batch is drawn by its indices and a seed of its own, so that the seed of a run fixes every pixel
-of it, whatever the number of workers.
+`load` gives a training and a test set by name; `loader` makes batches of one of them, which
+training/images.py describes. `diracimage.normalise` is the last step, on the device that trains.
 """
 
 import os
@@ -21,24 +17,18 @@ import numpy as np
 import torch
 import torchvision
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
-from dirachead import jpeg_size
-from diracimage import (
-    MAX_SMALL,
-    SIZES,
-    DataError,
-    Inputs,
-    Naming,
-    decode,
-    read_file,
-    read_test_image,
-)
+from diracimage import MAX_SMALL, SIZES, DataError, Inputs, read_test_image
 from training.distributed import rank
+from training.images import IGNORED, ImageFiles, MemoryImages  # noqa: F401
 
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
-IGNORED = -100  # as a label: what cross_entropy leaves out
+
+
+def flip(name):
+    """How the training images of a data set are mirrored by default, one of augment.FLIPS."""
+    return 'none' if name == 'Digits' else 'horizontal'  # a 2 is no 5
 
 
 @dataclass
@@ -51,122 +41,10 @@ class Data:
     val: Dataset = None
     name: str = ''  # by which `load` was asked for it
 
-
-# ---------------------------------------------------------------- images
-
-
-def reduction(height, width, size):
-    """The most of 1, 2, 4 and 8 by which a crop may shrink and still not be below the size."""
-    return max(k for k in (1, 2, 4, 8) if k == 1 or min(height, width) >= k * size)
-
-
-def read_random_crop(path, size):
-    """Reads an image file as it is in training: uint8 (size, size, 3), RGB.
-
-    Cuts 8 to 100 % of the area at an aspect of 3/4 to 4/3, resizes (cubic), flips half of them.
-    Draws from torch's global generator. Raises DataError that names an unreadable file.
-    """
-    content = read_file(path)
-    whole, image, factor = jpeg_size(content), None, 1
-    if whole is None:
-        image = decode(content, path)
-        whole = image.shape[:2]
-    shape = torch.empty(3, *whole, device='meta')
-    crop = RandomResizedCrop.get_params(shape, (0.08, 1.0), (3 / 4, 4 / 3))
-    if image is None:  # a large crop is decoded at a part of its size, in a part of the time
-        factor = reduction(*crop[2:], size)
-        image = decode(content, path, factor)
-    top, left, height, width = (round(number / factor) for number in crop)
-    image = image[top : top + height, left : left + width]
-    with Naming(path):
-        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
-    return image[:, ::-1] if torch.rand(()) < 0.5 else image
-
-
-# ---------------------------------------------------------------- data sets
-
-
-class Images(Dataset):
-    """A batch of it is (images uint8 (n, 3, S, S), labels (n,), size of the whole batch).
-
-    It is asked for with (indices of the whole batch, seed, positions in it to return): with the
-    positions split among several processes, all of them together return what one would. The seed
-    is None where images are left as they are. No positions give one image, labelled IGNORED.
-    """
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, batch):
-        indices, seed, share = batch
-        filler = len(share) == 0  # a process without a share still has to take part in the step
-        share = torch.zeros(1, dtype=torch.long) if filler else share
-        labels = self.labels[indices[share]]
-        if filler:
-            labels = torch.full_like(labels, IGNORED)
-        return self.read(indices, seed, share).permute(0, 3, 1, 2), labels, len(indices)
-
-
-class MemoryImages(Images):
-    """Small square images in memory; a batch is taken and augmented with one gather.
-
-    images: uint8 (N, S, S, 3); labels: (N,). In training, images are padded by `pad` pixels, with
-    reflection or with zeros (black), cropped back at random, and half of them flipped if `flip`.
-    """
-
-    def __init__(self, images, labels, pad=0, flip=False, reflect=True):
-        if pad >= images.shape[1]:
-            raise DataError(
-                f'randomcrop_pad {pad}: expected less than the image size, {images.shape[1]}'
-            )
-        self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels)
-        self.pad, self.flip, self.reflect = pad, flip, reflect
-
-    def subset(self, indices):
-        images, labels = self.images[indices], self.labels[indices]
-        return MemoryImages(images, labels, self.pad, self.flip, self.reflect)
-
-    def read(self, indices, seed, share):
-        if seed is None:
-            return self.images[indices[share]]
-        n, size = len(indices), self.images.shape[1]
-        generator = torch.Generator().manual_seed(seed)
-        shift = torch.randint(-self.pad, self.pad + 1, (2, n, 1), generator=generator)
-        rows, cols = torch.arange(size) + shift  # (n, S) each
-        if self.flip:
-            flipped = torch.rand(n, 1, generator=generator) < 0.5
-            cols = torch.where(flipped, cols.flip(1), cols)
-        rows, cols = rows[share][:, :, None], cols[share][:, None, :]
-        inside = (rows >= 0) & (rows < size) & (cols >= 0) & (cols < size)  # (n, S, S)
-        rows, cols = (size - 1 - (size - 1 - i.abs()).abs() for i in (rows, cols))  # reflected
-        images = self.images[indices[share][:, None, None], rows, cols]
-        return images if self.reflect else images * inside[..., None]
-
-
-class ImageFiles(Images):
-    """Image files, read as they are needed, as images of size x size.
-
-    In training each is a random resized crop; in testing the shorter side is resized to
-    256 / 224 of `size` and the middle is cut.
-    """
-
-    def __init__(self, paths, labels, size):
-        self.paths, self.labels, self.size = paths, torch.as_tensor(labels), size
-
-    def subset(self, indices):
-        return ImageFiles([self.paths[i] for i in indices], self.labels[indices], self.size)
-
-    def read(self, indices, seed, share):
-        images = np.empty((len(share), self.size, self.size, 3), np.uint8)
-        with torch.random.fork_rng(devices=[]):  # get_params knows only the global generator
-            for i, position in enumerate(share.tolist()):
-                path = self.paths[indices[position]]
-                if seed is None:
-                    images[i] = read_test_image(path, self.size)
-                else:
-                    torch.manual_seed(seed + position)
-                    images[i] = read_random_crop(path, self.size)
-        return torch.from_numpy(images)
+    def augmented(self, **augmentation):
+        """The same, its training images augmented: see `Images.augmented`."""
+        train = None if self.train is None else self.train.augmented(**augmentation)
+        return replace(self, train=train)
 
 
 # ---------------------------------------------------------------- from names to data sets
@@ -235,15 +113,15 @@ def _read_all(paths, size, nthread, name):
     return images
 
 
-def _load_folder(root, test_folders, training, size, nthread, **crops):
+def _load_folder(root, test_folders, training, size, nthread):
     """A folder with one of `test_folders` and, for training, train/, each of class folders."""
     test_folders = [os.path.join(root, folder) for folder in test_folders]
     test_folder = next(filter(os.path.isdir, test_folders), test_folders[0])
 
-    def images(folder, paths, labels, **augmentation):
+    def images(folder, paths, labels):
         if size > MAX_SMALL:
             return ImageFiles(paths, labels, size)
-        return MemoryImages(_read_all(paths, size, nthread, folder), labels, **augmentation)
+        return MemoryImages(_read_all(paths, size, nthread, folder), labels)
 
     if not training:
         *test, classes = list_images(test_folder)
@@ -254,11 +132,10 @@ def _load_folder(root, test_folders, training, size, nthread, **crops):
     if test_classes != classes:
         differ = ', '.join(sorted(set(classes) ^ set(test_classes))[:5])
         raise DataError(f'{train_folder} and {test_folder}: the class folders differ: {differ}')
-    train = images(train_folder, *train, flip=True, **crops)
-    return Data(train, images(test_folder, *test), classes)
+    return Data(images(train_folder, *train), images(test_folder, *test), classes)
 
 
-def _load_cifar(name, root, training, **crops):
+def _load_cifar(name, root, training):
     """CIFAR-10 or CIFAR-100 from the files of their authors, downloaded if they are not there."""
     dataset = getattr(torchvision.datasets, name)
     try:
@@ -269,12 +146,11 @@ def _load_cifar(name, root, training, **crops):
             f'{name} is not in {root} and cannot be downloaded ({error}): '
             f'put {dataset.filename} or its folder {dataset.base_folder}/ there'
         ) from error
-    if training:
-        train = MemoryImages(train.data, train.targets, flip=True, **crops)
+    train = MemoryImages(train.data, train.targets) if training else None
     return Data(train, MemoryImages(test.data, test.targets), test.classes)
 
 
-def _load_digits(training, **crops):
+def _load_digits(training):
     """The 1,797 digits of scikit-learn at 32 x 32, four fifths of them to train (a fixed split)."""
     from sklearn.datasets import load_digits  # slow to import, and needed here alone
 
@@ -287,21 +163,21 @@ def _load_digits(training, **crops):
     order = np.random.RandomState(0).permutation(len(images))
     train, test = np.split(order, [len(order) * 4 // 5])
     return Data(
-        # not flipped: a 2 is no 5
-        MemoryImages(images[train], digits.target[train], **crops) if training else None,
+        MemoryImages(images[train], digits.target[train]) if training else None,
         MemoryImages(images[test], digits.target[test]),
         [str(name) for name in digits.target_names],
     )
 
 
-def load(name, root='.', inputs=None, nthread=4, training=True, **crops):
+def load(name, root='.', inputs=None, nthread=4, training=True, **augmentation):
     """Loads a data set by name; without `training` its test set alone.
 
     name: CIFAR10, CIFAR100, Digits, ImageNet (train/ and val/) or Folder (train/ and test/ or
     val/); root: the folder with the files; inputs: the Inputs that the images are for, by default
-    the data set's own; nthread: threads that read small images; crops: `pad` and `reflect` of
-    MemoryImages. Raises DataError for what is wrong with the files, naming the path, and for
-    another size than that of images that come in one, and for others than RGB.
+    the data set's own; nthread: threads that read small images; augmentation: of the training
+    images, as `Images.augmented` has it, but `flip` by default the data set's own. Raises DataError
+    for what is wrong with the files, naming the path, and for another size than that of images
+    that come in one, and for others than RGB.
     """
     inputs = inputs or Inputs.of(name)
     if inputs.channels != 3:
@@ -309,14 +185,14 @@ def load(name, root='.', inputs=None, nthread=4, training=True, **crops):
                         'the network')
     if name in ('ImageNet', 'Folder'):
         test_folders = ('val',) if name == 'ImageNet' else ('test', 'val')
-        sets = _load_folder(root, test_folders, training, inputs.size, nthread, **crops)
+        sets = _load_folder(root, test_folders, training, inputs.size, nthread)
     elif inputs.size != SIZES[name]:
         raise DataError(f'{name} has images of {SIZES[name]} pixels: expected {inputs.size}')
     elif name == 'Digits':
-        sets = _load_digits(training, **crops)
+        sets = _load_digits(training)
     else:
-        sets = _load_cifar(name, root, training, **crops)
-    return replace(sets, name=name)
+        sets = _load_cifar(name, root, training)
+    return replace(sets, name=name).augmented(**{'flip': flip(name), **augmentation})
 
 
 def hold_out(dataset, n, seed=0):
@@ -405,10 +281,10 @@ def _check_open_files(workers, loaders):
 def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1, augment=True):
     """Returns a DataLoader over a data set of `load`: see Images for what a batch is.
 
-    nthread: worker processes, for images that are read from files; the others: see BatchSampler,
+    nthread: worker processes, for images that are not in memory; the others: see BatchSampler,
     which is the loader's `sampler`. Raises DataError for more workers than may open their files.
     """
-    workers = nthread if isinstance(dataset, ImageFiles) else 0
+    workers = 0 if isinstance(dataset, MemoryImages) else nthread
     if workers:
         _check_open_files(workers, 1 if seed is None else 2)  # training has the test's beside it
     return DataLoader(

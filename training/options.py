@@ -13,7 +13,8 @@ from baselines.replace import BLOCKS
 from command import Options
 from diracimage import MAX_SMALL, SIZES, Inputs
 from networks import FAMILIES
-from training import distributed
+from training import data, distributed
+from training.augment import FLIPS
 
 MOST = 10_000  # of what makes a network: an error is better than a machine that swaps
 MOST_PIXELS = 4096  # of a side of the inputs: one image of 200 MB
@@ -122,7 +123,13 @@ def make_parser():
         help=f'pixels of a side, of a Folder (default: 32): {NETWORKS_BY_SIZE}')
     add('--randomcrop_pad', default=4, type=at_least(0, int), help='pixels, for small images')
     add('--augment', default=True, action=argparse.BooleanOptionalAction,
-        help='crop and flip the training images at random')
+        help='crop and flip the training images at random, as the next two say')
+    add('--crop', default=True, action=argparse.BooleanOptionalAction,
+        help='cut small images after padding by --randomcrop_pad, larger ones to 8 to 100 %% of '
+             'their area')
+    add('--flip', default=None, choices=FLIPS,
+        help='none for what has a right side, as letters; all, upside down and by quarter turns '
+             'too, for images from above; of Digits none (default: horizontal)')
     add('--val', default=0, type=at_least(0, int),
         help='training images to hold out; best.pt7 is then chosen by them, not by the test set')
     add('--nthread', default=min(distributed.cores(), MOST_WORKERS), type=at_least(0, int),
@@ -202,15 +209,18 @@ def _with_sizes(parser, opt):
     if unknown:
         taken = ', '.join(f'--{name}' for name in family)
         parser.error(f'--model {model} takes no {", ".join(unknown)}: expected of {taken}')
+    name = opt.dataset or 'CIFAR10'
     try:
-        inputs = Inputs.of(opt.dataset or 'CIFAR10', opt.image_size)
+        inputs = Inputs.of(name, opt.image_size)
     except ValueError as error:
         parser.error(f'--{error}')
+    if not opt.augment and opt.flip not in (None, 'none'):
+        parser.error(f'--no-augment and --flip {opt.flip} both given: expected one of them')
     if inputs.size <= MAX_SMALL and opt.randomcrop_pad >= inputs.size:
         parser.error(f'--randomcrop_pad {opt.randomcrop_pad}: expected less than the image, '
                      f'{inputs.size}')
-    filled_in = {**family, **vars(opt), 'model': model, 'dataset': opt.dataset or 'CIFAR10',
-                 'image_size': inputs.size}
+    filled_in = {**family, **vars(opt), 'model': model, 'dataset': name, 'image_size': inputs.size,
+                 'flip': opt.flip or data.flip(name)}
     return argparse.Namespace(**filled_in)
 
 
@@ -265,8 +275,9 @@ def differences(now, before):
     free = set(FREE_ON_RESUME)
     if now['lr_schedule'] != 'step':
         free -= {'epochs'}  # the other schedules stretch over all of them
-    if 'dataset' in before:
-        before = {**before, 'image_size': Inputs.of_args(before).size}
+    if 'dataset' in before:  # what older ones do not say, or say otherwise
+        older = {'crop': True, 'flip': data.flip(before['dataset'])}
+        before = {**older, **before, 'image_size': Inputs.of_args(before).size}
     return [
         f'{name} was {before[name]}, is {value}'
         for name, value in now.items()

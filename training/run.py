@@ -251,9 +251,11 @@ def stored(dtype):
     return torch.float64 if dtype == 'double' else torch.float32
 
 
-def load_sets(opt, name, inputs, training=True, **crops):
+def load_sets(opt, name, inputs, training=True, **augmentation):
     """Loads a data set by name; what one process downloads, the others read."""
-    load = functools.partial(data.load, name, opt.dataroot, inputs, opt.nthread, training, **crops)
+    load = functools.partial(
+        data.load, name, opt.dataroot, inputs, opt.nthread, training, **augmentation
+    )
     return distributed.first_before_others(load) if name.startswith('CIFAR') else load()
 
 
@@ -290,8 +292,9 @@ def prepare(opt, device, lock):
     dtype = choose_dtype(opt.dtype, device, loaded['args'])
     if not opt.force:
         check_options(path, {**vars(opt), 'dtype': dtype}, loaded['args'])
-    reflect = networks.FAMILIES[opt.model].crop_padding == 'reflect'
-    sets = load_sets(opt, opt.dataset, inputs, pad=opt.randomcrop_pad, reflect=reflect)
+    augmentation = {'crop': opt.crop, 'pad': opt.randomcrop_pad, 'flip': opt.flip,
+                    'reflect': networks.FAMILIES[opt.model].crop_padding == 'reflect'}
+    sets = load_sets(opt, opt.dataset, inputs, **augmentation)
     if opt.val:
         sets.train, sets.val = data.hold_out(sets.train, opt.val)
     for seed in (random.seed, np.random.seed, torch.manual_seed):

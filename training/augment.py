@@ -1,0 +1,94 @@
+"""What is drawn for the images of a training, and what becomes of them.
+
+Small images are padded, cropped, mirrored and turned with one gather: a function of (images,
+indices, draws) alone, on the device of the images. Large ones are cut as they are decoded.
+"""
+
+import cv2
+import torch
+from torchvision.transforms import RandomResizedCrop
+
+from dirachead import jpeg_size
+from diracimage import Naming, decode, read_file
+
+FLIPS = {  # name: of how many ways to mirror an image, each is taken for half of them
+    'none': 0,  # digits, letters
+    'horizontal': 1,  # photographs
+    'all': 3,  # left to right, upside down, transposed: in turn, the eight ways a square can lie
+}
+
+
+# ---------------------------------------------------------------- small images, with one gather
+
+
+def draw(n, share, pad, flip, seed):
+    """Draws from the seed of a batch of n what `crop_and_flip` does with the images of a share.
+
+    share: their positions (m,). Returns (shifts of rows and columns (2, m, 1), -pad to pad; whether
+    they are mirrored left to right, upside down and transposed, as many as FLIPS says (k, m, 1)).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shifts = torch.randint(-pad, pad + 1, (2, n, 1), generator=generator)
+    mirrored = torch.rand(FLIPS[flip], n, 1, generator=generator) < 0.5
+    return shifts[:, share], mirrored[:, share]
+
+
+def crop_and_flip(images, indices, shifts, mirrored, reflect=True):
+    """Takes n of the images (N, S, S, C), shifted and mirrored as drawn: (n, S, S, C).
+
+    indices: (n,); shifts, mirrored: as of `draw`, on the device of the images. What a shift brings
+    in from outside is their reflection, or black.
+    """
+    size = images.shape[1]
+    rows, cols = torch.arange(size, device=images.device) + shifts  # (n, S) each
+    if len(mirrored) > 0:
+        cols = torch.where(mirrored[0], cols.flip(1), cols)
+    if len(mirrored) > 1:
+        rows = torch.where(mirrored[1], rows.flip(1), rows)
+    rows, cols = rows[:, :, None], cols[:, None, :]
+    reflected = (size - 1 - (size - 1 - i.abs()).abs() for i in (rows, cols))
+    taken = images[(indices[:, None, None], *reflected)]
+    if not reflect:
+        inside = (rows >= 0) & (rows < size) & (cols >= 0) & (cols < size)  # (n, S, S)
+        taken = taken * inside[..., None]
+    if len(mirrored) > 2:
+        taken = torch.where(mirrored[2][..., None, None], taken.transpose(1, 2), taken).contiguous()
+    return taken
+
+
+# ---------------------------------------------------------------- large images, one by one
+
+
+def reduction(height, width, size):
+    """The most of 1, 2, 4 and 8 by which a crop may shrink and still not be below the size."""
+    return max(k for k in (1, 2, 4, 8) if k == 1 or min(height, width) >= k * size)
+
+
+def read_random_crop(path, size):
+    """Reads a random crop of an image file: uint8 (size, size, 3), RGB.
+
+    Cuts 8 to 100 % of the area at an aspect of 3/4 to 4/3, and resizes (cubic). Draws from torch's
+    global generator. Raises DataError that names an unreadable file.
+    """
+    content = read_file(path)
+    whole, image, factor = jpeg_size(content), None, 1
+    if whole is None:
+        image = decode(content, path)
+        whole = image.shape[:2]
+    shape = torch.empty(3, *whole, device='meta')
+    crop = RandomResizedCrop.get_params(shape, (0.08, 1.0), (3 / 4, 4 / 3))
+    if image is None:  # a large crop is decoded at a part of its size, in a part of the time
+        factor = reduction(*crop[2:], size)
+        image = decode(content, path, factor)
+    top, left, height, width = (round(number / factor) for number in crop)
+    image = image[top : top + height, left : left + width]
+    with Naming(path):
+        return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def flip_at_random(image, flip):
+    """Mirrors an array (S, S, C) as FLIPS says, by draws from torch's global generator."""
+    ways = lambda i: i[:, ::-1], lambda i: i[::-1], lambda i: i.swapaxes(0, 1)
+    for way in ways[: FLIPS[flip]]:
+        image = way(image) if torch.rand(()) < 0.5 else image
+    return image
