@@ -47,10 +47,10 @@ def _is_numbers(values):
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the inputs of a network are: (N, channels, size, size), images less mean, over std.
+    """What the inputs of a network are: (N, C, size, size), in [0, 1], less mean, over std.
 
-    The images are RGB in [0, 1]. Of a network of other channels its file knows no mean and
-    deviation: they are 0 and 1, and what the inputs were made of is for its user to know.
+    The channels are RGB, or those of images of one's own. Of a network of others than three whose
+    file tells no mean and deviation they are 0 and 1.
     """
 
     kind: str  # 'CIFAR10', 'CIFAR100' or 'ImageNet': which networks are for such images
@@ -69,13 +69,14 @@ class Inputs:
         return self.channels, self.size, self.size
 
     @classmethod
-    def of(cls, dataset, image_size=None):
+    def of(cls, dataset, image_size=None, mean=None, std=None):
         """The inputs that the images of a data set become.
 
         dataset: one of SIZES, whose images have that size, or 'Folder', for images of one's own;
-        image_size: pixels of a Folder (without, 32). Up to 64 pixels inputs are those of the CIFAR
-        networks, above of the ImageNet ones. Raises ValueError for another name, or another size
-        than the data set's.
+        image_size: pixels of a Folder (without, 32); mean, std: of each channel, in place of those
+        of the kind. Up to 64 pixels inputs are those of the CIFAR networks, above of the ImageNet
+        ones. Raises ValueError for another name, or another size than the data set's, and for what
+        can be no mean and deviation.
         """
         if dataset != 'Folder' and dataset not in SIZES:
             raise ValueError(f'unknown dataset {dataset!r}: expected one of {", ".join(SIZES)}, '
@@ -86,16 +87,25 @@ class Inputs:
                              f', of {dataset}')
         kind = 'ImageNet' if size > MAX_SMALL else 'CIFAR10'
         kind = dataset if dataset in NORMALISATION else kind
-        return cls(kind, size, *NORMALISATION[kind])
+        if mean is None and std is None:
+            return cls(kind, size, *NORMALISATION[kind])
+        given = [tuple(v) if isinstance(v, (list, tuple)) else () for v in (mean, std)]
+        numbers = all(type(v) in (int, float) and abs(v) < 1e9 for v in sum(given, ()))
+        if not numbers or not len(given[0]) == len(given[1]) > 0 or min(given[1]) <= 0:
+            raise ValueError(f'mean {mean}, std {std}: expected the mean of each channel and, '
+                             'above 0, its deviation')
+        return cls(kind, size, *given)
 
     @classmethod
     def of_args(cls, args):
         """The inputs of a training, by its options in a checkpoint.
 
-        Older ones say 32 of every data set, also of those that have a size of their own.
+        Older ones say 32 of every data set, also of those that have a size of their own, and no
+        mean and deviation, which were those of the kind.
         """
         dataset = args['dataset']
-        return cls.of(dataset, args.get('image_size') if dataset == 'Folder' else None)
+        size = args.get('image_size') if dataset == 'Folder' else None
+        return cls.of(dataset, size, args.get('mean'), args.get('std'))
 
     @classmethod
     def of_fields(cls, said):
@@ -132,6 +142,8 @@ class Inputs:
         """
         pixels, name = _pixels(image)
         image = torch.from_numpy(_as_in_testing(pixels, name, self.size))  # (S, S, 3)
+        if self.channels == 1:
+            image = torch.from_numpy(cv2.cvtColor(image.numpy(), cv2.COLOR_RGB2GRAY))[..., None]
         return normalise(image.permute(2, 0, 1)[None], self)[0]
 
 

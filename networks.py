@@ -94,13 +94,13 @@ def family(name):
     return FAMILIES[name]
 
 
-def build(name, kind, num_classes=None, **options):
-    """Builds a network of FAMILIES, newly drawn: (N, 3, H, W) to logits (N, num_classes).
+def build(name, kind, num_classes=None, in_channels=3, **options):
+    """Builds a network of FAMILIES, newly drawn: (N, C, H, W) to logits (N, num_classes).
 
     kind: of the images, 'CIFAR10', 'CIFAR100' or 'ImageNet'; num_classes: in place of that data
-    set's own; options: those of the family's row, which holds what is not given. Raises ValueError
-    for an unknown name, images or an option that the family does not take, and what the family
-    itself refuses.
+    set's own; in_channels: C; options: those of the family's row, which holds what is not given.
+    Raises ValueError for an unknown name, images or an option that the family does not take, and
+    what the family itself refuses.
     """
     row = family(name)
     if kind not in row.kinds:
@@ -113,6 +113,8 @@ def build(name, kind, num_classes=None, **options):
     num_classes = CLASSES[kind] if num_classes is None else num_classes
     if num_classes < 1:
         raise ValueError(f'num_classes {num_classes}: expected at least 1')
+    if in_channels != 3:
+        raise ValueError(f'{name} takes images of 3 channels, not {in_channels}')
     options = {**row.options, **options}
     if not 0 <= options.get('droprate', 0) < 1:
         raise ValueError(f'droprate {options["droprate"]}: expected at least 0 and less than 1')
@@ -200,7 +202,9 @@ def _told(saved):
 
 def _agreed(args, told, stated):
     """What a file and someone else say of a network, who must not contradict each other."""
-    said = {**args, 'image_size': told.size} if told else args
+    said = args
+    if told:
+        said = {**args, 'image_size': told.size, 'mean': list(told.mean), 'std': list(told.std)}
     differ = [
         f'{name} is {said[name]}, not {value}' for name, value in stated.items()
         # it may be tested on other images, and how its gradients are computed does not matter
@@ -210,7 +214,8 @@ def _agreed(args, told, stated):
         raise ValueError(f'{"; ".join(differ)}: expected the same, or no such option')
     said = {'model': 'diracnet', **stated, **said}
     taken = family(said['model']).options
-    unknown = [f'--{name}' for name in stated.keys() - {'model', 'dataset', 'image_size', *taken}]
+    inputs = {'model', 'dataset', 'image_size', 'mean', 'std'}
+    unknown = [f'--{name}' for name in stated.keys() - inputs - set(taken)]
     if unknown:
         raise ValueError(f'{said["model"]} takes no {", ".join(sorted(unknown))}: expected of '
                          + ', '.join(f'--{name}' for name in taken))
@@ -221,10 +226,10 @@ def _inputs(told, stated, kind=None):
     """The Inputs of a network: those told, as they are stated, or those of its kind."""
     if told:
         inputs = told
-    elif 'image_size' in stated:
-        inputs = Inputs.of('Folder', stated['image_size'])
     else:
-        inputs = Inputs.of(kind or stated.get('dataset', 'CIFAR10'))
+        name = kind or stated.get('dataset', 'CIFAR10')
+        inputs = Inputs.of('Folder' if 'image_size' in stated else name, stated.get('image_size'),
+                           stated.get('mean'), stated.get('std'))
     if kind and (kind == 'ImageNet') != (inputs.kind == 'ImageNet'):
         raise ValueError(f'images of {inputs.size} pixels: expected those of a network for {kind}, '
                          f'{"above" if kind == "ImageNet" else "up to"} {MAX_SMALL} pixels')

@@ -1,14 +1,22 @@
-"""Images of one's own: how they are mirrored."""
+"""Images of one's own: how they are mirrored and normalised."""
 
+import shutil
 
+import cv2
 import numpy as np
 import pytest
 import torch
-from runs import refused, run, write_images
+from runs import assert_same_run, params_of, refused, run, stats_of, write_images
 
+import export
+import networks
+import predict
+import train
+from diracimage import Inputs
 from training import augment, data, options
 
 RNG = np.random.default_rng(0)
+MEAN, STD = (0.2, 0.4, 0.6), (0.1, 0.2, 0.3)
 
 
 @pytest.fixture(scope='module')
@@ -100,10 +108,84 @@ def test_flips_and_crops_are_options_apart(capsys):
 
 def test_older_runs_go_on_as_they_were_augmented(by_folder, pairs, tmp_path, capsys):
     older = torch.load(by_folder / 'model.pt7', weights_only=True)
-    for name in ('flip', 'crop'):
+    for name in ('flip', 'crop', 'normalise', 'mean', 'std'):
         del older['args'][name]
     torch.save(older, tmp_path / 'model.pt7')
     with pytest.raises(SystemExit):
         run(pairs[0], tmp_path / 'new', '--flip', 'all', '--epochs', 3, '--resume', tmp_path)
     assert 'flip was horizontal, is all: expected the same' in capsys.readouterr().err
     run(pairs[0], tmp_path / 'new', '--epochs', 3, '--resume', tmp_path)
+    assert networks.load(tmp_path).inputs == Inputs.of('Folder', 32)
+
+
+# ---------------------------------------------------------------- mean and deviation
+
+
+@pytest.mark.parametrize('size', [32, 72])
+def test_measured_mean_and_deviation(tmp_path, size):
+    write_images(tmp_path / 'train', n=9, size=(size, size + 3))
+    for path in (tmp_path / 'train').rglob('*.png'):  # channels that differ
+        cv2.imwrite(str(path), (cv2.imread(str(path)) * [0.3, 0.6, 0.9] + 20).astype(np.uint8))
+    shutil.copytree(tmp_path / 'train', tmp_path / 'test')
+    inputs = Inputs.of('Folder', size)
+    sets = data.load('Folder', str(tmp_path), inputs)
+    whole = sets.train[torch.arange(18), None, torch.arange(18)][0].double().numpy() / 255
+    mean, std = data.measure(sets.train, nthread=2)
+    assert mean == pytest.approx(whole.mean((0, 2, 3)), abs=1e-6)
+    assert std == pytest.approx(whole.std((0, 2, 3)), abs=1e-6)
+
+
+def test_files_know_their_mean_and_deviation(pairs, tmp_path, capsys):
+    root = pairs[0]
+    numbers = f'[{",".join(map(str, MEAN + STD))}]'
+    run(root, tmp_path / 'run', '--normalise', numbers, '--dtype', 'float', '--epochs', 1)
+    trained = networks.load(tmp_path / 'run')
+    assert (trained.inputs.mean, trained.inputs.std) == (MEAN, STD)
+
+    path = root / 'test' / 'dog' / '3.png'
+    pixels = cv2.imread(str(path))[:, :, ::-1].astype(float) / 255
+    expected = torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1)
+    net, inputs, _ = predict.load(str(tmp_path / 'run'))
+    torch.testing.assert_close(inputs.read(str(path)).double(), expected, rtol=0, atol=1e-5)
+    export.main([str(tmp_path / 'run'), '--to', str(tmp_path / 'net.pth')])
+    assert predict.load(str(tmp_path / 'net.pth'))[1] == inputs
+    assert '(0.2000, 0.4000, 0.6000), over (0.1000, 0.2000, 0.3000)' in capsys.readouterr().out
+
+    evaluate = ['--evaluate', '--dataset', 'Folder', '--dataroot', root, '--dtype', 'float']
+    logged = stats_of(tmp_path / 'run')[0]['test_loss']
+    torch.save(params_of(tmp_path / 'run'), tmp_path / 'bare.pth')
+    for file, more in (('run', []), ('run', ['--normalise', numbers]),
+                       ('bare.pth', ['--normalise', numbers])):
+        train.main([str(word) for word in (*evaluate, '--resume', tmp_path / file, *more)])
+        loss = capsys.readouterr().out.splitlines()[-2]
+        assert float(loss.removeprefix('test_loss: ')) == pytest.approx(logged, abs=1e-4)
+    evaluate += ['--resume', tmp_path / 'run', '--normalise']
+    assert 'mean is [0.2, 0.4, 0.6], not [0.5, 0.5, 0.5]; std is' in refused(
+        capsys, *evaluate, '[0.5,0.5,0.5,1,1,1]')
+    assert 'measured with --evaluate: expected' in refused(capsys, *evaluate, 'measured')
+
+
+def test_a_run_that_measured_goes_on(pairs, tmp_path):
+    run(pairs[0], tmp_path / 'whole', '--normalise', 'measured')
+    run(pairs[0], tmp_path / 'run', '--normalise', 'measured', '--epochs', 1)
+    run(pairs[0], tmp_path / 'run', '--normalise', 'measured', '--resume', 'auto')
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+    args = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)['args']
+    assert args['mean'] == pytest.approx(pairs[1][0].mean((0, 1, 2)) / 255, abs=1e-6)
+    assert args['std'] == pytest.approx(pairs[1][0].std((0, 1, 2)) / 255, abs=1e-6)
+
+
+@pytest.mark.parametrize('numbers', [
+    '[0.5,0.5,0.5]', '[0.5,0.5,0.5,0,1,1]', '[]', '[0.5,"a"]', '{}', '7', 'mine', '[1e999,1]',
+    f'[1{400 * "0"},1]', '[' * 20_000,
+])
+def test_what_is_no_mean_and_deviation(capsys, numbers):
+    assert 'expected measured, or a list of the mean of each channel' in refused(
+        capsys, '--dataset', 'Folder', '--normalise', numbers)
+
+
+def test_mean_of_other_channels_than_the_images(pairs, tmp_path, capsys):
+    error = refused(capsys, '--dataset', 'Folder', '--dataroot', pairs[0], '--depth', 10,
+                    '--normalise', '[0.5,0.5]', '--save', tmp_path / 'run')
+    assert '--normalise of 1 channels: expected 3, of the images' in error
+    assert not (tmp_path / 'run').exists()

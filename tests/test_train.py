@@ -47,7 +47,7 @@ def test_defaults():
         'gpu_id': '', 'ngpu': 1, 'force': False, 'save_every': 0, 'recipe': '', 'augment': True,
         'val': 0, 'lr_schedule': 'step', 'nesterov': False, 'label_smoothing': 0, 'name': '',
         'tensorboard': False, 'pretrained': '', 'compile': False, 'checkpointing': False,
-        'crop': True, 'flip': 'horizontal',
+        'crop': True, 'flip': 'horizontal', 'normalise': '',
     }
 
 

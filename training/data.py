@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from diracimage import MAX_SMALL, SIZES, DataError, Inputs, read_test_image
-from training.distributed import rank
-from training.images import IGNORED, ImageFiles, MemoryImages  # noqa: F401
+from training.distributed import over_ranks, rank, world
+from training.images import IGNORED, ImageFiles, MemoryImages
 
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 
@@ -176,8 +176,8 @@ def load(name, root='.', inputs=None, nthread=4, training=True, **augmentation):
     val/); root: the folder with the files; inputs: the Inputs that the images are for, by default
     the data set's own; nthread: threads that read small images; augmentation: of the training
     images, as `Images.augmented` has it, but `flip` by default the data set's own. Raises DataError
-    for what is wrong with the files, naming the path, and for another size than that of images
-    that come in one, and for others than RGB.
+    for what is wrong with the files, naming the path, and for other sizes or channels than those of
+    images that come in one.
     """
     inputs = inputs or Inputs.of(name)
     if inputs.channels != 3:
@@ -297,3 +297,25 @@ def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1, augment=T
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # the loader draws from it, and not from the global one
     )
+
+
+def measure(images, nthread):
+    """Measures each channel over all pixels of a set of images: (means, deviations), in [0, 1].
+
+    The images are as in testing; several processes share them. Raises DataError for a channel that
+    has one value everywhere, which nothing can be divided by.
+    """
+    counts = torch.zeros(images.shape[-1], 256, dtype=torch.int64)  # of each value
+    for pixels, labels, _ in batches(loader(images, 256, nthread, rank=rank(), world=world())):
+        channels = pixels[labels != IGNORED].transpose(0, 1).flatten(1)
+        counts += torch.stack([channel.bincount(minlength=256) for channel in channels])
+    counts = torch.tensor(over_ranks(counts.flatten().tolist()), dtype=torch.float64)
+    shares = counts.view(-1, 256) / len(images) / images.shape[0] ** 2
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means = shares @ values
+    deviations = (shares * (values - means[:, None]) ** 2).sum(1).sqrt()
+    rounded = [[round(value, 6) for value in row.tolist()] for row in (means, deviations)]
+    if not all(rounded[1]):
+        raise DataError(f'channel {rounded[1].index(0)} of the training images has one value '
+                        'everywhere: expected channels that differ')
+    return rounded

@@ -58,6 +58,25 @@ def epoch_list(text):
     raise argparse.ArgumentTypeError(f'{text!r}: expected a list of epochs, such as [60,120,160]')
 
 
+def normalisation(text):
+    if text in ('', 'measured'):
+        return text
+    with contextlib.suppress(ValueError, RecursionError):
+        numbers = json.loads(text)
+        if isinstance(numbers, list) and Inputs.of('Folder', None, *mean_and_std(numbers)):
+            return numbers
+    raise argparse.ArgumentTypeError(
+        f'{text!r}: expected measured, or a list of the mean of each channel, then the deviation '
+        'of each, such as [0.5,0.5,0.5,0.2,0.2,0.2]'
+    )
+
+
+def mean_and_std(numbers):
+    """The two halves of a list of --normalise."""
+    middle = len(numbers) // 2
+    return numbers[:middle], numbers[middle:]
+
+
 def folder(text):
     return os.path.expanduser(text)
 
@@ -130,6 +149,9 @@ def make_parser():
     add('--flip', default=None, choices=FLIPS,
         help='none for what has a right side, as letters; all, upside down and by quarter turns '
              'too, for images from above; of Digits none (default: horizontal)')
+    add('--normalise', default='', type=normalisation,
+        help='mean and deviation of the channels in [0, 1]: measured, of the training images, or a '
+             'list [MEAN,...,STD,...] (default: of CIFAR-10 or, above 64 pixels, of ImageNet)')
     add('--val', default=0, type=at_least(0, int),
         help='training images to hold out; best.pt7 is then chosen by them, not by the test set')
     add('--nthread', default=min(distributed.cores(), MOST_WORKERS), type=at_least(0, int),
@@ -200,6 +222,8 @@ def _with_sizes(parser, opt):
 
     With --evaluate they are the file's to tell: what is not given stays unsaid.
     """
+    if opt.evaluate and opt.normalise == 'measured':
+        parser.error('--normalise measured with --evaluate: expected its numbers, or none')
     if opt.evaluate:
         given = {name: value for name, value in vars(opt).items() if value is not None}
         return argparse.Namespace(**given)
@@ -276,7 +300,7 @@ def differences(now, before):
     if now['lr_schedule'] != 'step':
         free -= {'epochs'}  # the other schedules stretch over all of them
     if 'dataset' in before:  # what older ones do not say, or say otherwise
-        older = {'crop': True, 'flip': data.flip(before['dataset'])}
+        older = {'crop': True, 'flip': data.flip(before['dataset']), 'normalise': ''}
         before = {**older, **before, 'image_size': Inputs.of_args(before).size}
     return [
         f'{name} was {before[name]}, is {value}'

@@ -47,8 +47,9 @@ class Run:
 
     @property
     def args(self):
-        """The options, as checkpoints and the log have them."""
-        return {**vars(self.opt), 'dtype': self.dtype}
+        """The options, and what they came to, as checkpoints and the log have them."""
+        return {**vars(self.opt), 'dtype': self.dtype, 'mean': list(self.inputs.mean),
+                'std': list(self.inputs.std)}
 
     @property
     def tested(self):
@@ -259,6 +260,28 @@ def load_sets(opt, name, inputs, training=True, **augmentation):
     return distributed.first_before_others(load) if name.startswith('CIFAR') else load()
 
 
+def normalised(inputs, opt, images, before):
+    """The Inputs that --normalise makes of these: as asked, or as the training images have them.
+
+    before: the options of the run that goes on, which has measured them. Raises ValueError for
+    other channels than those of the images.
+    """
+    known = before.get('normalise') == 'measured' and {'mean', 'std'} <= before.keys()
+    if opt.normalise == 'measured' and known:
+        mean, std = before['mean'], before['std']
+    elif opt.normalise == 'measured':
+        mean, std = data.measure(images, opt.nthread)
+    elif opt.normalise:
+        mean, std = options.mean_and_std(opt.normalise)
+    else:
+        mean, std = inputs.mean, inputs.std
+    inputs = Inputs.of(opt.dataset, opt.image_size, mean, std)
+    if inputs.channels != images.shape[-1]:
+        raise ValueError(f'--normalise of {inputs.channels} channels: expected '
+                         f'{images.shape[-1]}, of the images')
+    return inputs
+
+
 def keep_freed_memory():
     """Has glibc keep what a step frees for the next one: given back, it comes page by page again.
 
@@ -297,10 +320,11 @@ def prepare(opt, device, lock):
     sets = load_sets(opt, opt.dataset, inputs, **augmentation)
     if opt.val:
         sets.train, sets.val = data.hold_out(sets.train, opt.val)
+    inputs = normalised(inputs, opt, sets.train, loaded['args'])
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(opt.seed % 2**32)
     try:
-        network = build(len(sets.classes)).to(device, stored(dtype))
+        network = build(len(sets.classes), inputs.channels).to(device, stored(dtype))
     except RuntimeError as error:  # of memory
         raise ValueError(f'the network cannot be made: {str(error).splitlines()[0]}') from error
     torch.manual_seed(opt.seed + rank())  # the same network, but dropout of its own
@@ -323,6 +347,8 @@ def load_to_test(opt):
     """
     names = ('model', 'dataset', 'image_size', *options.MODEL_OPTIONS)
     stated = {name: value for name, value in vars(opt).items() if name in names}
+    if opt.normalise:
+        stated |= zip(('mean', 'std'), options.mean_and_std(opt.normalise))
     trained = networks.load(opt.save if opt.resume == 'auto' else opt.resume, stated)
     name = stated.get('dataset') or trained.args.get('dataset', 'CIFAR10')
     sets = load_sets(opt, name, trained.inputs, training=False)
