@@ -100,10 +100,8 @@ def make_step(network, inputs, dtype, device, label_smoothing=0.0):
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16'):
             logits = network(pixels)
         logits = logits.to(precision)
-        loss = F.cross_entropy(
-            logits, labels, reduction='sum', ignore_index=data.IGNORED,
-            label_smoothing=label_smoothing,
-        )
+        loss = F.cross_entropy(logits, labels, reduction='sum', ignore_index=data.IGNORED,
+                               label_smoothing=label_smoothing)
         return loss * (world() / whole), logits
 
     return step
@@ -138,7 +136,7 @@ def print_beginning(what, network, sets, device, dtype):
         *[f'  {name:<40}{str(tuple(tensor.shape)):<20}{tensor.numel():>12,}'
           for name, tensor in params.items()],
         f'  {"total":<60}{sum(p.numel() for p in params.values()):>12,}\n',
-        f'{sets.name}: {training}{len(sets.test)} test images, {len(sets.classes)} '
+        f'{sets.name or "given"}: {training}{len(sets.test)} test images, {len(sets.classes)} '
         f'classes; computing on {world()} x {device.type} in {dtype}',
     )
 
@@ -267,23 +265,22 @@ def test(opt, device, trained, sets):
         print(f'test_acc: {figures["test_acc"]:.2f}')
 
 
-def main(argv=None):
+def main(argv=None, sets=None):
+    """Does what the options say, by default those of the command line, and ends as a command does.
+
+    sets: the Data to train or test on, in place of --dataset: see `training.data.Data.of`.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    opt = options.parse_options(argv)
-    command = f'train.py {shlex.join(argv)}'
+    opt = options.parse_options(argv, sets)
+    command = f'{"SCRIPT, its options" if sets else "train.py"} {shlex.join(argv)}'
     with checkpoint.Lock(opt.save) as lock:
         with errors_in_one_line('train.py', (ValueError, OSError)):
-            if opt.ngpu > 1 and 'LOCAL_RANK' not in os.environ:
-                raise ValueError(
-                    f'--ngpu {opt.ngpu}: start it as: torchrun --nproc_per_node={opt.ngpu} '
-                    f'{command}'
-                )
             if opt.gpu_id:
                 os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
             device = distributed.start(opt.deterministic)
             if device.type == 'cpu':
                 keep_freed_memory()
-            begun = load_to_test(opt) if opt.evaluate else prepare(opt, device, lock)
+            begun = load_to_test(opt, sets) if opt.evaluate else prepare(opt, device, lock, sets)
         try:
             # from here on other errors are faults of the program, and keep their traceback
             with errors_in_one_line('train.py', (DataError, DivergedError, OSError)):

@@ -1,22 +1,30 @@
-"""Images of one's own: how they are mirrored and normalised."""
+"""Images of one's own: how they are mirrored and normalised, and given from Python."""
 
+import os
 import shutil
+import signal
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from pages import blocks
 from runs import assert_same_run, params_of, refused, run, stats_of, write_images
+from torch.utils.data import Dataset, TensorDataset
+from torchvision.transforms import functional
 
 import export
 import networks
 import predict
 import train
-from diracimage import Inputs
+from diracfold import fold
+from diracimage import Inputs, normalise
 from training import augment, data, options
+from training.data import Data
 
 RNG = np.random.default_rng(0)
 MEAN, STD = (0.2, 0.4, 0.6), (0.1, 0.2, 0.3)
+GIVEN = ['--depth', 10, '--batch_size', 12, '--epochs', 2, '--epoch_step', '[2]']  # as `run` says
 
 
 @pytest.fixture(scope='module')
@@ -36,6 +44,10 @@ def by_folder(pairs, tmp_path_factory):
     folder = tmp_path_factory.mktemp('folder') / 'run'
     run(pairs[0], folder, '--flip', 'all')
     return folder
+
+
+def go(sets, folder, *options_):
+    train.main([str(option) for option in (*GIVEN, '--save', folder, *options_)], sets)
 
 
 # ---------------------------------------------------------------- flips
@@ -106,6 +118,21 @@ def test_flips_and_crops_are_options_apart(capsys):
     assert '--no-augment and --flip all both given: expected one of them' in error
 
 
+def test_a_run_is_flipped_and_cropped_as_asked(pairs, tmp_path):
+    """Of images that are their own mirror images, flips alone change nothing."""
+    half = RNG.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    half = np.concatenate([half, half[:, ::-1]], axis=1)
+    images = np.concatenate([half, half[:, :, ::-1]], axis=2)
+    images = (images // 2 + images.swapaxes(1, 2) // 2).astype(np.uint8)
+    sets = Data.of((images, np.arange(24) % 2), (images[:6], np.arange(6) % 2))
+    for name, options_ in {'plain': ['--no-augment'], 'flips': ['--no-crop', '--flip', 'all'],
+                           'crops': ['--flip', 'none']}.items():
+        go(sets, tmp_path / name, '--epochs', 1, *options_)
+    plain = params_of(tmp_path / 'plain')
+    assert all(torch.equal(p, plain[k]) for k, p in params_of(tmp_path / 'flips').items())
+    assert not torch.equal(params_of(tmp_path / 'crops')['conv'], plain['conv'])
+
+
 def test_older_runs_go_on_as_they_were_augmented(by_folder, pairs, tmp_path, capsys):
     older = torch.load(by_folder / 'model.pt7', weights_only=True)
     for name in ('flip', 'crop', 'normalise', 'mean', 'std'):
@@ -133,6 +160,30 @@ def test_measured_mean_and_deviation(tmp_path, size):
     mean, std = data.measure(sets.train, nthread=2)
     assert mean == pytest.approx(whole.mean((0, 2, 3)), abs=1e-6)
     assert std == pytest.approx(whole.std((0, 2, 3)), abs=1e-6)
+
+
+@pytest.mark.parametrize('channels', [1, 5])
+def test_channels_of_arrays(channels):
+    images = RNG.integers(0, 200, (30, 8, 8, channels), dtype=np.uint8)
+    labels = np.arange(30) % 3
+    given = images[..., 0] if channels == 1 else images
+    sets = Data.of((given, labels), (given[:6], labels[:6]))
+    assert (sets.train.shape, sets.classes) == ((8, 8, channels), ['0', '1', '2'])
+    opt = options.parse_options(['--normalise', 'measured'], sets)
+    assert options.parse_options([], sets) == opt  # there is no other for such images
+    mean, std = data.measure(sets.train, 0)
+    inputs = Inputs.of('Folder', 8, mean, std)
+    assert inputs.channels == channels
+    batch, _, _ = sets.test[torch.tensor([4, 2]), None, torch.arange(2)]
+    expected = (images[[4, 2]] / 255 - images.mean((0, 1, 2)) / 255) / (
+        images.std((0, 1, 2)) / 255)
+    np.testing.assert_allclose(data_inputs(batch, inputs), expected, atol=2e-5)
+    with pytest.raises(ValueError, match=f'images of {channels} channels: expected 3'):
+        data_inputs(batch, Inputs.of('Folder', 8))
+
+
+def data_inputs(batch, inputs):
+    return normalise(batch, inputs, torch.float64).permute(0, 2, 3, 1).numpy()
 
 
 def test_files_know_their_mean_and_deviation(pairs, tmp_path, capsys):
@@ -189,3 +240,182 @@ def test_mean_of_other_channels_than_the_images(pairs, tmp_path, capsys):
                     '--normalise', '[0.5,0.5]', '--save', tmp_path / 'run')
     assert '--normalise of 1 channels: expected 3, of the images' in error
     assert not (tmp_path / 'run').exists()
+
+
+# ---------------------------------------------------------------- given from Python
+
+
+class Items(Dataset):
+    """The images of a pair, one by one, as one of the things that a Dataset may give."""
+
+    classes = ('cat', 'dog')
+
+    def __init__(self, pair, kind):
+        self.images, self.labels, self.kind = *pair, kind
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        make = {'PIL': functional.to_pil_image, 'array': np.asarray, 'float': functional.to_tensor,
+                'tensor': lambda image: torch.from_numpy(image).permute(2, 0, 1)}[self.kind]
+        return make(self.images[i]), self.labels[i]
+
+
+@pytest.mark.parametrize('kind', ['arrays', 'PIL', 'array', 'tensor', 'float'])
+def test_given_data_train_as_the_same_images_in_a_folder(pairs, by_folder, tmp_path, kind):
+    _, *given = pairs
+    if kind == 'arrays':
+        sets = Data.of(*given, classes=['cat', 'dog'])
+    else:
+        sets = Data.of(*(Items(pair, kind) for pair in given))
+    workers = {'PIL': 2}.get(kind, 0)
+    go(sets, tmp_path / 'run', '--flip', 'all', '--nthread', workers)
+    assert_same_run(tmp_path / 'run', by_folder)
+    assert sets.train.flip == 'none'  # what was given is as it was
+
+
+def test_the_lines_of_the_docs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (text,) = [text for language, text in blocks('docs/training.md') if language == 'python']
+    assert len([line for line in text.splitlines() if line]) <= 10
+    names = {}
+    exec(text, names)
+    stats = stats_of(tmp_path / 'runs' / 'mine')
+    assert [s['epoch'] for s in stats] == [1, 2, 3]
+    assert stats[-1]['test_acc'] > 80  # of ten digits
+    assert 'given: 1500 training and 297 test images, 10 classes' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        exec(text, names)
+    assert 'runs/mine holds a run: expected --resume auto' in capsys.readouterr().err
+    train.main(['--evaluate', '--resume', 'runs/mine'], names['sets'])
+    accuracy = capsys.readouterr().out.splitlines()[-1]
+    assert accuracy == f'test_acc: {stats[-1]["test_acc"]:.2f}'
+
+
+def test_given_data_are_held_out_and_stopped_and_go_on(pairs, tmp_path, capsys):
+    class Stopping(Items):
+        left = 60
+
+        def __getitem__(self, i):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(i)
+
+    _, train_pair, test_pair = pairs
+    arrays = Data.of(train_pair, test_pair, ['cat', 'dog'])
+    more = ['--val', 8, '--nthread', 0]
+    go(arrays, tmp_path / 'whole', *more)
+    with pytest.raises(SystemExit) as stopped:
+        go(Data.of(Stopping(train_pair, 'array'), Items(test_pair, 'array')), tmp_path / 'run',
+           *more)
+    assert stopped.value.code == 143
+    assert 'saved; go on with: python SCRIPT, its options --depth 10' in capsys.readouterr().out
+    go(arrays, tmp_path / 'run', *more, '--resume', 'auto')
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+    assert all('val_acc' in epoch for epoch in stats_of(tmp_path / 'run'))
+
+
+def test_a_run_goes_on_with_its_own_data_alone(pairs, tmp_path, capsys):
+    _, (images, labels), test_pair = pairs
+    names = ['cat', 'dog']
+
+    def refusal(sets, *options_):
+        with pytest.raises(SystemExit) as stopped:
+            go(sets, tmp_path, '--epochs', 2, '--resume', 'auto', *options_)
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.count('\n') == 1
+        return error
+
+    go(Data.of((images, labels), test_pair, names), tmp_path, '--epochs', 1)
+    capsys.readouterr()
+    fewer = Data.of((images[4:], labels[4:]), test_pair, names)
+    assert ('given was 32 + 10 images (32, 32, 3), is 28 + 10 images (32, 32, 3): expected the '
+            'same, or --force') in refusal(fewer)
+    small = Data.of((images[:, :16, :16], labels), (test_pair[0][:, :16, :16], test_pair[1]), names)
+    assert 'image_size was 32, is 16; ' in refusal(small)
+    others = Data.of((images, labels), test_pair, ['owl', 'yak'])
+    assert 'of other classes than the data set, which has 2, owl to yak: expected 2, cat' in (
+        refusal(others))
+    with pytest.raises(SystemExit):
+        train.main(['--evaluate', '--resume', str(tmp_path)], small)
+    assert 'test images are (16, 16, 3): expected (32, 32, 3), as those of' in (
+        capsys.readouterr().err)
+
+
+def test_random_transforms_of_a_dataset_follow_the_seed(pairs, tmp_path):
+    class Noisy(Items):
+        def __getitem__(self, i):
+            image, label = super().__getitem__(i)
+            return torch.where(torch.rand(32, 32) < 0.1, 0, image), label
+
+    def epoch(workers):
+        sets = Data.of(Noisy(pairs[1], 'tensor'), Items(pairs[2], 'tensor'))
+        return torch.cat([images for images, *_ in data.loader(sets.train, 12, workers, seed=1)])
+
+    assert torch.equal(epoch(0), epoch(2))
+
+
+def arrays(n=6, shape=(8, 8, 3), dtype=np.uint8, labels=None):
+    return np.ones((n, *shape), dtype), np.arange(n) % 2 if labels is None else labels
+
+
+@pytest.mark.parametrize(('given', 'message'), [
+    ((arrays(dtype=np.float32), arrays()), r'images are torch.float32 \(6, 8, 8, 3\): expected'),
+    ((arrays(shape=(8, 9, 3)), arrays()), '6 images of 8 x 9 pixels: expected square ones'),
+    ((arrays(shape=(4, 4)), arrays()), '6 images of 4 x 4 pixels: expected square ones of 8'),
+    ((arrays(n=0), arrays()), '0 images'),
+    ((arrays(), arrays(shape=(8, 8))), r'are \(8, 8, 3\), test images \(8, 8, 1\): expected the'),
+    ((arrays(labels=np.ones(6)), arrays()), r'labels are torch.float64 \(6,\): expected numbers'),
+    ((arrays(labels=np.zeros((6, 1), int)), arrays()), r'labels are torch.int64 \(6, 1\)'),
+    ((arrays(), arrays(), ['a']), '1 classes: expected two or more'),
+    ((arrays(labels=np.arange(6)), arrays(), ['a', 'b']), 'labels are 0 to 5: expected 0 to 1'),
+    ((arrays(labels=np.arange(6) - 1), arrays()), 'labels are -1 to 4: expected 0 to 4'),
+    (([*zip(*arrays())], arrays()), '6 arrays: expected images and labels'),
+    ((Items(arrays(labels=[2] * 6), 'PIL'), arrays()), 'item 0 of the Dataset: label 2: expected'),
+    ((Items(arrays(dtype=np.int64), 'array'), arrays()),
+     r'item 0 of the Dataset: an image of torch.int64 \(8, 8, 3\): expected uint8'),
+    ((Items(arrays(labels=[[1]] * 6), 'PIL'), arrays()), "item 0 of the Dataset: 'list' object"),
+    ((Items(arrays(n=0), 'array'), arrays()), 'a Dataset of 0 images: expected some'),
+    ((TensorDataset(torch.ones(6, 3, 8, 8)), arrays()), 'a Dataset without classes: expected'),
+])
+def test_what_cannot_be_trained_on(given, message):
+    with pytest.raises(data.DataError, match=message):
+        Data.of(*given)
+
+
+def test_items_of_several_sizes_end_in_one_line(pairs, tmp_path, capsys):
+    class Growing(Items):
+        def __getitem__(self, i):
+            return np.zeros((8 + i, 8 + i, 3), np.uint8), self.labels[i]
+
+    sets = Data.of(Growing(pairs[1], ''), Growing(pairs[2], ''))
+    with pytest.raises(SystemExit) as stopped:
+        go(sets, tmp_path, '--nthread', 1)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith('train.py: item ')
+    assert error.endswith(': expected (8, 8, 3), as the first')
+
+
+def test_data_beside_a_name_are_refused(pairs, capsys):
+    sets = Data.of(*pairs[1:])
+    for flags in (['--dataset', 'CIFAR10'], ['--image_size', '32']):
+        with pytest.raises(SystemExit):
+            train.main(flags, sets)
+        assert 'and data from Python: expected one of them' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.main([], Data.of(None, pairs[2]))
+    assert 'no training images: expected some, or --evaluate' in capsys.readouterr().err
+
+
+def test_folded_network_of_given_data(pairs, by_folder):
+    """What was folded takes the inputs of the run, whose file alone is read."""
+    trained = networks.load(by_folder)
+    batch = torch.from_numpy(pairs[2][0]).permute(0, 3, 1, 2)
+    inputs = torch.from_numpy(data_inputs(batch, trained.inputs)).permute(0, 3, 1, 2)
+    network, folded = trained.network.double(), fold(trained.network, torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(inputs), network(inputs))

@@ -1,7 +1,8 @@
 """From files to batches: uint8 images (N, C, H, W), those of files RGB, and labels (N,).
 
-`load` gives a training and a test set by name; `loader` makes batches of one of them, which
-training/images.py describes. `diracimage.normalise` is the last step, on the device that trains.
+`load` gives a training and a test set by name, `Data.of` those that Python has; `loader` makes
+batches of one of them, which training/images.py describes. `diracimage.normalise` is the last step,
+on the device that trains.
 """
 
 import os
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from diracimage import MAX_SMALL, SIZES, DataError, Inputs, read_test_image
 from training.distributed import over_ranks, rank, world
-from training.images import IGNORED, ImageFiles, MemoryImages
+from training.images import IGNORED, DatasetImages, ImageFiles, MemoryImages
 
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 
@@ -39,12 +40,71 @@ class Data:
     test: Dataset
     classes: list
     val: Dataset = None
-    name: str = ''  # by which `load` was asked for it
+    name: str = ''  # by which `load` was asked for it; of images that Python has, none
+
+    @classmethod
+    def of(cls, train, test, classes=None):
+        """Data of one's own, for train.main: each of train and test is a pair or a Dataset.
+
+        A pair is of images, uint8 (N, S, S) or (N, S, S, C), and labels (N,), counted from 0, as
+        arrays or tensors. Of a torch Dataset see DatasetImages. train: None, to test only;
+        classes: their names, without which those of the Dataset or the numbers of the labels are
+        taken. Raises DataError for what cannot be trained on.
+        """
+        given = [images for images in (train, test) if images is not None]
+        for images in given:
+            if isinstance(images, (tuple, list)) and len(images) != 2:
+                raise DataError(f'{len(images)} arrays: expected images and labels')
+        names = [str(name) for name in (_names(given) if classes is None else classes)]
+        if len(names) < 2:
+            raise DataError(f'{len(names)} classes: expected two or more')
+        sets = [_given(images, len(names)) for images in given]
+        if sets[0].shape != sets[-1].shape:
+            raise DataError(f'training images are {sets[0].shape}, test images {sets[-1].shape}: '
+                            'expected the same')
+        return cls(sets[0] if sets[1:] else None, sets[-1], names)
+
+    def __str__(self):
+        numbers = [len(images) for images in (self.train, self.test) if images is not None]
+        return f'{" + ".join(map(str, numbers))} images {self.test.shape}'
 
     def augmented(self, **augmentation):
         """The same, its training images augmented: see `Images.augmented`."""
         train = None if self.train is None else self.train.augmented(**augmentation)
         return replace(self, train=train)
+
+
+def _names(given):
+    """The class names of Datasets or, in pairs, the numbers that stand for classes."""
+    for images in given:
+        if hasattr(images, 'classes'):
+            return images.classes
+        if not isinstance(images, (tuple, list)):
+            raise DataError('a Dataset without classes: expected their names')
+    return range(1 + max(int(np.max(labels, initial=-1)) for _, labels in given))
+
+
+def _given(images, num_classes):
+    """A pair of arrays, or a Dataset, as Images of so many classes; raises DataError."""
+    if not isinstance(images, (tuple, list)):
+        images = DatasetImages(images, num_classes)
+    else:
+        pixels, labels = (torch.as_tensor(np.ascontiguousarray(array)) for array in images)
+        if pixels.dtype != torch.uint8 or pixels.ndim not in (3, 4):
+            raise DataError(f'images are {pixels.dtype} {tuple(pixels.shape)}: expected uint8 '
+                            '(N, S, S) or (N, S, S, C)')
+        if labels.is_floating_point() or labels.shape != pixels.shape[:1]:
+            raise DataError(f'labels are {labels.dtype} {tuple(labels.shape)}: expected numbers of '
+                            f'classes ({len(pixels)},)')
+        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise DataError(f'labels are {labels.min()} to {labels.max()}: expected 0 to '
+                            f'{num_classes - 1}')
+        images = MemoryImages(pixels, labels.long())
+    height, width, _ = images.shape
+    if len(images) == 0 or height != width or height < 8:
+        raise DataError(f'{len(images)} images of {height} x {width} pixels: expected square ones '
+                        'of 8 or more')
+    return images
 
 
 # ---------------------------------------------------------------- from names to data sets

@@ -1,20 +1,27 @@
 """Sets of images, and what a batch of one is: uint8 images (n, C, S, S) and labels (n,).
 
-In memory, or in files. How one image is read is in diracimage,
+In memory, in files, or the items of any Dataset of torch. How one image is read is in diracimage,
 what is done to it at random in training/augment.py.
 
 A batch is drawn by its indices and a seed of its own, so that the seed of a run fixes every pixel
 of it, whatever the number of workers.
 """
 
+import operator
+
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from diracimage import DataError, read_test_image
 from training.augment import crop_and_flip, draw, flip_at_random, read_random_crop
 
 IGNORED = -100  # as a label: what cross_entropy leaves out
+
+
+def _check_pad(pad, shape):
+    if pad >= shape[0]:
+        raise DataError(f'randomcrop_pad {pad}: expected less than the image size, {shape[0]}')
 
 
 class Images(Dataset):
@@ -53,10 +60,7 @@ class MemoryImages(Images):
         if self.images.ndim == 3:
             self.images = self.images[..., None]
         self.shape = tuple(self.images.shape[1:])
-        if pad >= self.shape[0]:
-            raise DataError(
-                f'randomcrop_pad {pad}: expected less than the image size, {self.shape[0]}'
-            )
+        _check_pad(pad, self.shape)
         self.pad, self.flip, self.reflect = pad, flip, reflect
 
     def subset(self, indices):
@@ -104,3 +108,77 @@ class ImageFiles(Images):
                 read = read_random_crop if self.crop else read_test_image
                 images[i] = flip_at_random(read(path, self.size), self.flip)
         return torch.from_numpy(images), self.labels[indices[share]]
+
+
+def _pixels(image):
+    """An image of a Dataset: uint8 (H, W, C). Raises DataError for what is none."""
+    mode = getattr(image, 'mode', '')  # of PIL
+    if isinstance(image, torch.Tensor):
+        if image.is_floating_point() and image.min() >= 0 and image.max() <= 1:
+            image = image.mul(255).round().byte()
+        image = image.permute(1, 2, 0) if image.ndim == 3 else image
+    elif mode and mode not in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA'):
+        raise DataError(f'a PIL image of mode {mode}: expected 8 bits a channel, grey or RGB')
+    else:
+        image = image.convert('RGB') if mode not in ('', 'L', 'RGB') else image
+        image = torch.as_tensor(np.array(image))
+    if image.dtype != torch.uint8 or image.ndim not in (2, 3):
+        raise DataError(f'an image of {image.dtype} {tuple(image.shape)}: expected uint8 (S, S), '
+                        '(S, S, C), a tensor (C, S, S), or one in [0, 1]')
+    return image[..., None] if image.ndim == 2 else image
+
+
+class DatasetImages(Images):
+    """The items (image, label) of a torch Dataset, read as they are needed.
+
+    An image is one of PIL, an array uint8 (S, S) or (S, S, C), or, as torchvision has them, a
+    tensor (C, S, S), uint8 or in [0, 1]; all are of the size of the first. They are augmented as
+    those in memory, after transforms of the Dataset's own, whose draws from torch's generator
+    follow the seed of the run. Raises DataError that names an item which is something else.
+    """
+
+    def __init__(self, items, num_classes, pad=0, flip='none', reflect=True):
+        if len(items) == 0:
+            raise DataError('a Dataset of 0 images: expected some')
+        self.items, self.num_classes = items, num_classes
+        self.shape = tuple(self._item(0)[0].shape)
+        _check_pad(pad, self.shape)
+        self.pad, self.flip, self.reflect = pad, flip, reflect
+
+    def __len__(self):
+        return len(self.items)
+
+    def subset(self, indices):
+        items = Subset(self.items, indices.tolist())
+        return DatasetImages(items, self.num_classes, self.pad, self.flip, self.reflect)
+
+    def augmented(self, crop=True, pad=0, flip='horizontal', reflect=True):
+        return DatasetImages(self.items, self.num_classes, pad if crop else 0, flip, reflect)
+
+    def _item(self, i):
+        image, label = self.items[i]
+        try:
+            image, label = _pixels(image), operator.index(label)
+        except (DataError, TypeError) as error:
+            raise DataError(f'item {i} of the Dataset: {error}') from error
+        if not 0 <= label < self.num_classes:
+            raise DataError(f'item {i} of the Dataset: label {label}: expected 0 to '
+                            f'{self.num_classes - 1}')
+        return image, label
+
+    def read(self, indices, seed, share):
+        items = []
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            for position in share.tolist():
+                if seed is not None:
+                    torch.manual_seed(seed + position)
+                items.append(self._item(int(indices[position])))
+                if items[-1][0].shape != self.shape:
+                    raise DataError(f'item {indices[position]} of the Dataset is '
+                                    f'{tuple(items[-1][0].shape)}: expected {self.shape}, as the '
+                                    'first')
+        images, labels = torch.stack([image for image, _ in items]), [label for _, label in items]
+        if seed is not None:
+            draws = draw(len(indices), share, self.pad, self.flip, seed)
+            images = crop_and_flip(images, torch.arange(len(images)), *draws, self.reflect)
+        return images, torch.tensor(labels)

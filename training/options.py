@@ -217,11 +217,15 @@ def _with_recipe(parser, argv, recipe):
     return opt
 
 
-def _with_sizes(parser, opt):
-    """Fills in what is not given of the network and its inputs.
+def _with_sizes(parser, opt, sets):
+    """Fills in what is not given of the network and its inputs, by the `sets` if there are some.
 
     With --evaluate they are the file's to tell: what is not given stays unsaid.
     """
+    if sets and (opt.dataset or opt.image_size):
+        parser.error('--dataset or --image_size, and data from Python: expected one of them')
+    if sets and not sets.train and not opt.evaluate:
+        parser.error('no training images: expected some, or --evaluate')
     if opt.evaluate and opt.normalise == 'measured':
         parser.error('--normalise measured with --evaluate: expected its numbers, or none')
     if opt.evaluate:
@@ -233,9 +237,9 @@ def _with_sizes(parser, opt):
     if unknown:
         taken = ', '.join(f'--{name}' for name in family)
         parser.error(f'--model {model} takes no {", ".join(unknown)}: expected of {taken}')
-    name = opt.dataset or 'CIFAR10'
+    name = 'Folder' if sets else opt.dataset or 'CIFAR10'
     try:
-        inputs = Inputs.of(name, opt.image_size)
+        inputs = Inputs.of(name, sets.test.shape[0] if sets else opt.image_size)
     except ValueError as error:
         parser.error(f'--{error}')
     if not opt.augment and opt.flip not in (None, 'none'):
@@ -245,13 +249,18 @@ def _with_sizes(parser, opt):
                      f'{inputs.size}')
     filled_in = {**family, **vars(opt), 'model': model, 'dataset': name, 'image_size': inputs.size,
                  'flip': opt.flip or data.flip(name)}
+    if sets:  # what a run that goes on can know them by
+        filled_in['given'] = str(sets)
+        if sets.test.shape[-1] != 3:
+            filled_in['normalise'] = opt.normalise or 'measured'
     return argparse.Namespace(**filled_in)
 
 
-def parse_options(argv):
+def parse_options(argv, sets=None):
     """Parses a list of flags: a namespace of plain values, with those of the model's family only.
 
-    Anything wrong ends the process with one line on stderr and status 2.
+    sets: the Data that are given beside them, if they are. Anything wrong ends the process with one
+    line on stderr and status 2.
     """
     parser = make_parser()
     opt = parser.parse_args(argv)
@@ -265,13 +274,16 @@ def parse_options(argv):
         parser.error('--tensorboard: expected the package: pip install tensorboard')
     if not re.fullmatch(r'(\d+(,\d+)*)?', opt.gpu_id):
         parser.error(f'--gpu_id {opt.gpu_id!r}: expected numbers of devices, such as 0 or 0,1')
+    if opt.ngpu > 1 and 'LOCAL_RANK' not in os.environ:
+        parser.error(f'--ngpu {opt.ngpu}: start it as: torchrun --nproc_per_node={opt.ngpu} '
+                     f'train.py {shlex.join(argv)}')
     if opt.name and opt.save != parser.get_default('save'):
         parser.error('--name and --save both given: expected one of them')
     if opt.name:
         opt.save = os.path.join('runs', opt.name)
     if not opt.save or not opt.evaluate and not _can_be_made(opt.save):
         parser.error(f'--save {opt.save!r}: expected a folder that can be written')
-    return _with_sizes(parser, opt)
+    return _with_sizes(parser, opt, sets)
 
 
 def _can_be_made(path):

@@ -295,10 +295,11 @@ def keep_freed_memory():
         libc.mallopt(mmap_max, 0)  # blocks that are mapped one by one go back when they are freed
 
 
-def prepare(opt, device, lock):
+def prepare(opt, device, lock, sets=None):
     """Begins a training, or goes on with the one in a checkpoint: a Run.
 
-    lock: of --save, taken before anything there is read. Raises ValueError or OSError.
+    lock: of --save, taken before anything there is read; sets: the Data to train on, in place of
+    those that --dataset names. Raises ValueError or OSError.
     """
     inputs = Inputs.of(opt.dataset, opt.image_size)
     build = functools.partial(networks.build, opt.model, inputs.kind, **options.of_model(opt))
@@ -317,7 +318,8 @@ def prepare(opt, device, lock):
         check_options(path, {**vars(opt), 'dtype': dtype}, loaded['args'])
     augmentation = {'crop': opt.crop, 'pad': opt.randomcrop_pad, 'flip': opt.flip,
                     'reflect': networks.FAMILIES[opt.model].crop_padding == 'reflect'}
-    sets = load_sets(opt, opt.dataset, inputs, **augmentation)
+    sets = (sets.augmented(**augmentation) if sets
+            else load_sets(opt, opt.dataset, inputs, **augmentation))
     if opt.val:
         sets.train, sets.val = data.hold_out(sets.train, opt.val)
     inputs = normalised(inputs, opt, sets.train, loaded['args'])
@@ -340,10 +342,11 @@ def prepare(opt, device, lock):
     return run
 
 
-def load_to_test(opt):
+def load_to_test(opt, sets=None):
     """Loads the network of --resume and the test set it is asked for: (Trained, Data).
 
-    Raises ValueError or OSError for what the user can mend.
+    sets: the Data to test on, if they are given. Raises ValueError or OSError for what the user can
+    mend.
     """
     names = ('model', 'dataset', 'image_size', *options.MODEL_OPTIONS)
     stated = {name: value for name, value in vars(opt).items() if name in names}
@@ -351,7 +354,11 @@ def load_to_test(opt):
         stated |= zip(('mean', 'std'), options.mean_and_std(opt.normalise))
     trained = networks.load(opt.save if opt.resume == 'auto' else opt.resume, stated)
     name = stated.get('dataset') or trained.args.get('dataset', 'CIFAR10')
-    sets = load_sets(opt, name, trained.inputs, training=False)
+    sets = sets or load_sets(opt, name, trained.inputs, training=False)
+    expected = (trained.inputs.size, trained.inputs.size, trained.inputs.channels)
+    if sets.test.shape != expected:
+        raise ValueError(f'test images are {sets.test.shape}: expected {expected}, as those of '
+                         f'{trained.path}')
     known = None if opt.force else trained.classes
     networks.check_classes(trained.path, trained.num_classes, known, sets.classes)
     return trained, sets
