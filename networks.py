@@ -113,13 +113,15 @@ def build(name, kind, num_classes=None, in_channels=3, **options):
     num_classes = CLASSES[kind] if num_classes is None else num_classes
     if num_classes < 1:
         raise ValueError(f'num_classes {num_classes}: expected at least 1')
-    if in_channels != 3:
+    if in_channels != 3 and 'depth' not in row.options:
         raise ValueError(f'{name} takes images of 3 channels, not {in_channels}')
     options = {**row.options, **options}
     if not 0 <= options.get('droprate', 0) < 1:
         raise ValueError(f'droprate {options["droprate"]}: expected at least 0 and less than 1')
     if 'depth' in options:
-        net = topology(options.pop('depth'), options.pop('width'), kind, num_classes)
+        net = topology(
+            options.pop('depth'), options.pop('width'), kind, num_classes, in_channels
+        )
         return row.build(net, **options)
     return row.build(num_classes, **options)
 
@@ -274,7 +276,7 @@ def _of_family(saved, told, said):
     with torch.device('meta'):
         *_, last = build(name, inputs.kind, **sizes).state_dict()  # the bias of the last layer
         num_classes = len(saved.params.get(last, ())) or None
-        network = build(name, inputs.kind, num_classes, **sizes)
+        network = build(name, inputs.kind, num_classes, inputs.channels, **sizes)
     if saved.params.keys() != network.state_dict().keys():
         folded = fold(network)
         network = folded if saved.params.keys() == folded.state_dict().keys() else network

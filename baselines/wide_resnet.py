@@ -33,7 +33,7 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width for CIFAR: (N, 3, H, W) to logits (N, num_classes).
+    """WRN-depth-width for CIFAR: (N, in_channels, H, W) to logits (N, num_classes).
 
     net: a diracnet.Topology, of depth 6n + 4; droprate: of the dropout between the convolutions of
     a block.
@@ -41,7 +41,7 @@ class WideResNet(nn.Module):
 
     def __init__(self, net, droprate):
         super().__init__()
-        self.conv = _conv(3, STEM_CHANNELS, 3)
+        self.conv = _conv(net.in_channels, STEM_CHANNELS, 3)
         cin, groups = STEM_CHANNELS, OrderedDict()
         for g, (cout, convolutions) in enumerate(zip(net.channels, net.blocks)):
             blocks = OrderedDict()

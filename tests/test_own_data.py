@@ -292,6 +292,35 @@ def test_the_lines_of_the_docs(tmp_path, monkeypatch, capsys):
     accuracy = capsys.readouterr().out.splitlines()[-1]
     assert accuracy == f'test_acc: {stats[-1]["test_acc"]:.2f}'
 
+    cv2.imwrite('digit.png', names['images'][1600])
+    batch, _, _ = names['sets'].test[torch.tensor([100]), None, torch.arange(1)]
+    trained = networks.load('runs/mine')
+    given = normalise(batch, trained.inputs)
+    assert given.shape == (1, 1, 8, 8)
+    with torch.no_grad():
+        logits = trained.network(given)
+        for name in ('net.pth', 'net.onnx'):
+            export.main(['runs/mine', '--to', name])
+            network, inputs, *_ = predict.load(name)
+            torch.testing.assert_close(inputs.read('digit.png')[None], given)
+            torch.testing.assert_close(network(given), logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('model', ['diracnet-v1', 'plain', 'resnet', 'wide-resnet'])
+def test_any_channels_in_networks_with_a_depth(model, tmp_path):
+    images = RNG.integers(0, 256, (30, 8, 8, 5), dtype=np.uint8)
+    sets = Data.of(*[(images, np.arange(30) % 3)] * 2)
+    go(sets, tmp_path, '--model', model, '--width', 1, '--epochs', 1)
+    assert networks.load(tmp_path).inputs.channels == 5
+
+
+def test_other_networks_take_three_channels(tmp_path, capsys):
+    images = RNG.integers(0, 256, (30, 8, 8, 5), dtype=np.uint8)
+    sets = Data.of(*[(images, np.arange(30) % 3)] * 2)
+    with pytest.raises(SystemExit):
+        train.main(['--model', 'densenet', '--save', str(tmp_path / 'run')], sets)
+    assert 'densenet takes images of 3 channels, not 5' in capsys.readouterr().err
+
 
 def test_given_data_are_held_out_and_stopped_and_go_on(pairs, tmp_path, capsys):
     class Stopping(Items):
