@@ -76,17 +76,15 @@ def normalize(weight):
     return weight / _per_filter(_filter_norms(weight), weight)
 
 
-def _delta_places(weight, groups):
-    """Where delta is one in a flattened weight: (groups, min(out / groups, in / groups))."""
+def _delta_ones(weight, groups):
+    """Where delta is one in a group's flattened weight: a slice, of min(out, in) / groups."""
     channels, kernel_size = weight.shape[1], weight.shape[2:]
     centre = 0
     for size in kernel_size:
         centre = centre * size + size // 2
-    taps, filters = kernel_size.numel(), weight.shape[0] // groups
-    ones, step = min(filters, channels), (channels + 1) * taps  # from a filter and its channel
-    size = filters * channels * taps
-    inside = torch.arange(centre, centre + ones * step, step, device=weight.device)
-    return torch.arange(0, groups * size, size, device=weight.device)[:, None] + inside
+    step = (channels + 1) * kernel_size.numel()  # to the next channel of the next filter
+    ones = min(weight.shape[0] // groups, channels)
+    return slice(centre, centre + (ones - 1) * step + 1, step)
 
 
 def add_delta(weight, alpha, groups=1):
@@ -99,9 +97,10 @@ def add_delta(weight, alpha, groups=1):
 
     weight: (out, in / groups, *kernel_size); alpha: (out,).
     """
-    places = _delta_places(weight, groups)
-    added = alpha.reshape(groups, -1)[:, : places.shape[1]].flatten().to(weight.dtype)
-    return weight.flatten().index_add(0, places.flatten(), added).view(weight.shape)
+    flat, ones = weight.reshape(groups, -1), _delta_ones(weight, groups)
+    taps = flat[:, ones]
+    taps = taps + alpha.reshape(groups, -1)[:, : taps.shape[1]]
+    return flat.slice_scatter(taps, 1, ones.start, ones.stop, ones.step).view(weight.shape)
 
 
 # ---------------------------------------------------------------- layers
@@ -341,10 +340,9 @@ class _DiracWeight(torch.autograd.Function):
         # below the epsilon the norm is a constant: the second term is zero
         slope = grad_beta / norms * (norms > _least_norm(weight.dtype))
         grad_weight = torch.addcmul(grad, weight, _per_filter(slope, weight), value=-1)
-        places = _delta_places(weight, ctx.groups)
-        without = len(beta) // ctx.groups - places.shape[1]  # filters of a group, at its end
-        at_ones = grad.flatten().index_select(0, places.flatten()).view(places.shape)
-        grad_alpha = F.pad(at_ones, (0, without)).flatten()
+        taps = grad.view(ctx.groups, -1)[:, _delta_ones(weight, ctx.groups)]
+        without = len(beta) // ctx.groups - taps.shape[1]  # filters of a group, at its end
+        grad_alpha = F.pad(taps, (0, without)).flatten()
         return grad_weight * _per_filter(beta / norms, weight), grad_alpha, grad_beta, None
 
     @staticmethod
