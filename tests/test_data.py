@@ -587,3 +587,21 @@ def test_cifar(tmp_path, monkeypatch):
     assert (sets.train.flip, sets.test.labels.tolist()) == ('horizontal', [0, 1])
     sets = data.load('CIFAR100', str(tmp_path), training=False)
     assert (sets.train, sets.test.labels.tolist()) == (None, [0, 1])
+
+
+def test_a_device_makes_the_same_batches():
+    sets = data.load('Digits', pad=4, flip='all')
+    moved = sets.train.to(torch.device('cpu'))
+    batch = torch.tensor([5, 3, 900, 7]), 11, torch.tensor([0, 3])
+    for found, expected in zip(moved[batch], sets.train[batch]):
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+    assert sets.to(torch.device('cpu')).train is sets.train  # images stay where there is no GPU
+
+
+def test_images_lie_in_the_memory_of_a_gpu_where_they_fit(monkeypatch):
+    free = []
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free[-1], 80e9))
+    for free_bytes, expected in ((400, True), (399, False)):
+        free.append(free_bytes)
+        assert data.fits(100, torch.device('cuda')) is expected
+    assert not data.fits(0, torch.device('cpu'))

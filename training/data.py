@@ -68,6 +68,15 @@ class Data:
         numbers = [len(images) for images in (self.train, self.test) if images is not None]
         return f'{" + ".join(map(str, numbers))} images {self.test.shape}'
 
+    def to(self, device):
+        """The same, its images in memory moved to a GPU's, if a quarter of that holds them."""
+        moved = {}
+        for split in ('train', 'val', 'test'):
+            images = getattr(self, split)
+            if isinstance(images, MemoryImages) and fits(images.images.nbytes, device):
+                moved[split] = images.to(device)
+        return replace(self, **moved)
+
     def augmented(self, **augmentation):
         """The same, its training images augmented: see `Images.augmented`."""
         train = None if self.train is None else self.train.augmented(**augmentation)
@@ -105,6 +114,14 @@ def _given(images, num_classes):
         raise DataError(f'{len(images)} images of {height} x {width} pixels: expected square ones '
                         'of 8 or more')
     return images
+
+
+def fits(nbytes, device):
+    """Whether so many bytes of images leave room for a training in the memory of a GPU."""
+    if device.type != 'cuda':
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return nbytes <= free / 4
 
 
 # ---------------------------------------------------------------- from names to data sets
@@ -344,7 +361,9 @@ def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1, augment=T
     nthread: worker processes, for images that are not in memory; the others: see BatchSampler,
     which is the loader's `sampler`. Raises DataError for more workers than may open their files.
     """
-    workers = 0 if isinstance(dataset, MemoryImages) else nthread
+    in_memory = isinstance(dataset, MemoryImages)
+    on_gpu = in_memory and dataset.images.is_cuda
+    workers = 0 if in_memory else nthread
     if workers:
         _check_open_files(workers, 1 if seed is None else 2)  # training has the test's beside it
     return DataLoader(
@@ -354,7 +373,7 @@ def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1, augment=T
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() and not on_gpu,
         generator=torch.Generator(),  # the loader draws from it, and not from the global one
     )
 

@@ -70,11 +70,18 @@ class MemoryImages(Images):
     def augmented(self, crop=True, pad=0, flip='horizontal', reflect=True):
         return MemoryImages(self.images, self.labels, pad if crop else 0, flip, reflect)
 
+    def to(self, device):
+        """The same in the memory of a device, which then makes the batches: the same pixels."""
+        images, labels = self.images.to(device), self.labels.to(device)
+        return MemoryImages(images, labels, self.pad, self.flip, self.reflect)
+
     def read(self, indices, seed, share):
-        chosen = indices[share]
+        device = self.images.device
+        chosen = indices[share].to(device)
         if seed is None:
             return self.images[chosen], self.labels[chosen]
-        draws = draw(len(indices), share, self.pad, self.flip, seed)
+        # drawn on the CPU, whose generator is the same on each machine
+        draws = (drawn.to(device) for drawn in draw(len(indices), share, self.pad, self.flip, seed))
         return crop_and_flip(self.images, chosen, *draws, self.reflect), self.labels[chosen]
 
 

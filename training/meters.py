@@ -68,11 +68,12 @@ class Meters:
         losses = torch.stack(losses).cpu()
         if self.steps is not None:
             self._check(losses)
-        for loss, given in zip(losses.tolist(), labels):
-            # step by step: sums of steps would depend on when they were read, as after a stop
-            self.loss.add(loss, int((given != data.IGNORED).sum()))
-        labels = torch.cat(labels)
+        sizes = list(map(len, labels))
+        labels = torch.cat(labels).cpu()
         counted = labels != data.IGNORED
+        for loss, given in zip(losses.tolist(), counted.split(sizes)):
+            # step by step: sums of steps would depend on when they were read, as after a stop
+            self.loss.add(loss, int(given.sum()))
         if not counted.any():  # this process had no share of these batches
             return
         self.accuracy.add(torch.cat(logits).cpu()[counted], labels[counted])

@@ -323,6 +323,7 @@ def prepare(opt, device, lock, sets=None):
     if opt.val:
         sets.train, sets.val = data.hold_out(sets.train, opt.val)
     inputs = normalised(inputs, opt, sets.train, loaded['args'])
+    sets = sets.to(device)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(opt.seed % 2**32)
     try:
