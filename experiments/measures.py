@@ -101,11 +101,11 @@ def activations(training, place):
 def int8(training, place):
     """The row of a network exported to float32 and to int8: its accuracy in each."""
     trained = networks.load(str(place.folder(training)))
-    size, test = trained.inputs.size, load_test_images(training, place, trained.inputs)
+    test = load_test_images(training, place, trained.inputs)
     net = fold(trained.network)
-    content = export.as_onnx(net, torch.zeros(2, 3, size, size), trained.metadata())
-    paths = export.calibration_paths(os.path.join(place.dataroot, 'train'))
-    files = zip(('float32', 'int8'), export.quantise(content, paths, trained.inputs.read))
+    content = export.as_onnx(net, torch.zeros(2, *trained.inputs.shape), trained.metadata())
+    paths, _ = export.calibration_set(os.path.join(place.dataroot, 'train'))
+    files = zip(('float32', 'int8'), export.quantise(content, paths, trained.inputs.read, {}))
     row = {'calibration_images': len(paths)}
     with tempfile.TemporaryDirectory() as folder:
         for name, content in files:
