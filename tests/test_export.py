@@ -240,10 +240,15 @@ def test_a_network_for_grey_images_is_exported_and_asks_for_such(images, tmp_pat
     folded = networks.load(tmp_path / 'folded.pth').network
     torch.testing.assert_close(folded(inputs), expected, rtol=1e-4, atol=1e-5)
     image = next(str(path) for path in images.glob('*/*/*.png'))
-    message = 'images of 3 channels: expected 1, those of the network'
-    assert message in error_of(predict.main, [image, '--model', str(tmp_path / 'grey.pth')], capsys)
-    with pytest.raises(ValueError, match=message):
-        networks.load(tmp_path / 'folded.pth').inputs.read(image)
+    pixels = networks.load(tmp_path / 'folded.pth').inputs.read(image)  # a file of colours is read
+    seen = cv2.imread(image, cv2.IMREAD_COLOR).astype(float) @ [0.114, 0.587, 0.299]  # of BGR
+    assert pixels.shape == (1, 32, 32)
+    torch.testing.assert_close(pixels[0].double(), torch.from_numpy(seen / 255),
+                               atol=0.6 / 255, rtol=0)
+    four = {'params': define_diracnet(10, 0.5, 'CIFAR10', 3, in_channels=4)[1]}
+    torch.save(four, tmp_path / 'four.pth')
+    assert 'images of 3 channels: expected 4, those of the network' in error_of(
+        predict.main, [image, '--model', str(tmp_path / 'four.pth')], capsys)
     grey, message = str(tmp_path / 'grey.pth'), 'Digits has images of 3 channels: expected 1, those'
     for main, arguments in ((train.main, ['--evaluate', '--resume', grey]),
                             (export.main, [grey, '--to', grey + '.pth'])):

@@ -59,7 +59,7 @@ def test_modules_share_files_with_the_network(params):
     other.double().load_state_dict(loaded)
     folded, expected = fold(modular, torch.float64), fold(other, torch.float64)
     assert type(folded) is DiracNet
-    assert type(fold(swa_utils.AveragedModel(modular)).module) is DiracNet
+    assert type(fold(swa_utils.AveragedModel(modular))) is DiracNet
     assert all(map(torch.equal, folded.state_dict().values(), expected.state_dict().values()))
     with pytest.raises(RuntimeError, match='group0.block0.conv.weight'):
         modular.load_state_dict({n: t for n, t in params.items() if n != 'group0.block0.conv'})
