@@ -270,10 +270,10 @@ def dirac(network, which=None):
     W, its hooks and its places in the network, and with new parameters `alpha`, which starts at 1,
     and `beta`, at 0.1, of the weight's dtype and device, that require grad if the weight does. A
     subclass keeps its own forward, and gets a DiracParametrization. Make the optimizer afterwards,
-    and wrap the network (DDP, say), as both have to know alpha and beta. Every stride, padding, padding mode, dilation and number of
-    groups is welcome. What is Dirac-parameterised already stays as it is. Transposed convolutions
-    stay as they are too: their filters lie in dimension 1. So does the arithmetic of a module that
-    reads the weight of a convolution and never calls it.
+    and wrap the network (DDP, say), as both have to know alpha and beta. Every stride, padding,
+    padding mode, dilation and number of groups is welcome. What is Dirac-parameterised already
+    stays as it is. Transposed convolutions stay as they are too: their filters lie in dimension 1.
+    So does the arithmetic of a module that reads the weight of a convolution and never calls it.
 
     As W is normalised, the outputs change, also of a trained network, unless alpha is set to 0 and
     beta to the norms of the filters, where W_hat is W. `diracfold.fold` makes plain convolutions of
