@@ -1,4 +1,4 @@
-"""Exports a trained network: folded, verified against what was trained, and measured.
+r"""Exports a trained network: folded, verified against what was trained, and measured.
 
 The ending chooses the format: .onnx, .pt2 (torch.export), .safetensors or .pth (state dicts):
     python export.py logs/diracnet-28-1 --to diracnet.onnx
@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import importlib.util
 import io
 import os
 import statistics
@@ -29,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import networks
-from command import Options, errors_in_one_line, print_table
+from command import Options, errors_in_one_line, expect_packages, print_table
 from diracfold import fold
 from diracimage import normalise
 from diraconnx import OnnxNetwork
@@ -270,10 +269,10 @@ def parse_options(argv=None):
         prog='export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('checkpoint', help='of train.py or the folder of its run, or any file of parameters')
+    add('checkpoint', help='a checkpoint, the folder of a run, or any file of parameters')
     add('--to', required=True, metavar='FILE', help=f'to write: {", ".join(FORMATS)}')
     add('--int8', metavar='FOLDER', help='quantise the .onnx, calibrated on the images in there')
-    add('--dataset', choices=DATASETS, help='measure top-1 on its test set (default: none)')
+    add('--dataset', choices=DATASETS, help='on whose test set to measure top-1, if that is wanted')
     add('--dataroot', default='.', help='folder of its files (default: .)')
     opt = parser.parse_args(argv)
     opt.ending = os.path.splitext(opt.to)[1]
@@ -283,9 +282,7 @@ def parse_options(argv=None):
         parser.error(f'--int8 with --to {opt.to}: expected a name that ends in .onnx')
     if os.path.realpath(opt.to) == os.path.realpath(opt.checkpoint):
         parser.error(f'--to {opt.to} is the checkpoint itself: expected another name')
-    missing = [name for name in FORMATS[opt.ending][2] if importlib.util.find_spec(name) is None]
-    if missing:
-        parser.error(f"{', '.join(missing)} missing: expected pip install '.[deploy]'")
+    expect_packages('export.py', 'deploy', *FORMATS[opt.ending][2])
     return opt
 
 

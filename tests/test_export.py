@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import io
 import os
 import re
@@ -354,7 +355,7 @@ def test_folded_files_are_read_as_trained_ones_are(exported, run_folder, images,
 
 
 def test_missing_packages(run_folder, capsys, monkeypatch):
-    monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     line = error_of(export.main, [str(run_folder), '--to', 'x.onnx'], capsys)
     assert line == (
         "export.py: onnx, onnxruntime, onnxscript missing: expected pip install '.[deploy]'\n"
