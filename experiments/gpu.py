@@ -18,6 +18,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 import torchvision
 from tqdm import tqdm
@@ -31,6 +33,7 @@ from diracimage import Inputs
 from diracnet import DiracNet, Network, forward, init_params, topology
 from experiments.gpu_checks import check_all
 from experiments.turns import ROOT, append, environment, median_interval
+from training import data, distributed
 from training.options import at_least
 from training.run import compiled
 
@@ -140,8 +143,38 @@ def of_inference(depth, batch, device, target=''):
     return Comparison(f'inference {depth}, batch {batch}', batch, work, sides, target)
 
 
-def comparisons(device):
-    """Yields what is compared, the most wanted first."""
+def write_jpegs(folder, n=64):
+    """Writes n JPEG files of the size of ImageNet's, smooth noise, in two class folders."""
+    noise = np.random.default_rng(0)
+    for i in range(n):
+        path = Path(folder, f'class{i % 2}', f'{i}.jpg')
+        path.parent.mkdir(exist_ok=True)
+        coarse = noise.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        cv2.imwrite(str(path), cv2.resize(coarse, (500, 375), interpolation=cv2.INTER_CUBIC))
+
+
+def epoch_of_files(folder, n, workers):
+    """One pass over n JPEG files, decoded, cropped and in batches, without a network."""
+    paths, labels, _ = data.list_images(folder)
+    repeats = n // len(paths)
+    loader = data.loader(data.ImageFiles(paths * repeats, labels * repeats, 224), 64, workers, 0)
+
+    def epoch():
+        for _ in loader:
+            pass
+
+    return epoch
+
+
+def of_files(folder, n):
+    """What decoding gives by worker processes: a training at 224 needs as many images/s."""
+    workers = [w for w in (1, 2, 4, 8, 16) if w <= distributed.cores()]
+    sides = [Side(f'{w} workers', functools.partial(epoch_of_files, folder, n, w)) for w in workers]
+    return Comparison('JPEG files', n, 0, sides)
+
+
+def comparisons(device, folder):
+    """Yields what is compared, the most wanted first. folder: of JPEG files."""
 
     def resnet(depth, width):
         return 'resnet', lambda: networks.build('resnet', 'CIFAR10', depth=depth, width=width)
@@ -149,6 +182,7 @@ def comparisons(device):
     if device.type == 'cpu':
         yield of_training(10, 1, 'CIFAR10', 8, device, resnet(10, 1))
         yield of_inference(18, 1, device)
+        yield of_files(folder, 64)
         return
     yield of_training(28, 10, 'CIFAR10', 128, device, resnet(28, 10), '45 % of the product')
     yield of_training(28, 1, 'CIFAR10', 512, device, resnet(28, 1), '50,000 images/s')
@@ -158,6 +192,7 @@ def comparisons(device):
     for depth in (18, 34):
         rival = functools.partial(torchvision.models.get_model, f'resnet{depth}')
         yield of_training(depth, 1, 'ImageNet', 256, device, (f'resnet{depth}', rival))
+    yield of_files(folder, 512)
     for depth, batch in itertools.product((18, 34), (1, 16, 256)):
         if (depth, batch) != (18, 256):
             yield of_inference(depth, batch, device)
@@ -285,7 +320,13 @@ def check(device, table, where):
 def time_all(device, table, where, deadline):
     product = product_rate(device)
     say(f'\na bfloat16 product: {product:,.1f} TFLOP/s')
-    for comparison in comparisons(device):
+    with tempfile.TemporaryDirectory() as folder:
+        write_jpegs(folder)
+        time_in_order(comparisons(device, folder), product, device, table, where, deadline)
+
+
+def time_in_order(comparisons, product, device, table, where, deadline):
+    for comparison in comparisons:
         if time.monotonic() > deadline:
             say(f'left out, as the time is over: {comparison.title}')
             continue

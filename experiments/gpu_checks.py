@@ -178,9 +178,9 @@ def killed_and_resumed(folder, *options):
     python(*words)
 
 
-def resuming(device, folder):
+def resuming(device, folder, epochs=6):
     """SIGKILL and resuming: the same bits where algorithms are deterministic."""
-    options = ('--epochs', 6, '--epoch_step', '[5]', '--deterministic')
+    options = ('--epochs', epochs, '--epoch_step', f'[{epochs}]', '--deterministic')
     with ThreadPoolExecutor() as pool:
         whole = pool.submit(python, 'train.py', *DIGITS, *options, '--save', folder / 'whole')
         killed = pool.submit(killed_and_resumed, folder / 'killed', *options)

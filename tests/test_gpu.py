@@ -1,0 +1,85 @@
+"""The GPU's command, as far as a CPU can try it: its checks, its turns and its rows."""
+
+import csv
+import time
+
+import pytest
+import torch
+
+from experiments import gpu, gpu_checks
+from experiments.gpu import Comparison, Side
+
+CPU = torch.device('cpu')
+
+
+@pytest.mark.parametrize('check', ['augmentation', 'arithmetic'])
+def test_checks_hold_on_the_cpu(check):
+    rows = gpu_checks.CHECKS[check](CPU)
+    assert all(0 <= off <= at_most for _, off, at_most in rows)
+    if check == 'arithmetic':  # float32 is not float64
+        assert all(off > 0 for _, off, _ in rows)
+
+
+def test_a_check_that_does_not_hold_is_a_row(monkeypatch, tmp_path, capsys):
+    def broken(device):
+        raise RuntimeError('no such kernel')
+
+    monkeypatch.setattr(gpu_checks, 'CHECKS', {
+        'wrong': lambda device: [('logits', 0.5, 0.1), ('statistics', 0.05, 0.1)],
+        'nan': lambda device: [('logits', float('nan'), 0.1)], 'broken': broken})
+    monkeypatch.setattr(gpu_checks, 'CHECKS_OF_PROCESSES', {})
+    assert not gpu.check(CPU, tmp_path / 'checks.csv', gpu.here(CPU))
+    with open(tmp_path / 'checks.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['holds'] for row in rows] == ['no', 'yes', 'no', 'failed']
+    assert rows[3]['what'] == 'RuntimeError: no such kernel'
+    assert rows[0]['device'] == 'CPU'
+
+
+def test_resuming_is_the_same_bits(tmp_path):
+    assert gpu_checks.resuming(CPU, tmp_path, 2) == [
+        ('tensors that differ after SIGKILL and resuming', 0, 0)]
+
+
+def test_sides_work_in_turns(monkeypatch):
+    monkeypatch.setattr(gpu, 'TURN', 0)
+    done = []
+    sides = [Side(name, lambda name=name: lambda: done.append(name)) for name in 'ab']
+    gpu.measure(Comparison('two', 10, 0, sides), CPU, time.monotonic() + 600)
+    assert ''.join(done[-2 * gpu.MOST:]) == 'ab' * gpu.MOST
+    assert all(len(side.seconds) == gpu.MOST for side in sides)
+
+
+def test_rates_and_ratios():
+    sides = [Side('long', None, [0.02] * 5), Side('short', None, [0.01, 0.01, 0.01, 0.02, 0.005]),
+             Side('too few', None, [1] * 4)]
+    long, short = gpu.rows_of(Comparison('naps', 10, 5e8, sides), 2.0, gpu.here(CPU))
+    assert (long['n'], long['ratio'], long['images_per_second']) == (5, 1, 500)
+    assert (short['ratio'], short['images_per_second'], short['milliseconds']) == (2, 1000, 10)
+    # two operations for each of 5e8 multiply-adds of an image: 1e12 a second, of a product's 2e12
+    assert (short['tflop_per_second'], short['percent_of_product']) == (1, 50)
+
+
+def test_nothing_new_is_begun_when_the_time_is_over(capsys, tmp_path):
+    comparison = Comparison('late', 1, 0, [Side('side', lambda: pytest.fail('begun'))])
+    gpu.time_in_order([comparison], 1.0, CPU, tmp_path / 'rates.csv', {}, time.monotonic() - 1)
+    assert 'left out, as the time is over: late' in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_jpeg_files_are_read(tmp_path):
+    gpu.write_jpegs(tmp_path, 8)
+    images, labels, whole = next(iter(gpu.data.loader(
+        gpu.data.ImageFiles(*gpu.data.list_images(tmp_path)[:2], 224), 8, 0, 0)))
+    assert images.shape == (8, 3, 224, 224)
+    assert whole == 8
+    assert images.float().std() > 10
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_without_a_gpu_one_line_says_so(capsys):
+    with pytest.raises(SystemExit) as ending:
+        gpu.main([])
+    assert ending.value.code == 2
+    assert capsys.readouterr().err == (
+        'experiments.gpu: no CUDA GPU here: expected one, or --device cpu to try the command\n')
