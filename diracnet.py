@@ -218,10 +218,11 @@ def _batch_norm(x, params, prefix, mode, tracked=True):
     )
 
 
-def w_hats(params, names):
+def w_hats(params, names, dtype=None):
     """Computes W_hat (eq. 3) of the blocks of these names: a dict of the names of W in `params`.
 
     Neighbours of one shape are computed together, as if they were the groups of one convolution.
+    dtype: of the result, where it is another than that of the parameters.
     """
     found = {}
     for _, alike in itertools.groupby(names, key=lambda name: params[f'{name}.conv'].shape):
@@ -230,7 +231,7 @@ def w_hats(params, names):
             torch.cat([params[f'{name}.{part}'] for name in alike])
             for part in ('conv', 'alpha', 'beta')
         )
-        w_hat = dirac_weight(weight, alpha, beta, groups=len(alike))
+        w_hat = dirac_weight(weight, alpha, beta, groups=len(alike)).to(dtype or weight.dtype)
         found.update(zip([f'{name}.conv' for name in alike], w_hat.chunk(len(alike))))
     return found
 
@@ -283,7 +284,8 @@ def forward(net, inputs, params, mode, checkpointing=False, dirac=True):
     elif dirac:
         # all at once: the many small steps to W_hat take five times as long between convolutions,
         # which leave nothing of it in the caches
-        params = {**params, **w_hats(params, [name for name, _, _ in net.layers()])}
+        # and cast at once too, to what autocast has made of x
+        params = {**params, **w_hats(params, [name for name, _, _ in net.layers()], x.dtype)}
     for g, blocks in enumerate(net.blocks):
         if g > 0:
             x = F.max_pool2d(x, kernel_size=2)
