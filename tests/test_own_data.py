@@ -448,3 +448,8 @@ def test_folded_network_of_given_data(pairs, by_folder):
     network, folded = trained.network.double(), fold(trained.network, torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(folded(inputs), network(inputs))
+
+
+def test_tensors_number_their_classes():
+    images, labels = torch.zeros(6, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 0, 1, 2])
+    assert Data.of((images, labels), (images, labels)).classes == ['0', '1', '2']

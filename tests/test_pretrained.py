@@ -95,3 +95,15 @@ def test_last_layer_of_other_families(family, tmp_path):
     taken = [torch.equal(p, q) if p.shape == q.shape else None
              for p, q in zip(small.parameters(), large.parameters())]
     assert taken == [True] * (len(taken) - 2) + [None] * 2
+
+
+def test_published_parameters_are_taken(monkeypatch):
+    published = networks.build('diracnet', 'ImageNet', depth=18).state_dict()
+    monkeypatch.setattr(pretrained.diracfile, 'pretrained_params', lambda depth: published)
+    network = networks.build('diracnet', 'ImageNet', 3, depth=18)
+    opt = options.parse_options(['--depth', '18', '--dataset', 'ImageNet', '--pretrained', '18'])
+    pretrained.take(network, opt, Inputs.of('ImageNet'), ['cat', 'dog', 'emu'])
+    taken = network.state_dict()
+    assert len(taken['fc.bias']) == 3
+    assert all(torch.equal(taken[name], tensor) for name, tensor in published.items()
+               if not name.startswith('fc'))

@@ -90,7 +90,7 @@ def _names(given):
             return images.classes
         if not isinstance(images, (tuple, list)):
             raise DataError('a Dataset without classes: expected their names')
-    return range(1 + max(int(np.max(labels, initial=-1)) for _, labels in given))
+    return range(1 + max(int(np.max(np.asarray(labels), initial=-1)) for _, labels in given))
 
 
 def _given(images, num_classes):

@@ -111,7 +111,7 @@ class ImageFiles(Images):
                 if seed is None:
                     images[i] = read_test_image(path, self.size)
                     continue
-                torch.manual_seed(seed + position)
+                torch.default_generator.manual_seed(seed + position)  # not CUDA's too
                 read = read_random_crop if self.crop else read_test_image
                 images[i] = flip_at_random(read(path, self.size), self.flip)
         return torch.from_numpy(images), self.labels[indices[share]]
@@ -178,7 +178,7 @@ class DatasetImages(Images):
         with torch.random.fork_rng(devices=[], enabled=seed is not None):
             for position in share.tolist():
                 if seed is not None:
-                    torch.manual_seed(seed + position)
+                    torch.default_generator.manual_seed(seed + position)  # not CUDA's too
                 items.append(self._item(int(indices[position])))
                 if items[-1][0].shape != self.shape:
                     raise DataError(f'item {indices[position]} of the Dataset is '

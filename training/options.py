@@ -161,7 +161,7 @@ def make_parser():
     add('--dtype', default='auto', choices=DTYPES,
         help='bfloat16 is autocast from float; auto: bfloat16 where the hardware computes in it')
     add('--deterministic', default=False, action='store_true',
-        help='the same bits in each run on a GPU too, which takes longer; the CPU always has them')
+        help='have a GPU add in the same order each time, where it can; the CPU always does')
     add('--compile', default=False, action='store_true', help='run torch.compile on the network')
     add('--batch_size', '--batchSize', default=128, type=at_least(1, int),
         help='images in a step, of all processes together')
@@ -314,6 +314,8 @@ def differences(now, before):
     if 'dataset' in before:  # what older ones do not say, or say otherwise
         older = {'crop': True, 'flip': data.flip(before['dataset']), 'normalise': ''}
         before = {**older, **before, 'image_size': Inputs.of_args(before).size}
+        # data from Python is told by one side alone where the other has a data set by name
+        now, before = ({**args, 'given': args.get('given')} for args in (now, before))
     return [
         f'{name} was {before[name]}, is {value}'
         for name, value in now.items()

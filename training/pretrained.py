@@ -41,7 +41,7 @@ def _read(source):
     except RuntimeError as error:
         raise OSError(str(error)) from error
     args = {'model': 'diracnet', 'depth': int(source), 'width': 1, 'dataset': 'ImageNet'}
-    return diracfile.Saved(source, params, args, None)
+    return diracfile.saved_of(source, {'args': args}, params)
 
 
 def _last_layer(before, known, names):
