@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from experiments.figures import grouped, mean_and_deviation
 
 SAME = 1.0  # points of accuracy that count as no difference
+CHANCE = 10.0  # per cent, of ten classes: what a training that diverged counts as
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,12 @@ class Claim:
     answer: Callable  # (rows, measured) to (what was found, 'yes', 'partly' or 'no')
 
 
-def accuracies(rows, column='test_acc_percent'):
-    """Returns {series: {x: mean of a column over seeds}}."""
+def accuracies(rows):
+    """Returns {series: {x: mean test accuracy over seeds, those that diverged at chance}}."""
     found = {}
     for (series, x), group in grouped(rows, 'series', 'x').items():
-        found.setdefault(series, {})[x] = mean_and_deviation([row[column] for row in group])[0]
+        values = [row['test_acc_percent'] if row['ended'] == 'whole' else CHANCE for row in group]
+        found.setdefault(series, {})[x] = mean_and_deviation(values)[0]
     return found
 
 
@@ -30,11 +32,11 @@ def _said(*holds):
 
 def _depth(rows, measured):
     means = accuracies(rows)
-    lost = {series: max(means[series].values()) - means[series][max(means[series])]
+    deepest = max(means['plain'].keys() & means['diracnet'].keys())  # of both
+    lost = {series: max(means[series].values()) - means[series][deepest]
             for series in ('plain', 'diracnet')}
-    deepest = {series: max(means[series]) for series in lost}
     found = ', '.join(f'{series} loses {points:.1f} points from its best depth to '
-                      f'{deepest[series]:.0f} layers' for series, points in lost.items())
+                      f'{deepest:.0f} layers' for series, points in lost.items())
     return found, _said(lost['plain'] > SAME, lost['diracnet'] <= SAME)
 
 

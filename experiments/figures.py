@@ -7,7 +7,7 @@ Points are means over seeds, bars one standard deviation; n is the number of see
 markers and dashes too, as colours do not print.
 """
 
-import csv
+import itertools
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -17,7 +17,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from command import Options, errors_in_one_line
 from experiments.definitions import EXPERIMENTS
-from experiments.turns import ROOT
+from experiments.turns import ROOT, read_rows
 from training.checkpoint import read_log
 
 STYLES = [  # of the series of a figure, in order
@@ -30,16 +30,17 @@ STYLES = [  # of the series of a figure, in order
 ACCURACY = 'test accuracy (%)'
 
 
+def styles():
+    """The styles of series in order, over and over where there are many."""
+    return itertools.cycle(STYLES)
+
+
 # ---------------------------------------------------------------- rows
 
 
 def read(table):
     """The rows of a CSV file, numbers as such: none where there is no file."""
-    if not table.exists():
-        return []
-    with open(table, newline='') as file:
-        return [{name: _number(value) for name, value in row.items()}
-                for row in csv.DictReader(file)]
+    return [{name: _number(value) for name, value in row.items()} for row in read_rows(table)]
 
 
 def _number(text):
@@ -77,7 +78,7 @@ def counts(rows):
 
 def lines(axes, rows, value, xlabel, ylabel, log=False):
     """Draws the mean of a column over x, a line a series, with bars of one deviation."""
-    for style, ((series,), of_series) in zip(STYLES, grouped(rows, 'series').items()):
+    for style, ((series,), of_series) in zip(styles(), grouped(rows, 'series').items()):
         points = sorted(grouped(of_series, 'x').items())
         means = [mean_and_deviation([row[value] for row in group]) for _, group in points]
         axes.errorbar([x for (x,), _ in points], [m for m, _ in means], [d for _, d in means],
@@ -95,7 +96,7 @@ def lines(axes, rows, value, xlabel, ylabel, log=False):
 def points(axes, rows, value, ylabel):
     """Draws each training of a column as a point over its series, beside mean and deviation."""
     groups = grouped(rows, 'series')
-    for i, (style, group) in enumerate(zip(STYLES, groups.values())):
+    for i, (style, group) in enumerate(zip(styles(), groups.values())):
         values = [row[value] for row in group]
         mean, deviation = mean_and_deviation(values)
         axes.plot([i - 0.12] * len(values), values, 'o', mfc='none', color='0.5', markersize=5)
@@ -108,7 +109,7 @@ def points(axes, rows, value, ylabel):
 
 def curves(axes, rows, logs, value, ylabel):
     """Draws a figure of the logs over epochs: a line a series, the mean of its seeds."""
-    for style, ((series,), group) in zip(STYLES, grouped(rows, 'series').items()):
+    for style, ((series,), group) in zip(styles(), grouped(rows, 'series').items()):
         runs = [read_log(logs / row['log']) for row in group]
         epochs = [stats['epoch'] for stats in runs[0]]
         means = [mean_and_deviation([run[i][value] for run in runs]) for i in range(len(epochs))]
@@ -146,7 +147,7 @@ def alpha_beta(figure, rows, measured, logs):
     groups = grouped(measured, 'series')
     panels = figure.subplots(len(groups), 3, squeeze=False)
     for row_of_axes, ((series,), group) in zip(panels, groups.items()):
-        for style, ((epoch,), at) in zip(STYLES, sorted(grouped(group, 'epoch').items())):
+        for style, ((epoch,), at) in zip(styles(), sorted(grouped(group, 'epoch').items())):
             layers = sorted(grouped(at, 'layer').items())
             numbers = [layer for (layer,), _ in layers]
             for axes, value in zip(row_of_axes, (
@@ -178,7 +179,7 @@ def versions(figure, rows, measured, logs):
     figure.delaxes(figure.axes[2])
     first = [row for row in measured if row['seed'] == 1]
     series = grouped(first, 'series')
-    for style, ((name,), group) in zip(STYLES, series.items()):
+    for style, ((name,), group) in zip(styles(), series.items()):
         for axes, ((layer,), bins) in zip(histograms, sorted(grouped(group, 'layer').items())):
             axes.stairs([row['share'] for row in bins],
                         [row['from_deviations'] for row in bins]

@@ -235,7 +235,10 @@ def measure(comparison, device, deadline):
     for side in bar:
         if time.monotonic() > deadline:
             break
-        works.append((side, *prepare(side, device)))
+        try:
+            works.append((side, *prepare(side, device)))
+        except RuntimeError as error:  # of memory or a compiler: the other sides are worth having
+            say(f'{comparison.title}: {side.name} left out: {str(error).splitlines()[0]}')
     for turn in range(MOST):
         if turn >= LEAST and time.monotonic() > deadline:
             break
@@ -268,13 +271,12 @@ def here(device):
 
 
 def rows_of(comparison, product, where):
-    """The rows of a comparison: rates, and ratios to its first side."""
-    rows, first = [], comparison.sides[0]
-    for side in comparison.sides:
-        if len(side.seconds) < LEAST:
-            continue
+    """The rows of a comparison: rates, and ratios to the first side that was measured."""
+    rows, measured = [], [side for side in comparison.sides if len(side.seconds) >= LEAST]
+    for side in measured:
         rate = comparison.batch / statistics.median(side.seconds)
-        ratio, low, high = median_interval([a / b for a, b in zip(first.seconds, side.seconds)])
+        pairs = zip(measured[0].seconds, side.seconds)
+        ratio, low, high = median_interval([a / b for a, b in pairs])
         tflops = 2e-12 * comparison.multiply_adds * rate
         rows.append({
             'compared': comparison.title, 'what': side.name, 'n': len(side.seconds),
@@ -355,6 +357,7 @@ def main(argv=None):
         if opt.device == 'cuda' and not torch.cuda.is_available():
             raise ValueError('no CUDA GPU here: expected one, or --device cpu to try the command')
         device = torch.device(opt.device)
+        torch.backends.cudnn.benchmark = opt.device == 'cuda'  # as train.py has it
         where = here(device)
         holds = check(device, opt.logs / 'checks.csv', where)
         time_all(device, opt.logs / 'rates.csv', where, deadline)

@@ -1,6 +1,5 @@
 """What is measured of trained networks beside the figures of their logs: measured.csv."""
 
-import csv
 import functools
 import os
 import tempfile
@@ -26,7 +25,7 @@ from experiments.bench import (
     step,
     step_of_ordinary_convolutions,
 )
-from experiments.turns import Side, append, compare
+from experiments.turns import Side, append, compare, read_rows
 from training import data
 from training.run import keep_freed_memory
 
@@ -74,7 +73,7 @@ def activations(training, place):
     trained = networks.load(str(place.folder(training)))
     network, test = fold(trained.network), load_test_images(training, place, trained.inputs)
     layers = [module for module in network.modules() if isinstance(module, (nn.ReLU, NCReLU))]
-    chosen = torch.arange(min(IMAGES, len(test)))
+    chosen = torch.linspace(0, len(test) - 1, min(IMAGES, len(test))).long()  # of all classes
     images = test[chosen, None, torch.arange(len(chosen))][0]
     rows = []
 
@@ -158,18 +157,21 @@ def cost(place):
     def side(name, prepare, *arguments):
         return Side(name, repeated, (STEPS, prepare, *arguments), images, dtype=NATIVE)
 
-    compare('a training step, 28-1', [
+    done = {row['compared'] for row in read_rows(table)}
+    both = {'a training step, 28-1': [
         side('ordinary convolutions', step_of_ordinary_convolutions, depth, 1),
         side('diracnet', step, depth, 1),
         side('plain, of modules', step_of, 'plain', depth),
         side('resnet, of modules', step_of, 'resnet', depth),
-    ], TURNS, table)
-    compare('inference, 28-1', [
+    ], 'inference, 28-1': [
         side('plain, folded', inference_of, 'plain', depth, True),
         side('diracnet, folded', inference_of, 'diracnet', depth, True),
         side('diracnet, not folded', inference_of, 'diracnet', depth, False),
         side('resnet, folded', inference_of, 'resnet', depth, True),
-    ], TURNS, table)
+    ]}
+    for title, sides in both.items():
+        if title not in done:  # nothing is measured again
+            compare(title, sides, TURNS, table)
 
 
 # ---------------------------------------------------------------- all
@@ -180,16 +182,12 @@ OF_PARAMETERS = {'alpha-beta': alpha_beta, 'versions': activations, 'int8': int8
 
 def measured(experiment, logs):
     """The runs that an experiment has measured."""
-    table = logs / experiment / TABLE
-    if not table.exists():
-        return set()
-    with open(table, newline='') as file:
-        return {row['run'] for row in csv.DictReader(file)}
+    return {row['run'] for row in read_rows(logs / experiment / TABLE)}
 
 
 def measure(experiment, trainings, place):
     """Measures what is not measured yet; trainings that have not ended are left out."""
-    if experiment == 'cost' and not (place.logs / 'cost' / TABLE).exists():
+    if experiment == 'cost':
         cost(place)
     if experiment not in OF_PARAMETERS:
         return

@@ -10,7 +10,6 @@ stopped goes on where it was, and what another process trains is left to it.
 """
 
 import argparse
-import csv
 import fnmatch
 import functools
 import shutil
@@ -27,7 +26,7 @@ from command import Options, errors_in_one_line, print_table, say
 from experiments import figures, measures
 from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.starts import started
-from experiments.turns import ROOT, append, environment
+from experiments.turns import ROOT, append, environment, read_rows
 from training.checkpoint import DivergedError, Lock, read_log
 from training.options import DATASETS, folder
 
@@ -59,14 +58,6 @@ class Place:
         rows = read_rows(self.table(experiment))
         key = training.run, self.dataset_of(training)
         return next((row for row in rows if (row['run'], row['dataset']) == key), None)
-
-
-def read_rows(table):
-    """The rows of a CSV file: none where there is no file."""
-    if not table.exists():
-        return []
-    with open(table, newline='') as file:
-        return list(csv.DictReader(file))
 
 
 # ---------------------------------------------------------------- what there is to do
@@ -166,46 +157,63 @@ def is_done(training, experiment, place):
 def finish(training, experiment, place):
     """Sees to it that a training has its row and, where they are measured, its parameters.
 
-    Raises ValueError if another process trains it now.
+    Returns whether anything was trained.
     """
-    folder = place.folder(training)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock_file = folder.with_name(f'{training.run}.lock')
-    lock_file.touch()
-    with Lock(lock_file) as lock:
-        lock.take()
-        own = place.row(training, experiment)
-        row = own or next(filter(None, (place.row(training, e) for e in EXPERIMENTS)), None)
-        lost = experiment in measures.OF_PARAMETERS and not (folder / diracfile.MODEL).exists()
-        if not row or row['ended'] == 'whole' and lost:
-            ended = do(training, place)
-            row = row or row_of(training, place, ended)
-        if not own:
-            where = {'series': training.series, 'x': training.x, 'seed': training.seed}
-            append([{**row, **where}], place.table(experiment))
+    own = place.row(training, experiment)
+    row = own or next(filter(None, (place.row(training, e) for e in EXPERIMENTS)), None)
+    lost = experiment in measures.OF_PARAMETERS and not (
+        place.folder(training) / diracfile.MODEL).exists()
+    left = not row or row['ended'] == 'whole' and lost
+    if left:
+        ended = do(training, place)
+        row = row or row_of(training, place, ended)
+    if not own:
+        where = {'series': training.series, 'x': training.x, 'seed': training.seed}
+        append([{**row, **where}], place.table(experiment))
+    return left
 
 
 # ---------------------------------------------------------------- the command
 
 
 def train_all(trainings, experiment, place):
-    """Trains one after the other, with a line before each: how far all are, and the time left."""
+    """Trains one after the other, with a line before each: how far all are, and the time left.
+
+    What another process trains now is left to it.
+    """
     left, done, seconds = sum(map(work, trainings)), 0, 0
     for number, training in enumerate(trainings, 1):
         rate = done / seconds if done else RATE
         say(f'\n{experiment}: training {number} of {len(trainings)}: {training.name}; '
             f'{left / rate / 3600:.1f} h left')
         begun, left = time.monotonic(), left - work(training)
-        try:
-            finish(training, experiment, place)
-        except ValueError as error:  # of the lock: train.py ends for its own
-            say(f'left out: {error}')
-            continue
-        done, seconds = done + work(training), seconds + time.monotonic() - begun
+        folder = place.folder(training)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock_file = folder.with_name(f'{training.run}.lock')
+        lock_file.touch()
+        with Lock(lock_file) as lock:
+            try:
+                lock.take()
+            except ValueError:
+                say('left out: another process trains it')
+                continue
+            if finish(training, experiment, place):
+                done, seconds = done + work(training), seconds + time.monotonic() - begun
 
 
 def run(experiment, trainings, place):
-    """Trains what is left, measures it, and draws the figure from all that is there."""
+    """Trains what is left, measures it, and draws the figure from all that is there.
+
+    Raises ValueError for a table of another data set, and for one that cannot be measured.
+    """
+    if experiment == 'int8' and place.dataset != 'Folder':
+        raise ValueError(f'int8 with {place.dataset}: expected --dataset Folder, on whose training '
+                         'images it is calibrated')
+    others = {row['dataset'] for row in read_rows(place.table(experiment))} - {
+        place.dataset_of(training) for training in trainings}
+    if trainings and others:
+        raise ValueError(f'{place.table(experiment)} has rows of {", ".join(others)}: expected '
+                         'another --logs')
     left = [training for training in trainings if not is_done(training, experiment, place)]
     train_all(left, experiment, place)
     measures.measure(experiment, trainings, place)
@@ -236,7 +244,8 @@ def parse_options(argv):
     add('--dataset', choices=DATASETS, help="data set (default: Folder; tiny's is Digits)")
     add('--dataroot', default='.', type=folder,
         help='folder of its files: train/CLASS and test/CLASS of a Folder (default: .)')
-    add('--logs', default=ROOT / 'logs', type=Path, help='folder of the tables (default: logs)')
+    add('--logs', type=Path,
+        help='folder of the tables (default: logs, logs/paper for that budget)')
     add('--runs', default=ROOT / 'runs', type=Path,
         help='folder of the checkpoints, which may be deleted after (default: runs)')
     opt = parser.parse_args(argv)
@@ -253,8 +262,12 @@ def main(argv=None):
         return
     trainings = [training for training in EXPERIMENTS[opt.experiment](budget)
                  if fnmatch.fnmatch(training.name, opt.only)]
-    place = Place(opt.logs, opt.runs, opt.dataset or budget.dataset, opt.dataroot)
+    logs = opt.logs or ROOT / 'logs' / ('' if opt.budget == 'small' else opt.budget)
+    place = Place(logs, opt.runs, opt.dataset or budget.dataset, opt.dataroot)
     with errors_in_one_line('experiments.run'):
+        if not trainings and opt.only != '*':
+            raise ValueError(f'--only {opt.only}: no training of {opt.experiment} is called so: '
+                             "expected a pattern such as '*, seed 1'")
         run(opt.experiment, trainings, place)
 
 

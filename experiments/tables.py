@@ -11,8 +11,9 @@ from pathlib import Path
 import command
 from command import Options, errors_in_one_line
 from experiments.claims import CLAIMS
-from experiments.definitions import EXPERIMENTS
+from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.figures import grouped, mean_and_deviation, read, whole
+from experiments.measures import OF_PARAMETERS
 from experiments.turns import ROOT
 
 PAGE = ROOT / 'docs' / 'results.md'
@@ -25,11 +26,17 @@ def shown(values, digits=2):
 
 
 def results(rows, measured):
-    """One line a point: its accuracy and loss, mean ± deviation over seeds."""
+    """One line a point: its accuracy and loss, mean ± deviation over seeds that did not diverge."""
     lines = []
-    for (series, x), group in sorted(grouped(rows, 'series', 'x').items()):
+    for (series, x), seeds in sorted(grouped(rows, 'series', 'x').items()):
+        group = whole(seeds)
+        if not group:
+            lines.append([series, f'{x:g}', f'{len(seeds)}, all diverged', '', '', ''])
+            continue
+        diverged = f', {len(seeds) - len(group)} diverged' * (len(seeds) > len(group))
         lines.append([
-            series, f'{x:g}', str(len(group)), shown([row['test_acc_percent'] for row in group]),
+            series, f'{x:g}', f'{len(group)}{diverged}',
+            shown([row['test_acc_percent'] for row in group]),
             shown([row['train_loss'] for row in group], 3), f'{group[0]["parameters"]:,.0f}',
         ])
     return ['series', 'x', 'n', 'test accuracy, %', 'training loss', 'parameters'], lines
@@ -46,19 +53,21 @@ def int8(rows, measured):
 
 def cost(rows, measured):
     lines = [[
-        row['compared'], row['what'], f'{row["n"]:.0f}', f'{row["milliseconds"]:.1f}',
+        row['compared'], row['what'], f'{row["n"]:.0f}',
+        f'{128_000 / row["images_per_second"]:.1f}',
         f'{1 / row["ratio"]:.3f} ({1 / row["ratio_high"]:.3f} to {1 / row["ratio_low"]:.3f})',
     ] for row in measured]
     return ['of 128 images', 'network', 'n', 'ms', 'time over the first (95 %)'], lines
 
 
 def claims(logs):
-    """What was claimed and what was found, of the experiments that have rows."""
+    """What was claimed and what was found, of the experiments that are finished."""
     lines = []
     for claim in CLAIMS:
         rows, measured = rows_of(claim.experiment, logs)
-        if not rows and not measured:
-            lines.append([claim.text, claim.source, 'not run yet', '', claim.experiment])
+        left = unfinished(claim.experiment, rows, measured)
+        if left:
+            lines.append([claim.text, claim.source, left, '', claim.experiment])
             continue
         found, answer = claim.answer(rows, measured)
         n = min(map(len, grouped(rows, 'series', 'x').values()), default='')
@@ -67,10 +76,26 @@ def claims(logs):
     return ['claim', 'whose', 'here', 'reproduced?', 'experiment'], lines
 
 
+def unfinished(experiment, rows, measured):
+    """Says what is missing of an experiment of the small budget: nothing where it is finished."""
+    trainings = EXPERIMENTS[experiment](BUDGETS['small'])
+    done = {(row['series'], row['x'], row['seed']) for row in rows}
+    there = sum((t.series, t.x, t.seed) in done for t in trainings)
+    if not rows and not measured:
+        return 'not run yet'
+    if there < len(trainings):
+        return f'{there} of {len(trainings)} trainings done'
+    if experiment == 'cost' and len({row['compared'] for row in measured}) < 2:
+        return 'one of two comparisons done'
+    runs = {row['run'] for row in rows if row['ended'] == 'whole'}
+    if experiment in OF_PARAMETERS and runs - {row['run'] for row in measured}:
+        return 'trained, not measured yet'
+    return ''
+
+
 def rows_of(experiment, logs):
-    """The rows of an experiment that came to their end, and what was measured beside them."""
-    folder = logs / experiment
-    return whole(read(folder / 'results.csv')), read(folder / 'measured.csv')
+    """The rows of an experiment, and what was measured beside them."""
+    return read(logs / experiment / 'results.csv'), read(logs / experiment / 'measured.csv')
 
 
 def table(name, logs):

@@ -139,6 +139,14 @@ def compare(title, sides, pairs, table, target=''):
     return rows
 
 
+def read_rows(table):
+    """The rows of a CSV file: none where there is no file."""
+    if not table.exists():
+        return []
+    with open(table, newline='') as file:
+        return list(csv.DictReader(file))
+
+
 def append(rows, table):
     table = Path(table)
     table.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ from experiments import claims, tables
 def rows(**series):
     """Rows of three seeds around accuracies {x: per cent} of each series."""
     return [
-        {'series': name, 'x': x, 'seed': seed, 'test_acc_percent': percent + seed - 2,
-         'train_loss': 1.0, 'parameters': 1000.0}
+        {'series': name, 'x': x, 'seed': seed, 'ended': 'whole', 'train_loss': 1.0,
+         'test_acc_percent': percent + seed - 2, 'parameters': 1000.0}
         for name, points in series.items() for x, percent in points.items() for seed in (1, 2, 3)
     ]
 
@@ -37,7 +37,7 @@ def test_a_table_between_its_marks(tmp_path):
     row = filled.split('|\n| ')[2]
     # the mean of 70 and 74, and the deviation of two values: their difference over sqrt(2)
     assert [cell.strip() for cell in row.split('|')][:6] == [
-        'diracnet', '0', '2', '72.00 ± 2.83', '1.375 ± 0.177', '368,730']
+        'diracnet', '0', '2, 1 diverged', '72.00 ± 2.83', '1.375 ± 0.177', '368,730']
     assert tables.filled(filled, tmp_path) == filled
     with pytest.raises(ValueError, match='nothing'):
         tables.filled('<!-- table: nothing -->\n<!-- end -->', tmp_path)
@@ -52,6 +52,26 @@ def test_depth_is_answered(plain, diracnet, expected):
     found, said = answer('depth', rows(plain=plain, diracnet=diracnet))
     assert said == expected
     assert f'plain loses {max(plain.values()) - plain[100]:.1f} points' in found
+
+
+def test_a_training_that_diverged_counts_as_chance():
+    trained = rows(plain={1: 70}, diracnet={1: 70, 0.1: 70})
+    trained[-1] |= {'ended': 'diverged', 'test_acc_percent': ''}
+    # two of three at 69 and 70 per cent, and one at 10
+    assert claims.accuracies(trained)['diracnet'][0.1] == pytest.approx((69 + 70 + 10) / 3)
+    assert answer('init', trained)[1] == 'no'
+
+
+def test_a_claim_waits_for_all_trainings():
+    trainings = tables.EXPERIMENTS['delta'](tables.BUDGETS['small'])
+    done = [{'series': t.series, 'x': t.x, 'seed': t.seed, 'ended': 'whole', 'run': t.run}
+            for t in trainings]
+    assert tables.unfinished('delta', [], []) == 'not run yet'
+    assert tables.unfinished('delta', done[:2], []) == '2 of 6 trainings done'
+    assert tables.unfinished('delta', done, []) == ''
+    assert tables.unfinished('int8', done, []) == '0 of 9 trainings done'
+    assert tables.unfinished('cost', [], [{'compared': 'inference'}]) == (
+        'one of two comparisons done')
 
 
 def test_width_is_answered():
