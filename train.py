@@ -172,9 +172,7 @@ def train(run, device, signals):
         wrapped, tested = (compiled(n, device) for n in (wrapped, tested))
     train_step = make_step(wrapped, run.inputs, run.dtype, device, opt.label_smoothing)
     test_step = make_step(tested, run.inputs, run.dtype, device)
-    loader = data.loader(
-        sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world(), opt.augment
-    )
+    loader = data.loader(sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world())
 
     def set_rate():
         set_learning_rate(run.optimizer, learning_rate(opt, run.epoch + run.step / len(loader)))

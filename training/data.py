@@ -289,14 +289,14 @@ def hold_out(dataset, n, seed=0):
 class BatchSampler(Sampler):
     """Yields (indices, seed, share) for each batch, the last partial one included: see Images.
 
-    seed: with one, the order and (with `augment`) the seeds of the batches follow from it and the
-    epoch, which `set_epoch` sets; without, images come in order and are not augmented. Of each
-    batch, process `rank` of `world` takes its share; shares differ by one image at most.
+    seed: with one, the order and the seeds of the batches follow from it and the epoch, which
+    `set_epoch` sets; without, images come in order and are not augmented. Of each batch, process
+    `rank` of `world` takes its share; shares differ by one image at most.
     """
 
-    def __init__(self, length, batch_size, seed=None, rank=0, world=1, augment=True):
+    def __init__(self, length, batch_size, seed=None, rank=0, world=1):
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.augment, self.rank, self.world = augment, rank, world
+        self.rank, self.world = rank, world
         self.set_epoch(1)
 
     def set_epoch(self, epoch, step=0):
@@ -312,8 +312,7 @@ class BatchSampler(Sampler):
             mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(mixed[0] >> np.uint64(1)))
             order = torch.randperm(self.length, generator=generator)
-            if self.augment:
-                seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
+            seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
         batches = list(zip(order.split(self.batch_size), seeds))
         for indices, seed in batches[self.step :]:
             yield indices, seed, torch.arange(len(indices)).tensor_split(self.world)[self.rank]
@@ -355,7 +354,7 @@ def _check_open_files(workers, loaders):
                         'allowed: expected a higher ulimit -n, or a lower nthread')
 
 
-def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1, augment=True):
+def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1):
     """Returns a DataLoader over a data set of `load`: see Images for what a batch is.
 
     nthread: worker processes, for images that are not in memory; the others: see BatchSampler,
@@ -369,7 +368,7 @@ def loader(dataset, batch_size, nthread=4, seed=None, rank=0, world=1, augment=T
     return DataLoader(
         dataset,
         batch_size=None,  # the sampler makes the batches
-        sampler=BatchSampler(len(dataset), batch_size, seed, rank, world, augment),
+        sampler=BatchSampler(len(dataset), batch_size, seed, rank, world),
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,

@@ -316,7 +316,8 @@ def prepare(opt, device, lock, sets=None):
     dtype = choose_dtype(opt.dtype, device, loaded['args'])
     if not opt.force:
         check_options(path, {**vars(opt), 'dtype': dtype}, loaded['args'])
-    augmentation = {'crop': opt.crop, 'pad': opt.randomcrop_pad, 'flip': opt.flip,
+    augmentation = {'crop': opt.augment and opt.crop, 'pad': opt.randomcrop_pad,
+                    'flip': opt.flip if opt.augment else 'none',
                     'reflect': networks.FAMILIES[opt.model].crop_padding == 'reflect'}
     sets = (sets.augmented(**augmentation) if sets
             else load_sets(opt, opt.dataset, inputs, **augmentation))
