@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from command import Options, errors_in_one_line
 from experiments.definitions import EXPERIMENTS
@@ -115,6 +115,7 @@ def curves(axes, rows, logs, value, ylabel):
         means = [mean_and_deviation([run[i][value] for run in runs]) for i in range(len(epochs))]
         axes.errorbar(epochs, [m for m, _ in means], [d for _, d in means], label=series, **style)
     axes.set(xlabel='epoch', ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
 

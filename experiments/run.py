@@ -12,7 +12,7 @@ stopped goes on where it was, and what another process trains is left to it.
 import argparse
 import fnmatch
 import functools
-import shutil
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +27,12 @@ from experiments import figures, measures
 from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.starts import started
 from experiments.turns import ROOT, append, environment, read_rows
-from training.checkpoint import DivergedError, Lock, read_log
+from training.checkpoint import MARK, DivergedError, Lock, read_log
 from training.options import DATASETS, folder
 
 RATE = 2e11  # multiply-adds a second of 2 CPU cores in bfloat16, from which hours are counted
 DIGITS, CIFAR = 1437, 50_000  # images of training
+FOLDERS = ('dataroot', 'pretrained', 'save')  # of train.py's options
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,20 @@ def do(training, place):
 
 
 def keep_log(training, place):
-    """Copies the log of a training to where git keeps it: (its epochs, its path under logs/)."""
+    """Copies the log of a training to where git keeps it: (its epochs, its path under logs/).
+
+    Of folders the copy keeps the last part: the rest is of one machine.
+    """
     log = place.folder(training) / 'log.txt'
     kept = Path('trainings', place.dataset_of(training), f'{training.run}.txt')
     if not log.exists():  # it diverged in its first epoch
         return [], ''
+    epochs = [
+        {**stats, **{name: Path(stats[name]).name for name in FOLDERS}} for stats in read_log(log)
+    ]
     (place.logs / kept).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(log, place.logs / kept)
-    return read_log(log), str(kept)
+    (place.logs / kept).write_text(''.join(f'{MARK}{json.dumps(e)}\n' for e in epochs))
+    return epochs, str(kept)
 
 
 def row_of(training, place, ended):
