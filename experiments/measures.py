@@ -15,19 +15,9 @@ from command import say
 from diracfile import load_params
 from diracfold import fold
 from diracimage import normalise
-from experiments.bench import (
-    BATCH,
-    NATIVE,
-    make_sgd,
-    make_step,
-    random_images,
-    repeated,
-    step,
-    step_of_ordinary_convolutions,
-)
+from experiments.bench import BATCH, NATIVE, repeated, step, step_of_ordinary_convolutions
 from experiments.turns import Side, append, compare, read_rows
 from training import data
-from training.run import keep_freed_memory
 
 TABLE = 'measured.csv'
 IMAGES = 1000  # of the test set, for activations
@@ -118,26 +108,13 @@ def int8(training, place):
 # ---------------------------------------------------------------- cost
 
 
-def step_of(model, depth):
-    """A training step of a network by name, as bench.step is of a DiracNet."""
-    keep_freed_memory()
-    network = networks.build(model, 'CIFAR10', depth=depth, width=1)
-    optimizer, forward_step = make_sgd(network), make_step(network)
-    images, labels = random_images(BATCH)
-    batch = images.permute(0, 3, 1, 2), labels, BATCH
-
-    def one():
-        loss, _ = forward_step(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return one
+def by_name(model, depth, width):
+    return networks.build(model, 'CIFAR10', depth=depth, width=width)
 
 
 def inference_of(model, depth, folded):
     """Logits of a batch from a network by name, as it was trained or folded."""
-    network = networks.build(model, 'CIFAR10', depth=depth, width=1).eval()
+    network = by_name(model, depth, 1).eval()
     network = fold(network) if folded else network
     inputs = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)
 
@@ -161,8 +138,8 @@ def cost(place):
     both = {'a training step, 28-1': [
         side('ordinary convolutions', step_of_ordinary_convolutions, depth, 1),
         side('diracnet', step, depth, 1),
-        side('plain, of modules', step_of, 'plain', depth),
-        side('resnet, of modules', step_of, 'resnet', depth),
+        side('plain, of modules', step, depth, 1, functools.partial(by_name, 'plain')),
+        side('resnet, of modules', step, depth, 1, functools.partial(by_name, 'resnet')),
     ], 'inference, 28-1': [
         side('plain, folded', inference_of, 'plain', depth, True),
         side('diracnet, folded', inference_of, 'diracnet', depth, True),
