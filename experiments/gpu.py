@@ -91,6 +91,7 @@ class Side:
 
     name: str
     prepare: object
+    multiply_adds: float = 0  # of one image, in its work
     seconds: list = field(default_factory=list)  # of one call
     memory: float = 0  # MB that it takes at most, beside those of the others
 
@@ -99,7 +100,6 @@ class Side:
 class Comparison:
     title: str
     batch: int
-    multiply_adds: float  # of one image, in the work of a side
     sides: list
     target: str = ''  # in words
 
@@ -122,11 +122,11 @@ def of_training(depth, width, kind, batch, device, rival, target=''):
     forms += [(f'{rival[0]}, ', rival[1], form) for form in FORMS]
     sides = [
         Side(name + form,
-             lambda make=make, form=form: training_step(make(), kind, batch, form, device))
+             lambda make=make, form=form: training_step(make(), kind, batch, form, device),
+             3 * _multiply_adds(make, size))
         for name, make, form in forms
     ]
-    return Comparison(f'training {depth}-{width:g}, batch {batch}', batch,
-                      3 * _multiply_adds(make, size), sides, target)
+    return Comparison(f'training {depth}-{width:g}, batch {batch}', batch, sides, target)
 
 
 def of_inference(depth, batch, device, target=''):
@@ -136,11 +136,11 @@ def of_inference(depth, batch, device, target=''):
               f'resnet{depth}, folded': lambda: fold(resnet().eval())}
     sides = [
         Side(f'{name}, {form}',
-             lambda make=make, form=form: inference(make(), batch, form, device))
+             lambda make=make, form=form: inference(make(), batch, form, device),
+             _multiply_adds(make, 224))
         for form in ('deploy()', 'float32, NCHW, eager') for name, make in makers.items()
     ]
-    work = _multiply_adds(lambda: DiracNet(depth), 224)
-    return Comparison(f'inference {depth}, batch {batch}', batch, work, sides, target)
+    return Comparison(f'inference {depth}, batch {batch}', batch, sides, target)
 
 
 def write_jpegs(folder, n=64):
@@ -170,7 +170,7 @@ def of_files(folder, n):
     """What decoding gives by worker processes: a training at 224 needs as many images/s."""
     workers = [w for w in (1, 2, 4, 8, 16) if w <= distributed.cores()]
     sides = [Side(f'{w} workers', functools.partial(epoch_of_files, folder, n, w)) for w in workers]
-    return Comparison('JPEG files', n, 0, sides)
+    return Comparison('JPEG files', n, sides)
 
 
 def comparisons(device, folder):
@@ -277,7 +277,7 @@ def rows_of(comparison, product, where):
         rate = comparison.batch / statistics.median(side.seconds)
         pairs = zip(measured[0].seconds, side.seconds)
         ratio, low, high = median_interval([a / b for a, b in pairs])
-        tflops = 2e-12 * comparison.multiply_adds * rate
+        tflops = 2e-12 * side.multiply_adds * rate
         rows.append({
             'compared': comparison.title, 'what': side.name, 'n': len(side.seconds),
             'images_per_second': round(rate, 1),
