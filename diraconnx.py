@@ -1,7 +1,7 @@
 """An ONNX file at work: a module that ONNX Runtime computes, on the CPU.
 
     network = OnnxNetwork('diracnet-int8.onnx')
-    logits = network(inputs)                    # (N, 3, S, S) to (N, num_classes)
+    logits = network(inputs)                    # (N, C, S, S) to (N, num_classes)
 """
 
 import torch

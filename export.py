@@ -124,7 +124,7 @@ FORMATS = {
 
 
 class Calibration:
-    """Hands batches of inputs to ONNX Runtime's quantizer: {'inputs': (n, 3, S, S)}, then None."""
+    """Hands batches of inputs to ONNX Runtime's quantizer: {'inputs': (n, C, S, S)}, then None."""
 
     def __init__(self, paths, transform):
         self.paths = tqdm(paths, 'calibrating', unit='img', disable=None, leave=False)
