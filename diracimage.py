@@ -133,7 +133,7 @@ class Inputs:
         return inputs
 
     def read(self, image):
-        """Makes an input of an image as in testing: (3, size, size), float32.
+        """Makes an input of an image as in testing: (3, size, size), or (1, size, size), float32.
 
         image: the path of a file, a PIL image, or an array, uint8 (H, W, 3), RGB. It is resized by
         OpenCV (cubic; above 64 pixels to 256 / 224 of the size, of which the middle is cut), so
