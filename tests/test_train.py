@@ -45,7 +45,8 @@ def test_defaults():
         'epoch_step': [60, 120, 160],
         'lr_decay_ratio': 0.2, 'resume': '', 'evaluate': False, 'seed': 1, 'save': 'checkpoints',
         'gpu_id': '', 'ngpu': 1, 'force': False, 'save_every': 0, 'recipe': '', 'augment': True,
-        'val': 0, 'lr_schedule': 'step', 'nesterov': False, 'label_smoothing': 0, 'name': '',
+        'keep_every': 0, 'deterministic': False, 'val': 0, 'lr_schedule': 'step',
+        'nesterov': False, 'label_smoothing': 0, 'name': '',
         'tensorboard': False, 'pretrained': '', 'compile': False, 'checkpointing': False,
         'crop': True, 'flip': 'horizontal', 'normalise': '',
     }
@@ -324,6 +325,7 @@ FAMILIES = {  # the smallest of each
     'diracnet': ['--depth', 10],
     'diracnet, ImageNet': [*IMAGENET, '--depth', 18, '--width', 0.25],
     'diracnet-v1': ['--depth', 10],
+    'diracnet-repeated': ['--depth', 10],
     'diracnet-v1, ImageNet': [*IMAGENET, '--depth', 18, '--width', 0.25],
     'plain': ['--depth', 10],
     'plain, dbb': ['--depth', 10, '--block', 'dbb'],
