@@ -33,7 +33,7 @@ def diracnet34(pretrained=False):
 
     pretrained: with the weights that the authors published (fetched once, hash checked each
     time). Their top-1 error on the validation set is 27.79 %, as the RepVGG paper quotes it, the
-    top-5 error 9.34 %, which is unverified. Neither was measured here.
+    top-5 error 9.34 %, which is unverified. These figures were not measured here.
     """
     return diracnet.diracnet34(pretrained)
 
