@@ -7,7 +7,7 @@ libraries' pixels differ, and the stated accuracies need these.
 import math
 import os
 import stat
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -26,6 +26,7 @@ MAX_SMALL = 64  # pixels: up to this size inputs are whole images, above the mid
 DEFAULT_SIZE = 32  # pixels, of images that say nothing else
 MAX_PIXELS = 2**28 // 3  # of an image, as it is read and as it is resized: 256 MiB, as in Pillow
 MAX_BYTES = 2**30  # of an image file
+MOST_MEAN = 1e9  # of a channel, and of its deviation: far beyond what images have
 _READ = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)  # no FIFO's wait
 SIZES = {'CIFAR10': 32, 'CIFAR100': 32, 'Digits': 32, 'ImageNet': 224}  # pixels, of each data set
 NORMALISATION = {  # by kind: mean and standard deviation of the channels of images in [0, 1]
@@ -39,10 +40,11 @@ class DataError(ValueError):
     """What is wrong with a data set, and where."""
 
 
-def _is_numbers(values):
-    return isinstance(values, tuple) and all(
-        type(value) in (int, float) and math.isfinite(value) for value in values
-    )
+def _are_of_channels(mean, std):
+    """Whether these can be the mean and the deviation of each channel: tuples of numbers."""
+    given = [values if isinstance(values, tuple) else () for values in (mean, std)]
+    numbers = all(type(v) in (int, float) and abs(v) < MOST_MEAN for v in sum(given, ()))
+    return numbers and len(given[0]) == len(given[1]) > 0 and min(given[1]) > 0
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,8 @@ class Inputs:
         kind = dataset if dataset in NORMALISATION else kind
         if mean is None and std is None:
             return cls(kind, size, *NORMALISATION[kind])
-        given = [tuple(v) if isinstance(v, (list, tuple)) else () for v in (mean, std)]
-        numbers = all(type(v) in (int, float) and abs(v) < 1e9 for v in sum(given, ()))
-        if not numbers or not len(given[0]) == len(given[1]) > 0 or min(given[1]) <= 0:
+        given = [tuple(v) if isinstance(v, list) else v for v in (mean, std)]
+        if not _are_of_channels(*given):
             raise ValueError(f'mean {mean}, std {std}: expected the mean of each channel and, '
                              'above 0, its deviation')
         return cls(kind, size, *given)
@@ -113,9 +114,8 @@ class Inputs:
 
         Raises ValueError for what is no such dict.
         """
-        known = {f.name: f.default is MISSING for f in fields(cls)}
-        missing = {name for name, needed in known.items() if needed} - said.keys()
-        if missing or said.keys() - known.keys():
+        known = [f.name for f in fields(cls)]
+        if said.keys() != set(known):
             raise ValueError(f'inputs of {", ".join(map(repr, said)) or "nothing"}: expected '
                              + ', '.join(known))
         inputs = cls(**{name: tuple(value) if isinstance(value, list) else value
@@ -126,8 +126,7 @@ class Inputs:
         if inputs.kind not in [*NORMALISATION]:
             raise ValueError(f'inputs of kind {inputs.kind!r}: expected one of '
                              + ', '.join(NORMALISATION))
-        if not (_is_numbers(inputs.mean) and _is_numbers(inputs.std) and 0 not in inputs.std
-                and len(inputs.mean) == len(inputs.std) > 0):
+        if not _are_of_channels(inputs.mean, inputs.std):
             raise ValueError(f'inputs of mean {inputs.mean!r}, std {inputs.std!r}: expected a '
                              'number for each channel')
         return inputs

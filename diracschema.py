@@ -128,13 +128,14 @@ def metadata(args, classes, inputs, origin):
     `calibration`: dataset (a folder by its own name), images (how many, of how many), how they were
     chosen, seed.
     """
-    args = {name: _without_folders(value) for name, value in args.items() if name not in PLACES}
+    args = {name: without_folders(value) for name, value in args.items() if name not in PLACES}
     origin = {name: value for name, value in origin.items() if value is not None}
     said = {**origin, 'args': args, 'inputs': inputs, 'classes': classes}
     return {METADATA: json.dumps(said)}
 
 
-def _without_folders(value):
+def without_folders(value):
+    """A value of an option: of a text that is a path the last part, as the rest is of a machine."""
     return re.split(r'[/\\]', value.rstrip('/\\'))[-1] if isinstance(value, str) else value
 
 

@@ -66,9 +66,9 @@ def random_images(n):
     return torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (n,))
 
 
-def diracnet(depth, width, **more):
+def diracnet(depth, width, kind='CIFAR10', **more):
     """A DiracNet for training; more: arguments of `diracnet.forward`."""
-    net = topology(depth, width, 'CIFAR10')
+    net = topology(depth, width, kind)
     return Network(functools.partial(forward, net, **more), init_params(net))
 
 
@@ -77,8 +77,9 @@ def modular(depth, width):
     return ModularNetwork.of(init_params(topology(depth, width, 'CIFAR10')))
 
 
-def make_sgd(network):
-    return torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+def make_sgd(network, fused=False):
+    return torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4,
+                           fused=fused)
 
 
 def make_step(network, dtype=NATIVE):
@@ -148,15 +149,16 @@ def epoch_with_pil(depth, width, n):
     return epoch
 
 
-def multiply_adds(depth, width=1):
+def multiply_adds(make, *sizes, pixels=32):
+    """Counts those of one image through the network that `make(*sizes)` makes."""
     with torch.device('meta'):
-        return networks.multiply_adds(diracnet(depth, width), 32)
+        return networks.multiply_adds(make(*sizes), pixels)
 
 
 def bench_train(args):
     for depth, width, steps, target in ((28, 1, 16, 3), (34, 2, 4, 3.5), (28, 4, 2, 5)):
         n = steps * BATCH
-        work = 3 * multiply_adds(depth, width)  # forward and, twice that, backward
+        work = 3 * multiply_adds(diracnet, depth, width)  # forward and, twice that, backward
         sizes = depth, width, n
         sides = [
             Side('float32, NCHW, images by PIL', epoch_with_pil, sizes, n, work),
@@ -194,10 +196,11 @@ def by_pil(n):
     return whole(pil_loader(n))
 
 
-def jpegs_by_opencv(folder, repeats, workers):
+def jpegs_by_opencv(folder, repeats, workers, batch=50):
+    """One pass over JPEG files, decoded, cropped and in batches, without a network."""
     paths, labels, _ = data.list_images(folder)
     images = data.ImageFiles(paths * repeats, labels * repeats, 224)
-    return whole(data.loader(images, 50, workers, seed=0))
+    return whole(data.loader(images, batch, workers, seed=0))
 
 
 def jpegs_by_pil(folder, repeats, workers):
@@ -284,9 +287,8 @@ def openvino(batch):
 
 
 def bench_infer(args):
-    with torch.device('meta'):
-        work = networks.multiply_adds(DiracNet(18), 224)
-        resnet = networks.multiply_adds(torchvision.models.resnet18(), 224)
+    work = multiply_adds(DiracNet, 18, pixels=224)
+    resnet = multiply_adds(torchvision.models.resnet18, pixels=224)
     for batch in (16, 1):
 
         def side(name, prepare, work=work, dtype=NATIVE, batch=batch):
@@ -344,7 +346,8 @@ def step_of_modules(depth, width):
 
 def bench_depth(args):
     rows = compare('depth, a step of 128 images', [
-        Side(f'DiracNet-{depth}-1', step, (depth, 1), BATCH, 3 * multiply_adds(depth), NATIVE)
+        Side(f'DiracNet-{depth}-1', step, (depth, 1), BATCH,
+             3 * multiply_adds(diracnet, depth, 1), NATIVE)
         for depth in DEPTHS
     ], args.pairs, TABLE)
     for name, unit in (('milliseconds', 'ms'), ('peak_memory_mb', 'MB')):
@@ -354,13 +357,14 @@ def bench_depth(args):
         print(f'{name} = {base:.0f} + {slope:.2f} x depth, in {unit}; residuals: '
               + ', '.join(f'{100 * r:+.1f} %' for r in residuals))
     compare('depth 1000 with --checkpointing', [
-        Side('DiracNet-1000-1', checkpointed_step, (1000,), BATCH, 3 * multiply_adds(1000), NATIVE)
+        Side('DiracNet-1000-1', checkpointed_step, (1000,), BATCH,
+             3 * multiply_adds(diracnet, 1000, 1), NATIVE)
     ], args.pairs, TABLE)
 
 
 def bench_overhead(args):
     for depth, width in ((28, 1), (34, 2)):
-        work = 3 * multiply_adds(depth, width)
+        work = 3 * multiply_adds(diracnet, depth, width)
         compare(f'W_hat {depth}-{width}', [
             Side('ordinary convolutions', repeated,
                  (STEPS, step_of_ordinary_convolutions, depth, width), STEPS * BATCH, work, NATIVE),

@@ -79,9 +79,9 @@ def counts(rows):
 def lines(axes, rows, value, xlabel, ylabel, log=False):
     """Draws the mean of a column over x, a line a series, with bars of one deviation."""
     for style, ((series,), of_series) in zip(styles(), grouped(rows, 'series').items()):
-        points = sorted(grouped(of_series, 'x').items())
-        means = [mean_and_deviation([row[value] for row in group]) for _, group in points]
-        axes.errorbar([x for (x,), _ in points], [m for m, _ in means], [d for _, d in means],
+        over_x = sorted(grouped(of_series, 'x').items())
+        means = [mean_and_deviation([row[value] for row in group]) for _, group in over_x]
+        axes.errorbar([x for (x,), _ in over_x], [m for m, _ in means], [d for _, d in means],
                       label=series, **style)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if log:

@@ -30,7 +30,8 @@ from command import Options, errors_in_one_line, print_table, say
 from diracdeploy import deploy
 from diracfold import fold
 from diracimage import Inputs
-from diracnet import DiracNet, Network, forward, init_params, topology
+from diracnet import DiracNet
+from experiments.bench import diracnet, jpegs_by_opencv, make_sgd, multiply_adds
 from experiments.gpu_checks import check_all
 from experiments.turns import ROOT, append, environment, median_interval
 from training import data, distributed
@@ -50,8 +51,7 @@ def training_step(network, kind, batch, form, device):
     inputs = Inputs.of(kind)
     eager = form == 'float32, NCHW, eager'
     network = network.to(device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4,
-                                fused=device.type == 'cuda' and not eager)
+    optimizer = make_sgd(network, fused=device.type == 'cuda' and not eager)
     run = network if form != 'train.py --compile' else compiled(network, device)
     step = train.make_step(run, inputs, 'float' if eager else 'bfloat16', device)
     images = torch.randint(256, (batch, inputs.size, inputs.size, 3), dtype=torch.uint8,
@@ -67,11 +67,6 @@ def training_step(network, kind, batch, form, device):
         optimizer.step()
 
     return work
-
-
-def diracnet(depth, width, kind, dirac=True):
-    net = topology(depth, width, kind)
-    return Network(functools.partial(forward, net, dirac=dirac), init_params(net))
 
 
 def inference(network, batch, form, device):
@@ -104,11 +99,6 @@ class Comparison:
     target: str = ''  # in words
 
 
-def _multiply_adds(make, size):
-    with torch.device('meta'):
-        return networks.multiply_adds(make(), size)
-
-
 def of_training(depth, width, kind, batch, device, rival, target=''):
     """DiracNet-depth-width in training, against ordinary convolutions and a network with skips.
 
@@ -123,7 +113,7 @@ def of_training(depth, width, kind, batch, device, rival, target=''):
     sides = [
         Side(name + form,
              lambda make=make, form=form: training_step(make(), kind, batch, form, device),
-             3 * _multiply_adds(make, size))
+             3 * multiply_adds(make, pixels=size))
         for name, make, form in forms
     ]
     return Comparison(f'training {depth}-{width:g}, batch {batch}', batch, sides, target)
@@ -137,7 +127,7 @@ def of_inference(depth, batch, device, target=''):
     sides = [
         Side(f'{name}, {form}',
              lambda make=make, form=form: inference(make(), batch, form, device),
-             _multiply_adds(make, 224))
+             multiply_adds(make, pixels=224))
         for form in ('deploy()', 'float32, NCHW, eager') for name, make in makers.items()
     ]
     return Comparison(f'inference {depth}, batch {batch}', batch, sides, target)
@@ -153,23 +143,12 @@ def write_jpegs(folder, n=64):
         cv2.imwrite(str(path), cv2.resize(coarse, (500, 375), interpolation=cv2.INTER_CUBIC))
 
 
-def epoch_of_files(folder, n, workers):
-    """One pass over n JPEG files, decoded, cropped and in batches, without a network."""
-    paths, labels, _ = data.list_images(folder)
-    repeats = n // len(paths)
-    loader = data.loader(data.ImageFiles(paths * repeats, labels * repeats, 224), 64, workers, 0)
-
-    def epoch():
-        for _ in loader:
-            pass
-
-    return epoch
-
-
-def of_files(folder, n):
+def of_files(folder, repeats):
     """What decoding gives by worker processes: a training at 224 needs as many images/s."""
+    n = repeats * len(data.list_images(folder)[0])
     workers = [w for w in (1, 2, 4, 8, 16) if w <= distributed.cores()]
-    sides = [Side(f'{w} workers', functools.partial(epoch_of_files, folder, n, w)) for w in workers]
+    sides = [Side(f'{w} workers', functools.partial(jpegs_by_opencv, folder, repeats, w, batch=64))
+             for w in workers]
     return Comparison('JPEG files', n, sides)
 
 
@@ -182,7 +161,7 @@ def comparisons(device, folder):
     if device.type == 'cpu':
         yield of_training(10, 1, 'CIFAR10', 8, device, resnet(10, 1))
         yield of_inference(18, 1, device)
-        yield of_files(folder, 64)
+        yield of_files(folder, 1)
         return
     yield of_training(28, 10, 'CIFAR10', 128, device, resnet(28, 10), '45 % of the product')
     yield of_training(28, 1, 'CIFAR10', 512, device, resnet(28, 1), '50,000 images/s')
@@ -192,7 +171,7 @@ def comparisons(device, folder):
     for depth in (18, 34):
         rival = functools.partial(torchvision.models.get_model, f'resnet{depth}')
         yield of_training(depth, 1, 'ImageNet', 256, device, (f'resnet{depth}', rival))
-    yield of_files(folder, 512)
+    yield of_files(folder, 8)
     for depth, batch in itertools.product((18, 34), (1, 16, 256)):
         if (depth, batch) != (18, 256):
             yield of_inference(depth, batch, device)

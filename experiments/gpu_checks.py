@@ -17,6 +17,7 @@ from diracdeploy import deploy
 from diracfold import fold
 from diracnet import Network, define_diracnet
 from experiments.turns import ROOT
+from export import as_onnx
 from training import data
 from training.checkpoint import LOG, read_log
 
@@ -115,10 +116,8 @@ def onnx(device):
 
     network = small_network().to(device).eval()
     inputs = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(2)).to(device)
-    program = torch.onnx.export(fold(network), (inputs,), dynamo=True, verbose=False,
-                                input_names=['inputs'], output_names=['logits'])
     session = onnxruntime.InferenceSession(
-        program.model_proto.SerializeToString(), providers=['CPUExecutionProvider'])
+        as_onnx(fold(network), inputs, {}), providers=['CPUExecutionProvider'])
     logits, = session.run(None, {'inputs': inputs.cpu().numpy()})
     with exact_float32():
         return [('ONNX', off(torch.from_numpy(logits), network(inputs)), 1e-4)]

@@ -23,6 +23,7 @@ import diracfile
 import networks
 import train
 from command import Options, errors_in_one_line, print_table, say
+from diracschema import without_folders
 from experiments import figures, measures
 from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.starts import started
@@ -32,7 +33,6 @@ from training.options import DATASETS, folder
 
 RATE = 2e11  # multiply-adds a second of 2 CPU cores in bfloat16, from which hours are counted
 DIGITS, CIFAR = 1437, 50_000  # images of training
-FOLDERS = ('dataroot', 'pretrained', 'save')  # of train.py's options
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def keep_log(training, place):
     if not log.exists():  # it diverged in its first epoch
         return [], ''
     epochs = [
-        {**stats, **{name: Path(stats[name]).name for name in FOLDERS}} for stats in read_log(log)
+        {name: without_folders(value) for name, value in stats.items()} for stats in read_log(log)
     ]
     (place.logs / kept).parent.mkdir(parents=True, exist_ok=True)
     (place.logs / kept).write_text(''.join(f'{MARK}{json.dumps(e)}\n' for e in epochs))

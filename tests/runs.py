@@ -24,6 +24,13 @@ def write_images(folder, classes=('cat', 'dog'), n=4, size=(32, 32), seed=0):
     return written
 
 
+def write_sets(root, train, test, size=(32, 32)):
+    """Writes so many training and test images of each of two classes: the folder of both."""
+    write_images(root / 'train', n=train, size=size)
+    write_images(root / 'test', n=test, size=size, seed=1)
+    return root
+
+
 def run(images, save, *options):
     train.main([
         '--dataset', 'Folder', '--dataroot', str(images), '--depth', '10', '--batch_size', '12',

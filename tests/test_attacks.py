@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import assert_same_run, params_of, refused, run, stats_of, write_images
+from runs import assert_same_run, params_of, refused, run, stats_of, write_sets
 
 import diracfile
 import export
@@ -31,19 +31,13 @@ ROOT = Path(train.__file__).parent
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp('images')
-    write_images(root / 'train', n=20)
-    write_images(root / 'test', n=4, seed=1)
-    return root
+    return write_sets(tmp_path_factory.mktemp('images'), 20, 4)
 
 
 @pytest.fixture(scope='module')
 def large_images(tmp_path_factory):
     """Images that two processes read as they are needed."""
-    root = tmp_path_factory.mktemp('large')
-    write_images(root / 'train', n=16, size=(70, 70))
-    write_images(root / 'test', n=2, size=(70, 70))
-    return root
+    return write_sets(tmp_path_factory.mktemp('large'), 16, 2, (70, 70))
 
 
 def is_finite(path):

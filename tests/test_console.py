@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import run, stats_of, write_images
+from runs import run, stats_of, write_sets
 
 import plot
 import train
@@ -25,10 +25,7 @@ ROOT = Path(train.__file__).parent
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
     """24 training and 4 test images of two classes."""
-    root = tmp_path_factory.mktemp('images')
-    write_images(root / 'train', n=12)
-    write_images(root / 'test', n=2, seed=1)
-    return root
+    return write_sets(tmp_path_factory.mktemp('images'), 12, 2)
 
 
 def in_terminal(*words):

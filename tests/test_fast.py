@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import params_of, run, stats_of, write_images
+from runs import params_of, run, stats_of, write_sets
 
 import train
 from diracdeploy import deploy, native_bfloat16
@@ -24,10 +24,7 @@ ROOT = Path(train.__file__).parent
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp('images')
-    write_images(root / 'train', n=10)
-    write_images(root / 'test', n=4, seed=1)
-    return root
+    return write_sets(tmp_path_factory.mktemp('images'), 10, 4)
 
 
 # ---------------------------------------------------------------- precision and memory layout
@@ -252,8 +249,7 @@ def test_cores_are_shared_among_the_processes_of_a_machine(monkeypatch):
 
 
 def test_no_more_processes_than_cores_read_images(tmp_path, recwarn):
-    write_images(tmp_path / 'train', n=8, size=(70, 70))
-    write_images(tmp_path / 'test', n=2, size=(70, 70))
+    write_sets(tmp_path, 8, 2, (70, 70))
     train.main(['--dataset', 'Folder', '--dataroot', str(tmp_path), '--image_size', '70', '--depth',
                 '18', '--width', '0.125', '--epochs', '1', '--save', str(tmp_path / 'run')])
     assert not [w for w in recwarn if 'worker' in str(w.message)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from runs import params_of, refused, run, stats_of, write_images
+from runs import params_of, refused, run, stats_of, write_images, write_sets
 
 import export
 import networks
@@ -23,10 +23,7 @@ ROOT = Path(train.__file__).parent
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
     """32 training and 10 test images of two classes."""
-    root = tmp_path_factory.mktemp('images')
-    write_images(root / 'train', n=16)
-    write_images(root / 'test', n=5, seed=1)
-    return root
+    return write_sets(tmp_path_factory.mktemp('images'), 16, 5)
 
 
 @pytest.fixture(scope='module')
@@ -347,8 +344,7 @@ FAMILIES = {  # the smallest of each
 @pytest.mark.parametrize('family', FAMILIES)
 def test_every_family_trains_resumes_and_folds(family, tmp_path):
     size = (72, 72) if '--image_size' in FAMILIES[family] else (32, 32)
-    write_images(tmp_path / 'images' / 'train', n=32, size=size)
-    write_images(tmp_path / 'images' / 'test', n=4, size=size)
+    write_sets(tmp_path / 'images', 32, 4, size)
     common = ['--dataset', 'Folder', '--dataroot', tmp_path / 'images', '--batch_size', 16,
               '--lr', 0.01, '--model', family.split(',')[0], *FAMILIES[family]]
 
@@ -403,8 +399,7 @@ def test_evaluate_takes_no_other_family(images, tmp_path, capsys):
 
 
 def test_evaluate_takes_from_the_file_what_it_knows(tmp_path, capsys):
-    write_images(tmp_path / 'train', n=8, size=(24, 24))
-    write_images(tmp_path / 'test', n=8, size=(24, 24), seed=1)
+    write_sets(tmp_path, 8, 8, (24, 24))
     folder = ['--dataset', 'Folder', '--dataroot', str(tmp_path)]
     sizes = ['--image_size', '24', '--model', 'plain', '--depth', '10', '--width', '0.5']
     train.main([*folder, *sizes, '--block', 'acb', '--epochs', '1', '--dtype', 'float', '--save',
@@ -648,8 +643,7 @@ def test_a_run_is_not_overwritten(trained, images, capsys):
 
 @pytest.mark.parametrize('nthread', [0, 2])
 def test_unreadable_image_met_in_training(tmp_path, capsys, nthread):
-    write_images(tmp_path / 'train', n=2, size=(70, 70))
-    write_images(tmp_path / 'test', n=2, size=(70, 70))
+    write_sets(tmp_path, 2, 2, (70, 70))
     broken = tmp_path / 'train' / 'dog' / '1.png'
     broken.write_bytes(b'nothing')
     error = refused(
