@@ -155,8 +155,24 @@ def _trace(module):
         ) from error
 
 
+def _passes(layers, node, bn):
+    """Whether a node is a max-pool whose output this batch norm alone takes, and may take before.
+
+    The largest of some numbers stays the largest where all are scaled by a positive one.
+    """
+    pools = getattr(node, 'op', None) == 'call_module' and isinstance(
+        layers[node.target], nn.MaxPool2d) and not layers[node.target].return_indices
+    if not pools or len(node.users) > 1 or not isinstance(bn, _BatchNorm):
+        return False
+    # of the meta device, which has no values, as it will be with those that scales start with
+    return bn.weight is None or bn.weight.is_meta or bool((bn.weight > 0).all())
+
+
 def _conv_bn_pairs(module):
-    """Lists (convolution, batch norm) in which the second alone sees what the first gives."""
+    """Lists (convolution, batch norm) in which the second alone sees what the first gives.
+
+    There may be a max-pool between them, through which a batch norm of positive scales goes.
+    """
     norms = {  # one without running statistics takes those of the batch: it cannot be folded
         layer for layer in module.modules()
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None
@@ -175,6 +191,8 @@ def _conv_bn_pairs(module):
     pairs = []
     for node in graph.nodes:
         before = node.args[0] if node.op == 'call_module' and node.args else None
+        if _passes(layers, before, layers.get(node.target)):
+            before = before.args[0]
         if getattr(before, 'op', None) != 'call_module' or len(before.users) > 1:
             continue
         conv, bn = layers[before.target], layers[node.target]
