@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import diracfile
-from baselines import densenet, diracnet_v1, mobilenet, plain, repeated_delta, wide_resnet
+from baselines import densenet, diracnet_v1, fast, mobilenet, plain, repeated_delta, wide_resnet
 from baselines.replace import with_block
 from diracfold import fold
 from diracimage import MAX_SMALL, Inputs
@@ -69,6 +69,7 @@ FAMILIES = {
     'diracnet': Family(_diracnet, {**SIZE, 'checkpointing': False}),
     'diracnet-v1': Family(diracnet_v1.diracnet_v1, SIZE, decay_all=True),
     'diracnet-repeated': Family(repeated_delta.repeated_delta, SIZE),
+    'diracnet-fast': Family(fast.fast, {'width': 1, 'block': 'dirac'}, CIFAR),
     'plain': Family(plain.plain, {**SIZE, **BLOCK}),
     'dirac-init': Family(plain.dirac_init, SIZE),
     'resnet': Family(plain.resnet, SIZE),

@@ -1,0 +1,75 @@
+"""The DiracNet of the speed-run: few and wide convolutions, most of them on small maps.
+
+Its shape is that of airbench's networks (Jordan, arXiv 2404.00498, section 3): a stem of 2x2
+patches, three groups of two 3x3 convolutions, pooled behind the first of each, batch norm without
+scale. There the filters start at the identity; here they are parameterised around it.
+"""
+
+from collections import OrderedDict
+
+from torch import nn
+
+from baselines.replace import with_block
+from diracconv import DiracConv2d
+
+CHANNELS = (64, 256, 256)  # of each group, at width 1
+PATCH = 2  # pixels of a side
+BETA_INIT = 1.0  # a tenth of it, as elsewhere, leaves the filters at the identity for too long
+
+
+def _batch_norm(channels):
+    """Batch norm that learns no scale: it is positive then, and goes through a max-pool."""
+    bn = nn.BatchNorm2d(channels)
+    bn.weight.requires_grad_(False)
+    return bn
+
+
+def _block(cin, cout, pooled):
+    conv = nn.Conv2d(cin, cout, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight)
+    layers = OrderedDict(conv=conv, bn=_batch_norm(cout), relu=nn.ReLU(inplace=True))
+    if pooled:
+        layers['pool'] = nn.MaxPool2d(2)
+        layers.move_to_end('bn')
+        layers.move_to_end('relu')
+    return nn.Sequential(layers)
+
+
+class FastNet(nn.Module):
+    """The chain, with ordinary convolutions: (N, 3, H, W) to logits (N, num_classes).
+
+    Its stem has two filters for each number of a patch: those of --whiten, with both signs.
+    """
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        if width * min(CHANNELS) < 1:
+            raise ValueError(f'width {width}: expected at least {1 / min(CHANNELS)}')
+        cin = 2 * 3 * PATCH**2
+        layers = OrderedDict(conv=nn.Conv2d(3, cin, PATCH), relu=nn.ReLU(inplace=True))
+        for g, channels in enumerate(CHANNELS):
+            cout = int(channels * width)
+            layers[f'group{g}'] = nn.Sequential(OrderedDict(
+                block0=_block(cin, cout, pooled=True), block1=_block(cout, cout, pooled=False)))
+            cin = cout
+        layers['max_pool'] = nn.AdaptiveMaxPool2d(1)
+        self.features = nn.Sequential(layers)
+        self.fc = nn.Linear(cin, num_classes)
+
+    def forward(self, inputs):
+        return self.fc(self.features(inputs).flatten(1))
+
+
+def fast(num_classes, width, block):
+    """The network with the blocks of `replace.with_block`: a DiracNet with 'dirac'.
+
+    (N, 3, H, W) to logits (N, num_classes). With 'base' its filters start at the identity, as in
+    airbench. Raises ValueError for no channels, and as `with_block` does.
+    """
+    network = with_block(FastNet(num_classes, width), block)
+    for layer in network.modules():
+        if isinstance(layer, DiracConv2d):
+            nn.init.constant_(layer.beta, BETA_INIT)
+        elif type(layer) is nn.Conv2d and layer is not network.features.conv:
+            nn.init.dirac_(layer.weight[: layer.in_channels])
+    return network
