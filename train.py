@@ -21,7 +21,6 @@ Going on where a run stopped (with the run's other options), and testing it:
     python train.py --evaluate --resume ./logs/mine --dataset Folder --dataroot ~/images
 """
 
-import math
 import os
 import shlex
 import signal
@@ -42,9 +41,11 @@ from torchnet.engine import Engine
 from command import errors_in_one_line, say
 from diracimage import DataError, normalise
 from training import checkpoint, data, distributed, options
+from training.augment import growing_sizes
 from training.checkpoint import DivergedError
 from training.distributed import rank, world
 from training.meters import STEPS_PER_READING, Meters
+from training.optimizers import schedule, set_learning_rate
 from training.run import (
     choose_dtype,
     compiled,
@@ -57,39 +58,13 @@ from training.run import (
 from training.signals import Signals, StoppedError
 
 
-def learning_rate(opt, done):
-    """The learning rate when `done` epochs (a fraction within an epoch) are done.
-
-    `step` drops it at the start of the epochs of --epoch_step, counted from 1. `cosine` lowers it
-    to 0. `onecycle` raises it from 1/25 in the first 30 %, then lowers it to 1/250000 (arXiv
-    1708.07120, with the defaults of torch's OneCycleLR; the momentum stays).
-    """
-    if opt.lr_schedule == 'step':
-        return opt.lr * opt.lr_decay_ratio ** sum(epoch <= done + 1 for epoch in opt.epoch_step)
-
-    def half_cosine(start, end, part):
-        return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
-
-    part = done / opt.epochs
-    if opt.lr_schedule == 'cosine':
-        return half_cosine(opt.lr, 0, part)
-    if part < 0.3:
-        return half_cosine(opt.lr / 25, opt.lr, part / 0.3)
-    return half_cosine(opt.lr, opt.lr / 250_000, (part - 0.3) / 0.7)
-
-
-def set_learning_rate(optimizer, lr):
-    """Sets the rate; the momentum stays (the original lost it where the rate drops)."""
-    for group in optimizer.param_groups:
-        group['lr'] = lr
-
-
-def make_step(network, inputs, dtype, device, label_smoothing=0.0):
+def make_step(network, inputs, dtype, device, label_smoothing=0.0, size=None):
     """Returns what torchnet's engine calls with each batch: a batch to (loss, logits).
 
     network: inputs (n, 3, S, S), as the Inputs say, to logits; dtype: 'float', 'double', or
-    'bfloat16', autocast. The loss is the share of this process in the mean over the whole batch,
-    times the number of processes, as DistributedDataParallel takes the mean of their gradients.
+    'bfloat16', autocast; size: pixels that the images are shrunk to, if they are. The loss is the
+    share of this process in the mean over the whole batch, times the number of processes, as
+    DistributedDataParallel takes the mean of their gradients.
     """
     precision = stored(dtype)
 
@@ -97,6 +72,8 @@ def make_step(network, inputs, dtype, device, label_smoothing=0.0):
         images, labels, whole = batch
         images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
         pixels = normalise(images, inputs, precision)
+        if size not in (None, inputs.size):
+            pixels = F.interpolate(pixels, (size, size), mode='bilinear', antialias=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16'):
             logits = network(pixels)
         logits = logits.to(precision)
@@ -149,7 +126,7 @@ def train_epoch(run, step, loader, title, on_step, signals):
     run_epoch(step, signals.batches(loader), run.meters, on_step, run.optimizer)
     figures = run.meters.figures('train')
     rate = len(run.sets.train) / figures['train_time']
-    lr = learning_rate(run.opt, run.epoch)  # that of its first step
+    lr = run.opt.lr * schedule(run.opt, run.epoch)  # that of its first step
     return {'epoch': run.epoch + 1, 'epoch_lr': lr, **figures, 'images_per_second': rate}
 
 
@@ -170,12 +147,14 @@ def train(run, device, signals):
     tested = run.network
     if opt.compile:
         wrapped, tested = (compiled(n, device) for n in (wrapped, tested))
-    train_step = make_step(wrapped, run.inputs, run.dtype, device, opt.label_smoothing)
+    sizes = growing_sizes(run.inputs.size, opt.grow, opt.epochs)
+    train_steps = {size: make_step(wrapped, run.inputs, run.dtype, device, opt.label_smoothing,
+                                   size) for size in set(sizes[run.epoch:])}
     test_step = make_step(tested, run.inputs, run.dtype, device)
     loader = data.loader(sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world())
 
     def set_rate():
-        set_learning_rate(run.optimizer, learning_rate(opt, run.epoch + run.step / len(loader)))
+        set_learning_rate(run.optimizer, schedule(opt, run.epoch + run.step / len(loader)))
 
     def on_train_step():
         run.step += 1
@@ -194,16 +173,17 @@ def train(run, device, signals):
             raise StoppedError(signals.number)
 
     if opt.compile:
-        compile_time = warm_up(run, train_step, test_step)
+        compile_time = warm_up(run, train_steps.values(), test_step)
     first, start = run.epoch, time.monotonic()
     while run.epoch < opt.epochs:
         title = f'epoch {run.epoch + 1}/{opt.epochs}'
         if run.epoch > first:
-            seconds = (time.monotonic() - start) / (run.epoch - first)
-            title += f', {seconds * (opt.epochs - run.epoch) / 60:.0f} min left'
+            done, left = (sum(s**2 for s in part)
+                          for part in (sizes[first : run.epoch], sizes[run.epoch :]))
+            title += f', {(time.monotonic() - start) * left / done / 60:.0f} min left'
         set_rate()
         stats = {**run.args, **train_epoch(
-            run, train_step, loader, title, on_train_step, signals
+            run, train_steps[sizes[run.epoch]], loader, title, on_train_step, signals
         )}
         for split in run.tested:
             images = getattr(sets, split)

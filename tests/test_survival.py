@@ -26,6 +26,7 @@ from runs import assert_same_run, params_of, refused, run, stats_of, write_image
 import train
 from experiments.kill import attack_points, flat, survive
 from training import checkpoint, options
+from training.optimizers import schedule
 
 ROOT = Path(train.__file__).parent
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
@@ -344,7 +345,7 @@ def test_nonsense_in_options_gives_one_line(request, capsys):
             assert re.fullmatch('train.py: [^\n]+\n', capsys.readouterr().err)
             return
         assert opt.batch_size >= 1
-        rates = [train.learning_rate(opt, part * opt.epochs) for part in (0, 0.5, 1)]
+        rates = [opt.lr * schedule(opt, part * opt.epochs) for part in (0, 0.5, 1)]
         assert all(0 <= rate < float('inf') for rate in rates)
         assert all(isinstance(epoch, int) for epoch in opt.epoch_step)
 

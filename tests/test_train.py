@@ -15,7 +15,7 @@ from diracfold import fold
 from diracnet import Network, define_diracnet
 from training import options
 from training.meters import Meters
-from training.run import make_optimizer
+from training.optimizers import make_optimizer, schedule, set_learning_rate
 
 ROOT = Path(train.__file__).parent
 
@@ -45,7 +45,8 @@ def test_defaults():
         'keep_every': 0, 'deterministic': False, 'val': 0, 'lr_schedule': 'step',
         'nesterov': False, 'label_smoothing': 0, 'name': '',
         'tensorboard': False, 'pretrained': '', 'compile': False, 'checkpointing': False,
-        'crop': True, 'flip': 'horizontal', 'normalise': '',
+        'crop': True, 'flip': 'horizontal', 'normalise': '', 'optimizer': 'sgd', 'adam_lr': 0.01,
+        'grow': 0, 'whiten': False,
     }
 
 
@@ -228,10 +229,10 @@ def test_learning_rate_and_momentum():
     weight.grad = torch.ones(2, 2)
     optimizer.step()
     momentum = optimizer.state[weight]['momentum_buffer'].clone()
-    rates = [train.learning_rate(opt, done) for done in (0, 0.9, 1, 2.9, 3, 4)]
-    assert rates == pytest.approx([0.5, 0.5, 0.05, 0.05, 0.005, 0.005])
-    train.set_learning_rate(optimizer, rates[-1])
-    assert {group['lr'] for group in optimizer.param_groups} == {rates[-1]}
+    shares = [schedule(opt, done) for done in (0, 0.9, 1, 2.9, 3, 4)]
+    assert shares == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    set_learning_rate(optimizer, shares[-1])
+    assert {group['lr'] for group in optimizer.param_groups} == {0.5 * shares[-1]}
     assert torch.equal(optimizer.state[weight]['momentum_buffer'], momentum)
 
 
@@ -240,16 +241,22 @@ def test_schedules_are_those_of_torch():
         opt = options.parse_options(['--lr_schedule', name, '--lr', '0.5', '--epochs', '10'])
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
         if name == 'cosine':
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+            of_torch = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
         else:
-            schedule = torch.optim.lr_scheduler.OneCycleLR(
+            of_torch = torch.optim.lr_scheduler.OneCycleLR(
                 optimizer, 0.5, total_steps=101, pct_start=31 / 101, cycle_momentum=False
             )
         for step in range(100):
-            rate = train.learning_rate(opt, step / 10)
+            rate = 0.5 * schedule(opt, step / 10)
             assert rate == pytest.approx(optimizer.param_groups[0]['lr'], abs=1e-9), (name, step)
             optimizer.step()
-            schedule.step()
+            of_torch.step()
+
+
+def test_linear_schedule():
+    opt = options.parse_options(['--lr_schedule', 'linear', '--epochs', '10'])
+    shares = [schedule(opt, done) for done in (0, 1, 2, 6, 9.9, 10)]
+    assert shares == pytest.approx([0, 0.5, 1, 0.5, 0.0125, 0])
 
 
 def test_recipes_and_families():
@@ -324,6 +331,7 @@ FAMILIES = {  # the smallest of each
     'diracnet-v1': ['--depth', 10],
     'diracnet-repeated': ['--depth', 10],
     'diracnet-v1, ImageNet': [*IMAGENET, '--depth', 18, '--width', 0.25],
+    'diracnet-fast': ['--width', 0.25, '--whiten', '--optimizer', 'muon'],
     'plain': ['--depth', 10],
     'plain, dbb': ['--depth', 10, '--block', 'dbb'],
     'plain, dirac': ['--depth', 10, '--block', 'dirac'],

@@ -56,6 +56,17 @@ def crop_and_flip(images, indices, shifts, mirrored, reflect=True):
     return taken
 
 
+def growing_sizes(size, first, epochs):
+    """The size of the images in each epoch: `first` pixels, two sizes between, and the whole one.
+
+    Each for a quarter of the epochs, the last in any case; first: 0 for the whole size in all.
+    Returns a list of ints.
+    """
+    first = first or size
+    quarters = [(4 * epoch - 1) // epochs for epoch in range(1, epochs + 1)]
+    return [first + (size - first) * quarter // 3 for quarter in quarters]
+
+
 # ---------------------------------------------------------------- large images, one by one
 
 

@@ -19,6 +19,7 @@ import torch
 
 import diracfile
 from diracfile import MODEL, PREVIOUS
+from training.optimizers import moments
 
 LOG = 'log.txt'
 MARK = 'json_stats: '  # before each record of the log
@@ -58,8 +59,9 @@ def set_rng_state(state):
 def check_finite(checkpoint):
     """Raises DivergedError for parameters, running statistics or momenta that are no numbers."""
     momenta = {
-        f'the momentum of parameter {number}': state.get('momentum_buffer')
+        f'the {name} of parameter {number}': moment
         for number, state in checkpoint['optimizer']['state'].items()
+        for name, moment in moments(state).items()
     }
     for name, tensor in {**checkpoint['params'], **momenta}.items():
         if tensor is not None and not tensor.isfinite().all():

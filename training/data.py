@@ -283,6 +283,13 @@ def hold_out(dataset, n, seed=0):
     return dataset.subset(order[:-n]), dataset.subset(order[-n:])
 
 
+def sample(dataset, n, seed=0):
+    """At most n images of a set, drawn at random, as they are in testing: uint8 (n, C, S, S)."""
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:n]
+    images, _, _ = dataset[chosen, None, torch.arange(len(chosen))]
+    return images
+
+
 # ---------------------------------------------------------------- batches
 
 

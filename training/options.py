@@ -15,13 +15,13 @@ from diracimage import MAX_SMALL, SIZES, Inputs
 from networks import FAMILIES
 from training import data, distributed
 from training.augment import FLIPS
+from training.optimizers import OPTIMIZERS, SCHEDULES
 
 MOST = 10_000  # of what makes a network: an error is better than a machine that swaps
-MOST_PIXELS = 4096  # of a side of the inputs: one image of 200 MB
+LEAST_PIXELS, MOST_PIXELS = 8, 4096  # of a side of the inputs: at most one image of 200 MB
 DTYPES = ('auto', 'float', 'bfloat16', 'double')
 MOST_WORKERS = 8  # by default; of more, each has little to do
 METAVARS = {'int': 'N', 'float': 'X', 'folder': 'PATH', 'epoch_list': 'LIST'}  # by type, in --help
-SCHEDULES = ('step', 'cosine', 'onecycle')
 RECIPE_FOLDER = Path(__file__).parent.parent / 'recipes'
 RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
 NETWORKS_BY_SIZE = (f'images of up to {MAX_SMALL} pixels take the CIFAR networks, larger ones the '
@@ -138,9 +138,15 @@ def make_parser():
     add('--dataroot', '--imagenetpath', default='.', type=folder,
         help='folder of its files; of ImageNet with train/ and val/, of a Folder with train/CLASS/ '
              'and test/CLASS/ or val/CLASS/')
-    add('--image_size', default=None, type=at_least(8, int, MOST_PIXELS),
+    add('--image_size', default=None, type=at_least(LEAST_PIXELS, int, MOST_PIXELS),
         help=f'pixels of a side, of a Folder (default: 32): {NETWORKS_BY_SIZE}')
     add('--randomcrop_pad', default=4, type=at_least(0, int), help='pixels, for small images')
+    add('--grow', default=0, type=at_least(0, int, MOST_PIXELS),
+        help='pixels that the training images are shrunk to in the first quarter of the epochs: '
+             'they grow until the last one; 0: whole from the beginning')
+    add('--whiten', default=False, action='store_true',
+        help='start the filters of the first convolution as those that whiten patches of the '
+             'training images, with both signs, and keep them')
     add('--augment', default=True, action=argparse.BooleanOptionalAction,
         help='crop and flip the training images at random, as the next two say')
     add('--crop', default=True, action=argparse.BooleanOptionalAction,
@@ -166,10 +172,15 @@ def make_parser():
     add('--batch_size', '--batchSize', default=128, type=at_least(1, int),
         help='images in a step, of all processes together')
     add('--epochs', default=200, type=at_least(1, int), help='epochs in all, resumed ones counted')
-    add('--lr', default=0.1, type=at_least(0, float, 1e38), help='learning rate, the highest')
+    add('--optimizer', default='sgd', choices=OPTIMIZERS,
+        help='muon: of the filters, whose step is made orthogonal; AdamW has the rest')
+    add('--lr', default=0.1, type=at_least(0, float, 1e38),
+        help='learning rate, the highest; of muon that of the filters')
+    add('--adam_lr', default=0.01, type=at_least(0, float, 1e38),
+        help='that of the rest, with muon')
     add('--lr_schedule', default='step', choices=SCHEDULES,
         help='how it changes: in steps, to 0 as half a cosine, or up in 30 %% of the epochs and '
-             'down after them')
+             'down after them, or up in 20 %% and down to 0 in straight lines')
     add('--epoch_step', default='[60,120,160]', type=epoch_list,
         help='epochs, counted from 1, at whose start the learning rate drops, in steps')
     add('--lr_decay_ratio', default=0.2, type=at_least(0, float, 1), help='factor of such a drop')
@@ -242,6 +253,8 @@ def _with_sizes(parser, opt, sets):
         inputs = Inputs.of(name, sets.test.shape[0] if sets else opt.image_size)
     except ValueError as error:
         parser.error(f'--{error}')
+    if opt.grow and not LEAST_PIXELS <= opt.grow <= inputs.size:
+        parser.error(f'--grow {opt.grow}: expected {LEAST_PIXELS} to the whole size, {inputs.size}')
     if not opt.augment and opt.flip not in (None, 'none'):
         parser.error(f'--no-augment and --flip {opt.flip} both given: expected one of them')
     if inputs.size <= MAX_SMALL and opt.randomcrop_pad >= inputs.size:
@@ -309,10 +322,11 @@ def differences(now, before):
     now, before: what a checkpoint of either has as `args`.
     """
     free = set(FREE_ON_RESUME)
-    if now['lr_schedule'] != 'step':
-        free -= {'epochs'}  # the other schedules stretch over all of them
+    if now['lr_schedule'] != 'step' or now['grow']:
+        free -= {'epochs'}  # the other schedules, and images that grow, stretch over all of them
     if 'dataset' in before:  # what older ones do not say, or say otherwise
-        older = {'crop': True, 'flip': data.flip(before['dataset']), 'normalise': ''}
+        older = {'crop': True, 'flip': data.flip(before['dataset']), 'normalise': '',
+                 'optimizer': 'sgd', 'grow': 0, 'whiten': False}
         before = {**older, **before, 'image_size': Inputs.of_args(before).size}
         # data from Python is told by one side alone where the other has a data set by name
         now, before = ({**args, 'given': args.get('given')} for args in (now, before))

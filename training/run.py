@@ -17,13 +17,15 @@ import diracfile
 import networks
 from command import say
 from diracdeploy import native_bfloat16
-from diracimage import Inputs
+from diracimage import Inputs, normalise
 from diracnet import check_fit
 from training import checkpoint, data, distributed, options, pretrained
 from training.board import Board
 from training.checkpoint import DivergedError
 from training.distributed import rank, world
 from training.meters import Meters, topk
+from training.optimizers import check_state, make_optimizer
+from training.whitening import PIXELS, whiten
 
 
 @dataclass
@@ -143,35 +145,14 @@ class Run:
 
     def _check(self, totals):
         """Raises ValueError if what was taken over would go wrong later, or silently."""
-        if (self.epoch or self.step) and not self.optimizer.state:
-            raise ValueError('the optimizer holds no momentum: expected one for each parameter')
-        for parameter, state in self.optimizer.state.items():
-            momentum = state['momentum_buffer']
-            if momentum is not None and momentum.shape != parameter.shape:
-                raise ValueError(
-                    f'a momentum is {tuple(momentum.shape)}: expected {tuple(parameter.shape)}'
-                )
+        if self.epoch or self.step or self.optimizer.state:
+            check_state(self.optimizer)
         steps = -(-len(self.sets.train) // self.opt.batch_size)  # of an epoch
         if self.step > steps:
             raise ValueError(f'step {self.step} of an epoch: expected at most {steps}')
         figures = 3 + len(topk(len(self.sets.classes)))  # seconds, loss, images, errors
         if totals and len(totals) != figures:
             raise ValueError(f'{len(totals)} totals: expected {figures}')
-
-
-def make_optimizer(network, opt):
-    """SGD; the decay leaves one-dimensional tensors (alpha, beta, biases, batch norm) alone.
-
-    Except in the families whose papers decay them all.
-    """
-    params = list(network.parameters())
-    decayed = [p.dim() > 1 or networks.FAMILIES[opt.model].decay_all for p in params]
-    groups = [
-        {'params': [p for p, d in zip(params, decayed) if d], 'weight_decay': opt.weight_decay},
-        {'params': [p for p, d in zip(params, decayed) if not d], 'weight_decay': 0.0},
-    ]
-    fused = params[0].is_cuda  # one kernel for all parameters
-    return torch.optim.SGD(groups, lr=opt.lr, momentum=0.9, nesterov=opt.nesterov, fused=fused)
 
 
 def find_checkpoint(opt):
@@ -332,6 +313,9 @@ def prepare(opt, device, lock, sets=None):
     except RuntimeError as error:  # of memory
         raise ValueError(f'the network cannot be made: {str(error).splitlines()[0]}') from error
     torch.manual_seed(opt.seed + rank())  # the same network, but dropout of its own
+    if opt.whiten:
+        some = data.sample(sets.train, max(1, PIXELS // inputs.size**2))
+        whiten(network, normalise(some.cpu(), inputs))
     if opt.pretrained and not path:
         pretrained.take(network, opt, inputs, sets.classes)
     run = Run(opt, inputs, dtype, sets, network, make_optimizer(network, opt), begun=path)
@@ -366,23 +350,25 @@ def load_to_test(opt, sets=None):
     return trained, sets
 
 
-def warm_up(run, train_step, test_step):
-    """Compiles what the two do, for every size of batch: returns the seconds it took.
+def warm_up(run, train_steps, test_step):
+    """Compiles what these steps do, for every size of batch: returns the seconds it took.
 
     Leaves the network, the optimizer and the random numbers as they were.
     """
     start = time.perf_counter()
     before = {name: buffer.clone() for name, buffer in run.network.named_buffers()}
     with torch.random.fork_rng():
-        for images, step in ((run.sets.train, train_step), (run.sets.test, test_step)):
-            run.network.train(step is train_step)
+        steps = [(run.sets.train, step) for step in train_steps] + [(run.sets.test, test_step)]
+        for images, step in steps:
+            training = step is not test_step
+            run.network.train(training)
             for size in {min(run.opt.batch_size, len(images)), len(images) % run.opt.batch_size}:
                 share = torch.arange(size).tensor_split(world())[rank()]
                 if size == 0:
                     continue
-                with torch.set_grad_enabled(step is train_step):
+                with torch.set_grad_enabled(training):
                     loss, _ = step(images[torch.arange(size), None, share])
-                if step is train_step:
+                if training:
                     loss.backward()
     run.optimizer.zero_grad()
     run.network.load_state_dict(before, strict=False)

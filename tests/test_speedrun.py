@@ -1,0 +1,206 @@
+"""What the speed-run needs: Muon, whitening, images that grow, the fast network."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from runs import params_of, refused, run, write_sets
+from torch import nn
+
+import networks
+import train
+from diracfold import fold
+from training import data, options
+from training.augment import growing_sizes
+from training.optimizers import MuonOfFilters, make_optimizer
+from training.whitening import whiten, whitening_filters
+
+MUON = ['--optimizer', 'muon', '--weight_decay', '0']
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    return write_sets(tmp_path_factory.mktemp('images'), 12, 4)
+
+
+def small_layer():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.Flatten(), nn.Linear(6, 2))
+
+
+def learn(layer, optimizer, steps):
+    for step in range(steps):
+        inputs = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        layer(inputs).square().mean().backward()
+        optimizer.step()
+
+
+# ---------------------------------------------------------------- Muon
+
+
+def test_a_step_of_muon_is_nearly_orthogonal():
+    layer = small_layer()
+    optimizer = make_optimizer(layer, options.parse_options([*MUON, '--lr', '0.5']))
+    before, gradient = layer[0].weight.detach().clone(), torch.randn(6, 4, 3, 3)
+    layer[0].weight.grad = gradient
+    optimizer.step()
+    moved = (layer[0].weight.detach() - before).double().flatten(1)  # (6, 36)
+    left, _, right = torch.linalg.svd(gradient.double().flatten(1), full_matrices=False)
+    exact = -0.5 * left @ right  # all singular values are 0.5
+    cosine = (moved * exact).sum() / moved.norm() / exact.norm()
+    assert cosine > 0.97
+    assert 0.25 < torch.linalg.svdvals(moved).min() <= torch.linalg.svdvals(moved).max() < 0.75
+
+
+def test_the_rest_has_adam():
+    layer = small_layer()
+    alone = copy.deepcopy(layer)
+    learn(layer, make_optimizer(layer, options.parse_options(
+        [*MUON, '--lr', '0', '--adam_lr', '0.02'])), 3)
+    adam = torch.optim.AdamW(alone[2].parameters(), 0.02, (0.85, 0.95), weight_decay=0)
+    learn(alone, adam, 3)
+    assert torch.equal(layer[0].weight, alone[0].weight)
+    torch.testing.assert_close(layer[2].weight, alone[2].weight, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(layer[2].bias, alone[2].bias, rtol=1e-5, atol=1e-7)
+
+
+def test_decay_of_muon_is_of_filters_alone():
+    layer = small_layer()
+    optimizer = MuonOfFilters([layer[0].weight], [*layer[2].parameters()], 0.1, 0.0, 0.5)
+    filters, matrix = layer[0].weight.detach().clone(), layer[2].weight.detach().clone()
+    layer[0].weight.grad = torch.zeros_like(filters)
+    optimizer.step()
+    torch.testing.assert_close(layer[0].weight, filters * (1 - 0.1 * 0.5))
+    assert torch.equal(layer[2].weight, matrix)
+
+
+def test_muon_goes_on_where_it_was():
+    whole = small_layer()
+    learn(whole, make_optimizer(whole, options.parse_options(MUON)), 4)
+    layer = small_layer()
+    optimizer = make_optimizer(layer, options.parse_options(MUON))
+    learn(layer, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert sorted(saved['state']) == [0, 1, 2]
+    again = make_optimizer(layer, options.parse_options(MUON))
+    again.load_state_dict(saved)
+    for step in (2, 3):
+        again.zero_grad()
+        inputs = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(step))
+        layer(inputs).square().mean().backward()
+        again.step()
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), whole.parameters()))
+
+
+def test_without_muon_one_line_says_which_torch_has_it(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(torch.optim, 'Muon')
+    error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10,
+                    '--optimizer', 'muon', '--save', tmp_path / 'run')
+    assert f'--optimizer muon with torch {torch.__version__}: expected 2.9 or newer' in error
+    assert not list((tmp_path).glob('run/*.pt7'))
+
+
+# ---------------------------------------------------------------- whitening
+
+
+def test_whitened_patches_are_uncorrelated():
+    torch.manual_seed(0)
+    inputs = F.avg_pool2d(torch.randn(200, 3, 20, 20), 3, stride=1) * 3  # neighbours correlate
+    filters = whitening_filters(inputs, 2)
+    assert filters.shape == (12, 3, 2, 2)
+    outputs = F.conv2d(inputs.double(), filters).transpose(0, 1).flatten(1)
+    products = outputs @ outputs.T / outputs.shape[1]
+    variances = torch.linalg.eigvalsh(torch.stack([
+        patch.double() for patch in inputs.unfold(2, 2, 1).unfold(3, 2, 1).permute(
+            0, 2, 3, 1, 4, 5).reshape(-1, 12)]).T.cov(correction=0)).flip(0)
+    expected = torch.diag(variances / (variances + 5e-4))
+    torch.testing.assert_close(products, expected, rtol=0.02, atol=0.02)
+
+
+def test_a_whitened_convolution_has_both_signs_and_stays(images, tmp_path):
+    sets = data.load('Folder', images)
+    network = networks.build('diracnet-fast', 'CIFAR10', 2, width=0.25)
+    inputs = torch.randn(20, 3, 32, 32)
+    whiten(network, inputs)
+    first = network.features.conv
+    torch.testing.assert_close(first.weight[::2], whitening_filters(inputs, 2).float())
+    assert torch.equal(first.weight[1::2], -first.weight[::2])
+    assert not first.weight.requires_grad
+    assert first.bias.requires_grad
+    assert len(data.sample(sets.train, 7)) == 7
+
+    train.main(['--dataset', 'Folder', '--dataroot', str(images), '--model', 'diracnet-fast',
+                '--width', '0.25', '--epochs', '1', '--whiten', *MUON, '--save',
+                str(tmp_path / 'run')])
+    filters = params_of(tmp_path / 'run')['features.conv.weight']
+    assert torch.equal(filters[1::2], -filters[::2])
+
+
+def test_too_many_filters_are_refused(images, tmp_path, capsys):
+    error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--width',
+                    4, '--whiten', '--save', tmp_path / 'run')
+    assert 'the first convolution has 64 filters: expected at most 54' in error
+
+
+# ---------------------------------------------------------------- images that grow
+
+
+def test_sizes_grow_in_quarters():
+    assert growing_sizes(32, 20, 8) == [20, 20, 24, 24, 28, 28, 32, 32]
+    assert growing_sizes(32, 0, 3) == [32, 32, 32]
+    assert growing_sizes(32, 20, 2) == [24, 32]
+    assert growing_sizes(32, 20, 1) == [32]
+
+
+def test_shrunk_images_train_and_resume(images, tmp_path):
+    growing = '--grow', 16, '--epochs', 3
+    run(images, tmp_path / 'whole', *growing, '--keep_every', 1)
+    run(images, tmp_path / 'run', *growing, '--resume', tmp_path / 'whole' / 'epoch-1.pt7')
+    whole, resumed = params_of(tmp_path / 'whole'), params_of(tmp_path / 'run')
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    run(images, tmp_path / 'large', '--epochs', 3)
+    assert any(not torch.equal(p, whole[n]) for n, p in params_of(tmp_path / 'large').items())
+
+
+def test_more_epochs_of_images_that_grow_are_another_run(images, tmp_path, capsys):
+    run(images, tmp_path, '--grow', 16, '--epochs', 1)
+    with pytest.raises(SystemExit):
+        run(images, tmp_path, '--grow', 16, '--epochs', 2, '--resume', 'auto')
+    assert 'epochs was 1, is 2: expected the same, or --force' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('pixels', ['7', '33'])
+def test_sizes_that_images_cannot_have_are_refused(pixels, capsys):
+    assert '--grow' in refused(capsys, '--grow', pixels)
+
+
+# ---------------------------------------------------------------- the network
+
+
+def test_batch_norm_of_positive_scale_goes_through_a_max_pool():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.BatchNorm2d(8)).double()
+    nn.init.uniform_(layers[2].running_var, 0.5, 2)
+    nn.init.normal_(layers[2].running_mean)
+    inputs = torch.randn(4, 3, 12, 12, dtype=torch.float64)
+    for scales, expected in (([1.0] * 8, nn.Identity), ([1.0] * 7 + [-1.0], nn.BatchNorm2d)):
+        with torch.no_grad():
+            layers[2].weight.copy_(torch.tensor(scales))
+        folded = fold(layers, torch.float64)
+        assert type(folded[2]) is expected
+        with torch.no_grad():
+            torch.testing.assert_close(
+                folded(inputs), layers.eval()(inputs), rtol=1e-10, atol=1e-10)
+
+
+def test_the_fast_network_is_airbenchs_in_size_and_dirac_parameterised():
+    network = networks.build('diracnet-fast', 'CIFAR10')
+    # 24 to 64 at 31 x 31; 64 to 64 to 256 at 15 x 15; 256 to 256 twice at 7 x 7, once at 3 x 3
+    convolutions = 9 * (24 * 64 * 31**2 + (64 * 64 + 64 * 256) * 15**2 + 256**2 * (2 * 7**2 + 9))
+    assert networks.multiply_adds(network, 32) == convolutions + 12 * 24 * 31**2 + 2560
+    with_w_hat = [layer for layer in network.modules() if hasattr(layer, 'alpha')]
+    assert [layer.out_channels for layer in with_w_hat] == [64, 64, 256, 256, 256, 256]
+    assert not [layer for layer in fold(network).modules() if hasattr(layer, 'alpha')
+                or isinstance(layer, nn.BatchNorm2d)]
