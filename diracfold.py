@@ -164,7 +164,7 @@ def _passes(layers, node, bn):
         layers[node.target], nn.MaxPool2d) and not layers[node.target].return_indices
     if not pools or len(node.users) > 1 or not isinstance(bn, _BatchNorm):
         return False
-    # of the meta device, which has no values, as it will be with those that scales start with
+    # on the meta device there are no values: taken to be as batch norms start, positive
     return bn.weight is None or bn.weight.is_meta or bool((bn.weight > 0).all())
 
 

@@ -203,8 +203,7 @@ def load_test_set(opt, trained):
 def verification_inputs(trained, sets, paths):
     """Returns (inputs (BATCH, C, S, S), what they are): test images, calibration ones or noise."""
     if sets:
-        chosen = torch.linspace(0, len(sets.test) - 1, BATCH).long()
-        images = sets.test[chosen, None, torch.arange(BATCH)][0]
+        images = data.evenly(sets.test, BATCH)
         return normalise(images, trained.inputs), f'{BATCH} test images'
     if paths:
         paths = paths[:: -(-len(paths) // BATCH)]

@@ -27,12 +27,9 @@ def _batch_norm(channels):
 def _block(cin, cout, pooled):
     conv = nn.Conv2d(cin, cout, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight)
-    layers = OrderedDict(conv=conv, bn=_batch_norm(cout), relu=nn.ReLU(inplace=True))
-    if pooled:
-        layers['pool'] = nn.MaxPool2d(2)
-        layers.move_to_end('bn')
-        layers.move_to_end('relu')
-    return nn.Sequential(layers)
+    pool = {'pool': nn.MaxPool2d(2)} if pooled else {}
+    return nn.Sequential(OrderedDict(
+        conv=conv, **pool, bn=_batch_norm(cout), relu=nn.ReLU(inplace=True)))
 
 
 class FastNet(nn.Module):
@@ -70,6 +67,6 @@ def fast(num_classes, width, block):
     for layer in network.modules():
         if isinstance(layer, DiracConv2d):
             nn.init.constant_(layer.beta, BETA_INIT)
-        elif type(layer) is nn.Conv2d and layer is not network.features.conv:
+        elif block == 'base' and isinstance(layer, nn.Conv2d) and layer.padding == (1, 1):
             nn.init.dirac_(layer.weight[: layer.in_channels])
     return network

@@ -63,8 +63,7 @@ def activations(training, place):
     trained = networks.load(str(place.folder(training)))
     network, test = fold(trained.network), load_test_images(training, place, trained.inputs)
     layers = [module for module in network.modules() if isinstance(module, (nn.ReLU, NCReLU))]
-    chosen = torch.linspace(0, len(test) - 1, min(IMAGES, len(test))).long()  # of all classes
-    images = test[chosen, None, torch.arange(len(chosen))][0]
+    images = data.evenly(test, min(IMAGES, len(test)))  # of all classes
     rows = []
 
     def count(layer, module, inputs, output):

@@ -129,7 +129,7 @@ def test_a_whitened_convolution_has_both_signs_and_stays(images, tmp_path):
     assert torch.equal(first.weight[1::2], -first.weight[::2])
     assert not first.weight.requires_grad
     assert first.bias.requires_grad
-    assert len(data.sample(sets.train, 7)) == 7
+    assert len(data.evenly(sets.train, 7)) == 7
 
     train.main(['--dataset', 'Folder', '--dataroot', str(images), '--model', 'diracnet-fast',
                 '--width', '0.25', '--epochs', '1', '--whiten', *MUON, '--save',

@@ -283,10 +283,10 @@ def hold_out(dataset, n, seed=0):
     return dataset.subset(order[:-n]), dataset.subset(order[-n:])
 
 
-def sample(dataset, n, seed=0):
-    """At most n images of a set, drawn at random, as they are in testing: uint8 (n, C, S, S)."""
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:n]
-    images, _, _ = dataset[chosen, None, torch.arange(len(chosen))]
+def evenly(dataset, n):
+    """n images of a set, evenly over its order, as they are in testing: uint8 (n, C, S, S)."""
+    chosen = torch.linspace(0, len(dataset) - 1, n).long()
+    images, _, _ = dataset[chosen, None, torch.arange(n)]
     return images
 
 

@@ -314,8 +314,8 @@ def prepare(opt, device, lock, sets=None):
         raise ValueError(f'the network cannot be made: {str(error).splitlines()[0]}') from error
     torch.manual_seed(opt.seed + rank())  # the same network, but dropout of its own
     if opt.whiten:
-        some = data.sample(sets.train, max(1, PIXELS // inputs.size**2))
-        whiten(network, normalise(some.cpu(), inputs))
+        n = min(len(sets.train), max(1, PIXELS // inputs.size**2))
+        whiten(network, normalise(data.evenly(sets.train, n).cpu(), inputs))
     if opt.pretrained and not path:
         pretrained.take(network, opt, inputs, sets.classes)
     run = Run(opt, inputs, dtype, sets, network, make_optimizer(network, opt), begun=path)

@@ -15,8 +15,8 @@ def whitening_filters(inputs, size):
     """
     number, n = inputs.shape[1] * size**2, 0
     products = torch.zeros(number, number, dtype=torch.float64)
-    for part in inputs.double().split(64):
-        patches = F.unfold(part, size).transpose(1, 2).reshape(-1, number)
+    for part in inputs.split(64):
+        patches = F.unfold(part.double(), size).transpose(1, 2).reshape(-1, number)
         products += patches.T @ patches
         n += len(patches)
     variances, directions = torch.linalg.eigh(products / n)
