@@ -304,7 +304,7 @@ def test_random_crops_flip_half(tmp_path):
     path = str(tmp_path / 'ramp.png')
     cv2.imwrite(path, ramp)
     torch.manual_seed(0)
-    crops = [augment.flip_at_random(augment.read_random_crop(path, 32), 'horizontal')
+    crops = [augment.flip_one(augment.read_random_crop(path, 32), 'horizontal', 0, 0)
              [0, :, 0].astype(int) for _ in range(400)]
     rising = np.mean([crop[-1] > crop[0] for crop in crops])
     assert rising == pytest.approx(0.5, abs=0.08)

@@ -80,7 +80,7 @@ def test_turned_crops_are_those_of_the_padded_image(reflect):
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), **mode)
     found = set()
     for seed in range(60):
-        draws = augment.draw(20, torch.arange(20), 2, 'all', seed)
+        draws = augment.draw(torch.arange(20), torch.arange(20), 2, 'all', seed)
         taken = augment.crop_and_flip(torch.from_numpy(images), torch.arange(20), *draws, reflect)
         for whole, crop in zip(padded, taken.numpy()):
             lying = {way: k for k, way in enumerate(eight_ways(crop))}
@@ -103,6 +103,31 @@ def test_flips_of_files_without_crops(tmp_path):
             found |= {eight_ways(image).index(taken.tobytes())
                       for image, taken in zip(whole, batch.contiguous().numpy())}
         assert found == ways
+
+
+@pytest.mark.parametrize('kind', ['memory', 'files', 'pairs'])
+def test_alternating_flips_mirror_each_image_in_every_second_epoch(tmp_path, kind):
+    write_images(tmp_path, n=15, size=(70, 70))
+    paths, labels, _ = data.list_images(str(tmp_path))
+    dataset = data.ImageFiles(paths, labels, 70)
+    whole = dataset[torch.arange(30), None, torch.arange(30)][0].permute(0, 2, 3, 1)
+    if kind == 'memory':
+        dataset = data.MemoryImages(whole, labels)
+    if kind == 'pairs':
+        dataset = data.DatasetImages([*zip(whole.numpy(), labels)], 2)
+    loader = data.loader(dataset.augmented(crop=False, flip='alternating'), 8, 0, seed=3)
+    epochs = []
+    for epoch in (1, 2, 3):
+        loader.sampler.set_epoch(epoch)
+        order = torch.cat([indices for indices, _, _ in loader.sampler])
+        taken = torch.cat([images for images, _, _ in loader]).permute(0, 2, 3, 1)
+        ways = torch.tensor([[torch.equal(i, whole[n]), torch.equal(i, whole[n].flip(1))]
+                             for n, i in zip(order, taken)])
+        assert (ways.sum(1) == 1).all()
+        epochs.append(ways[order.argsort(), 1])
+    assert epochs[0].sum() == 15
+    assert torch.equal(epochs[1], ~epochs[0])
+    assert torch.equal(epochs[2], epochs[0])
 
 
 def test_flips_and_crops_are_options_apart(capsys):

@@ -14,6 +14,7 @@ from diracimage import Naming, decode, read_file
 FLIPS = {  # name: of how many ways to mirror an image, each is taken for half of them
     'none': 0,  # digits, letters
     'horizontal': 1,  # photographs
+    'alternating': 1,  # likewise, but in every second epoch (arXiv 2404.00498, section 3.6)
     'all': 3,  # left to right, upside down, transposed: in turn, the eight ways a square can lie
 }
 
@@ -21,15 +22,26 @@ FLIPS = {  # name: of how many ways to mirror an image, each is taken for half o
 # ---------------------------------------------------------------- small images, with one gather
 
 
-def draw(n, share, pad, flip, seed):
-    """Draws from the seed of a batch of n what `crop_and_flip` does with the images of a share.
+def in_turn(indices, seed):
+    """Whether images are mirrored in the epoch of a batch's seed, as they are in every second one.
 
-    share: their positions (m,). Returns (shifts of rows and columns (2, m, 1), -pad to pad; whether
-    they are mirrored left to right, upside down and transposed, as many as FLIPS says (k, m, 1)).
+    The seeds of odd epochs are odd, as are the indices of half of the images: (n,) to (n,), bool.
     """
-    generator = torch.Generator().manual_seed(seed)
+    return (indices + seed) % 2 == 1
+
+
+def draw(indices, share, pad, flip, seed):
+    """Draws from the seed of a batch what `crop_and_flip` does with the images of a share.
+
+    indices: of the whole batch (n,); share: positions in it (m,). Returns (shifts of rows and
+    columns (2, m, 1), -pad to pad; whether they are mirrored left to right, upside down and
+    transposed, as many as FLIPS says (k, m, 1)).
+    """
+    n, generator = len(indices), torch.Generator().manual_seed(seed)
     shifts = torch.randint(-pad, pad + 1, (2, n, 1), generator=generator)
     mirrored = torch.rand(FLIPS[flip], n, 1, generator=generator) < 0.5
+    if flip == 'alternating':
+        mirrored = in_turn(indices, seed).view(1, n, 1)
     return shifts[:, share], mirrored[:, share]
 
 
@@ -97,8 +109,13 @@ def read_random_crop(path, size):
         return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
-def flip_at_random(image, flip):
-    """Mirrors an array (S, S, C) as FLIPS says, by draws from torch's global generator."""
+def flip_one(image, flip, index, seed):
+    """Mirrors an array (S, S, C), an image of a batch, as FLIPS says.
+
+    index: of the image; seed: of the batch. Draws from torch's global generator.
+    """
+    if flip == 'alternating':
+        return image[:, ::-1] if in_turn(index, seed) else image
     ways = lambda i: i[:, ::-1], lambda i: i[::-1], lambda i: i.swapaxes(0, 1)
     for way in ways[: FLIPS[flip]]:
         image = way(image) if torch.rand(()) < 0.5 else image

@@ -319,7 +319,8 @@ class BatchSampler(Sampler):
             mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(mixed[0] >> np.uint64(1)))
             order = torch.randperm(self.length, generator=generator)
-            seeds = torch.randint(2**62, (len(self),), generator=generator).tolist()
+            drawn = torch.randint(2**61, (len(self),), generator=generator)
+            seeds = (2 * drawn + self.epoch % 2).tolist()  # odd in odd epochs: augment.in_turn
         batches = list(zip(order.split(self.batch_size), seeds))
         for indices, seed in batches[self.step :]:
             yield indices, seed, torch.arange(len(indices)).tensor_split(self.world)[self.rank]

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from diracimage import DataError, read_test_image
-from training.augment import crop_and_flip, draw, flip_at_random, read_random_crop
+from training.augment import crop_and_flip, draw, flip_one, read_random_crop
 
 IGNORED = -100  # as a label: what cross_entropy leaves out
 
@@ -81,7 +81,7 @@ class MemoryImages(Images):
         if seed is None:
             return self.images[chosen], self.labels[chosen]
         # drawn on the CPU, whose generator is the same on each machine
-        draws = (drawn.to(device) for drawn in draw(len(indices), share, self.pad, self.flip, seed))
+        draws = (drawn.to(device) for drawn in draw(indices, share, self.pad, self.flip, seed))
         return crop_and_flip(self.images, chosen, *draws, self.reflect), self.labels[chosen]
 
 
@@ -107,13 +107,14 @@ class ImageFiles(Images):
         images = np.empty((len(share), *self.shape), np.uint8)
         with torch.random.fork_rng(devices=[]):  # get_params knows only the global generator
             for i, position in enumerate(share.tolist()):
-                path = self.paths[indices[position]]
+                index = int(indices[position])
+                path = self.paths[index]
                 if seed is None:
                     images[i] = read_test_image(path, self.size)
                     continue
                 torch.default_generator.manual_seed(seed + position)  # not CUDA's too
                 read = read_random_crop if self.crop else read_test_image
-                images[i] = flip_at_random(read(path, self.size), self.flip)
+                images[i] = flip_one(read(path, self.size), self.flip, index, seed)
         return torch.from_numpy(images), self.labels[indices[share]]
 
 
@@ -186,6 +187,6 @@ class DatasetImages(Images):
                                     'first')
         images, labels = torch.stack([image for image, _ in items]), [label for _, label in items]
         if seed is not None:
-            draws = draw(len(indices), share, self.pad, self.flip, seed)
+            draws = draw(indices, share, self.pad, self.flip, seed)
             images = crop_and_flip(images, torch.arange(len(images)), *draws, self.reflect)
         return images, torch.tensor(labels)

@@ -154,7 +154,8 @@ def make_parser():
              'their area')
     add('--flip', default=None, choices=FLIPS,
         help='none for what has a right side, as letters; all, upside down and by quarter turns '
-             'too, for images from above; of Digits none (default: horizontal)')
+             'too, for images from above; alternating: each image in every second epoch, for few '
+             'epochs; of Digits none (default: horizontal)')
     add('--normalise', default='', type=normalisation,
         help='mean and deviation of the channels in [0, 1]: measured, of the training images, or a '
              'list [MEAN,...,STD,...] (default: of CIFAR-10 or, above 64 pixels, of ImageNet)')
