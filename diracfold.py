@@ -144,7 +144,8 @@ def _replace(root, old, new):
                 setattr(parent, name, new or nn.Identity())
 
 
-def _trace(module):
+def trace(module):
+    """The graph of a module by torch.fx; raises ValueError where it cannot be traced."""
     try:
         return Tracer().trace(module)
     except Exception as error:  # the traced code may raise anything when it is given proxies
@@ -179,7 +180,7 @@ def _conv_bn_pairs(module):
     }
     if not norms:
         return []
-    graph = _trace(module)
+    graph = trace(module)
     layers = dict(module.named_modules(remove_duplicate=False))
     called = [node.target for node in graph.nodes if node.op == 'call_module']
     read = [node.target.rpartition('.')[0] for node in graph.nodes if node.op == 'get_attr']

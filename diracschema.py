@@ -126,7 +126,7 @@ def metadata(args, classes, inputs, origin):
     mean and std of the channels in [0, 1]. origin: of ORIGIN, `network`, its title;
     `exported_from`, a file or folder by its own name; `epoch`, the finished ones; and of int8
     `calibration`: dataset (a folder by its own name), images (how many, of how many), how they were
-    chosen, seed.
+    chosen, seed, and whether the channels were equalised on them.
     """
     args = {name: without_folders(value) for name, value in args.items() if name not in PLACES}
     origin = {name: value for name, value in origin.items() if value is not None}

@@ -4,7 +4,7 @@ The ending chooses the format: .onnx, .pt2 (torch.export), .safetensors or .pth 
     python export.py logs/diracnet-28-1 --to diracnet.onnx
 
 In int8, its ranges calibrated on a folder of images, with the accuracy that is left:
-    python export.py logs/diracnet-28-1 --to diracnet-int8.onnx --int8 ~/images/train \
+    python export.py logs/diracnet-28-1 --to diracnet-int8.onnx --int8 ~/images/train --equalise \
         --dataset Folder --dataroot ~/images
 """
 
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import networks
 from command import Options, errors_in_one_line, expect_packages, print_table
+from diracequal import equalise
 from diracfold import fold
 from diracimage import normalise
 from diraconnx import OnnxNetwork
@@ -271,6 +272,9 @@ def parse_options(argv=None):
     add('checkpoint', help='a checkpoint, the folder of a run, or any file of parameters')
     add('--to', required=True, metavar='FILE', help=f'to write: {", ".join(FORMATS)}')
     add('--int8', metavar='FOLDER', help='quantise the .onnx, calibrated on the images in there')
+    add('--equalise', action='store_true',
+        help='first bring the channels to like ranges on those images: int8 then loses less of a '
+             'DiracNet, and float32 nothing')
     add('--dataset', choices=DATASETS, help='on whose test set to measure top-1, if that is wanted')
     add('--dataroot', default='.', help='folder of its files (default: .)')
     opt = parser.parse_args(argv)
@@ -279,6 +283,8 @@ def parse_options(argv=None):
         parser.error(f'--to {opt.to}: expected a name that ends in {", ".join(FORMATS)}')
     if opt.int8 and opt.ending != '.onnx':
         parser.error(f'--int8 with --to {opt.to}: expected a name that ends in .onnx')
+    if opt.equalise and not opt.int8:
+        parser.error('--equalise without --int8: expected a folder of images to calibrate on')
     if os.path.realpath(opt.to) == os.path.realpath(opt.checkpoint):
         parser.error(f'--to {opt.to} is the checkpoint itself: expected another name')
     expect_packages('export.py', 'deploy', *FORMATS[opt.ending][2])
@@ -348,6 +354,9 @@ def export(opt):
     sets = load_test_set(opt, trained) if opt.dataset else None
     inputs, described = verification_inputs(trained, sets, paths)
     unfolded, net = trained.network.float(), fold(trained.network).requires_grad_(False)
+    if opt.equalise:
+        net = equalise(net, torch.stack([*map(trained.inputs.read, paths)]))
+        calibration['equalised'] = True
     describe(opt, trained, described)
     made = make(opt, net, trained, paths, calibration)
     contents, tolerances = zip(*made.values())

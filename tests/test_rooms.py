@@ -13,13 +13,14 @@ FILES = [
 ]
 PACKAGE = {
     'diracconv', 'diracnet', 'diracfold', 'diracmodules', 'dirachead', 'diracimage', 'diracschema',
-    'diracfile', 'diraconnx', 'diracdeploy',
+    'diracequal', 'diracfile', 'diraconnx', 'diracdeploy',
 }
 MAY_IMPORT = {  # room: what of the project it may know
     'diracconv': set(),
     'diracnet': {'diracconv'},
     'diracfold': {'diracconv', 'diracnet'},
     'diracmodules': {'diracconv', 'diracnet', 'diracfold'},
+    'diracequal': {'diracfold'},
     'dirachead': set(),
     'diracimage': {'dirachead'},
     'diracschema': set(),
