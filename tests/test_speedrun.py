@@ -147,15 +147,16 @@ def test_too_many_filters_are_refused(images, tmp_path, capsys):
 # ---------------------------------------------------------------- images that grow
 
 
-def test_sizes_grow_in_quarters():
-    assert growing_sizes(32, 20, 8) == [20, 20, 24, 24, 28, 28, 32, 32]
-    assert growing_sizes(32, 0, 3) == [32, 32, 32]
-    assert growing_sizes(32, 20, 2) == [24, 32]
-    assert growing_sizes(32, 20, 1) == [32]
+def test_sizes_share_the_epochs():
+    assert growing_sizes(32, [20, 24, 28, 32], 8) == [20, 20, 24, 24, 28, 28, 32, 32]
+    assert growing_sizes(32, [], 3) == [32, 32, 32]
+    assert growing_sizes(32, [20, 24, 32], 2) == [24, 32]
+    assert growing_sizes(32, [20, 24], 5) == [20, 20, 24, 24, 24]
+    assert growing_sizes(32, [20, 24, 28, 32], 1) == [32]
 
 
 def test_shrunk_images_train_and_resume(images, tmp_path):
-    growing = '--grow', 16, '--epochs', 3
+    growing = '--grow', '[16,32]', '--epochs', 3
     run(images, tmp_path / 'whole', *growing, '--keep_every', 1)
     run(images, tmp_path / 'run', *growing, '--resume', tmp_path / 'whole' / 'epoch-1.pt7')
     whole, resumed = params_of(tmp_path / 'whole'), params_of(tmp_path / 'run')
@@ -165,15 +166,15 @@ def test_shrunk_images_train_and_resume(images, tmp_path):
 
 
 def test_more_epochs_of_images_that_grow_are_another_run(images, tmp_path, capsys):
-    run(images, tmp_path, '--grow', 16, '--epochs', 1)
+    run(images, tmp_path, '--grow', '[16]', '--epochs', 1)
     with pytest.raises(SystemExit):
-        run(images, tmp_path, '--grow', 16, '--epochs', 2, '--resume', 'auto')
+        run(images, tmp_path, '--grow', '[16]', '--epochs', 2, '--resume', 'auto')
     assert 'epochs was 1, is 2: expected the same, or --force' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('pixels', ['7', '33'])
-def test_sizes_that_images_cannot_have_are_refused(pixels, capsys):
-    assert '--grow' in refused(capsys, '--grow', pixels)
+@pytest.mark.parametrize('sizes', ['[7,32]', '[33]', '20', '[20.5]', '['])
+def test_sizes_that_images_cannot_have_are_refused(sizes, capsys):
+    assert '--grow' in refused(capsys, '--grow', sizes)
 
 
 # ---------------------------------------------------------------- the network

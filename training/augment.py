@@ -68,15 +68,14 @@ def crop_and_flip(images, indices, shifts, mirrored, reflect=True):
     return taken
 
 
-def growing_sizes(size, first, epochs):
-    """The size of the images in each epoch: `first` pixels, two sizes between, and the whole one.
+def growing_sizes(size, sizes, epochs):
+    """The size of the images in each epoch: each of `sizes` for an equal share of the epochs.
 
-    Each for a quarter of the epochs, the last in any case; first: 0 for the whole size in all.
+    Where they do not divide, the later sizes have more of them; without any, all have `size`.
     Returns a list of ints.
     """
-    first = first or size
-    quarters = [(4 * epoch - 1) // epochs for epoch in range(1, epochs + 1)]
-    return [first + (size - first) * quarter // 3 for quarter in quarters]
+    sizes = sizes or [size]
+    return [sizes[(len(sizes) * epoch - 1) // epochs] for epoch in range(1, epochs + 1)]
 
 
 # ---------------------------------------------------------------- large images, one by one

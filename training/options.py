@@ -21,7 +21,7 @@ MOST = 10_000  # of what makes a network: an error is better than a machine that
 LEAST_PIXELS, MOST_PIXELS = 8, 4096  # of a side of the inputs: at most one image of 200 MB
 DTYPES = ('auto', 'float', 'bfloat16', 'double')
 MOST_WORKERS = 8  # by default; of more, each has little to do
-METAVARS = {'int': 'N', 'float': 'X', 'folder': 'PATH', 'epoch_list': 'LIST'}  # by type, in --help
+METAVARS = {'int': 'N', 'float': 'X', 'folder': 'PATH', 'list': 'LIST'}  # by type, in --help
 RECIPE_FOLDER = Path(__file__).parent.parent / 'recipes'
 RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
 NETWORKS_BY_SIZE = (f'images of up to {MAX_SMALL} pixels take the CIFAR networks, larger ones the '
@@ -48,14 +48,20 @@ def at_least(least, kind, most=2**31):
     return read
 
 
-def epoch_list(text):
-    try:
-        epochs = json.loads(text)
-        if isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs):
-            return epochs
-    except (ValueError, RecursionError):
-        pass
-    raise argparse.ArgumentTypeError(f'{text!r}: expected a list of epochs, such as [60,120,160]')
+def list_of(what, example, least):
+    def read(text):
+        with contextlib.suppress(ValueError, RecursionError):
+            numbers = json.loads(text)
+            if isinstance(numbers, list) and all(type(n) is int and n >= least for n in numbers):
+                return numbers
+        raise argparse.ArgumentTypeError(f'{text!r}: expected a list of {what}, such as {example}')
+
+    read.__name__ = 'list'
+    return read
+
+
+epoch_list = list_of('epochs', '[60,120,160]', 1)
+size_list = list_of('sizes in pixels', '[20,24,28,32]', LEAST_PIXELS)
 
 
 def normalisation(text):
@@ -141,10 +147,10 @@ def make_parser():
     add('--image_size', default=None, type=at_least(LEAST_PIXELS, int, MOST_PIXELS),
         help=f'pixels of a side, of a Folder (default: 32): {NETWORKS_BY_SIZE}')
     add('--randomcrop_pad', default=4, type=at_least(0, int), help='pixels, for small images')
-    add('--grow', default=0, type=at_least(0, int, MOST_PIXELS),
-        help='pixels that the training images are shrunk to in the first quarter of the epochs: '
-             'they grow until the last one; 0: whole from the beginning')
-    add('--whiten', default=False, action='store_true',
+    add('--grow', default='[]', type=size_list,
+        help='sizes that the training images are shrunk to, each for an equal share of the epochs, '
+             'such as [20,24,28,32]; []: whole')
+    add('--whiten', default=False, action=argparse.BooleanOptionalAction,
         help='start the filters of the first convolution as those that whiten patches of the '
              'training images, with both signs, and keep them')
     add('--augment', default=True, action=argparse.BooleanOptionalAction,
@@ -254,8 +260,8 @@ def _with_sizes(parser, opt, sets):
         inputs = Inputs.of(name, sets.test.shape[0] if sets else opt.image_size)
     except ValueError as error:
         parser.error(f'--{error}')
-    if opt.grow and not LEAST_PIXELS <= opt.grow <= inputs.size:
-        parser.error(f'--grow {opt.grow}: expected {LEAST_PIXELS} to the whole size, {inputs.size}')
+    if max(opt.grow, default=0) > inputs.size:
+        parser.error(f'--grow {opt.grow}: expected at most the whole size, {inputs.size}')
     if not opt.augment and opt.flip not in (None, 'none'):
         parser.error(f'--no-augment and --flip {opt.flip} both given: expected one of them')
     if inputs.size <= MAX_SMALL and opt.randomcrop_pad >= inputs.size:
@@ -327,7 +333,7 @@ def differences(now, before):
         free -= {'epochs'}  # the other schedules, and images that grow, stretch over all of them
     if 'dataset' in before:  # what older ones do not say, or say otherwise
         older = {'crop': True, 'flip': data.flip(before['dataset']), 'normalise': '',
-                 'optimizer': 'sgd', 'grow': 0, 'whiten': False}
+                 'optimizer': 'sgd', 'grow': [], 'whiten': False}
         before = {**older, **before, 'image_size': Inputs.of_args(before).size}
         # data from Python is told by one side alone where the other has a data set by name
         now, before = ({**args, 'given': args.get('given')} for args in (now, before))
