@@ -69,7 +69,7 @@ FAMILIES = {
     'diracnet': Family(_diracnet, {**SIZE, 'checkpointing': False}),
     'diracnet-v1': Family(diracnet_v1.diracnet_v1, SIZE, decay_all=True),
     'diracnet-repeated': Family(repeated_delta.repeated_delta, SIZE),
-    'diracnet-fast': Family(fast.fast, {'width': 1, 'block': 'dirac'}, CIFAR),
+    'diracnet-fast': Family(fast.fast, {'width': 1, 'block': 'dirac', 'activation': 'gelu'}, CIFAR),
     'plain': Family(plain.plain, {**SIZE, **BLOCK}),
     'dirac-init': Family(plain.dirac_init, SIZE),
     'resnet': Family(plain.resnet, SIZE),

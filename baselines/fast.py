@@ -2,7 +2,7 @@
 
 Its shape is that of airbench's networks (Jordan, arXiv 2404.00498, section 3): a stem of 2x2
 patches, three groups of two 3x3 convolutions, pooled behind the first of each, batch norm without
-scale. There the filters start at the identity; here they are parameterised around it.
+scale. There the filters start at the identity; here they are parameterised around it too.
 """
 
 from collections import OrderedDict
@@ -14,7 +14,10 @@ from diracconv import DiracConv2d
 
 CHANNELS = (64, 256, 256)  # of each group, at width 1
 PATCH = 2  # pixels of a side
-BETA_INIT = 1.0  # a tenth of it, as elsewhere, leaves the filters at the identity for too long
+# alpha and beta as elsewhere, 1 and 0.1, leave the filters at the identity for too long; they start
+# there all the same, as W does too
+ALPHA_INIT, BETA_INIT = 0.2, 1.0
+ACTIVATIONS = {'relu': nn.ReLU, 'gelu': lambda: nn.GELU('tanh'), 'silu': nn.SiLU}
 
 
 def _batch_norm(channels):
@@ -24,30 +27,33 @@ def _batch_norm(channels):
     return bn
 
 
-def _block(cin, cout, pooled):
+def _block(cin, cout, pooled, activation):
     conv = nn.Conv2d(cin, cout, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight)
+    nn.init.dirac_(conv.weight[:cin])  # those behind have nothing to pass on
     pool = {'pool': nn.MaxPool2d(2)} if pooled else {}
     return nn.Sequential(OrderedDict(
-        conv=conv, **pool, bn=_batch_norm(cout), relu=nn.ReLU(inplace=True)))
+        conv=conv, **pool, bn=_batch_norm(cout), act=ACTIVATIONS[activation]()))
 
 
 class FastNet(nn.Module):
     """The chain, with ordinary convolutions: (N, 3, H, W) to logits (N, num_classes).
 
     Its stem has two filters for each number of a patch: those of --whiten, with both signs.
+    activation: of ACTIVATIONS.
     """
 
-    def __init__(self, num_classes, width):
+    def __init__(self, num_classes, width, activation):
         super().__init__()
         if width * min(CHANNELS) < 1:
             raise ValueError(f'width {width}: expected at least {1 / min(CHANNELS)}')
         cin = 2 * 3 * PATCH**2
-        layers = OrderedDict(conv=nn.Conv2d(3, cin, PATCH), relu=nn.ReLU(inplace=True))
+        layers = OrderedDict(
+            conv=nn.Conv2d(3, cin, PATCH, bias=False), act=ACTIVATIONS[activation]())
         for g, channels in enumerate(CHANNELS):
             cout = int(channels * width)
             layers[f'group{g}'] = nn.Sequential(OrderedDict(
-                block0=_block(cin, cout, pooled=True), block1=_block(cout, cout, pooled=False)))
+                block0=_block(cin, cout, True, activation),
+                block1=_block(cout, cout, False, activation)))
             cin = cout
         layers['max_pool'] = nn.AdaptiveMaxPool2d(1)
         self.features = nn.Sequential(layers)
@@ -57,16 +63,15 @@ class FastNet(nn.Module):
         return self.fc(self.features(inputs).flatten(1))
 
 
-def fast(num_classes, width, block):
+def fast(num_classes, width, block, activation):
     """The network with the blocks of `replace.with_block`: a DiracNet with 'dirac'.
 
-    (N, 3, H, W) to logits (N, num_classes). With 'base' its filters start at the identity, as in
-    airbench. Raises ValueError for no channels, and as `with_block` does.
+    (N, 3, H, W) to logits (N, num_classes). With 'base' its filters start at the identity alone, as
+    in airbench. Raises ValueError for no channels, and as `with_block` does.
     """
-    network = with_block(FastNet(num_classes, width), block)
+    network = with_block(FastNet(num_classes, width, activation), block)
     for layer in network.modules():
         if isinstance(layer, DiracConv2d):
+            nn.init.constant_(layer.alpha, ALPHA_INIT)
             nn.init.constant_(layer.beta, BETA_INIT)
-        elif block == 'base' and isinstance(layer, nn.Conv2d) and layer.padding == (1, 1):
-            nn.init.dirac_(layer.weight[: layer.in_channels])
     return network

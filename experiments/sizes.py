@@ -17,7 +17,7 @@ NETWORKS = [  # model, dataset, options, recipe
     ('diracnet', 'CIFAR10', {'depth': 28, 'width': 10}, 'diracnet-cifar'),
     ('diracnet-v1', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
     ('diracnet-repeated', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
-    ('diracnet-fast', 'CIFAR10', {}, 'diracnet-cifar'),
+    ('diracnet-fast', 'CIFAR10', {}, 'speedrun'),
     ('plain', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
     ('plain', 'CIFAR10', {'depth': 28, 'width': 1, 'block': 'dbb'}, 'diracnet-cifar'),
     ('plain', 'CIFAR10', {'depth': 28, 'width': 1, 'block': 'acb'}, 'diracnet-cifar'),

@@ -206,7 +206,7 @@ def test_every_line_of_a_recipe_is_a_flag_and_its_source(path):
 
 def test_the_recipes_are_those_of_the_papers():
     assert {path.stem for path in RECIPE_FOLDER.glob('*')} == {
-        'diracnet-cifar', 'diracnet-imagenet', 'wide-resnet', 'densenet', 'dbb'
+        'diracnet-cifar', 'diracnet-imagenet', 'wide-resnet', 'densenet', 'dbb', 'speedrun'
     }
 
 

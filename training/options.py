@@ -9,6 +9,7 @@ import re
 import shlex
 from pathlib import Path
 
+from baselines.fast import ACTIVATIONS
 from baselines.replace import BLOCKS
 from command import Options
 from diracimage import MAX_SMALL, SIZES, Inputs
@@ -127,6 +128,7 @@ def make_parser():
     add_model('width', 'factor on the numbers of channels', type=at_least(0, float, MOST))
     add_model('block', 'what a convolution is in training: itself, or a diverse branch block or an '
                        'asymmetric one, which fold into it', choices=list(BLOCKS))
+    add_model('activation', 'behind each convolution', choices=list(ACTIVATIONS))
     add_model('layers', 'of a DenseNet', type=at_least(1, int, MOST))
     add_model('growth', 'channels that each layer of a DenseNet adds',
               type=at_least(1, int, MOST))
