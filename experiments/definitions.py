@@ -25,7 +25,8 @@ class Training:
         """The name of its folder: the same for the same training in another experiment."""
         options = {name: value for name, value in self.options.items()
                    if name not in ('model', 'depth', 'width', 'epochs', 'keep_every')}
-        sizes = [self.options['model'], f'{self.options["depth"]}', f'{self.options["width"]:g}']
+        sizes = [self.options['model'], *(f'{self.options[name]:g}' for name in ('depth', 'width')
+                                          if name in self.options)]
         others = [f'{name}={value}' for name, value in sorted(options.items())]
         start = [self.start] if self.start else []
         return '-'.join([*sizes, *start, *others, f'{self.options["epochs"]}ep', f's{self.seed}'])
@@ -50,6 +51,8 @@ class Budget:
     layers: int = 28  # of the networks that are compared at one depth
     large: float = 4  # a width at which DiracNets may lag behind
     thousand: int = 1000
+    speedrun: tuple = (  # epochs, which of VARIANTS, seeds: the recipe's own epochs first
+        (10, slice(1), 5), (5, slice(2), 5), (5, slice(2, None), 3))
 
     def trainings(self, series, x, start='', seeds=None, **options):
         options = {'width': 1, 'epochs': self.epochs, **self.options, **options}
@@ -65,9 +68,23 @@ BUDGETS = {
     'tiny': Budget(
         1, 1, {'lr_schedule': 'cosine', 'batch_size': 64, 'keep_every': 1}, 'Digits',
         depths=(10,), deeper=(), widths=(0.5,), layers=10, large=0.5, thousand=10,
+        speedrun=((1, slice(2), 1),),
     ),
 }
 INIT_SCALES = (1, 0.1, 0.01)
+VARIANTS = {  # of the recipe of the speed-run: one thing changed at a time
+    'the recipe': {},
+    'filters start at the identity alone': {'block': 'base'},
+    'ReLU': {'activation': 'relu'},
+    'flips at random': {'flip': 'horizontal'},
+    'whole images from the beginning': {'grow': '[]'},
+    'a first convolution that learns': {'whiten': False},
+    'SGD for all': {'optimizer': 'sgd', 'lr': 0.1},
+    'labels not smoothed': {'label_smoothing': 0},
+    'a cosine from the beginning': {'lr_schedule': 'cosine'},
+    'batches of 250': {'batch_size': 250},
+    'width 0.75': {'width': 0.75},
+}
 
 
 def depth(budget):
@@ -152,7 +169,18 @@ def thousand(budget):
         epochs=5 * budget.epochs)
 
 
+def speedrun(budget):
+    """What makes a network accurate in few epochs?"""
+    return [
+        Training(series, epochs, seed, {
+            'recipe': 'speedrun', 'model': 'diracnet-fast', **VARIANTS[series], 'epochs': epochs})
+        for epochs, chosen, seeds in budget.speedrun
+        for series in list(VARIANTS)[chosen] for seed in range(1, 1 + seeds)
+    ]
+
+
 EXPERIMENTS = {
     'depth': depth, 'width': width, 'init': init, 'alpha-beta': alpha_beta, 'delta': delta,
     'versions': versions, 'large': large, 'cost': cost, 'int8': int8, 'thousand': thousand,
+    'speedrun': speedrun,
 }

@@ -209,10 +209,38 @@ def cost(figure, rows, measured, logs):
 def int8(figure, rows, measured, logs):
     accuracies, drops = figure.subplots(1, 2)
     points(accuracies, measured, 'float32_test_acc_percent', f'{ACCURACY}, float32')
-    lost = [{**row, 'lost': row['float32_test_acc_percent'] - row['int8_test_acc_percent']}
-            for row in measured]
+    lost = [
+        {'series': row['series'] + said, 'lost': row['float32_test_acc_percent']
+                                                 - row[f'{form}_test_acc_percent']}
+        for said, form in (('', 'int8'), (',\nequalised', 'equalised_int8')) for row in measured]
     points(drops, lost, 'lost', 'accuracy lost in int8 (points)')
     drops.axhline(0, color='black', linewidth=0.8)
+
+
+def speedrun(figure, rows, measured, logs):
+    few, over_work = figure.subplots(1, 2, width_ratios=(3, 2))
+    epochs = min(row['x'] for row in measured)
+    variants = grouped([row for row in measured if row['x'] == epochs], 'series')
+    for y, group in enumerate(variants.values()):
+        values = [row['test_acc_percent'] for row in group]
+        mean, deviation = mean_and_deviation(values)
+        few.plot(values, [y - 0.15] * len(values), 'o', mfc='none', color='0.5', markersize=5)
+        few.errorbar(mean, y + 0.1, xerr=deviation, fmt='s', color='black', capsize=3)
+    few.set_yticks(range(len(variants)), [f'{series} (n = {len(group)})'
+                                          for (series,), group in variants.items()], fontsize=8)
+    few.invert_yaxis()
+    few.set(xlabel=ACCURACY, title=f'{epochs:.0f} epochs')
+    few.grid(alpha=0.25, axis='x')
+    places = grouped(measured, 'series', 'x')
+    for style, ((series, x), group) in zip(styles(), places.items()):
+        work, accuracy = (mean_and_deviation([row[name] for row in group])
+                          for name in ('machine_tflop', 'test_acc_percent'))
+        over_work.errorbar(work[0], accuracy[0], accuracy[1], work[1],
+                           label=f'{series}, {x:.0f} epochs', **style)
+    over_work.set(xlabel="work of the machine (TFLOP: seconds times its product's rate)",
+                  ylabel=ACCURACY)
+    over_work.grid(alpha=0.25)
+    over_work.legend(fontsize=7)
 
 
 def thousand(figure, rows, measured, logs):
@@ -224,6 +252,7 @@ def thousand(figure, rows, measured, logs):
 FIGURES = {
     'depth': depth, 'width': width, 'init': init, 'alpha-beta': alpha_beta, 'delta': at_one_depth,
     'versions': versions, 'large': at_one_depth, 'cost': cost, 'int8': int8, 'thousand': thousand,
+    'speedrun': speedrun,
 }
 TALL = {'versions', 'alpha-beta'}
 

@@ -6,18 +6,21 @@ import tempfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import export
 import networks
 from baselines.diracnet_v1 import NCReLU
 from command import say
+from diracequal import equalise
 from diracfile import load_params
 from diracfold import fold
 from diracimage import normalise
 from experiments.bench import BATCH, NATIVE, repeated, step, step_of_ordinary_convolutions
-from experiments.turns import Side, append, compare, read_rows
+from experiments.turns import Side, append, compare, product_rate, read_rows
 from training import data
+from training.checkpoint import read_log
 
 TABLE = 'measured.csv'
 IMAGES = 1000  # of the test set, for activations
@@ -87,21 +90,66 @@ def activations(training, place):
 
 @torch.no_grad()
 def int8(training, place):
-    """The row of a network exported to float32 and to int8: its accuracy in each."""
+    """The row of a network in float32, in int8, and in int8 with equalised channels: accuracies."""
     trained = networks.load(str(place.folder(training)))
     test = load_test_images(training, place, trained.inputs)
     net = fold(trained.network)
-    content = export.as_onnx(net, torch.zeros(2, *trained.inputs.shape), trained.metadata())
     paths, _ = export.calibration_set(os.path.join(place.dataroot, 'train'))
-    files = zip(('float32', 'int8'), export.quantise(content, paths, trained.inputs.read, {}))
+    equalised = equalise(net, torch.stack([*map(trained.inputs.read, paths)]))
     row = {'calibration_images': len(paths)}
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in files:
-            path = Path(folder, f'{name}.onnx')
-            path.write_bytes(content)
-            accuracy = export.top1(export.open_onnx(path, net), test, trained.inputs, name)
-            row[f'{name}_test_acc_percent'] = accuracy
+        for form, names in ((net, ('float32', 'int8')),
+                            (equalised, ('equalised_float32', 'equalised_int8'))):
+            content = export.as_onnx(form, torch.zeros(2, *trained.inputs.shape), {})
+            files = export.quantise(content, paths, trained.inputs.read, {})
+            for name, content in zip(names, files):
+                path = Path(folder, f'{name}.onnx')
+                path.write_bytes(content)
+                accuracy = export.top1(export.open_onnx(path, form), test, trained.inputs, name)
+                row[f'{name}_test_acc_percent'] = accuracy
     return [row]
+
+
+# ---------------------------------------------------------------- the speed-run
+
+
+def six_views(network, inputs):
+    """Logits of images (N, C, S, S) and of their mirror images, averaged.
+
+    Half of the weight is of the whole ones, half of those moved by one pixel to two corners, what
+    comes in being their reflection (Jordan, arXiv 2404.00498, section 3.5).
+    """
+    size, padded = inputs.shape[-1], F.pad(inputs, (1, 1, 1, 1), 'reflect')
+    moved = padded[..., :size, :size], padded[..., 2:, 2:]
+    views = (inputs, 2), *((m, 1) for m in moved)
+    return sum(weight / 8 * (network(view) + network(view.flip(-1))) for view, weight in views)
+
+
+@torch.no_grad()
+def speedrun(training, place):
+    """The row of a speed-run: its accuracy alone and by six views, and what it took of a machine.
+
+    A product of matrices is timed beside it, as machines differ: seconds times its rate is the work
+    that the machine could have done.
+    """
+    rate = product_rate('bfloat16')
+    folder = place.folder(training)
+    seconds = sum(stats['train_time'] for stats in read_log(folder / 'log.txt'))
+    trained = networks.load(str(folder))
+    test = load_test_images(training, place, trained.inputs)
+    network = trained.network.eval().to(memory_format=torch.channels_last)
+    right = torch.zeros(2, dtype=torch.long)
+    for images, labels, _ in data.loader(test, 500):
+        inputs = normalise(images, trained.inputs)
+        with torch.autocast('cpu', torch.bfloat16, enabled=trained.args['dtype'] == 'bfloat16'):
+            logits = network(inputs), six_views(network, inputs)
+        right += torch.stack([(each.argmax(1) == labels).sum() for each in logits])
+    one, six = (100 * right.double() / len(test)).tolist()
+    return [{
+        'test_acc_percent': round(one, 2), 'six_views_test_acc_percent': round(six, 2),
+        'train_seconds': round(seconds, 1), 'product_gflop_per_second': round(rate, 1),
+        'machine_tflop': round(seconds * rate / 1000, 1),
+    }]
 
 
 # ---------------------------------------------------------------- cost
@@ -153,7 +201,8 @@ def cost(place):
 # ---------------------------------------------------------------- all
 
 
-OF_PARAMETERS = {'alpha-beta': alpha_beta, 'versions': activations, 'int8': int8}
+OF_PARAMETERS = {'alpha-beta': alpha_beta, 'versions': activations, 'int8': int8,
+                 'speedrun': speedrun}
 
 
 def measured(experiment, logs):
@@ -161,19 +210,13 @@ def measured(experiment, logs):
     return {row['run'] for row in read_rows(logs / experiment / TABLE)}
 
 
-def measure(experiment, trainings, place):
-    """Measures what is not measured yet; trainings that have not ended are left out."""
-    if experiment == 'cost':
-        cost(place)
-    if experiment not in OF_PARAMETERS:
+def measure(experiment, training, place):
+    """Measures a training that has ended, unless it is measured: its rows go to the table."""
+    row = place.row(training, experiment)
+    if (experiment not in OF_PARAMETERS or training.run in measured(experiment, place.logs)
+            or row['ended'] != 'whole'):
         return
-    done = measured(experiment, place.logs)
-    for training in trainings:
-        row = place.row(training, experiment)
-        if training.run in done or not row or row['ended'] != 'whole':
-            continue
-        say(f'{experiment}: measuring {training.name}')
-        what = {'series': training.series, 'x': training.x, 'seed': training.seed,
-                'run': training.run}
-        append([{**what, **measures} for measures in OF_PARAMETERS[experiment](training, place)],
-               place.logs / experiment / TABLE)
+    say(f'{experiment}: measuring {training.name}')
+    what = {'series': training.series, 'x': training.x, 'seed': training.seed, 'run': training.run}
+    append([{**what, **measures} for measures in OF_PARAMETERS[experiment](training, place)],
+           place.logs / experiment / TABLE)

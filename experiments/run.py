@@ -28,8 +28,10 @@ from experiments import figures, measures
 from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.starts import started
 from experiments.turns import ROOT, append, environment, read_rows
+from training.augment import growing_sizes
 from training.checkpoint import MARK, DivergedError, Lock, read_log
 from training.options import DATASETS, folder
+from training.options import parse_options as parse_training
 
 RATE = 2e11  # multiply-adds a second of 2 CPU cores in bfloat16, from which hours are counted
 DIGITS, CIFAR = 1437, 50_000  # images of training
@@ -65,17 +67,19 @@ class Place:
 
 
 @functools.cache
-def _multiply_adds(model, depth, width):
+def _multiply_adds(model, sizes, pixels):
     with torch.device('meta'):
-        network = networks.build(model, 'CIFAR10', depth=depth, width=width)
-    return networks.multiply_adds(network, 32)
+        network = networks.build(model, 'CIFAR10', **dict(sizes))
+    return networks.multiply_adds(network, pixels)
 
 
 def work(training):
     """Counts the multiply-adds of a training: forward and, twice that, backward."""
-    options = training.options
-    images = options['epochs'] * (DIGITS if options.get('dataset') == 'Digits' else CIFAR)
-    return 3 * images * _multiply_adds(*(options[name] for name in ('model', 'depth', 'width')))
+    opt = parse_training(words_of(training.options))
+    sizes = tuple((name, getattr(opt, name)) for name in networks.FAMILIES[opt.model].options)
+    images = DIGITS if opt.dataset == 'Digits' else CIFAR
+    return 3 * images * sum(_multiply_adds(opt.model, sizes, pixels)
+                            for pixels in growing_sizes(opt.image_size, opt.grow, opt.epochs))
 
 
 def hours(trainings):
@@ -85,13 +89,14 @@ def hours(trainings):
 # ---------------------------------------------------------------- one training
 
 
-def words_of(training, place):
-    """The options of train.py for a training, as words."""
-    options = {'dataset': place.dataset, 'dataroot': place.dataroot, **training.options,
-               'seed': training.seed, 'save': place.folder(training), 'resume': 'auto'}
+def words_of(options):
+    """Options of train.py as words."""
     words = []
     for name, value in options.items():
-        words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
+        if isinstance(value, bool):
+            words.append(f'--{name}' if value else f'--no-{name}')
+        else:
+            words += [f'--{name}', str(value)]
     return words
 
 
@@ -105,7 +110,9 @@ def write_start(training, path):
 
 def do(training, place):
     """Trains, or goes on; returns how it ended: 'whole', or 'diverged'."""
-    words = words_of(training, place)
+    words = words_of({
+        'dataset': place.dataset, 'dataroot': place.dataroot, **training.options,
+        'seed': training.seed, 'save': place.folder(training), 'resume': 'auto'})
     if training.start:
         start = place.folder(training).with_name(f'{training.run}.start.pth')
         write_start(training, start)
@@ -184,7 +191,8 @@ def finish(training, experiment, place):
 
 
 def train_all(trainings, experiment, place):
-    """Trains one after the other, with a line before each: how far all are, and the time left.
+    """Trains and measures one after the other; a line before each says how far all are, and the
+    time left.
 
     What another process trains now is left to it.
     """
@@ -204,12 +212,14 @@ def train_all(trainings, experiment, place):
             except ValueError:
                 say('left out: another process trains it')
                 continue
-            if finish(training, experiment, place):
+            trained = finish(training, experiment, place)
+            measures.measure(experiment, training, place)
+            if trained:
                 done, seconds = done + work(training), seconds + time.monotonic() - begun
 
 
 def run(experiment, trainings, place):
-    """Trains what is left, measures it, and draws the figure from all that is there.
+    """Trains and measures what is left, and draws the figure from all that is there.
 
     Raises ValueError for a table of another data set, and for one that cannot be measured.
     """
@@ -223,7 +233,8 @@ def run(experiment, trainings, place):
                          'another --logs')
     left = [training for training in trainings if not is_done(training, experiment, place)]
     train_all(left, experiment, place)
-    measures.measure(experiment, trainings, place)
+    if experiment == 'cost':
+        measures.cost(place)
     path = figures.save(experiment, place.logs)
     done = sum(is_done(training, experiment, place) for training in trainings)
     say(f'{experiment}: {done} of {len(trainings)} trainings done; drawn in {path}')

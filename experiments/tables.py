@@ -1,8 +1,8 @@
-"""Writes the tables of docs/results.md from the CSV files of the experiments.
+"""Writes the tables of docs/results.md and docs/speedrun.md from the CSV files of the experiments.
 
     python -m experiments.tables
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of the page is left.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of a page is left.
 """
 
 import re
@@ -16,7 +16,7 @@ from experiments.figures import grouped, mean_and_deviation, read, whole
 from experiments.measures import OF_PARAMETERS
 from experiments.turns import ROOT
 
-PAGE = ROOT / 'docs' / 'results.md'
+PAGES = [ROOT / 'docs' / f'{name}.md' for name in ('results', 'speedrun')]
 MARKED = re.compile(r'<!-- table: ([\w-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 
@@ -45,10 +45,23 @@ def results(rows, measured):
 def int8(rows, measured):
     lines = []
     for (series,), group in grouped(measured, 'series').items():
-        both = [[row[f'{name}_test_acc_percent'] for row in group] for name in ('float32', 'int8')]
-        lines.append([series, str(len(group)), *map(shown, both),
-                      shown([a - b for a, b in zip(*both)])])
-    return ['network', 'n', 'float32, %', 'int8, %', 'lost, points'], lines
+        whole, int8, equalised = (
+            [row[f'{name}_test_acc_percent'] for row in group]
+            for name in ('float32', 'int8', 'equalised_int8'))
+        lines.append([series, str(len(group)), *map(shown, (whole, int8)), *(
+            shown([a - b for a, b in zip(whole, of)]) for of in (int8, equalised))])
+    return ['network', 'n', 'float32, %', 'int8, %', 'lost, points', 'lost, equalised'], lines
+
+
+def speedrun(rows, measured):
+    columns = ('test_acc_percent', 2), ('six_views_test_acc_percent', 2), ('train_seconds', 0), (
+        'product_gflop_per_second', 0), ('machine_tflop', 0)
+    lines = [
+        [series, f'{epochs:.0f}', str(len(group)),
+         *(shown([row[name] for row in group], digits) for name, digits in columns)]
+        for (series, epochs), group in grouped(measured, 'series', 'x').items()]
+    return ['what', 'epochs', 'n', 'test accuracy, %', 'with six views, %', 'seconds of training',
+            'product, GFLOP/s', "machine's TFLOP"], lines
 
 
 def cost(rows, measured):
@@ -98,13 +111,16 @@ def rows_of(experiment, logs):
     return read(logs / experiment / 'results.csv'), read(logs / experiment / 'measured.csv')
 
 
+TABLES = {'int8': int8, 'cost': cost, 'speedrun': speedrun}  # the others: results
+
+
 def table(name, logs):
     """The Markdown of a table: 'claims', or an experiment's."""
     if name == 'claims':
         head, lines = claims(logs)
     else:
-        head, lines = {'int8': int8, 'cost': cost}.get(name, results)(*rows_of(name, logs))
-    return '\n'.join(command.table(head, lines, left=('here', 'network', 'whose')))
+        head, lines = TABLES.get(name, results)(*rows_of(name, logs))
+    return '\n'.join(command.table(head, lines, left=('here', 'network', 'what', 'whose')))
 
 
 def filled(page, logs):
@@ -125,8 +141,9 @@ def main(argv=None):
                         help='folder of the CSV files (default: logs)')
     opt = parser.parse_args(argv)
     with errors_in_one_line('experiments.tables'):
-        PAGE.write_text(filled(PAGE.read_text(), opt.logs))
-    print(PAGE)
+        for page in PAGES:
+            page.write_text(filled(page.read_text(), opt.logs))
+            print(page)
 
 
 if __name__ == '__main__':

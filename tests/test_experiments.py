@@ -4,6 +4,7 @@ import csv
 import json
 
 import cv2
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +13,9 @@ import train
 from diracconv import dirac_weight
 from diracfile import load_params
 from experiments import figures, measures, run, starts
-from experiments.definitions import BUDGETS, EXPERIMENTS, Training
+from experiments.definitions import BUDGETS, EXPERIMENTS, VARIANTS, Training
 from training import data
+from training.options import parse_options
 
 
 def read(table):
@@ -139,6 +141,57 @@ def test_hours_are_counted_by_hand():
     # 32^2 positions of 3 x 16 and twice 16 x 16; 16^2 of 16 x 32, 32 x 32; 8^2 of 32 x 64, 64 x 64
     convolutions = 9 * (1024 * (48 + 512) + 256 * (512 + 1024) + 64 * (2048 + 4096))
     assert run.work(training) == 3 * 200_000 * (convolutions + 640)
+
+
+def test_hours_of_growing_images_are_counted_by_hand():
+    options = {'recipe': 'speedrun', 'model': 'diracnet-fast', 'epochs': 4,
+               'grow': '[20,24,28,32]'}
+
+    def convolutions(size):  # of 2 x 2 without padding, pooled behind each first one of a group
+        first, second, third, last = size - 1, (size - 1) // 2, (size - 1) // 4, (size - 1) // 8
+        nines = (first**2 * 24 * 64 + second**2 * (64 * 64 + 64 * 256)
+                 + third**2 * 2 * 256 * 256 + last**2 * 256 * 256)
+        return first**2 * 12 * 24 + 9 * nines + 2560
+
+    counted = sum(convolutions(size) for size in (20, 24, 28, 32))
+    assert run.work(Training('a', 4, 1, options)) == 3 * 50_000 * counted
+
+
+def test_options_are_words():
+    options = {'depth': 10, 'whiten': False, 'nesterov': True}
+    assert run.words_of(options) == ['--depth', '10', '--no-whiten', '--nesterov']
+
+
+def test_the_recipe_of_the_speed_run_has_the_epochs_of_the_experiment():
+    epochs, chosen, _ = BUDGETS['small'].speedrun[0]
+    assert parse_options(['--recipe', 'speedrun']).epochs == epochs
+    assert list(VARIANTS)[chosen] == ['the recipe']
+
+
+def test_six_views_are_weighted():
+    images = torch.rand(2, 3, 5, 5, dtype=torch.double)
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), (1, 1), (1, 1)), mode='reflect')
+    weights = torch.rand(3, 5, 5, dtype=torch.double)
+
+    def network(inputs):  # not linear, nor the same for the mirror image
+        return (inputs * weights).sum((1, 2, 3)).square()
+
+    expected = 0
+    for part, top in ((2, 1), (1, 0), (1, 2)):  # eighths; where the view begins, padded by 1
+        view = padded[:, :, top : top + 5, top : top + 5]
+        for seen in (view, view[..., ::-1]):
+            expected += part / 8 * (seen * weights.numpy()).sum((1, 2, 3)) ** 2
+    np.testing.assert_allclose(measures.six_views(network, images), expected, rtol=1e-12)
+
+
+def test_a_speed_run_is_measured(place):
+    folder = tiny('speedrun', place)
+    row, _ = read(folder / 'measured.csv')
+    result, _ = read(folder / 'results.csv')
+    # in other batches, by a network that has just begun to learn
+    assert abs(float(row['test_acc_percent']) - float(result['test_acc_percent'])) < 3
+    assert float(row['machine_tflop']) == pytest.approx(
+        float(row['train_seconds']) * float(row['product_gflop_per_second']) / 1000, abs=0.1)
 
 
 def test_starts():

@@ -19,8 +19,9 @@ def answer(experiment, rows=(), measured=(), whose=claims.PAPER):
     return claim.answer(rows, measured)
 
 
-def test_the_tables_are_as_the_files():
-    page = tables.PAGE.read_text()
+@pytest.mark.parametrize('page', tables.PAGES, ids=lambda page: page.stem)
+def test_the_tables_are_as_the_files(page):
+    page = page.read_text()
     assert tables.filled(page, tables.ROOT / 'logs') == page
 
 
