@@ -172,6 +172,34 @@ def test_a_reading_process_that_dies_costs_no_step(large_images, tmp_path):
     assert saved['epoch'] >= 1
 
 
+def test_a_reading_process_that_dies_breaks_no_step(large_images):
+    # in a process of its own, in which torch has not answered the signal before
+    script = f'''
+import multiprocessing, time
+from diracimage import Inputs
+from training import data
+
+sets = data.load('Folder', {str(large_images)!r}, inputs=Inputs.of('Folder', image_size=70))
+batches = data.batches(data.loader(sets.train, 1, nthread=2, seed=1))
+next(batches)
+workers = multiprocessing.active_children()
+for worker in workers:
+    worker.kill()
+while any(worker.is_alive() for worker in workers):  # the signal comes here
+    time.sleep(0.01)
+print(len(workers), 'dead')
+try:
+    list(batches)
+except data.WorkerError as error:
+    print(error)
+'''
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    dead, error = done.stdout.splitlines()
+    assert dead == '2 dead'
+    assert error.startswith('a process that reads images died (DataLoader worker')
+
+
 def test_a_stalled_reading_process_does_not_keep_a_signal_waiting(large_images, tmp_path):
     training, readers = start_reading(large_images, tmp_path / 'run')
     for reader in readers:

@@ -119,7 +119,7 @@ def test_alternating_flips_mirror_each_image_in_every_second_epoch(tmp_path, kin
     epochs = []
     for epoch in (1, 2, 3):
         loader.sampler.set_epoch(epoch)
-        order = torch.cat([indices for indices, _, _ in loader.sampler])
+        order = torch.as_tensor(np.concatenate([indices for indices, *_ in loader.sampler]))
         taken = torch.cat([images for images, _, _ in loader]).permute(0, 2, 3, 1)
         ways = torch.tensor([[torch.equal(i, whole[n]), torch.equal(i, whole[n].flip(1))]
                              for n, i in zip(order, taken)])

@@ -7,6 +7,7 @@ on the device that trains.
 
 import os
 import resource
+import signal
 import sys
 import threading
 from collections import Counter
@@ -323,7 +324,8 @@ class BatchSampler(Sampler):
             seeds = (2 * drawn + self.epoch % 2).tolist()  # odd in odd epochs: augment.in_turn
         batches = list(zip(order.split(self.batch_size), seeds))
         for indices, seed in batches[self.step :]:
-            yield indices, seed, torch.arange(len(indices)).tensor_split(self.world)[self.rank]
+            share = np.array_split(np.arange(len(indices)), self.world)[self.rank]
+            yield indices.numpy(), seed, share  # a tensor would open a file for each worker
 
 
 class WorkerError(OSError):
@@ -331,9 +333,17 @@ class WorkerError(OSError):
 
 
 def batches(loader):
-    """Yields the batches of a loader. Raises WorkerError where a process that reads them died."""
+    """Yields the batches of a loader. Raises WorkerError where a process that reads them died.
+
+    It does so where a batch is waited for. torch would raise at once, out of SIGCHLD, in the middle
+    of a step, and half of one must not be saved.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
     try:
-        yield from loader
+        reading = iter(loader)  # this starts the workers, and sets torch's answer to the signal
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, before)
+        yield from reading
     except RuntimeError as error:
         if 'DataLoader worker' not in str(error):
             raise
@@ -345,6 +355,17 @@ def batches(loader):
 def _start_worker(_):
     cv2.setNumThreads(0)  # the workers are the parallelism
     os.setpgid(0, 0)  # Ctrl-C and SIGTERM to the group are the training's to answer
+    sys.excepthook = _report
+
+
+def _report(kind, error, traceback):
+    """Prints what a thread of a worker raised, but that a training which ends fetches no batch.
+
+    The thread is the one that hands over the open files of batches; what goes wrong in reading
+    reaches the training through the loader.
+    """
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _check_open_files(workers, loaders):

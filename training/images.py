@@ -27,9 +27,10 @@ def _check_pad(pad, shape):
 class Images(Dataset):
     """A batch of it is (images uint8 (n, C, S, S), labels (n,), size of the whole batch).
 
-    It is asked for with (indices of the whole batch, seed, positions in it to return): with the
-    positions split among several processes, all of them together return what one would. The seed
-    is None where images are left as they are. No positions give one image, labelled IGNORED.
+    It is asked for with (indices of the whole batch, seed, positions in it to return), arrays or
+    tensors: with the positions split among several processes, all of them together return what one
+    would. The seed is None where images are left as they are. No positions give one image, labelled
+    IGNORED.
 
     `shape` is that of an image, (S, S, C). `augmented` gives the same images as a training has
     them: cropped at random if `crop`, small ones after padding by `pad` pixels with their
@@ -42,8 +43,8 @@ class Images(Dataset):
     def __getitem__(self, batch):
         indices, seed, share = batch
         filler = len(share) == 0  # a process without a share still has to take part in the step
-        share = torch.zeros(1, dtype=torch.long) if filler else share
-        images, labels = self.read(indices, seed, share)
+        share = torch.zeros(1, dtype=torch.long) if filler else torch.as_tensor(share)
+        images, labels = self.read(torch.as_tensor(indices), seed, share)
         if filler:
             labels = torch.full_like(labels, IGNORED)
         return images.permute(0, 3, 1, 2), labels, len(indices)
