@@ -7,13 +7,14 @@ torch's schedulers do.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from networks import FAMILIES
 
 OPTIMIZERS = ('sgd', 'muon')
 SCHEDULES = ('step', 'cosine', 'onecycle', 'linear')
-MUON_MOMENTUM, NEWTON_SCHULZ_STEPS = 0.6, 3  # of airbench (arXiv 2404.00498), for few epochs
+MUON_MOMENTUM, NEWTON_SCHULZ_STEPS = 0.6, 3  # of airbench94_muon, for few epochs
 ADAM_BETAS = 0.85, 0.95
 WARM_UP = 0.2  # share of a linear schedule
 
@@ -88,22 +89,25 @@ def _muon(params, opt):
         raise ValueError(f'--optimizer muon with torch {torch.__version__}: expected 2.9 or newer')
     return MuonOfFilters(
         [p for p in params if p.dim() > 2], [p for p in params if p.dim() <= 2],
-        opt.lr, opt.adam_lr, opt.weight_decay,
+        opt.lr, opt.adam_lr,
     )
 
 
 class MuonOfFilters:
     """torch's Muon on filters, of which each is a row of a matrix, and AdamW on all else.
 
-    What torch's optimizers are to a training: `param_groups`, `state` and the methods below. The
-    decay is that of Muon, of the filters alone.
+    What torch's optimizers are to a training: `param_groups`, `state` and the methods below. Before
+    its step, which is orthogonal whatever the gradient, each matrix is scaled to the norm that one
+    with rows of norm 1 has, so that the rate alone says how far it turns, as airbench94_muon does.
+    In W_hat and before batch norm this scale means nothing to the network, and a decay would mean
+    nothing here.
     """
 
-    def __init__(self, filters, others, lr, adam_lr, weight_decay):
+    def __init__(self, filters, others, lr, adam_lr):
         self.filters = filters
         # torch's takes matrices alone: these share the memory of the filters
         matrices = [nn.Parameter(f.detach().view(len(f), -1)) for f in filters]
-        self.muon = torch.optim.Muon(matrices, lr, weight_decay, MUON_MOMENTUM,
+        self.muon = torch.optim.Muon(matrices, lr, 0.0, MUON_MOMENTUM,
                                      ns_steps=NEWTON_SCHULZ_STEPS)
         self.adam = torch.optim.AdamW(others, adam_lr, ADAM_BETAS, weight_decay=0.0, fused=True)
 
@@ -124,6 +128,7 @@ class MuonOfFilters:
         loss = None if closure is None else closure()
         for f, matrix in zip(self.filters, self.muon.param_groups[0]['params']):
             matrix.grad = None if f.grad is None else f.grad.reshape(len(f), -1)
+            matrix.data.copy_(len(f) ** 0.5 * F.normalize(matrix.data, dim=(0, 1)))
         self.muon.step()
         self.adam.step()
         return loss

@@ -196,7 +196,7 @@ def make_parser():
     add('--nesterov', default=False, action=argparse.BooleanOptionalAction,
         help="Nesterov's momentum")
     add('--weight_decay', '--weightDecay', default=5e-4, type=at_least(0, float),
-        help='of tensors of two or more dimensions; of all in families that decay all')
+        help='with sgd, of tensors of two or more dimensions; of all in families that decay all')
     add('--label_smoothing', default=0, type=at_least(0, float),
         help='share of each label that is spread over all classes in training, below 1')
     add('--seed', default=1, type=at_least(0, int), help='of parameters, order and augmentation')
