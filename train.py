@@ -203,7 +203,7 @@ def train(run, device, signals):
 def train_or_stop(run, device, command):
     """Trains; where a signal, an image or a reading process ends it, what is done is saved.
 
-    command: the words that started this training, to say how it goes on.
+    command: the words by which this training goes on, to say them.
     """
     try:
         with Signals() as signals:
@@ -223,7 +223,7 @@ def train_or_stop(run, device, command):
         if rank() == 0:
             launcher = 'python' if world() == 1 else 'torchrun ...'
             say(f'stopped by {number.name} in epoch {run.epoch + 1} after {run.step} steps, and '
-                f'saved; go on with: {launcher} {command} --resume auto')
+                f'saved; go on with: {launcher} {command}')
         sys.exit(128 + number)
 
 
@@ -250,7 +250,8 @@ def main(argv=None, sets=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     opt = options.parse_options(argv, sets)
-    command = f'{"SCRIPT, its options" if sets else "train.py"} {shlex.join(argv)}'
+    going_on = argv if opt.resume == 'auto' else [*argv, '--resume', 'auto']
+    command = f'{"SCRIPT, its options" if sets else "train.py"} {shlex.join(going_on)}'
     with checkpoint.Lock(opt.save) as lock:
         with errors_in_one_line('train.py', (ValueError, OSError)):
             if opt.gpu_id:
