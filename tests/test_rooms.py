@@ -36,7 +36,7 @@ MAY_IMPORT = {  # room: what of the project it may know
     'predict': {'networks', 'command', *PACKAGE},
     'plot': {'training', 'command'},
     'hubconf': {'diracnet'},
-    'experiments': {'experiments', 'train', 'export', 'training', 'networks', 'baselines',
+    'experiments': {'experiments', 'train', 'export', 'plot', 'training', 'networks', 'baselines',
                     'command', *PACKAGE},
 }
 
