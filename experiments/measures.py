@@ -138,13 +138,9 @@ def speedrun(training, place):
     trained = networks.load(str(folder))
     test = load_test_images(training, place, trained.inputs)
     network = trained.network.eval().to(memory_format=torch.channels_last)
-    right = torch.zeros(2, dtype=torch.long)
-    for images, labels, _ in data.loader(test, 500):
-        inputs = normalise(images, trained.inputs)
-        with torch.autocast('cpu', torch.bfloat16, enabled=trained.args['dtype'] == 'bfloat16'):
-            logits = network(inputs), six_views(network, inputs)
-        right += torch.stack([(each.argmax(1) == labels).sum() for each in logits])
-    one, six = (100 * right.double() / len(test)).tolist()
+    with torch.autocast('cpu', torch.bfloat16, enabled=trained.args['dtype'] == 'bfloat16'):
+        one, six = (export.top1(form, test, trained.inputs, name) for form, name in (
+            (network, 'one view'), (functools.partial(six_views, network), 'six views')))
     return [{
         'test_acc_percent': round(one, 2), 'six_views_test_acc_percent': round(six, 2),
         'train_seconds': round(seconds, 1), 'product_gflop_per_second': round(rate, 1),
