@@ -34,6 +34,7 @@ from diracfold import fold
 from diracimage import normalise
 from diraconnx import OnnxNetwork
 from training import data
+from training.batches import make_loader
 from training.checkpoint import write
 from training.options import DATASETS
 
@@ -237,7 +238,7 @@ def rates(networks, inputs):
 
 def top1(network, test, inputs, title):
     """Returns the accuracy on the test set in per cent."""
-    loader = data.loader(test, BATCH)
+    loader = make_loader(test, BATCH)
     right = sum(
         (network(normalise(images, inputs)).argmax(1) == labels).sum().item()
         for images, labels, _ in tqdm(loader, f'top-1, {title}', disable=None, leave=False)

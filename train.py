@@ -40,10 +40,12 @@ from torchnet.engine import Engine
 
 from command import errors_in_one_line, say
 from diracimage import DataError, normalise
-from training import checkpoint, data, distributed, options
+from training import checkpoint, distributed, options
 from training.augment import growing_sizes
+from training.batches import WorkerError, make_loader, read_batches
 from training.checkpoint import DivergedError
 from training.distributed import rank, world
+from training.images import IGNORED
 from training.meters import STEPS_PER_READING, Meters
 from training.optimizers import schedule, set_learning_rate
 from training.run import (
@@ -77,7 +79,7 @@ def make_step(network, inputs, dtype, device, label_smoothing=0.0, size=None):
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16'):
             logits = network(pixels)
         logits = logits.to(precision)
-        loss = F.cross_entropy(logits, labels, reduction='sum', ignore_index=data.IGNORED,
+        loss = F.cross_entropy(logits, labels, reduction='sum', ignore_index=IGNORED,
                                label_smoothing=label_smoothing)
         return loss * (world() / whole), logits
 
@@ -130,13 +132,13 @@ def train_epoch(run, step, loader, title, on_step, signals):
     return {'epoch': run.epoch + 1, 'epoch_lr': lr, **figures, 'images_per_second': rate}
 
 
-def evaluate(network, step, images, meters, opt, on_step=lambda: None, batches=data.batches):
+def evaluate(network, step, images, meters, opt, on_step=lambda: None, batches=read_batches):
     """Tests the network on images; `meters` has the figures then."""
     if world() > 1:  # each has batch statistics of its own: those of the first are saved
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     network.eval()
-    loader = data.loader(images, opt.batch_size, opt.nthread, rank=rank(), world=world())
+    loader = make_loader(images, opt.batch_size, opt.nthread, rank=rank(), world=world())
     run_epoch(step, batches(loader), meters, on_step)
 
 
@@ -151,7 +153,7 @@ def train(run, device, signals):
     train_steps = {size: make_step(wrapped, run.inputs, run.dtype, device, opt.label_smoothing,
                                    size) for size in set(sizes[run.epoch:])}
     test_step = make_step(tested, run.inputs, run.dtype, device)
-    loader = data.loader(sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world())
+    loader = make_loader(sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world())
 
     def set_rate():
         set_learning_rate(run.optimizer, schedule(opt, run.epoch + run.step / len(loader)))
@@ -208,7 +210,7 @@ def train_or_stop(run, device, command):
     try:
         with Signals() as signals:
             train(run, device, signals)
-    except (DataError, data.WorkerError):  # an image that is read only now, and cannot be
+    except (DataError, WorkerError):  # an image that is read only now, and cannot be
         if run.meters and world() == 1:
             run.save()
         raise

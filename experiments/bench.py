@@ -36,6 +36,7 @@ from diracmodules import ModularNetwork
 from diracnet import DiracNet, Network, forward, init_params, topology
 from experiments.turns import Side, compare, draw
 from training import data, distributed, options
+from training.batches import make_loader
 from training.meters import Meters
 from training.run import keep_freed_memory
 
@@ -95,7 +96,7 @@ def epoch_of_train(depth, width, n, dtype=NATIVE, compiled=False):
     optimizer = make_sgd(network)
     step = make_step(torch.compile(network, dynamic=False) if compiled else network, dtype)
     images = data.MemoryImages(*random_images(n), pad=4, flip='horizontal')
-    loader = data.loader(images, BATCH, 0, seed=0)
+    loader = make_loader(images, BATCH, 0, seed=0)
 
     def epoch():
         meters = Meters(10, n, '', steps=0)
@@ -189,7 +190,7 @@ def whole(loader):
 
 def gathered(n):
     images = data.MemoryImages(*random_images(n), pad=4, flip='horizontal')
-    return whole(data.loader(images, BATCH, 0, seed=0))
+    return whole(make_loader(images, BATCH, 0, seed=0))
 
 
 def by_pil(n):
@@ -200,7 +201,7 @@ def jpegs_by_opencv(folder, repeats, workers, batch=50):
     """One pass over JPEG files, decoded, cropped and in batches, without a network."""
     paths, labels, _ = data.list_images(folder)
     images = data.ImageFiles(paths * repeats, labels * repeats, 224)
-    return whole(data.loader(images, batch, workers, seed=0))
+    return whole(make_loader(images, batch, workers, seed=0))
 
 
 def jpegs_by_pil(folder, repeats, workers):

@@ -22,6 +22,7 @@ from diracimage import normalise
 from experiments.turns import append
 from plot import plot_filters
 from training import data
+from training.batches import make_loader, read_batches
 from training.options import DATASETS
 
 ROWS, COLUMNS = 4, 8  # of the sheet of mistakes
@@ -31,7 +32,7 @@ ROWS, COLUMNS = 4, 8  # of the sheet of mistakes
 def predictions(network, inputs, images, classes):
     """A row for each image: its number, its class, the network's, and how sure it is of it."""
     rows = []
-    for pixels, labels, _ in data.batches(data.loader(images, 500)):
+    for pixels, labels, _ in read_batches(make_loader(images, 500)):
         sure, labelled = network(normalise(pixels, inputs)).softmax(1).max(1)
         rows += [
             {'image': len(rows) + i, 'class': classes[label], 'labelled': classes[guess],

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from training import checkpoint, data, distributed, options
+from training.batches import make_loader
 from training.run import prepare
 
 
@@ -23,7 +24,7 @@ def main():
     step = train.make_step(network, run.inputs, run.dtype, device)
     # 49 = 3 * 16 + 1: in the last batch, of one image, the other ranks have none
     images = data.MemoryImages(run.sets.train.images[:49], run.sets.train.labels[:49], pad=4)
-    loader = data.loader(images, 16, 0, 1, distributed.rank(), distributed.world())
+    loader = make_loader(images, 16, 0, 1, distributed.rank(), distributed.world())
     gradients = []
     for batch in loader:
         run.optimizer.zero_grad()

@@ -178,9 +178,10 @@ def test_a_reading_process_that_dies_breaks_no_step(large_images):
 import multiprocessing, time
 from diracimage import Inputs
 from training import data
+from training.batches import WorkerError, make_loader, read_batches
 
 sets = data.load('Folder', {str(large_images)!r}, inputs=Inputs.of('Folder', image_size=70))
-batches = data.batches(data.loader(sets.train, 1, nthread=2, seed=1))
+batches = read_batches(make_loader(sets.train, 1, nthread=2, seed=1))
 next(batches)
 workers = multiprocessing.active_children()
 for worker in workers:
@@ -190,7 +191,7 @@ while any(worker.is_alive() for worker in workers):  # the signal comes here
 print(len(workers), 'dead')
 try:
     list(batches)
-except data.WorkerError as error:
+except WorkerError as error:
     print(error)
 '''
     done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)

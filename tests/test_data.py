@@ -16,6 +16,8 @@ import dirachead
 import diracimage
 from diracimage import Inputs
 from training import augment, data
+from training.batches import make_loader
+from training.images import IGNORED
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_padding_with_zeros(memory):
 
 def test_without_augmentation_only_the_order_is_random(memory):
     images, dataset = memory
-    batches = list(data.loader(dataset.augmented(crop=False, flip='none'), 16, seed=1))
+    batches = list(make_loader(dataset.augmented(crop=False, flip='none'), 16, seed=1))
     labels = torch.cat([labels for _, labels, _ in batches])
     assert labels.tolist() != list(range(50))
     pixels = torch.cat([images for images, _, _ in batches]).permute(0, 2, 3, 1).numpy()
@@ -125,7 +127,7 @@ def test_an_epoch_sees_every_image_once_and_follows_from_the_seed(memory):
     _, dataset = memory
 
     def epoch(seed, number):
-        loader = data.loader(dataset, batch_size=16, seed=seed)
+        loader = make_loader(dataset, batch_size=16, seed=seed)
         loader.sampler.set_epoch(number)
         assert len(loader) == 4
         images, labels, whole = zip(*loader)
@@ -151,10 +153,10 @@ def test_shares_of_all_ranks_are_the_whole_batch(memory, tmp_path, kind, world):
         dataset = data.ImageFiles(*data.list_images(str(tmp_path))[:2], size=16)
     n = len(dataset)
     for seed in (None, 1):
-        alone = list(data.loader(dataset, 12, 0, seed))  # the last batch: 2 or 4 of 50 or 52
-        ranks = [list(data.loader(dataset, 12, 0, seed, rank, world)) for rank in range(world)]
+        alone = list(make_loader(dataset, 12, 0, seed))  # the last batch: 2 or 4 of 50 or 52
+        ranks = [list(make_loader(dataset, 12, 0, seed, rank, world)) for rank in range(world)]
         for whole, shares in zip(alone, zip(*ranks)):
-            counted = [labels != data.IGNORED for _, labels, _ in shares]
+            counted = [labels != IGNORED for _, labels, _ in shares]
             sizes = [int(c.sum()) for c in counted]
             assert max(sizes) - min(sizes) <= 1
             images = torch.cat([images[c] for (images, _, _), c in zip(shares, counted)])
@@ -168,7 +170,7 @@ def test_shares_of_all_ranks_are_the_whole_batch(memory, tmp_path, kind, world):
 
 
 def test_steps_that_are_done_are_left_out(memory):
-    loader = data.loader(memory[1], 16, seed=1)
+    loader = make_loader(memory[1], 16, seed=1)
     batches = list(loader)
     loader.sampler.set_epoch(1, step=2)
     rest = list(loader)
@@ -200,7 +202,7 @@ def test_images_that_come_in_one_size():
 
 def test_test_batches_come_in_order(memory):
     images, dataset = memory
-    loader = data.loader(dataset, batch_size=20)
+    loader = make_loader(dataset, batch_size=20)
     batches, labels, _ = zip(*loader)
     assert torch.cat(labels).tolist() == list(range(50))
     np.testing.assert_array_equal(torch.cat(batches).permute(0, 2, 3, 1).numpy(), images)
@@ -282,7 +284,7 @@ def test_large_images_are_read_as_needed(tmp_path):
 
     def epoch(nthread):
         state = torch.get_rng_state()
-        batches = list(data.loader(sets.train, batch_size=4, nthread=nthread, seed=1))
+        batches = list(make_loader(sets.train, batch_size=4, nthread=nthread, seed=1))
         assert nthread or torch.equal(torch.get_rng_state(), state)
         return torch.cat([images for images, *_ in batches])
 

@@ -17,6 +17,7 @@ from diracfold import fold
 from diracimage import Inputs, normalise
 from diracnet import Network, define_diracnet
 from training import data, distributed, options
+from training.batches import make_loader
 from training.run import choose_dtype
 
 ROOT = Path(train.__file__).parent
@@ -83,7 +84,7 @@ def test_bfloat16_logits_and_gradients_are_those_of_float64(digits):
 
 def test_batches_are_channels_last_and_logits_the_same():
     sets = data.load('Digits')
-    images, *_ = next(iter(data.loader(sets.train, 16, seed=1)))
+    images, *_ = next(iter(make_loader(sets.train, 16, seed=1)))
     inputs = normalise(images, Inputs.of('CIFAR10'), torch.float64)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     f, params = define_diracnet(10, 1, 'CIFAR10')

@@ -8,6 +8,7 @@ import torch
 
 from experiments import gpu, gpu_checks
 from experiments.gpu import Comparison, Side
+from training.batches import make_loader
 
 CPU = torch.device('cpu')
 
@@ -70,7 +71,7 @@ def test_nothing_new_is_begun_when_the_time_is_over(capsys, tmp_path):
 
 def test_jpeg_files_are_read(tmp_path):
     gpu.write_jpegs(tmp_path, 8)
-    images, labels, whole = next(iter(gpu.data.loader(
+    images, labels, whole = next(iter(make_loader(
         gpu.data.ImageFiles(*gpu.data.list_images(tmp_path)[:2], 224), 8, 0, 0)))
     assert images.shape == (8, 3, 224, 224)
     assert whole == 8

@@ -20,6 +20,7 @@ import train
 from diracfold import fold
 from diracimage import Inputs, normalise
 from training import augment, data, options
+from training.batches import make_loader
 from training.data import Data
 
 RNG = np.random.default_rng(0)
@@ -115,7 +116,7 @@ def test_alternating_flips_mirror_each_image_in_every_second_epoch(tmp_path, kin
         dataset = data.MemoryImages(whole, labels)
     if kind == 'pairs':
         dataset = data.DatasetImages([*zip(whole.numpy(), labels)], 2)
-    loader = data.loader(dataset.augmented(crop=False, flip='alternating'), 8, 0, seed=3)
+    loader = make_loader(dataset.augmented(crop=False, flip='alternating'), 8, 0, seed=3)
     epochs = []
     for epoch in (1, 2, 3):
         loader.sampler.set_epoch(epoch)
@@ -407,7 +408,7 @@ def test_random_transforms_of_a_dataset_follow_the_seed(pairs, tmp_path):
 
     def epoch(workers):
         sets = Data.of(Noisy(pairs[1], 'tensor'), Items(pairs[2], 'tensor'))
-        return torch.cat([images for images, *_ in data.loader(sets.train, 12, workers, seed=1)])
+        return torch.cat([images for images, *_ in make_loader(sets.train, 12, workers, seed=1)])
 
     assert torch.equal(epoch(0), epoch(2))
 

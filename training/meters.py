@@ -6,9 +6,9 @@ import torch
 from torchnet.meter import AverageValueMeter, ClassErrorMeter
 from tqdm import tqdm
 
-from training import data
 from training.checkpoint import DivergedError
 from training.distributed import over_ranks, rank, world
+from training.images import IGNORED
 
 STEPS_PER_READING = 20  # meters are read, which waits for a GPU, once in so many steps
 SECONDS_PER_READING = 1  # or after so long: a bar of few, long steps shows its loss too
@@ -70,7 +70,7 @@ class Meters:
             self._check(losses)
         sizes = list(map(len, labels))
         labels = torch.cat(labels).cpu()
-        counted = labels != data.IGNORED
+        counted = labels != IGNORED
         for loss, given in zip(losses.tolist(), counted.split(sizes)):
             # step by step: sums of steps would depend on when they were read, as after a stop
             self.loss.add(loss, int(given.sum()))

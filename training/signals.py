@@ -2,7 +2,7 @@
 
 import signal
 
-from training import data
+from training.batches import read_batches
 from training.distributed import world
 
 
@@ -31,8 +31,8 @@ class Signals:
             raise StoppedError(number)
 
     def batches(self, loader):
-        """Yields the batches of a loader, as `data.batches` does."""
-        batches, batch = data.batches(loader), True
+        """Yields the batches of a loader, as `read_batches` does."""
+        batches, batch = read_batches(loader), True
         while batch:
             self.waiting = True
             batch = next(batches, None)
