@@ -28,8 +28,8 @@ from diracnet import (
     check_fit,
     init_params,
     is_folded,
-    load_published,
 )
+from diracpublished import load_published
 from diracschema import METADATA, ORIGIN, check_bounds, check_schema, parsed, said_in
 
 MODEL, PREVIOUS, BEST = 'model.pt7', 'previous.pt7', 'best.pt7'  # in the folder of a run

@@ -12,12 +12,10 @@ and the Dirac term folded into plain convolutions, with published weights for Im
 """
 
 import functools
-import hashlib
 import itertools
 import re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
-from os.path import basename, exists, join
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +23,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diracconv import ALPHA_INIT, BETA_INIT, dirac_weight
+from diracpublished import load_published
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 CIFAR_STEM, CIFAR_CHANNELS = 3, (16, 32, 64)  # kernel of the stem; channels of groups at width 1
@@ -374,49 +373,6 @@ class DiracNet(nn.Module):
 
     def forward(self, inputs):
         return self.fc(self.features(inputs).flatten(1))
-
-
-def check_finite(params):
-    """Raises ValueError naming a tensor of flat parameters with NaN or an infinity in it."""
-    for name, tensor in params.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f'{name} holds NaN or an infinity: expected finite numbers')
-
-
-def _check_hash(path):
-    """Raises ValueError for a file whose name ends in the start of another SHA-256 than its own."""
-    named = re.search(r'-([0-9a-f]+)\.\w+$', path)
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    if named and not digest.hexdigest().startswith(named[1]):
-        found = digest.hexdigest()[: len(named[1])]
-        raise ValueError(f'its SHA-256 begins with {found}, expected {named[1]}')
-
-
-def load_published(url, params_of):
-    """Loads the parameters in a published file through torch.hub's cache, on the CPU.
-
-    params_of: from what the file holds to a flat dict of them; raises ValueError for those of
-    another network. Where the file's name ends in the start of its SHA-256, that is checked each
-    time. Raises RuntimeError that says which file to put where if they cannot be had, or hold NaN.
-    """
-    path = join(torch.hub.get_dir(), 'checkpoints', basename(url))
-    try:
-        if exists(path):  # torch.hub checks what it fetches, and that alone
-            _check_hash(path)
-        contents = torch.hub.load_state_dict_from_url(
-            url, map_location='cpu', check_hash=True, weights_only=True
-        )
-        params = params_of(contents)
-        check_finite(params)
-        return params
-    except Exception as error:  # damaged bytes make torch.load raise almost anything
-        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
-        raise RuntimeError(
-            f'cannot load {url} ({reason}): put the file from there at {path}'
-        ) from error
 
 
 def _diracnet(depth, pretrained):

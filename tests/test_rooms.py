@@ -13,18 +13,19 @@ FILES = [
 ]
 PACKAGE = {
     'diracconv', 'diracnet', 'diracfold', 'diracmodules', 'dirachead', 'diracimage', 'diracschema',
-    'diracequal', 'diracfile', 'diraconnx', 'diracdeploy',
+    'diracequal', 'diracfile', 'diraconnx', 'diracdeploy', 'diracpublished',
 }
 MAY_IMPORT = {  # room: what of the project it may know
     'diracconv': set(),
-    'diracnet': {'diracconv'},
+    'diracpublished': set(),
+    'diracnet': {'diracconv', 'diracpublished'},
     'diracfold': {'diracconv', 'diracnet'},
     'diracmodules': {'diracconv', 'diracnet', 'diracfold'},
     'diracequal': {'diracfold'},
     'dirachead': set(),
     'diracimage': {'dirachead'},
     'diracschema': set(),
-    'diracfile': {'diracnet', 'diracschema'},
+    'diracfile': {'diracnet', 'diracpublished', 'diracschema'},
     'diraconnx': set(),
     'diracdeploy': set(),
     'command': set(),
@@ -35,7 +36,7 @@ MAY_IMPORT = {  # room: what of the project it may know
     'export': {'training', 'networks', 'command', *PACKAGE},
     'predict': {'networks', 'command', *PACKAGE},
     'plot': {'training', 'command'},
-    'hubconf': {'diracnet'},
+    'hubconf': {'diracnet', 'diracpublished'},
     'experiments': {'experiments', 'train', 'export', 'plot', 'training', 'networks', 'baselines',
                     'command', *PACKAGE},
 }
