@@ -3,9 +3,17 @@
     net = torch.hub.load('.', 'diracnet18', source='local', pretrained=True)
 """
 
+from pathlib import Path
+
+import torch
+
 import diracnet
+from diracpublished import check_hash
 
 dependencies = ['torch']
+TRAINED = {  # in logs/, with its card; the SHA-256 of its model.pt7
+    'diracnet-28-1': 'd47cebf138ac8565fcb56ea31148f029ec2a7d47f261ec0b86793d9aa49d74a5',
+}
 
 
 def diracnet18(pretrained=False):
@@ -38,16 +46,35 @@ def diracnet34(pretrained=False):
     return diracnet.diracnet34(pretrained)
 
 
-def diracnet_cifar(depth=28, width=1, num_classes=10):
-    """DiracNet for CIFAR-like images, to be trained; `diracfold.fold` makes it plain afterwards.
+def diracnet_cifar(depth=28, width=1, num_classes=10, pretrained=False):
+    """DiracNet for CIFAR-like images; `diracfold.fold` makes it plain.
 
     depth: 6n + 4; width: the factor on 16, 32, 64 channels; num_classes: 10 for CIFAR-10, 100 for
     CIFAR-100. Inputs (N, 3, 32, 32), or any square of 4 pixels or more: RGB in [0, 1], less mean
     (125.3, 123.0, 113.9) / 255, over deviation (63.0, 62.1, 66.7) / 255. Outputs: logits of
-    num_classes.
+    num_classes; of CIFAR-10 in the alphabetical order of the names of its classes.
 
-    Parameters are newly drawn: there are no published weights, and so no figures. What this
-    repository trained, and with which result, is in its docs/results.md.
+    pretrained: with the parameters that this repository trained and keeps, of depth 28 and width 1:
+    their figures, and what they are good for, are in logs/diracnet-28-1/README.md. To be used they
+    want `.eval()`. Raises ValueError for others and for a file with another hash, OSError for one
+    that is missing. Without, they are newly drawn.
     """
     f, params = diracnet.define_diracnet(depth, width, 'CIFAR10', num_classes)
-    return diracnet.Network(f, params)
+    network = diracnet.Network(f, params)
+    if pretrained:
+        network.load_state_dict(_trained(depth, width, num_classes))
+    return network
+
+
+def _trained(depth, width, num_classes):
+    """The parameters of a network that this repository keeps: a flat dict."""
+    name = f'diracnet-{depth}-{width:g}'
+    if name not in TRAINED or num_classes != 10:
+        raise ValueError(f'no trained {name} of {num_classes} classes: expected 10 classes and '
+                         f'one of {", ".join(TRAINED)}')
+    path = Path(__file__).parent / 'logs' / name / 'model.pt7'
+    try:
+        check_hash(path, TRAINED[name])
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return torch.load(path, map_location='cpu', weights_only=True)['params']

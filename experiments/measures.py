@@ -20,7 +20,7 @@ from diracimage import normalise
 from experiments.bench import BATCH, NATIVE, repeated, step, step_of_ordinary_convolutions
 from experiments.turns import Side, append, compare, product_rate, read_rows
 from training import data
-from training.checkpoint import read_log
+from training.checkpoint import LOG, read_log
 
 TABLE = 'measured.csv'
 IMAGES = 1000  # of the test set, for activations
@@ -134,7 +134,7 @@ def speedrun(training, place):
     """
     rate = product_rate('bfloat16')
     folder = place.folder(training)
-    seconds = sum(stats['train_time'] for stats in read_log(folder / 'log.txt'))
+    seconds = sum(stats['train_time'] for stats in read_log(folder / LOG))
     trained = networks.load(str(folder))
     test = load_test_images(training, place, trained.inputs)
     network = trained.network.eval().to(memory_format=torch.channels_last)

@@ -12,7 +12,6 @@ stopped goes on where it was, and what another process trains is left to it.
 import argparse
 import fnmatch
 import functools
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,13 @@ import diracfile
 import networks
 import train
 from command import Options, errors_in_one_line, print_table, say
-from diracschema import without_folders
 from experiments import figures, measures
 from experiments.definitions import BUDGETS, EXPERIMENTS
+from experiments.keep import copy_log
 from experiments.starts import started
 from experiments.turns import ROOT, append, environment, read_rows
 from training.augment import growing_sizes
-from training.checkpoint import MARK, DivergedError, Lock, read_log
+from training.checkpoint import LOG, DivergedError, Lock
 from training.options import DATASETS, folder
 from training.options import parse_options as parse_training
 
@@ -127,20 +126,12 @@ def do(training, place):
 
 
 def keep_log(training, place):
-    """Copies the log of a training to where git keeps it: (its epochs, its path under logs/).
-
-    Of folders the copy keeps the last part: the rest is of one machine.
-    """
-    log = place.folder(training) / 'log.txt'
+    """Copies the log of a training to where git keeps it: (its epochs, its path under logs/)."""
+    log = place.folder(training) / LOG
     kept = Path('trainings', place.dataset_of(training), f'{training.run}.txt')
     if not log.exists():  # it diverged in its first epoch
         return [], ''
-    epochs = [
-        {name: without_folders(value) for name, value in stats.items()} for stats in read_log(log)
-    ]
-    (place.logs / kept).parent.mkdir(parents=True, exist_ok=True)
-    (place.logs / kept).write_text(''.join(f'{MARK}{json.dumps(e)}\n' for e in epochs))
-    return epochs, str(kept)
+    return copy_log(log, place.logs / kept), str(kept)
 
 
 def row_of(training, place, ended):

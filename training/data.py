@@ -1,4 +1,4 @@
-"""From files to batches: uint8 images (N, C, H, W), those of files RGB, and labels (N,).
+"""From files and arrays to data sets: uint8 images (N, C, H, W), of files RGB, and labels (N,).
 
 `load` gives a training and a test set by name, `Data.of` those that Python has; training/batches.py
 makes batches of one of them. `diracimage.normalise` is the last step, on the device that trains.

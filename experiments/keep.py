@@ -1,0 +1,66 @@
+"""Keeps a trained network in git: its parameters, without the momentum, and its log.
+
+    python -m experiments.keep runs/diracnet-16-1 --to logs/diracnet-16-1
+
+Prints the SHA-256 of the file, by which TRAINED in hubconf.py knows it; .gitignore has to except it
+too. Of paths in the options the last part stays: the rest is of one machine.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+import diracfile
+from command import Options, errors_in_one_line
+from diracschema import without_folders
+from training.checkpoint import LOG, MARK, read_log
+
+KEPT = ('params', 'epoch', 'classes', 'versions')  # and the options
+
+
+def copy_log(log, to):
+    """Copies the log of a run, without its folders: returns its epochs, a list of dicts."""
+    epochs = [
+        {name: without_folders(value) for name, value in stats.items()} for stats in read_log(log)
+    ]
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(''.join(f'{MARK}{json.dumps(e)}\n' for e in epochs))
+    return epochs
+
+
+def keep(run, to):
+    """Writes what git keeps of the run in a folder into another: returns the path of its network.
+
+    It is that of the last epoch: the best one would be chosen by the images that it is tested on.
+    Raises ValueError for a run that is not whole, or is in that folder, OSError for one that cannot
+    be read.
+    """
+    if run.resolve() == to.resolve():
+        raise ValueError(f'--to {to} is the run itself: expected another folder')
+    contents = diracfile.load(run, required=(*KEPT, 'args'))
+    logged, epochs = len(read_log(run / LOG)), contents['args'].get('epochs')
+    if contents.get('step') or not contents['epoch'] == logged == epochs:
+        raise ValueError(f'{run}: {contents["epoch"]} epochs in its checkpoint, {logged} in its '
+                         f'log: expected all {epochs}, of a run that has ended')
+    args = {name: without_folders(value) for name, value in contents['args'].items()}
+    copy_log(run / LOG, to / LOG)
+    torch.save({**{name: contents[name] for name in KEPT}, 'args': args}, to / diracfile.MODEL)
+    return to / diracfile.MODEL
+
+
+def main(argv=None):
+    parser = Options(prog='experiments.keep', description=__doc__,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('run', type=Path, help='folder of the run')
+    parser.add_argument('--to', type=Path, required=True, help='folder that git keeps')
+    opt = parser.parse_args(argv)
+    with errors_in_one_line('experiments.keep'):
+        path = keep(opt.run, opt.to)
+    print(f'{path}: SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}')
+
+
+if __name__ == '__main__':
+    main()

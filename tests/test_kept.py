@@ -1,0 +1,87 @@
+"""The trained networks in logs/: that they are whole, what they hold, and how they are kept."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs import params_of, run, stats_of, write_sets
+
+import hubconf
+import networks
+from diracfile import load_params
+from diracpublished import check_hash
+from experiments import keep
+
+LOGS = Path(__file__).parent.parent / 'logs'
+
+
+@pytest.mark.parametrize('name', hubconf.TRAINED)
+def test_a_kept_network_is_what_its_card_says(name):
+    _, depth, width = name.split('-')
+    network = torch.hub.load(str(LOGS.parent), 'diracnet_cifar', source='local',
+                             depth=int(depth), width=int(width), pretrained=True)
+    params = load_params(LOGS / name)
+    assert all(torch.equal(t, params[key]) and t.dtype == torch.float32
+               for key, t in network.state_dict().items())
+    trained = networks.load(LOGS / name)
+    assert (len(trained.classes), trained.classes) == (10, sorted(trained.classes))
+    last = json.loads((LOGS / name / 'log.txt').read_text().splitlines()[-1].split(': ', 1)[1])
+    assert last['epoch'] == last['epochs']
+    assert last['n_parameters'] == sum(p.numel() for p in network.parameters())
+    card = (LOGS / name / 'README.md').read_text()
+    assert f'| {last["test_acc"]:.2f} |' in card
+    assert f'{last["n_parameters"]:,}' in card
+    with open(LOGS / name / 'seen' / 'predictions.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row['class'] == row['labelled'] for row in rows)
+    assert right / len(rows) == pytest.approx(last['test_acc'] / 100)
+
+
+def test_others_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r'^no trained diracnet-22-1 of 10 classes: expected 10'):
+        hubconf.diracnet_cifar(22, 1, pretrained=True)
+    name = next(iter(hubconf.TRAINED))
+    _, depth, width = name.split('-')
+    with pytest.raises(ValueError, match='of 100 classes'):
+        hubconf.diracnet_cifar(int(depth), int(width), 100, pretrained=True)
+    monkeypatch.setitem(hubconf.TRAINED, name, '0' * 64)
+    with pytest.raises(ValueError, match=r'model\.pt7: its SHA-256 begins with .*, expected 0000'):
+        hubconf.diracnet_cifar(int(depth), int(width), pretrained=True)
+
+
+def test_keeping_a_run(tmp_path, capsys):
+    images = write_sets(tmp_path / 'images', 4, 4)
+    run(images, tmp_path / 'run')
+    capsys.readouterr()
+    keep.main([str(tmp_path / 'run'), '--to', str(tmp_path / 'kept')])
+    path, said = capsys.readouterr().out.strip().rsplit(': SHA-256 ', 1)
+    check_hash(path, said)
+    contents = torch.load(path, weights_only=True)
+    assert 'optimizer' not in contents
+    assert str(tmp_path) not in (tmp_path / 'kept' / 'log.txt').read_text() + str(contents['args'])
+    before, after = params_of(tmp_path / 'run'), params_of(tmp_path / 'kept')
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    for epoch, kept in zip(stats_of(tmp_path / 'run'), stats_of(tmp_path / 'kept')):
+        assert {n: v for n, v in epoch.items() if kept[n] != v}.keys() == {'dataroot', 'save'}
+    assert networks.load(tmp_path / 'kept').classes == ['cat', 'dog']
+
+
+def test_what_is_not_kept(tmp_path, capsys):
+    run(write_sets(tmp_path / 'images', 4, 4), tmp_path / 'run')
+    folder, whole = tmp_path / 'run', torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
+    for change, to, said in (
+        ({}, folder, f'--to {folder} is the run itself'),
+        ({'step': 1}, tmp_path / 'kept', f'{folder}: 2 epochs in its checkpoint, 2 in its log'),
+        ({'epoch': 1}, tmp_path / 'kept', f'{folder}: 1 epochs in its checkpoint, 2 in its log'),
+    ):
+        torch.save({**whole, **change}, folder / 'model.pt7')
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            keep.main([str(folder), '--to', str(to)])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f'experiments.keep: {said}')
+        assert error.count('\n') == 1
+    assert not (tmp_path / 'kept').exists()
