@@ -164,7 +164,8 @@ def quantise(content, paths, transform, said):
         float32, int8 = (Path(folder, name) for name in ('float32.onnx', 'int8.onnx'))
         check_room(folder, content)
         float32.write_bytes(content)
-        quant_pre_process(float32, float32)
+        # all shapes but the batch's are numbers: in symbols, some networks' cannot be inferred
+        quant_pre_process(float32, float32, skip_symbolic_shape=True)
         quantize_static(float32, int8, Calibration(paths, transform), per_channel=True)
         model = onnx.load(int8)
         del model.metadata_props[:]  # what the float32 file said

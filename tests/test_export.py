@@ -218,6 +218,21 @@ def test_diverse_branches_are_converted_and_both_forms_evaluate(images, tmp_path
     assert f'test_acc: {table["top-1, %"]["unfolded"]}' == accuracies[0]
 
 
+def test_int8_of_the_speedruns_network(images, tmp_path, capsys):
+    """Its last pool makes maps of one pixel, whose shape ONNX Runtime cannot tell in symbols."""
+    folder, path = tmp_path / 'run', str(tmp_path / 'int8.onnx')
+    torch.manual_seed(0)
+    network = networks.build('diracnet-fast', 'CIFAR10', 3, width=0.125)
+    args = {'model': 'diracnet-fast', 'width': 0.125, 'dataset': 'CIFAR10'}
+    folder.mkdir()
+    torch.save({'params': network.state_dict(), 'args': args}, folder / 'model.pt7')
+    export.main([str(folder), '--to', path, '--int8', str(images / 'train')])
+    assert 'max difference' in table_of(capsys.readouterr().out)
+    filters = [w for w in onnx.load(path).graph.initializer if len(w.dims) == 4]
+    assert len(filters) == 7
+    assert all(w.data_type == onnx.TensorProto.INT8 for w in filters)
+
+
 def test_onnx_of_a_network_whose_argument_has_another_name(tmp_path):
     """As in all of torchvision, where it is x."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()).eval()
