@@ -5,7 +5,7 @@
     python -m experiments.bench infer       # the deployed network
     python -m experiments.bench depth       # time and memory of a step over depth
     python -m experiments.bench overhead    # what W_hat, and modules, take of a step
-    python -m experiments.bench profile     # where the time of a step goes, at 28-1
+    python -m experiments.bench profile     # where the time of a step goes: 28-1, the speed-run
     python -m experiments.bench plot        # logs/bench.png of the last rows of each
 
 The sides of a comparison work in turns (experiments/turns.py). Rows are appended to logs/bench.csv.
@@ -34,10 +34,11 @@ from diracfold import fold
 from diracimage import Inputs
 from diracmodules import ModularNetwork
 from diracnet import DiracNet, Network, forward, init_params, topology
-from experiments.turns import Side, compare, draw
+from experiments.turns import Side, compare, draw, product_rate
 from training import data, distributed, options
 from training.batches import make_loader
 from training.meters import Meters
+from training.optimizers import make_optimizer
 from training.run import keep_freed_memory
 
 BATCH = 128
@@ -319,9 +320,21 @@ def step(depth, width, make=diracnet, **more):
     """One step of a training on 128 images in memory, in the dtype of this machine."""
     keep_freed_memory()
     network = make(depth, width, **more)
-    optimizer, forward_step = make_sgd(network), make_step(network)
-    images, labels = random_images(BATCH)
-    batch = images.permute(0, 3, 1, 2), labels, BATCH
+    return one_step(make_sgd(network), make_step(network), BATCH)
+
+
+def step_of_the_speedrun():
+    """One step of the speed-run's recipe, on whole images."""
+    keep_freed_memory()
+    opt = options.parse_options(['--recipe', 'speedrun'])
+    network = networks.build(opt.model, 'CIFAR10', **options.of_model(opt))
+    return one_step(make_optimizer(network, opt), make_step(network), opt.batch_size)
+
+
+def one_step(optimizer, forward_step, n):
+    """A function that does the step of a training on the same n random images."""
+    images, labels = random_images(n)
+    batch = images.permute(0, 3, 1, 2), labels, n
 
     def one():
         loss, _ = forward_step(batch)
@@ -376,15 +389,31 @@ def bench_overhead(args):
 
 
 def bench_profile(args):
-    one = step(28, 1)
-    for _ in range(10):  # until memory is laid out
-        one()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        for _ in range(args.pairs):
+    recipe = options.parse_options(['--recipe', 'speedrun'])
+    fast = functools.partial(networks.build, recipe.model, 'CIFAR10')
+    for title, one, images, make in (
+        ('DiracNet-28-1', step(28, 1), BATCH, functools.partial(diracnet, 28, 1)),
+        ('the speed-run', step_of_the_speedrun(), recipe.batch_size, fast),
+    ):
+        for _ in range(10):  # until memory is laid out
             one()
-    events = found.key_averages()
-    whole_step = sum(event.self_cpu_time_total for event in events)
-    print(f'a step of DiracNet-28-1, 128 images: {whole_step / 1000 / args.pairs:.0f} ms')
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            for _ in range(args.pairs):
+                one()
+        # forward and, twice that, backward; nearly all of it in convolutions
+        show_profile(f'a step of {title}, {images} images', found.key_averages(),
+                     3 * images * args.pairs * multiply_adds(make), args.pairs)
+
+
+def show_profile(title, events, work, steps):
+    """Prints where the time of steps goes; work: the multiply-adds of all their convolutions."""
+    whole_step = sum(event.self_cpu_time_total for event in events)  # microseconds
+    in_convolutions = sum(event.self_cpu_time_total for event in events
+                          if 'convolution' in event.key)
+    share = in_convolutions / whole_step
+    rate = 2e-3 * work / in_convolutions / product_rate(NATIVE)
+    print(f'{title}: {whole_step / 1000 / steps:.0f} ms; convolutions take {100 * share:.0f} % of '
+          f'it, at {100 * rate:.0f} % of the rate of a product')
     for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:12]:
         print(f'{100 * event.self_cpu_time_total / whole_step:5.1f} %  {event.key}')
 

@@ -237,7 +237,8 @@ def speedrun(figure, rows, measured, logs):
                           for name in ('machine_tflop', 'test_acc_percent'))
         over_work.errorbar(work[0], accuracy[0], accuracy[1], work[1],
                            label=f'{series}, {x:.0f} epochs', **style)
-    over_work.set(xlabel="machine's TFLOP: seconds times its product's rate", ylabel=ACCURACY)
+    over_work.set(xlabel="machine's TFLOP", ylabel=ACCURACY)
+    over_work.margins(y=0.3)  # for the legend
     over_work.grid(alpha=0.25)
     over_work.legend(fontsize=7)
 

@@ -22,6 +22,7 @@ MARKED = re.compile(r'<!-- table: ([\w-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 def shown(values, digits=2):
     mean, deviation = mean_and_deviation(values)
+    mean = round(mean, digits) + 0.0  # never -0.00
     return f'{mean:.{digits}f}' + (f' ± {deviation:.{digits}f}' if len(values) > 1 else '')
 
 
@@ -62,6 +63,17 @@ def speedrun(rows, measured):
         for (series, epochs), group in grouped(measured, 'series', 'x').items()]
     return ['what', 'epochs', 'n', 'test accuracy, %', 'with six views, %', 'seconds of training',
             'product, GFLOP/s', "machine's TFLOP"], lines
+
+
+def tried(logs):
+    """What was tried for the speed-run, one seed each: logs/speedrun/tried.csv, by hand."""
+    columns = 'epochs', 'train_seconds', 'train_acc_percent', 'test_acc_percent'
+    digits = 0, 0, 2, 2
+    lines = [[row['what'], row['change'], *(
+        '' if row[name] == '' else f'{row[name]:.{d}f}' for name, d in zip(columns, digits))]
+        for row in read(logs / 'speedrun' / 'tried.csv')]
+    return ['what', 'change', 'epochs', 'seconds of training', 'training accuracy, %',
+            'test accuracy, %'], lines
 
 
 def cost(rows, measured):
@@ -112,15 +124,17 @@ def rows_of(experiment, logs):
 
 
 TABLES = {'int8': int8, 'cost': cost, 'speedrun': speedrun}  # the others: results
+WORDS = 'here', 'network', 'what', 'whose', 'change'  # columns of text
+OTHERS = {'claims': claims, 'tried': tried}  # of other files than an experiment's rows
 
 
 def table(name, logs):
-    """The Markdown of a table: 'claims', or an experiment's."""
-    if name == 'claims':
-        head, lines = claims(logs)
+    """The Markdown of a table: one of OTHERS, or an experiment's."""
+    if name in OTHERS:
+        head, lines = OTHERS[name](logs)
     else:
         head, lines = TABLES.get(name, results)(*rows_of(name, logs))
-    return '\n'.join(command.table(head, lines, left=('here', 'network', 'what', 'whose')))
+    return '\n'.join(command.table(head, lines, left=WORDS))
 
 
 def filled(page, logs):
@@ -128,8 +142,9 @@ def filled(page, logs):
 
     def fill(match):
         name = match[1]
-        if name != 'claims' and name not in EXPERIMENTS:
-            raise ValueError(f'table: {name}: expected claims or one of {", ".join(EXPERIMENTS)}')
+        known = [*OTHERS, *EXPERIMENTS]
+        if name not in known:
+            raise ValueError(f'table: {name}: expected one of {", ".join(known)}')
         return f'<!-- table: {name} -->\n\n{table(name, logs)}\n\n<!-- end -->'
 
     return MARKED.sub(fill, page)
