@@ -34,7 +34,7 @@ from diracfold import fold
 from diracimage import Inputs
 from diracmodules import ModularNetwork
 from diracnet import DiracNet, Network, forward, init_params, topology
-from experiments.turns import Side, compare, draw, product_rate
+from experiments.turns import Side, compare, draw, product_peak
 from training import data, distributed, options
 from training.batches import make_loader
 from training.meters import Meters
@@ -323,11 +323,9 @@ def step(depth, width, make=diracnet, **more):
     return one_step(make_sgd(network), make_step(network), BATCH)
 
 
-def step_of_the_speedrun():
-    """One step of the speed-run's recipe, on whole images."""
+def step_of(opt, network):
+    """One step of a training with these options, on whole images."""
     keep_freed_memory()
-    opt = options.parse_options(['--recipe', 'speedrun'])
-    network = networks.build(opt.model, 'CIFAR10', **options.of_model(opt))
     return one_step(make_optimizer(network, opt), make_step(network), opt.batch_size)
 
 
@@ -390,10 +388,11 @@ def bench_overhead(args):
 
 def bench_profile(args):
     recipe = options.parse_options(['--recipe', 'speedrun'])
-    fast = functools.partial(networks.build, recipe.model, 'CIFAR10')
+    fast = functools.partial(
+        networks.build, recipe.model, 'CIFAR10', **options.of_model(recipe))
     for title, one, images, make in (
         ('DiracNet-28-1', step(28, 1), BATCH, functools.partial(diracnet, 28, 1)),
-        ('the speed-run', step_of_the_speedrun(), recipe.batch_size, fast),
+        ('the speed-run', step_of(recipe, fast()), recipe.batch_size, fast),
     ):
         for _ in range(10):  # until memory is laid out
             one()
@@ -411,7 +410,7 @@ def show_profile(title, events, work, steps):
     in_convolutions = sum(event.self_cpu_time_total for event in events
                           if 'convolution' in event.key)
     share = in_convolutions / whole_step
-    rate = 2e-3 * work / in_convolutions / product_rate(NATIVE)
+    rate = 2e-3 * work / in_convolutions / product_peak(NATIVE)
     print(f'{title}: {whole_step / 1000 / steps:.0f} ms; convolutions take {100 * share:.0f} % of '
           f'it, at {100 * rate:.0f} % of the rate of a product')
     for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:12]:
