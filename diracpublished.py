@@ -14,13 +14,18 @@ def check_finite(params):
             raise ValueError(f'{name} holds NaN or an infinity: expected finite numbers')
 
 
-def check_hash(path, expected):
-    """Raises ValueError for a file whose SHA-256 begins otherwise than expected."""
+def sha256(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(2**20):
             digest.update(block)
-    found = digest.hexdigest()[: len(expected)]
+    return digest.hexdigest()
+
+
+def check_hash(path, expected):
+    """Raises ValueError for a file whose SHA-256 begins otherwise than expected."""
+    found = sha256(path)[: len(expected)]
     if found != expected:
         raise ValueError(f'its SHA-256 begins with {found}, expected {expected}')
 

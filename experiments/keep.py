@@ -7,7 +7,6 @@ too. Of paths in the options the last part stays: the rest is of one machine.
 """
 
 import argparse
-import hashlib
 import json
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 import diracfile
 from command import Options, errors_in_one_line
+from diracpublished import sha256
 from diracschema import without_folders
 from training.checkpoint import LOG, MARK, read_log
 
@@ -59,7 +59,7 @@ def main(argv=None):
     opt = parser.parse_args(argv)
     with errors_in_one_line('experiments.keep'):
         path = keep(opt.run, opt.to)
-    print(f'{path}: SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}')
+    print(f'{path}: SHA-256 {sha256(path)}')
 
 
 if __name__ == '__main__':
