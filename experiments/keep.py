@@ -21,14 +21,11 @@ from training.checkpoint import LOG, MARK, read_log
 KEPT = ('params', 'epoch', 'classes', 'versions')  # and the options
 
 
-def copy_log(log, to):
-    """Copies the log of a run, without its folders: returns its epochs, a list of dicts."""
-    epochs = [
-        {name: without_folders(value) for name, value in stats.items()} for stats in read_log(log)
-    ]
+def write_log(epochs, to):
+    """Writes the epochs of a log, a list of dicts, without their folders."""
+    lines = ({name: without_folders(value) for name, value in stats.items()} for stats in epochs)
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(''.join(f'{MARK}{json.dumps(e)}\n' for e in epochs))
-    return epochs
+    to.write_text(''.join(f'{MARK}{json.dumps(line)}\n' for line in lines))
 
 
 def keep(run, to):
@@ -41,12 +38,12 @@ def keep(run, to):
     if run.resolve() == to.resolve():
         raise ValueError(f'--to {to} is the run itself: expected another folder')
     contents = diracfile.load(run, required=(*KEPT, 'args'))
-    logged, epochs = len(read_log(run / LOG)), contents['args'].get('epochs')
-    if contents.get('step') or not contents['epoch'] == logged == epochs:
-        raise ValueError(f'{run}: {contents["epoch"]} epochs in its checkpoint, {logged} in its '
+    log, epochs = read_log(run / LOG), contents['args'].get('epochs')
+    if contents.get('step') or not contents['epoch'] == len(log) == epochs:
+        raise ValueError(f'{run}: {contents["epoch"]} epochs in its checkpoint, {len(log)} in its '
                          f'log: expected all {epochs}, of a run that has ended')
     args = {name: without_folders(value) for name, value in contents['args'].items()}
-    copy_log(run / LOG, to / LOG)
+    write_log(log, to / LOG)
     torch.save({**{name: contents[name] for name in KEPT}, 'args': args}, to / diracfile.MODEL)
     return to / diracfile.MODEL
 

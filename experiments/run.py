@@ -24,11 +24,11 @@ import train
 from command import Options, errors_in_one_line, print_table, say
 from experiments import figures, measures
 from experiments.definitions import BUDGETS, EXPERIMENTS
-from experiments.keep import copy_log
+from experiments.keep import write_log
 from experiments.starts import started
 from experiments.turns import ROOT, append, environment, read_rows
 from training.augment import growing_sizes
-from training.checkpoint import LOG, DivergedError, Lock
+from training.checkpoint import LOG, DivergedError, Lock, read_log
 from training.options import DATASETS, folder
 from training.options import parse_options as parse_training
 
@@ -131,7 +131,9 @@ def keep_log(training, place):
     kept = Path('trainings', place.dataset_of(training), f'{training.run}.txt')
     if not log.exists():  # it diverged in its first epoch
         return [], ''
-    return copy_log(log, place.logs / kept), str(kept)
+    epochs = read_log(log)
+    write_log(epochs, place.logs / kept)
+    return epochs, str(kept)
 
 
 def row_of(training, place, ended):
@@ -246,8 +248,8 @@ def parse_options(argv):
     add('experiment', nargs='?', choices=EXPERIMENTS, help='which one')
     add('--list', action='store_true', help='print all of them, and end')
     add('--budget', default='small', choices=BUDGETS,
-        help="small: 4 epochs, 3 seeds; paper: the paper's 200 epochs, 5 seeds; tiny: a test of "
-             'the code (default: %(default)s)')
+        help="small: 4 epochs (large: 2), 3 seeds; paper: the paper's 200 epochs, 5 seeds; tiny: a "
+             'test of the code (default: %(default)s)')
     add('--only', default='*', metavar='PATTERN',
         help="of the trainings, such as 'plain*' or '*seed 1' (default: all)")
     add('--dataset', choices=DATASETS, help="data set (default: Folder; tiny's is Digits)")
