@@ -50,6 +50,7 @@ class Budget:
     widths: tuple = (0.5, 1, 2)
     layers: int = 28  # of the networks that are compared at one depth
     large: float = 4  # a width at which DiracNets may lag behind
+    large_epochs: int = 200
     thousand: int = 1000
     speedrun: tuple = (  # epochs, which of VARIANTS, seeds: the recipe's own epochs first
         (8, slice(2), 5), (4, slice(1), 3), (4, slice(2, None), 3))
@@ -61,13 +62,13 @@ class Budget:
 
 
 BUDGETS = {
-    # 200,000 images a training, the learning rate falling to zero over them
-    'small': Budget(4, 3, {'lr_schedule': 'cosine', 'keep_every': 1}),
+    # 200,000 images a training, 100,000 of `large`, the learning rate falling to zero over them
+    'small': Budget(4, 3, {'lr_schedule': 'cosine', 'keep_every': 1}, large_epochs=2),
     'paper': Budget(200, 5, {'keep_every': 20}, widths=(1, 2, 4, 10), large=10),
     # for the tests: seconds
     'tiny': Budget(
         1, 1, {'lr_schedule': 'cosine', 'batch_size': 64, 'keep_every': 1}, 'Digits',
-        depths=(10,), deeper=(), widths=(0.5,), layers=10, large=0.5, thousand=10,
+        depths=(10,), deeper=(), widths=(0.5,), layers=10, large=0.5, large_epochs=1, thousand=10,
         speedrun=((1, slice(2), 1),),
     ),
 }
@@ -128,11 +129,10 @@ def alpha_beta(budget):
     ]
 
 
-def _one_depth(budget, models, factor=1):
+def _one_depth(budget, models, **options):
     return [
         training for x, model in enumerate(models)
-        for training in budget.trainings(
-            model, x, model=model, depth=budget.layers, width=factor)
+        for training in budget.trainings(model, x, model=model, depth=budget.layers, **options)
     ]
 
 
@@ -148,7 +148,8 @@ def versions(budget):
 
 def large(budget):
     """Does a DiracNet lag behind the ResNet where networks are wide?"""
-    return _one_depth(budget, ('plain', 'diracnet', 'resnet'), budget.large)
+    return _one_depth(budget, ('plain', 'diracnet', 'resnet'), width=budget.large,
+                      epochs=budget.large_epochs)
 
 
 def cost(budget):
