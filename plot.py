@@ -101,9 +101,9 @@ def draw(logs):
 def plot_filters(weight, title):
     """Draws filters (out, in, height, width) as a grid of height x width matrices (out x in).
 
-    All share one scale of colours, white at zero; it ends where 98 % of the weights do, or the
-    diagonal that a Dirac term makes in the middle would leave everything else white. Returns the
-    matplotlib Figure.
+    All share one scale of colours, the lighter the larger, as signs are to be told in print, and
+    grey at zero; it ends where 98 % of the weights do, or the diagonal that a Dirac term makes in
+    the middle would leave everything else grey. Returns the matplotlib Figure.
     """
     from matplotlib import pyplot as plt  # slow to import, and shows in a notebook what it draws
 
@@ -118,7 +118,7 @@ def plot_filters(weight, title):
         for column in range(columns):
             axis = axes[row, column]
             picture = axis.imshow(
-                weight[:, :, row, column], cmap='RdBu_r', vmin=-limit, vmax=limit,
+                weight[:, :, row, column], cmap='cividis', vmin=-limit, vmax=limit,
                 interpolation='nearest',
             )
             axis.set_title(f'tap ({row}, {column})', fontsize=9)
