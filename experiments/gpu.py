@@ -33,7 +33,15 @@ from diracimage import Inputs
 from diracnet import DiracNet
 from experiments.bench import diracnet, jpegs_by_opencv, make_sgd, multiply_adds
 from experiments.gpu_checks import check_all
-from experiments.turns import ROOT, append, environment, median_interval
+from experiments.turns import (
+    ROOT,
+    append,
+    environment,
+    product_rate,
+    ratio_to,
+    shown_ratio,
+    wait,
+)
 from training import data, distributed
 from training.options import at_least
 from training.run import compiled
@@ -180,11 +188,6 @@ def comparisons(device, folder):
 # ---------------------------------------------------------------- timing
 
 
-def wait(device):
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
 def used(device):
     return torch.cuda.memory_allocated(device) if device.type == 'cuda' else 0
 
@@ -229,20 +232,6 @@ def measure(comparison, device, deadline):
             side.seconds.append((time.perf_counter() - start) / times)
 
 
-def product_rate(device, size=8192):
-    """The best TFLOP/s of thirty products of two square bfloat16 matrices."""
-    size = size if device.type == 'cuda' else 1024
-    a, b = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-    rates = []
-    for _ in range(30):
-        wait(device)
-        start = time.perf_counter()
-        a @ b
-        wait(device)
-        rates.append(2e-12 * size**3 / (time.perf_counter() - start))
-    return max(rates)
-
-
 def here(device):
     """The columns that say where a row was measured."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
@@ -254,14 +243,12 @@ def rows_of(comparison, product, where):
     rows, measured = [], [side for side in comparison.sides if len(side.seconds) >= LEAST]
     for side in measured:
         rate = comparison.batch / statistics.median(side.seconds)
-        pairs = zip(measured[0].seconds, side.seconds)
-        ratio, low, high = median_interval([a / b for a, b in pairs])
         tflops = 2e-12 * side.multiply_adds * rate
         rows.append({
             'compared': comparison.title, 'what': side.name, 'n': len(side.seconds),
             'images_per_second': round(rate, 1),
             'milliseconds': round(1000 * statistics.median(side.seconds), 3),
-            'ratio': round(ratio, 3), 'ratio_low': round(low, 3), 'ratio_high': round(high, 3),
+            **ratio_to(measured[0].seconds, side.seconds),
             'tflop_per_second': round(tflops, 2),
             'percent_of_product': round(100 * tflops / product, 1),
             'product_tflop_per_second': round(product, 1),
@@ -276,7 +263,7 @@ def show(rows):
     print(f'\n{rows[0]["compared"]}: {rows[0]["n"]} turns' + (f'; target: {target}' * bool(target)))
     print_table(['', 'images/s', 'ms', 'ratio (95 %)', 'TFLOP/s', 'of the product', 'MB'], [[
         row['what'], f'{row["images_per_second"]:,.0f}', f'{row["milliseconds"]:,.2f}',
-        f'{row["ratio"]:.2f} ({row["ratio_low"]:.2f} to {row["ratio_high"]:.2f})',
+        shown_ratio(row),
         f'{row["tflop_per_second"]:,.1f}', f'{row["percent_of_product"]:.0f} %',
         f'{row["peak_memory_mb"]:,}',
     ] for row in rows])
@@ -299,7 +286,7 @@ def check(device, table, where):
 
 
 def time_all(device, table, where, deadline):
-    product = product_rate(device)
+    product = product_rate('bfloat16', device, 8192 if device.type == 'cuda' else 1024) / 1000
     say(f'\na bfloat16 product: {product:,.1f} TFLOP/s')
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(folder)

@@ -86,14 +86,34 @@ def median_interval(values):
     return statistics.median(ordered), ordered[low], ordered[n - 1 - low]
 
 
-def product_rate(dtype):
-    """The GFLOP/s of a product of two 4096 x 4096 matrices: the best of thirty, as speed drifts."""
-    a, b = (torch.randn(4096, 4096, dtype=getattr(torch, dtype)) for _ in range(2))
+def ratio_to(first, seconds):
+    """The columns that say how many times as fast a side is as the first, from both's seconds."""
+    of_turns = [a / b for a, b in zip(first, seconds)]
+    names = 'ratio', 'ratio_low', 'ratio_high'
+    return {name: round(ratio, 3) for name, ratio in zip(names, median_interval(of_turns))}
+
+
+def shown_ratio(row):
+    return f'{row["ratio"]:.2f} ({row["ratio_low"]:.2f} to {row["ratio_high"]:.2f})'
+
+
+def wait(device):
+    """Waits for the work of a device; that of the CPU has no queue."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def product_rate(dtype, device='cpu', size=4096):
+    """The GFLOP/s of a product of two square matrices: the best of thirty, as speed drifts."""
+    device = torch.device(device)
+    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
     rates = []
     for _ in range(30):
+        wait(device)
         start = time.perf_counter()
         a @ b
-        rates.append(2 * 4096**3 / 1e9 / (time.perf_counter() - start))
+        wait(device)
+        rates.append(2 * size**3 / 1e9 / (time.perf_counter() - start))
     return max(rates)
 
 
@@ -120,15 +140,13 @@ def compare(title, sides, pairs, table, target=''):
     for side in sides:
         rates = [side.images / s for s in side.seconds]
         quartiles = statistics.quantiles(rates, n=4)
-        ratio, low, high = median_interval(
-            [a / b for a, b in zip(sides[0].seconds, side.seconds)])
         gflops = 2e-9 * side.multiply_adds * statistics.median(rates)
         rows.append({
             'compared': title, 'what': side.name, 'n': pairs,
             'images_per_second': round(statistics.median(rates), 2),
             'first_quartile': round(quartiles[0], 2), 'third_quartile': round(quartiles[2], 2),
             'milliseconds': round(1000 * statistics.median(side.seconds), 2),
-            'ratio': round(ratio, 3), 'ratio_low': round(low, 3), 'ratio_high': round(high, 3),
+            **ratio_to(sides[0].seconds, side.seconds),
             'gflop_per_second': round(gflops, 1),
             'percent_of_product_peak':
                 round(100 * gflops / peaks[side.dtype], 1) if side.multiply_adds else '',
@@ -172,7 +190,7 @@ def show(rows):
         f'{row["images_per_second"]:,.0f} ({row["first_quartile"]:,.0f} to '
         f'{row["third_quartile"]:,.0f})',
         f'{row["milliseconds"]:,.1f}',
-        f'{row["ratio"]:.2f} ({row["ratio_low"]:.2f} to {row["ratio_high"]:.2f})',
+        shown_ratio(row),
         str(row['gflop_per_second'] or ''),
         f'{row["percent_of_product_peak"]} %' if row['percent_of_product_peak'] else '',
         f'{row["peak_memory_mb"]:,}',
