@@ -93,18 +93,21 @@ def lines(axes, rows, value, xlabel, ylabel, log=False):
     axes.legend(fontsize=8)
 
 
-def points(axes, rows, value, ylabel):
-    """Draws each training of a column as a point over its series, beside mean and deviation."""
+def points(axes, rows, value, xlabel):
+    """Draws each training of a column as a point, a line a series, above mean and deviation."""
     groups = grouped(rows, 'series')
-    for i, (style, group) in enumerate(zip(styles(), groups.values())):
+    for y, (style, group) in enumerate(zip(styles(), groups.values())):
         values = [row[value] for row in group]
         mean, deviation = mean_and_deviation(values)
-        axes.plot([i - 0.12] * len(values), values, 'o', mfc='none', color='0.5', markersize=5)
-        axes.errorbar(i + 0.08, mean, deviation, **{**style, 'linestyle': ''})
-        axes.annotate(f'{mean:.2f}', (i + 0.16, mean), va='center', fontsize=8)
-    axes.set_xticks(range(len(groups)), [series for series, in groups], rotation=12)
-    axes.set(ylabel=ylabel, xlim=(-0.5, len(groups) - 0.3))
-    axes.grid(alpha=0.25, axis='y')
+        axes.plot(values, [y - 0.15] * len(values), 'o', mfc='none', color='0.5', markersize=5)
+        axes.errorbar(mean, y + 0.1, xerr=deviation, **{**style, 'linestyle': ''})
+        shown = f'{round(mean, 2) + 0:.2f}'  # never -0.00
+        axes.annotate(shown, (mean, y + 0.2), ha='center', va='top', fontsize=8)
+    axes.set_yticks(range(len(groups)), [f'{series} (n = {len(group)})'
+                                         for (series,), group in groups.items()], fontsize=8)
+    axes.set(xlabel=xlabel, ylim=(len(groups) - 0.3, -0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.grid(alpha=0.25, axis='x')
 
 
 def curves(axes, rows, logs, value, ylabel):
@@ -212,25 +215,16 @@ def int8(figure, rows, measured, logs):
     lost = [
         {'series': row['series'] + said, 'lost': row['float32_test_acc_percent']
                                                  - row[f'{form}_test_acc_percent']}
-        for said, form in (('', 'int8'), (',\nequalised', 'equalised_int8')) for row in measured]
+        for said, form in (('', 'int8'), (', equalised', 'equalised_int8')) for row in measured]
     points(drops, lost, 'lost', 'accuracy lost in int8 (points)')
-    drops.axhline(0, color='black', linewidth=0.8)
+    drops.axvline(0, color='black', linewidth=0.8)
 
 
 def speedrun(figure, rows, measured, logs):
     few, over_work = figure.subplots(1, 2, width_ratios=(3, 2))
     epochs = min(row['x'] for row in measured)
-    variants = grouped([row for row in measured if row['x'] == epochs], 'series')
-    for y, group in enumerate(variants.values()):
-        values = [row['test_acc_percent'] for row in group]
-        mean, deviation = mean_and_deviation(values)
-        few.plot(values, [y - 0.15] * len(values), 'o', mfc='none', color='0.5', markersize=5)
-        few.errorbar(mean, y + 0.1, xerr=deviation, fmt='s', color='black', capsize=3)
-    few.set_yticks(range(len(variants)), [f'{series} (n = {len(group)})'
-                                          for (series,), group in variants.items()], fontsize=8)
-    few.invert_yaxis()
-    few.set(xlabel=ACCURACY, title=f'{epochs:.0f} epochs')
-    few.grid(alpha=0.25, axis='x')
+    points(few, [row for row in measured if row['x'] == epochs], 'test_acc_percent', ACCURACY)
+    few.set_title(f'{epochs:.0f} epochs')
     places = grouped(measured, 'series', 'x')
     for style, ((series, x), group) in zip(styles(), places.items()):
         work, accuracy = (mean_and_deviation([row[name] for row in group])
