@@ -1,6 +1,6 @@
 """Every file that holds the parameters of a network, read safely: nothing in it can run code.
 
-    params = load_params('logs/diracnet-28-1')      # of a DiracNet: a run, or any file
+    params = load_params('logs/diracnet-28-2')      # of a DiracNet: a run, or any file
     net = diracfold.fold(params)
 
 A run of train.py (its folder, or a checkpoint in it), the original repository's checkpoints, those

@@ -1,10 +1,10 @@
 r"""Exports a trained network: folded, verified against what was trained, and measured.
 
 The ending chooses the format: .onnx, .pt2 (torch.export), .safetensors or .pth (state dicts):
-    python export.py logs/diracnet-28-1 --to diracnet.onnx
+    python export.py logs/diracnet-28-2 --to diracnet.onnx
 
 In int8, its ranges calibrated on a folder of images, with the accuracy that is left:
-    python export.py logs/diracnet-28-1 --to diracnet-int8.onnx --int8 ~/images/train --equalise \
+    python export.py logs/diracnet-28-2 --to diracnet-int8.onnx --int8 ~/images/train --equalise \
         --dataset Folder --dataroot ~/images
 """
 

@@ -12,7 +12,8 @@ from diracpublished import check_hash
 
 dependencies = ['torch']
 TRAINED = {  # in logs/, with its card; the SHA-256 of its model.pt7
-    'diracnet-28-1': 'd47cebf138ac8565fcb56ea31148f029ec2a7d47f261ec0b86793d9aa49d74a5',
+    'diracnet-16-1': '5dc351daceae957861d83114b5bc274918acdda97187c6358f43e3f3ac6a46a9',
+    'diracnet-28-2': 'b5a5dfd5256be6c99718ee95cee0ad7e9ca371694d2439e4566a50594d830ce5',
 }
 
 
@@ -46,7 +47,7 @@ def diracnet34(pretrained=False):
     return diracnet.diracnet34(pretrained)
 
 
-def diracnet_cifar(depth=28, width=1, num_classes=10, pretrained=False):
+def diracnet_cifar(depth=28, width=2, num_classes=10, pretrained=False):
     """DiracNet for CIFAR-like images; `diracfold.fold` makes it plain.
 
     depth: 6n + 4; width: the factor on 16, 32, 64 channels; num_classes: 10 for CIFAR-10, 100 for
@@ -54,10 +55,10 @@ def diracnet_cifar(depth=28, width=1, num_classes=10, pretrained=False):
     (125.3, 123.0, 113.9) / 255, over deviation (63.0, 62.1, 66.7) / 255. Outputs: logits of
     num_classes; of CIFAR-10 in the alphabetical order of the names of its classes.
 
-    pretrained: with the parameters that this repository trained and keeps, of depth 28 and width 1:
-    their figures, and what they are good for, are in logs/diracnet-28-1/README.md. To be used they
-    want `.eval()`. Raises ValueError for others and for a file with another hash, OSError for one
-    that is missing. Without, they are newly drawn.
+    pretrained: with the parameters that this repository trained and keeps, of depth 28 and width 2
+    or 16 and 1: their figures, and what they are good for, are in logs/diracnet-28-2/README.md and
+    logs/diracnet-16-1/README.md. To be used they want `.eval()`. Raises ValueError for others and
+    for a file with another hash, OSError for one that is missing. Without, they are newly drawn.
     """
     f, params = diracnet.define_diracnet(depth, width, 'CIFAR10', num_classes)
     network = diracnet.Network(f, params)

@@ -1,7 +1,7 @@
 """Draws the losses, accuracies and learning rates of one or more trainings as one picture.
 
-    python plot.py logs/diracnet-28-1 logs/plain-28-1 --save comparison.png
-    python plot.py logs/diracnet-28-1 --save diracnet.pdf
+    python plot.py logs/diracnet-28-2 logs/plain-28-2 --save comparison.png
+    python plot.py logs/diracnet-28-2 --save diracnet.pdf
 
 One colour is one training; dashed is training, dotted validation where images were held out for it
 (train.py --val), and a full line the test. Needs matplotlib. In Python, `plot_filters` draws the

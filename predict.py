@@ -1,6 +1,6 @@
 """Labels image files with a trained network: the five best, with their probabilities.
 
-    python predict.py cat.jpg dog.jpg --model logs/diracnet-28-1
+    python predict.py cat.jpg dog.jpg --model logs/diracnet-28-2
     python predict.py cat.jpg --model diracnet-int8.onnx    # any file that export.py writes
     python predict.py cat.jpg --model diracnet18            # the published network, of ImageNet
 

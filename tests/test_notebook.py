@@ -39,7 +39,7 @@ def test_stored_outputs(stored):
     text = '\n'.join(texts(stored))
     assert 'DiracNet-18: 11,523,368 parameters' in text
     assert 'DiracNet-34, newly drawn: 21,638,952 parameters' in text
-    assert "this project's DiracNet-28-1" in text
+    assert "this project's DiracNet-28-2" in text
     differences = re.findall(r'max difference[^\n]*: (\d+e-\d+)', '\n'.join(
         output.get('text', '') for cell in stored.cells for output in cell.get('outputs', [])
     ))

@@ -37,8 +37,8 @@ MAY_IMPORT = {  # room: what of the project it may know
     'predict': {'networks', 'command', *PACKAGE},
     'plot': {'training', 'command'},
     'hubconf': {'diracnet', 'diracpublished'},
-    'experiments': {'experiments', 'train', 'export', 'plot', 'training', 'networks', 'baselines',
-                    'command', *PACKAGE},
+    'experiments': {'experiments', 'train', 'export', 'hubconf', 'plot', 'training', 'networks',
+                    'baselines', 'command', *PACKAGE},
 }
 
 
