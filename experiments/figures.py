@@ -3,8 +3,8 @@
     python -m experiments.figures             # all that have rows
     python -m experiments.figures depth       # logs/depth/depth.png
 
-Points are means over seeds, bars one standard deviation; n is the number of seeds. All is told by
-markers and dashes too, as colours do not print.
+Filled points are means over seeds, bars one standard deviation; n is the number of seeds. All is
+told by markers and dashes too, as colours do not print.
 """
 
 import itertools
@@ -94,17 +94,16 @@ def lines(axes, rows, value, xlabel, ylabel, log=False):
 
 
 def points(axes, rows, value, xlabel):
-    """Draws each training of a column as a point, a line a series, above mean and deviation."""
+    """Draws each training of a column as a circle, above mean and deviation of its series."""
     groups = grouped(rows, 'series')
-    for y, (style, group) in enumerate(zip(styles(), groups.values())):
+    for y, group in enumerate(groups.values()):
         values = [row[value] for row in group]
         mean, deviation = mean_and_deviation(values)
         axes.plot(values, [y - 0.15] * len(values), 'o', mfc='none', color='0.5', markersize=5)
-        axes.errorbar(mean, y + 0.1, xerr=deviation, **{**style, 'linestyle': ''})
+        axes.errorbar(mean, y + 0.1, xerr=deviation, fmt='s', color='black', capsize=3)
         shown = f'{round(mean, 2) + 0:.2f}'  # never -0.00
         axes.annotate(shown, (mean, y + 0.2), ha='center', va='top', fontsize=8)
-    axes.set_yticks(range(len(groups)), [f'{series} (n = {len(group)})'
-                                         for (series,), group in groups.items()], fontsize=8)
+    axes.set_yticks(range(len(groups)), [series for series, in groups], fontsize=8)
     axes.set(xlabel=xlabel, ylim=(len(groups) - 0.3, -0.5))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(alpha=0.25, axis='x')

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import networks
 import train
@@ -240,6 +241,12 @@ def test_points_are_means_and_deviations_over_seeds():
     rows = [{'series': 'a', 'x': 1, 'value': value} for value in (1.0, 2.0, 6.0)]
     assert figures.mean_and_deviation([row['value'] for row in rows]) == (3.0, 7 ** 0.5)
     assert figures.counts(rows) == 'n = 3'
+    axes = Figure().subplots()
+    figures.points(axes, rows + [{'series': 'b', 'value': -0.001}], 'value', 'points')
+    assert [label.get_text() for label in axes.get_yticklabels()] == ['a', 'b']
+    assert [text.get_text() for text in axes.texts] == ['3.00', '0.00']  # -0.00 is said of none
+    circles, mean, *_ = axes.lines
+    assert (list(circles.get_xdata()), list(mean.get_xdata())) == ([1, 2, 6], [3])
 
 
 def test_the_list_says_hours(capsys):
