@@ -286,7 +286,8 @@ def check(device, table, where):
 
 
 def time_all(device, table, where, deadline):
-    product = product_rate('bfloat16', device, 8192 if device.type == 'cuda' else 1024) / 1000
+    size = 8192 if device.type == 'cuda' else 1024
+    product = product_rate('bfloat16', device, size) / 1000  # TFLOP/s
     say(f'\na bfloat16 product: {product:,.1f} TFLOP/s')
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(folder)
