@@ -1,6 +1,6 @@
 """Draws the losses, accuracies and learning rates of one or more trainings as one picture.
 
-    python plot.py logs/diracnet-28-2 logs/plain-28-2 --save comparison.png
+    python plot.py logs/compare-diracnet logs/compare-plain --save comparison.png
     python plot.py logs/diracnet-28-2 --save diracnet.pdf
 
 One colour is one training; dashed is training, dotted validation where images were held out for it
@@ -101,9 +101,9 @@ def draw(logs):
 def plot_filters(weight, title):
     """Draws filters (out, in, height, width) as a grid of height x width matrices (out x in).
 
-    All share one scale of colours, the lighter the larger, as signs are to be told in print, and
-    grey at zero; it ends where 98 % of the weights do, or the diagonal that a Dirac term makes in
-    the middle would leave everything else grey. Returns the matplotlib Figure.
+    All share one scale of colours, from dark (negative) over grey (zero) to light, so that signs
+    are told in print too; it ends where 98 % of the weights do, or the diagonal that a Dirac term
+    makes in the middle would leave everything else grey. Returns the matplotlib Figure.
     """
     from matplotlib import pyplot as plt  # slow to import, and shows in a notebook what it draws
 

@@ -89,11 +89,11 @@ def kept(logs):
         right = sum(image['class'] == image['labelled'] for image in images)
         lines.append([
             f'[{name}](../logs/{name}/README.md)', f'{last["n_parameters"]:,}',
-            f'{size / 1e6:.1f}', f'{last["epoch"]}', '1',
+            f'{size / 1e6:.1f}', f'{last["epoch"]}',
             f'{sum(stats["train_time"] for stats in epochs) / 3600:.1f}',
             f'{100 * right / len(images):.2f}',
         ])
-    return ['network', 'parameters', 'file, MB', 'epochs', 'n', 'hours', 'test accuracy, %'], lines
+    return ['network', 'parameters', 'file, MB', 'epochs', 'hours', 'test accuracy, %'], lines
 
 
 def cost(rows, measured):

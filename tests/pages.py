@@ -1,11 +1,12 @@
-"""The README and the pages of docs/, as the tests read them."""
+"""The README, the pages of docs/ and the cards of logs/, as the tests read them."""
 
 import re
 import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')),
+         *sorted((ROOT / 'logs').glob('*/README.md'))]
 
 
 def text_of(path):

@@ -1,7 +1,5 @@
 """The trained networks in logs/: that they are whole, what they hold, and how they are kept."""
 
-import csv
-import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,8 @@ import hubconf
 import networks
 from diracfile import load_params
 from diracpublished import check_hash
-from experiments import keep
+from experiments import keep, tables
+from training.checkpoint import read_log
 
 LOGS = Path(__file__).parent.parent / 'logs'
 
@@ -27,16 +26,15 @@ def test_a_kept_network_is_what_its_card_says(name):
                for key, t in network.state_dict().items())
     trained = networks.load(LOGS / name)
     assert (len(trained.classes), trained.classes) == (10, sorted(trained.classes))
-    last = json.loads((LOGS / name / 'log.txt').read_text().splitlines()[-1].split(': ', 1)[1])
+    last = read_log(LOGS / name / 'log.txt')[-1]
     assert last['epoch'] == last['epochs']
     assert last['n_parameters'] == sum(p.numel() for p in network.parameters())
-    with open(LOGS / name / 'seen' / 'predictions.csv', newline='') as file:
-        rows = list(csv.DictReader(file))
-    percent = 100 * sum(row['class'] == row['labelled'] for row in rows) / len(rows)
-    assert percent == pytest.approx(last['test_acc'], abs=0.2)  # float32 here, bfloat16 there
-    card = (LOGS / name / 'README.md').read_text()
-    assert f'| {percent:.2f} |' in card
-    assert f'{last["n_parameters"]:,}' in card
+    columns, lines = tables.kept(LOGS)
+    row = next(dict(zip(columns, cells)) for cells in lines if f'[{name}]' in cells[0])
+    assert float(row['test accuracy, %']) == pytest.approx(last['test_acc'], abs=0.2)  # bfloat16
+    figures = [row[column] for column in ('parameters', 'epochs', 'hours', 'test accuracy, %')]
+    expected = '| {} | 50,000 | {} | 1 | {} | {} |'.format(*figures)
+    assert expected in (LOGS / name / 'README.md').read_text()
 
 
 def test_others_are_refused(tmp_path, monkeypatch):
