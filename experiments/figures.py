@@ -3,8 +3,8 @@
     python -m experiments.figures             # all that have rows
     python -m experiments.figures depth       # logs/depth/depth.png
 
-Filled points are means over seeds, bars one standard deviation; n is the number of seeds. All is
-told by markers and dashes too, as colours do not print.
+Points are means over seeds, grey circles single trainings, bars one standard deviation; n is the
+number of seeds. All is told by markers and dashes too, as colours do not print.
 """
 
 import itertools
@@ -20,11 +20,13 @@ from experiments.definitions import EXPERIMENTS
 from experiments.turns import ROOT, read_rows
 from training.checkpoint import read_log
 
-STYLES = [  # of the series of a figure, in order
-    {'color': color, 'marker': marker, 'linestyle': line, 'capsize': 3}
-    for color, marker, line in (
-        ('C0', 'o', '-'), ('C3', 's', '--'), ('C2', '^', '-.'), ('C1', 'D', ':'),
-        ('C4', 'v', '-'), ('C5', 'x', '--'), ('C7', 'P', '-.'), ('C8', '*', ':'), ('C9', '<', '-'),
+STYLES = [  # of the series of a figure, in order; hollow markers show what is under them
+    {'color': color, 'marker': marker, 'linestyle': line, 'capsize': 3,
+     **({'fillstyle': 'none', 'markersize': 9} if hollow else {})}
+    for color, marker, line, hollow in (
+        ('C0', 'o', '-', False), ('C3', 's', '--', False), ('C2', '^', '-.', True),
+        ('C1', 'D', ':', True), ('C4', 'v', '-', False), ('C5', 'x', '--', False),
+        ('C7', 'P', '-.', True), ('C8', '*', ':', True), ('C9', '<', '-', False),
     )
 ]
 ACCURACY = 'test accuracy (%)'
