@@ -148,26 +148,37 @@ def init(figure, rows, measured, logs):
         lines(axes, rows, value, "filters' first deviation (times Kaiming's)", label, log=True)
 
 
+OF_LAYERS = {  # what a row of alpha-beta says of a layer
+    'mean alpha of the layer': lambda row: row['alpha_mean'],
+    'mean beta of the layer': lambda row: row['beta_mean'],
+    'norm of the Dirac part\nover that of the free part':
+        lambda row: row['dirac_norm'] / row['free_norm'],
+}
+
+
+def over_layers(axes, rows, value, ylabel):
+    """Draws means over seeds, a line an epoch, the darker the later; bars of the last one alone."""
+    epochs = sorted(grouped(rows, 'epoch').items())
+    for i, ((epoch,), at) in enumerate(epochs, 1):
+        layers = sorted(grouped(at, 'layer').items())
+        means = [mean_and_deviation([value(row) for row in seeds]) for _, seeds in layers]
+        last = {'fmt': 'o-', 'color': 'black', 'markersize': 3, 'capsize': 2}
+        before = {'fmt': '-', 'color': f'{0.9 * (1 - i / len(epochs)):.2f}'}
+        axes.errorbar([layer for (layer,), _ in layers], [m for m, _ in means],
+                      [d for _, d in means] if i == len(epochs) else None,
+                      label=f'epoch {epoch:.0f}', **(last if i == len(epochs) else before))
+    axes.set(xlabel='layer', ylabel=ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+
+
 def alpha_beta(figure, rows, measured, logs):
     groups = grouped(measured, 'series')
-    panels = figure.subplots(len(groups), 3, squeeze=False)
+    panels = figure.subplots(len(groups), len(OF_LAYERS), squeeze=False)
     for row_of_axes, ((series,), group) in zip(panels, groups.items()):
-        for style, ((epoch,), at) in zip(styles(), sorted(grouped(group, 'epoch').items())):
-            layers = sorted(grouped(at, 'layer').items())
-            numbers = [layer for (layer,), _ in layers]
-            for axes, value in zip(row_of_axes, (
-                lambda row: row['alpha_mean'], lambda row: row['beta_mean'],
-                lambda row: row['dirac_norm'] / row['free_norm'],
-            )):
-                means = [mean_and_deviation(list(map(value, seeds))) for _, seeds in layers]
-                axes.errorbar(numbers, [m for m, _ in means], [d for _, d in means],
-                              label=f'epoch {epoch:.0f}', **{**style, 'markersize': 3})
-        for axes, label in zip(row_of_axes, (
-            'mean alpha of the layer', 'mean beta of the layer',
-            'norm of the Dirac part\nover that of the free part',
-        )):
-            axes.set(xlabel='layer', ylabel=label, title=series)
-            axes.grid(alpha=0.25)
+        for axes, (label, value) in zip(row_of_axes, OF_LAYERS.items()):
+            over_layers(axes, group, value, label)
+            axes.set_title(series)
         row_of_axes[0].legend(fontsize=8)
 
 

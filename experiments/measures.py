@@ -36,25 +36,32 @@ def load_test_images(training, place, inputs):
 
 
 @torch.no_grad()
-def alpha_beta(training, place):
-    """Rows of each layer at each epoch: alpha, beta, and the norms of the two parts of W_hat."""
+def layers_of(params):
+    """Rows of the layers of a DiracNet: alpha, beta, and the norms of the two parts of W_hat.
+
+    params: unfolded, a flat dict; of others there are no rows.
+    """
     rows = []
+    names = [name.removesuffix('.alpha') for name in params if name.endswith('.alpha')]
+    for layer, name in enumerate(names, 1):
+        alpha, beta, weight = (params[f'{name}.{part}'] for part in ('alpha', 'beta', 'conv'))
+        delta = min(weight.shape[:2])  # filters with a one of delta
+        rows.append({
+            'layer': layer,
+            'alpha_mean': alpha.mean().item(), 'alpha_deviation': alpha.std().item(),
+            'beta_mean': beta.mean().item(), 'beta_deviation': beta.std().item(),
+            'dirac_norm': alpha[:delta].norm().item(),  # of diag(alpha) delta
+            'free_norm': beta.norm().item(),  # of diag(beta) normalize(W): unit filters
+        })
+    return rows
+
+
+def alpha_beta(training, place):
+    """The rows of each layer, at each epoch that was kept."""
     files = {int(path.stem.partition('-')[2]): path
              for path in place.folder(training).glob('epoch-*.pt7')}
-    for epoch, path in sorted(files.items()):
-        params = load_params(path)
-        names = [name.removesuffix('.alpha') for name in params if name.endswith('.alpha')]
-        for layer, name in enumerate(names, 1):
-            alpha, beta, weight = (params[f'{name}.{part}'] for part in ('alpha', 'beta', 'conv'))
-            delta = min(weight.shape[:2])  # filters with a one of delta
-            rows.append({
-                'epoch': epoch, 'layer': layer,
-                'alpha_mean': alpha.mean().item(), 'alpha_deviation': alpha.std().item(),
-                'beta_mean': beta.mean().item(), 'beta_deviation': beta.std().item(),
-                'dirac_norm': alpha[:delta].norm().item(),  # of diag(alpha) delta
-                'free_norm': beta.norm().item(),  # of diag(beta) normalize(W): unit filters
-            })
-    return rows
+    return [{'epoch': epoch, **row}
+            for epoch, path in sorted(files.items()) for row in layers_of(load_params(path))]
 
 
 # ---------------------------------------------------------------- activations

@@ -1,11 +1,11 @@
-"""Draws what a trained network sees: what it confuses, its surest mistakes, filters of a layer.
+"""Draws what a trained network sees: what it confuses, its surest mistakes, filters, its layers.
 
     python -m experiments.seen logs/diracnet-28-2 --dataset Folder --dataroot ../cifar10-jpeg \\
         --save logs/diracnet-28-2/seen
 
 Writes, into the folder of --save, predictions.csv with a row for each test image; from it
-confusion.png, and with the images mistakes.png; and filters.png, of the layer in the middle of the
-folded network.
+confusion.png, and with the images mistakes.png; filters.png, of the layer in the middle of the
+folded network; and, of a DiracNet that is not folded, layers.png: how near the identity each is.
 """
 
 import argparse
@@ -19,6 +19,8 @@ import networks
 from command import Options, errors_in_one_line
 from diracfold import fold
 from diracimage import normalise
+from experiments.figures import OF_LAYERS, over_layers
+from experiments.measures import layers_of
 from experiments.turns import append
 from plot import plot_filters
 from training import data
@@ -102,6 +104,16 @@ def middle_filters(network):
     return number + 1, convolutions[number].weight.detach()
 
 
+def draw_layers(rows, title):
+    """Alpha, beta and the norms of the two parts of W_hat over layers: the last is the deepest."""
+    figure = Figure((11, 3.6), dpi=120, layout='constrained')
+    at_its_end = [{**row, 'epoch': 0} for row in rows]  # one epoch, whose number is not shown
+    for axes, (label, value) in zip(figure.subplots(1, len(OF_LAYERS)), OF_LAYERS.items()):
+        over_layers(axes, at_its_end, value, label)
+    figure.suptitle(f'{title}: the identity in its layers')
+    return figure
+
+
 def parse_options(argv):
     parser = Options(prog='experiments.seen', description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,6 +140,9 @@ def main(argv=None):
         number, weight = middle_filters(folded)
         title = f'{trained.title}, folded: convolution {number}'
         plot_filters(weight, title).savefig(save / 'filters.png', dpi=120)
+        layers = layers_of(trained.network.state_dict())
+        if layers:
+            draw_layers(layers, trained.title).savefig(save / 'layers.png')
     print(f'{len(rows)} images labelled; drawn in {save}')
 
 

@@ -11,7 +11,7 @@ from experiments import seen
 from experiments.turns import read_rows
 from training import data
 
-PICTURES = ('confusion.png', 'filters.png', 'mistakes.png')
+PICTURES = ('confusion.png', 'filters.png', 'layers.png', 'mistakes.png')
 
 
 @pytest.fixture(scope='module')
