@@ -51,7 +51,7 @@ class Budget:
     layers: int = 28  # of the networks that are compared at one depth
     large: float = 4  # a width at which DiracNets may lag behind
     large_epochs: int = 0  # as many as of the others, where it is 0
-    thousand: int = 1000
+    thousand: tuple = (100, 202, 400, 1000)  # depths on the digits
     speedrun: tuple = (  # epochs, which of VARIANTS, seeds: the recipe's own epochs first
         (8, slice(2), 5), (4, slice(1), 3), (4, slice(2, None), 3))
 
@@ -68,7 +68,7 @@ BUDGETS = {
     # for the tests: seconds
     'tiny': Budget(
         1, 1, {'lr_schedule': 'cosine', 'batch_size': 64, 'keep_every': 1}, 'Digits',
-        depths=(10,), deeper=(), widths=(0.5,), layers=10, large=0.5, thousand=10,
+        depths=(10,), deeper=(), widths=(0.5,), layers=10, large=0.5, thousand=(10,),
         speedrun=((1, slice(2), 1),),
     ),
 }
@@ -163,11 +163,13 @@ def int8(budget):
 
 
 def thousand(budget):
-    """Does a DiracNet of a thousand layers learn?"""
-    return budget.trainings(
-        f'DiracNet-{budget.thousand}-1', budget.thousand, seeds=1, model='diracnet',
-        depth=budget.thousand, checkpointing=True, dataset='Digits', batch_size=64,
-        epochs=5 * budget.epochs)
+    """Do DiracNets of up to a thousand layers learn the digits?"""
+    return [
+        training for layers in budget.thousand
+        for training in budget.trainings(
+            f'{layers} layers', layers, seeds=1, model='diracnet', depth=layers,
+            checkpointing=True, dataset='Digits', batch_size=64, epochs=5 * budget.epochs)
+    ]
 
 
 def speedrun(budget):

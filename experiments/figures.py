@@ -250,9 +250,18 @@ def speedrun(figure, rows, measured, logs):
 
 
 def thousand(figure, rows, measured, logs):
-    accuracy, loss = figure.subplots(1, 2)
+    accuracy, *panels = figure.subplots(1, 3)
     curves(accuracy, rows, logs, 'test_acc', f'{ACCURACY}, digits')
-    curves(loss, rows, logs, 'train_loss', 'training loss, digits')
+    for axes, ((series,), of_series) in zip(panels, grouped(measured, 'series').items()):
+        for style, ((depth,), layers) in zip(styles(), grouped(of_series, 'x').items()):
+            axes.plot([row['layer'] / len(layers) for row in layers],
+                      [row['turn'] for row in layers],
+                      color=style['color'], linestyle=style['linestyle'], linewidth=1,
+                      label=f'{depth:.0f} layers')
+        axes.set(title=series, xlabel='layer (of all)', yscale='log',
+                 ylabel='first gradient of the filters of a layer\n(norm over theirs)')
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8)
 
 
 FIGURES = {

@@ -16,7 +16,7 @@ from command import say
 from diracequal import equalise
 from diracfile import load_params
 from diracfold import fold
-from diracimage import normalise
+from diracimage import Inputs, normalise
 from experiments.bench import BATCH, NATIVE, repeated, step, step_of_ordinary_convolutions
 from experiments.turns import Side, append, compare, product_rate, read_rows
 from training import data
@@ -26,6 +26,7 @@ TABLE = 'measured.csv'
 IMAGES = 1000  # of the test set, for activations
 BINS, BIN = 48, 0.25  # of a histogram: their number, and their width in deviations
 TURNS, STEPS = 20, 5  # of what is timed, and steps in a turn
+TURNED = 16  # digits, of which the first gradients are
 
 
 def load_test_images(training, place, inputs):
@@ -176,7 +177,7 @@ def inference_of(model, depth, folded):
     return run
 
 
-def cost(place):
+def cost(trainings, place):
     """Times a step of training and inference, in turns: rows are experiments/turns.py's."""
     table = place.logs / 'cost' / TABLE
     depth, images = 28, STEPS * BATCH
@@ -201,9 +202,40 @@ def cost(place):
             compare(title, sides, TURNS, table)
 
 
+# ---------------------------------------------------------------- gradients
+
+
+def first_turns(model, depth, images, labels):
+    """Norms of the filters' gradients over their own, before any training, first layer first.
+
+    How far SGD would turn each filter bank, at a learning rate of 1. In float64, as the gradients
+    of deep plain networks leave float32. images: (N, 3, S, S), float64.
+    """
+    torch.manual_seed(1)
+    network = by_name(model, depth, 1).double().train()
+    F.cross_entropy(network(images), labels).backward()
+    return [(p.grad.norm() / p.norm()).item() for p in network.parameters() if p.dim() == 4]
+
+
+def gradients(trainings, place):
+    """Rows of the layers of each depth, as DiracNet and as plain network: their first turns."""
+    table = place.logs / 'thousand' / TABLE
+    done = {(row['series'], float(row['x'])) for row in read_rows(table)}
+    some = torch.arange(TURNED)
+    pixels, labels, _ = data.load('Digits').train[some, None, some]
+    images = normalise(pixels, Inputs.of('Digits')).double()
+    for training in trainings:
+        for model in ('diracnet', 'plain'):
+            if (model, training.x) not in done:
+                turns = first_turns(model, training.options['depth'], images, labels)
+                append([{'series': model, 'x': training.x, 'layer': layer, 'turn': turn}
+                        for layer, turn in enumerate(turns, 1)], table)
+
+
 # ---------------------------------------------------------------- all
 
 
+OF_NETWORKS = {'cost': cost, 'thousand': gradients}  # not trained
 OF_PARAMETERS = {'alpha-beta': alpha_beta, 'versions': activations, 'int8': int8,
                  'speedrun': speedrun}
 

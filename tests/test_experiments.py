@@ -1,6 +1,7 @@
 """The experiments: what they train, what they keep of it, and that it goes on where it stopped."""
 
 import csv
+import functools
 import json
 
 import cv2
@@ -235,6 +236,29 @@ def test_histograms_of_activations_sum_to_one(place):
     for bins in shares.values():
         assert len(bins) == measures.BINS
         assert 0.98 < sum(row['share'] for row in bins) < 1 + 1e-6
+
+
+def test_first_turns_against_finite_differences():
+    torch.manual_seed(5)
+    images, labels = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([3, 7])
+    torch.manual_seed(1)  # the network that is measured
+    network = measures.by_name('diracnet', 10, 1).double().train()
+    loss = functools.partial(torch.nn.functional.cross_entropy, target=labels)
+    first = next(p for p in network.parameters() if p.dim() == 4)
+    slopes, step = [], 1e-6
+    with torch.no_grad():
+        for i in range(first.numel()):
+            ends = []
+            for sign in (1, -1):
+                first.view(-1)[i] += sign * step
+                ends.append(loss(network(images)))
+                first.view(-1)[i] -= sign * step
+            slopes.append((ends[0] - ends[1]) / (2 * step))
+        expected = torch.stack(slopes).norm() / first.norm()
+    assert expected > 0.01
+    turns = measures.first_turns('diracnet', 10, images, labels)
+    assert turns[0] == pytest.approx(expected.item(), rel=1e-4)
+    assert len(turns) == 7  # filters of 10 layers, as the paper counts them
 
 
 def test_points_are_means_and_deviations_over_seeds():
