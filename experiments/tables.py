@@ -5,6 +5,7 @@
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of a page is left.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -29,21 +30,24 @@ def shown(values, digits=2):
     return f'{mean:.{digits}f}' + (f' ± {deviation:.{digits}f}' if len(values) > 1 else '')
 
 
-def results(rows, measured):
-    """One line a point: its accuracy and loss, mean ± deviation over seeds that did not diverge."""
+def results(rows, measured, x=''):
+    """One line a point: its accuracy and loss, mean ± deviation over seeds that did not diverge.
+
+    x: what the points of a series differ by; without it, a series is one point.
+    """
     lines = []
-    for (series, x), seeds in sorted(grouped(rows, 'series', 'x').items()):
-        group = whole(seeds)
+    for (series, value), seeds in sorted(grouped(rows, 'series', 'x').items()):
+        group, point = whole(seeds), [series, f'{value:g}'] if x else [series]
         if not group:
-            lines.append([series, f'{x:g}', f'{len(seeds)}, all diverged', '', '', ''])
+            lines.append([*point, f'{len(seeds)}, all diverged', '', '', ''])
             continue
         diverged = f', {len(seeds) - len(group)} diverged' * (len(seeds) > len(group))
         lines.append([
-            series, f'{x:g}', f'{len(group)}{diverged}',
-            shown([row['test_acc_percent'] for row in group]),
+            *point, f'{len(group)}{diverged}', shown([row['test_acc_percent'] for row in group]),
             shown([row['train_loss'] for row in group], 3), f'{group[0]["parameters"]:,.0f}',
         ])
-    return ['series', 'x', 'n', 'test accuracy, %', 'training loss', 'parameters'], lines
+    return ['network', *filter(None, [x]), 'n', 'test accuracy, %', 'training loss',
+            'parameters'], lines
 
 
 def int8(rows, measured):
@@ -143,7 +147,11 @@ def rows_of(experiment, logs):
     return read(logs / experiment / 'results.csv'), read(logs / experiment / 'measured.csv')
 
 
-TABLES = {'int8': int8, 'cost': cost, 'speedrun': speedrun}  # the others: results
+TABLES = {  # of the others: results
+    'depth': functools.partial(results, x='depth'), 'width': functools.partial(results, x='width'),
+    'init': functools.partial(results, x="times Kaiming's deviation"),
+    'int8': int8, 'cost': cost, 'speedrun': speedrun,
+}
 WORDS = 'here', 'network', 'what', 'whose', 'change'  # columns of text
 OTHERS = {'claims': claims, 'tried': tried, 'kept': kept}  # not of an experiment's rows
 

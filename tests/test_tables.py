@@ -26,20 +26,24 @@ def test_the_tables_are_as_the_files(page):
 
 
 def test_a_table_between_its_marks(tmp_path):
-    (tmp_path / 'delta').mkdir()
-    (tmp_path / 'delta' / 'results.csv').write_text(
-        'series,x,ended,test_acc_percent,train_loss,parameters\n'
-        'diracnet,0,whole,70,1.5,368730\ndiracnet,0,whole,74,1.25,368730\n'
-        'diracnet,0,diverged,,,\n')
-    page = 'before\n<!-- table: delta -->\nold\n<!-- end -->\nafter\n'
-    filled = tables.filled(page, tmp_path)
-    assert filled.startswith('before\n<!-- table: delta -->\n\n| series ')
-    assert filled.endswith('<!-- end -->\nafter\n')
-    row = filled.split('|\n| ')[2]
     # the mean of 70 and 74, and the deviation of two values: their difference over sqrt(2)
-    assert [cell.strip() for cell in row.split('|')][:6] == [
-        'diracnet', '0', '2, 1 diverged', '72.00 ± 2.83', '1.375 ± 0.177', '368,730']
-    assert tables.filled(filled, tmp_path) == filled
+    of_seeds = ['2, 1 diverged', '72.00 ± 2.83', '1.375 ± 0.177', '368,730']
+    for name, column, cells in (
+        ('delta', 'n', ['diracnet']), ('width', 'width', ['diracnet', '2']),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'results.csv').write_text(
+            'series,x,ended,test_acc_percent,train_loss,parameters\n'
+            'diracnet,2,whole,70,1.5,368730\ndiracnet,2,whole,74,1.25,368730\n'
+            'diracnet,2,diverged,,,\n')
+        page = f'before\n<!-- table: {name} -->\nold\n<!-- end -->\nafter\n'
+        filled = tables.filled(page, tmp_path)
+        assert filled.startswith(f'before\n<!-- table: {name} -->\n\n| network ')
+        assert filled.endswith('<!-- end -->\nafter\n')
+        head, _, row = (line.split('|') for line in filled.splitlines()[3:6])
+        assert head[2].strip() == column
+        assert [cell.strip() for cell in row[1:-1]] == cells + of_seeds
+        assert tables.filled(filled, tmp_path) == filled
     with pytest.raises(ValueError, match='nothing'):
         tables.filled('<!-- table: nothing -->\n<!-- end -->', tmp_path)
 
