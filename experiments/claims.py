@@ -1,5 +1,6 @@
 """What the paper and others claim, and the rule by which the rows of an experiment answer it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,30 +55,36 @@ def _width(rows, measured):
 
 def _init(rows, measured):
     means = accuracies(rows)
-    spread = {series: max(of.values()) - min(of.values()) for series, of in means.items()
-              if series in ('diracnet', 'plain')}
-    found = ', '.join(f'{series}: {points:.1f} points between scales'
-                      for series, points in spread.items())
-    return found, _said(spread['diracnet'] <= SAME)
+    lost = {series: means[series][1] - min(means[series].values())
+            for series in ('diracnet', 'plain')}
+    found = ', '.join(f"{series} loses {points:.1f} points from Kaiming's start to its worst"
+                      for series, points in lost.items())
+    return found, _said(lost['diracnet'] <= SAME)
 
 
 def _identity(rows, measured):
-    last = max(row['epoch'] for row in measured)
-    ratios, layers = [], max(row['layer'] for row in measured)
-    for first, end in ((1, layers // 3), (layers - layers // 3 + 1, layers)):
-        ratios.append(mean_and_deviation([
-            row['dirac_norm'] / row['free_norm'] for row in measured
-            if row['epoch'] == last and first <= row['layer'] <= end])[0])
-    found = (f'norm of the Dirac part over the free part: {ratios[0]:.2f} in the first third of '
-             f'the layers, {ratios[1]:.2f} in the last')
-    return found, _said(ratios[1] > 1, ratios[1] > ratios[0])
+    layers, epochs = (sorted({row[name] for row in measured}) for name in ('layer', 'epoch'))
+    third = len(layers) // 3
+
+    def ratio(epoch, part):
+        return mean_and_deviation([row['dirac_norm'] / row['free_norm'] for row in measured
+                                   if row['epoch'] == epoch and row['layer'] in part])[0]
+
+    # W_hat starts as ten parts Dirac to one: what is asked is how much of this stays
+    (first, first_left), (last, last_left) = (
+        [ratio(epoch, part) for epoch in (epochs[0], epochs[-1])]
+        for part in (layers[:third], layers[-third:]))
+    found = (f'norm of the Dirac part over the free part: from {first:.1f} to {first_left:.1f} in '
+             f'the first third of the layers, from {last:.1f} to {last_left:.1f} in the last')
+    return found, _said(last_left > 1, last_left > first_left)
 
 
 def _alpha_drifts(rows, measured):
     last = max(row['epoch'] for row in measured)
-    drift, _ = mean_and_deviation(
-        [abs(row['alpha_mean'] - 1) for row in measured if row['epoch'] == last])
-    return f'mean alpha of a layer is {drift:.2f} away from its start at 1', _said(drift > 0.1)
+    drift, _ = mean_and_deviation([math.hypot(row['alpha_mean'] - 1, row['alpha_deviation'])
+                                   for row in measured if row['epoch'] == last])
+    return (f'alpha is {drift:.2f} away from its start at 1 (root mean square of a layer)',
+            _said(drift > 0.1))
 
 
 def _large(rows, measured):

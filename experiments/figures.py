@@ -17,18 +17,20 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 
 from command import Options, errors_in_one_line
 from experiments.definitions import EXPERIMENTS
+from experiments.layers import SHOWN
 from experiments.turns import ROOT, read_rows
 from training.checkpoint import read_log
 
 STYLES = [  # of the series of a figure, in order; hollow markers show what is under them
     {'color': color, 'marker': marker, 'linestyle': line, 'capsize': 3,
-     **({'fillstyle': 'none', 'markersize': 9} if hollow else {})}
-    for color, marker, line, hollow in (
-        ('C0', 'o', '-', False), ('C3', 's', '--', False), ('C2', '^', '-.', True),
-        ('C1', 'D', ':', True), ('C4', 'v', '-', False), ('C5', 'x', '--', False),
-        ('C7', 'P', '-.', True), ('C8', '*', ':', True), ('C9', '<', '-', False),
+     'fillstyle': fill, 'markersize': size}
+    for color, marker, line, fill, size in (
+        ('C0', 'o', '-', 'full', 6), ('C3', 's', '--', 'full', 6), ('C2', '^', '-.', 'none', 9),
+        ('C1', 'D', ':', 'none', 9), ('C4', 'v', '-', 'full', 6), ('C5', 'x', '--', 'full', 6),
+        ('C7', 'P', '-.', 'none', 9), ('C8', '*', ':', 'none', 9), ('C9', '<', '-', 'full', 6),
     )
 ]
+AT_THE_END = {'fmt': 'o-', 'color': 'black', 'markersize': 3, 'capsize': 2}
 ACCURACY = 'test accuracy (%)'
 
 
@@ -148,36 +150,35 @@ def init(figure, rows, measured, logs):
         lines(axes, rows, value, "filters' first deviation (times Kaiming's)", label, log=True)
 
 
-OF_LAYERS = {  # what a row of alpha-beta says of a layer
-    'mean alpha of the layer': lambda row: row['alpha_mean'],
-    'mean beta of the layer': lambda row: row['beta_mean'],
-    'norm of the Dirac part\nover that of the free part':
-        lambda row: row['dirac_norm'] / row['free_norm'],
-}
-
-
-def over_layers(axes, rows, value, ylabel):
-    """Draws means over seeds, a line an epoch, the darker the later; bars of the last one alone."""
-    epochs = sorted(grouped(rows, 'epoch').items())
-    for i, ((epoch,), at) in enumerate(epochs, 1):
-        layers = sorted(grouped(at, 'layer').items())
-        means = [mean_and_deviation([value(row) for row in seeds]) for _, seeds in layers]
-        last = {'fmt': 'o-', 'color': 'black', 'markersize': 3, 'capsize': 2}
-        before = {'fmt': '-', 'color': f'{0.9 * (1 - i / len(epochs)):.2f}'}
-        axes.errorbar([layer for (layer,), _ in layers], [m for m, _ in means],
-                      [d for _, d in means] if i == len(epochs) else None,
-                      label=f'epoch {epoch:.0f}', **(last if i == len(epochs) else before))
+def over_layers(axes, rows, value, ylabel, **style):
+    """Draws a value of the rows of one epoch over the layers: means and deviations over seeds."""
+    layers = sorted(grouped(rows, 'layer').items())
+    means, deviations = zip(*(mean_and_deviation([value(row) for row in seeds])
+                              for _, seeds in layers))
+    axes.errorbar([layer for (layer,), _ in layers], means, deviations, **style)
     axes.set(xlabel='layer', ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
 
 
+def shade(epoch, last):
+    """The style of an epoch: the darker the later; bars are of the last one alone."""
+    if epoch == last:
+        return AT_THE_END
+    if epoch == 0:
+        return {'fmt': ':', 'color': 'black', 'elinewidth': 0}
+    return {'fmt': '-', 'color': f'{0.9 * (1 - epoch / last):.2f}', 'elinewidth': 0}
+
+
 def alpha_beta(figure, rows, measured, logs):
     groups = grouped(measured, 'series')
-    panels = figure.subplots(len(groups), len(OF_LAYERS), squeeze=False)
+    panels = figure.subplots(len(groups), len(SHOWN), squeeze=False)
     for row_of_axes, ((series,), group) in zip(panels, groups.items()):
-        for axes, (label, value) in zip(row_of_axes, OF_LAYERS.items()):
-            over_layers(axes, group, value, label)
+        epochs = grouped(group, 'epoch')
+        for axes, (label, value) in zip(row_of_axes, SHOWN.items()):
+            for (epoch,), at in sorted(epochs.items()):
+                over_layers(axes, at, value, label, label=f'epoch {epoch:.0f}',
+                            **shade(epoch, max(epochs)[0]))
             axes.set_title(series)
         row_of_axes[0].legend(fontsize=8)
 
@@ -253,13 +254,12 @@ def thousand(figure, rows, measured, logs):
     accuracy, *panels = figure.subplots(1, 3)
     curves(accuracy, rows, logs, 'test_acc', f'{ACCURACY}, digits')
     for axes, ((series,), of_series) in zip(panels, grouped(measured, 'series').items()):
-        for style, ((depth,), layers) in zip(styles(), grouped(of_series, 'x').items()):
+        for style, ((x,), layers) in zip(styles(), grouped(of_series, 'x').items()):
             axes.plot([row['layer'] / len(layers) for row in layers],
-                      [row['turn'] for row in layers],
-                      color=style['color'], linestyle=style['linestyle'], linewidth=1,
-                      label=f'{depth:.0f} layers')
-        axes.set(title=series, xlabel='layer (of all)', yscale='log',
-                 ylabel='first gradient of the filters of a layer\n(norm over theirs)')
+                      [row['relative_gradient'] for row in layers], color=style['color'],
+                      linestyle=style['linestyle'], linewidth=1, label=f'{x:.0f} layers')
+        axes.set(title=f'{series}, not trained', xlabel='layer / layers', yscale='log',
+                 ylabel='norm of the gradient of the filters\nover that of the filters')
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
 

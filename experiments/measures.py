@@ -1,4 +1,4 @@
-"""What is measured of trained networks beside the figures of their logs: measured.csv."""
+"""What is measured of networks beside the figures of their logs: measured.csv."""
 
 import functools
 import os
@@ -18,6 +18,7 @@ from diracfile import load_params
 from diracfold import fold
 from diracimage import Inputs, normalise
 from experiments.bench import BATCH, NATIVE, repeated, step, step_of_ordinary_convolutions
+from experiments.layers import layers_of
 from experiments.turns import Side, append, compare, product_rate, read_rows
 from training import data
 from training.checkpoint import LOG, read_log
@@ -26,7 +27,7 @@ TABLE = 'measured.csv'
 IMAGES = 1000  # of the test set, for activations
 BINS, BIN = 48, 0.25  # of a histogram: their number, and their width in deviations
 TURNS, STEPS = 20, 5  # of what is timed, and steps in a turn
-TURNED = 16  # digits, of which the first gradients are
+GRADIENT_IMAGES = 16  # digits, of which the first gradients are
 
 
 def load_test_images(training, place, inputs):
@@ -36,33 +37,14 @@ def load_test_images(training, place, inputs):
 # ---------------------------------------------------------------- alpha and beta
 
 
-@torch.no_grad()
-def layers_of(params):
-    """Rows of the layers of a DiracNet: alpha, beta, and the norms of the two parts of W_hat.
-
-    params: unfolded, a flat dict; of others there are no rows.
-    """
-    rows = []
-    names = [name.removesuffix('.alpha') for name in params if name.endswith('.alpha')]
-    for layer, name in enumerate(names, 1):
-        alpha, beta, weight = (params[f'{name}.{part}'] for part in ('alpha', 'beta', 'conv'))
-        delta = min(weight.shape[:2])  # filters with a one of delta
-        rows.append({
-            'layer': layer,
-            'alpha_mean': alpha.mean().item(), 'alpha_deviation': alpha.std().item(),
-            'beta_mean': beta.mean().item(), 'beta_deviation': beta.std().item(),
-            'dirac_norm': alpha[:delta].norm().item(),  # of diag(alpha) delta
-            'free_norm': beta.norm().item(),  # of diag(beta) normalize(W): unit filters
-        })
-    return rows
-
-
 def alpha_beta(training, place):
-    """The rows of each layer, at each epoch that was kept."""
-    files = {int(path.stem.partition('-')[2]): path
-             for path in place.folder(training).glob('epoch-*.pt7')}
+    """The rows of each layer, at the start (epoch 0) and after each epoch that was kept."""
+    sizes = {name: training.options[name] for name in ('depth', 'width')}
+    states = {0: networks.build('diracnet', 'CIFAR10', **sizes).state_dict()}
+    for path in place.folder(training).glob('epoch-*.pt7'):
+        states[int(path.stem.partition('-')[2])] = load_params(path)
     return [{'epoch': epoch, **row}
-            for epoch, path in sorted(files.items()) for row in layers_of(load_params(path))]
+            for epoch, params in sorted(states.items()) for row in layers_of(params)]
 
 
 # ---------------------------------------------------------------- activations
@@ -205,11 +187,12 @@ def cost(trainings, place):
 # ---------------------------------------------------------------- gradients
 
 
-def first_turns(model, depth, images, labels):
-    """Norms of the filters' gradients over their own, before any training, first layer first.
+def relative_gradients(model, depth, images, labels):
+    """Norms of the filters' gradients over the filters' own, before any training, stem first.
 
-    How far SGD would turn each filter bank, at a learning rate of 1. In float64, as the gradients
-    of deep plain networks leave float32. images: (N, 3, S, S), float64.
+    In float64: those of a plain network of 1000 layers overflow float32. Those of two models are
+    not to be compared but over depth, as in W_hat a filter is only the part that beta scales.
+    images: (N, 3, S, S), float64.
     """
     torch.manual_seed(1)
     network = by_name(model, depth, 1).double().train()
@@ -218,26 +201,28 @@ def first_turns(model, depth, images, labels):
 
 
 def gradients(trainings, place):
-    """Rows of the layers of each depth, as DiracNet and as plain network: their first turns."""
+    """Measures the filters' first gradients at each depth, of DiracNet and of plain network."""
     table = place.logs / 'thousand' / TABLE
     done = {(row['series'], float(row['x'])) for row in read_rows(table)}
-    some = torch.arange(TURNED)
-    pixels, labels, _ = data.load('Digits').train[some, None, some]
+    first = torch.arange(GRADIENT_IMAGES)
+    pixels, labels, _ = data.load('Digits').train[first, None, first]  # no seed: not augmented
     images = normalise(pixels, Inputs.of('Digits')).double()
-    for training in trainings:
-        for model in ('diracnet', 'plain'):
-            if (model, training.x) not in done:
-                turns = first_turns(model, training.options['depth'], images, labels)
-                append([{'series': model, 'x': training.x, 'layer': layer, 'turn': turn}
-                        for layer, turn in enumerate(turns, 1)], table)
+    left = {(model, training.x): training.options['depth']
+            for training in trainings for model in ('diracnet', 'plain')}
+    for (model, x), depth in left.items():
+        if (model, x) not in done:
+            found = relative_gradients(model, depth, images, labels)
+            append([{'series': model, 'x': x, 'layer': layer, 'relative_gradient': gradient}
+                    for layer, gradient in enumerate(found, 1)], table)
 
 
 # ---------------------------------------------------------------- all
 
 
-OF_NETWORKS = {'cost': cost, 'thousand': gradients}  # not trained
-OF_PARAMETERS = {'alpha-beta': alpha_beta, 'versions': activations, 'int8': int8,
-                 'speedrun': speedrun}
+OF_UNTRAINED = {'cost': cost, 'thousand': gradients}  # once for an experiment
+OF_PARAMETERS = {  # once for a training
+    'alpha-beta': alpha_beta, 'versions': activations, 'int8': int8, 'speedrun': speedrun,
+}
 
 
 def measured(experiment, logs):

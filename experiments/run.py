@@ -226,8 +226,8 @@ def run(experiment, trainings, place):
                          'another --logs')
     left = [training for training in trainings if not is_done(training, experiment, place)]
     train_all(left, experiment, place)
-    if experiment in measures.OF_NETWORKS:
-        measures.OF_NETWORKS[experiment](trainings, place)
+    if experiment in measures.OF_UNTRAINED:
+        measures.OF_UNTRAINED[experiment](trainings, place)
     path = figures.save(experiment, place.logs)
     done = sum(is_done(training, experiment, place) for training in trainings)
     say(f'{experiment}: {done} of {len(trainings)} trainings done; drawn in {path}')

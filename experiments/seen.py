@@ -19,8 +19,8 @@ import networks
 from command import Options, errors_in_one_line
 from diracfold import fold
 from diracimage import normalise
-from experiments.figures import OF_LAYERS, over_layers
-from experiments.measures import layers_of
+from experiments.figures import AT_THE_END, over_layers
+from experiments.layers import SHOWN, layers_of
 from experiments.turns import append
 from plot import plot_filters
 from training import data
@@ -105,11 +105,10 @@ def middle_filters(network):
 
 
 def draw_layers(rows, title):
-    """Alpha, beta and the norms of the two parts of W_hat over layers: the last is the deepest."""
+    """Alpha, beta and the ratio of the norms of W_hat's two parts over the Dirac layers."""
     figure = Figure((11, 3.6), dpi=120, layout='constrained')
-    at_its_end = [{**row, 'epoch': 0} for row in rows]  # one epoch, whose number is not shown
-    for axes, (label, value) in zip(figure.subplots(1, len(OF_LAYERS)), OF_LAYERS.items()):
-        over_layers(axes, at_its_end, value, label)
+    for axes, (label, value) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items()):
+        over_layers(axes, rows, value, label, **AT_THE_END)
     figure.suptitle(f'{title}: the identity in its layers')
     return figure
 

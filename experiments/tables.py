@@ -33,10 +33,11 @@ def shown(values, digits=2):
 def results(rows, measured, x=''):
     """One line a point: its accuracy and loss, mean ± deviation over seeds that did not diverge.
 
-    x: what the points of a series differ by; without it, a series is one point.
+    x: what the points of a series differ by; without it a series is one point, and x their order.
     """
     lines = []
-    for (series, value), seeds in sorted(grouped(rows, 'series', 'x').items()):
+    points = sorted(grouped(rows, 'series', 'x').items(), key=lambda at: at[0] if x else at[0][1])
+    for (series, value), seeds in points:
         group, point = whole(seeds), [series, f'{value:g}'] if x else [series]
         if not group:
             lines.append([*point, f'{len(seeds)}, all diverged', '', '', ''])
@@ -46,7 +47,7 @@ def results(rows, measured, x=''):
             *point, f'{len(group)}{diverged}', shown([row['test_acc_percent'] for row in group]),
             shown([row['train_loss'] for row in group], 3), f'{group[0]["parameters"]:,.0f}',
         ])
-    return ['network', *filter(None, [x]), 'n', 'test accuracy, %', 'training loss',
+    return ['network', *([x] if x else []), 'n', 'test accuracy, %', 'training loss',
             'parameters'], lines
 
 

@@ -1,7 +1,6 @@
 """The experiments: what they train, what they keep of it, and that it goes on where it stopped."""
 
 import csv
-import functools
 import json
 
 import cv2
@@ -216,8 +215,10 @@ def test_alpha_beta_measures_the_two_parts_of_w_hat(place):
     training, = EXPERIMENTS['alpha-beta'](BUDGETS['tiny'])
     rows = read(place / 'logs' / 'alpha-beta' / 'measured.csv')
     params = load_params(str(place / 'runs' / 'Digits' / training.run / 'epoch-1.pt7'))
-    assert len(rows) == 6
-    for row, name in zip(rows, [f'group{g}.block{b}' for g in range(3) for b in range(2)]):
+    names = [f'group{g}.block{b}' for g in range(3) for b in range(2)]
+    assert [(row['epoch'], row['layer']) for row in rows] == [
+        (epoch, str(layer)) for epoch in '01' for layer in range(1, 7)]
+    for row, name in zip(rows[6:], names):
         alpha, beta, weight = (params[f'{name}.{part}'].double()
                                for part in ('alpha', 'beta', 'conv'))
         free = dirac_weight(weight, torch.zeros_like(alpha), beta)
@@ -225,6 +226,19 @@ def test_alpha_beta_measures_the_two_parts_of_w_hat(place):
         assert float(row['dirac_norm']) == pytest.approx(dirac.norm().item(), rel=1e-5)
         assert float(row['free_norm']) == pytest.approx(free.norm().item(), rel=1e-5)
         assert float(row['alpha_mean']) == pytest.approx(alpha.mean().item(), rel=1e-5)
+    for row, width, of_delta in zip(rows, (8, 8, 16, 16, 32, 32), (8, 8, 8, 16, 16, 32)):
+        assert float(row['alpha_mean']) == 1  # as they start, alpha 1 and beta 0.1
+        assert float(row['dirac_norm']) == pytest.approx(of_delta ** 0.5)
+        assert float(row['free_norm']) == pytest.approx(0.1 * width ** 0.5)
+
+
+def test_lines_over_layers_are_means_of_seeds():
+    axes = Figure().subplots()
+    rows = [{'layer': layer, 'alpha_mean': layer + seed} for seed in (0, 4) for layer in (1, 2)]
+    figures.over_layers(axes, rows, lambda row: row['alpha_mean'], 'alpha', capsize=2)
+    assert [*axes.lines[0].get_ydata()] == [3, 4]
+    low, high = axes.lines[1].get_ydata(), axes.lines[2].get_ydata()
+    assert [*(high - low)] == pytest.approx(2 * [2 * 8 ** 0.5])  # deviation of 1 and 5: sqrt(8)
 
 
 def test_histograms_of_activations_sum_to_one(place):
@@ -238,27 +252,40 @@ def test_histograms_of_activations_sum_to_one(place):
         assert 0.98 < sum(row['share'] for row in bins) < 1 + 1e-6
 
 
-def test_first_turns_against_finite_differences():
+@pytest.mark.parametrize(('model', 'number', 'shape'), [
+    ('diracnet', 0, (16, 3, 3, 3)), ('plain', 0, (16, 3, 3, 3)), ('diracnet', 2, (16, 16, 3, 3)),
+])
+def test_relative_gradients_against_finite_differences(model, number, shape):
     torch.manual_seed(5)
     images, labels = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([3, 7])
     torch.manual_seed(1)  # the network that is measured
-    network = measures.by_name('diracnet', 10, 1).double().train()
-    loss = functools.partial(torch.nn.functional.cross_entropy, target=labels)
-    first = next(p for p in network.parameters() if p.dim() == 4)
+    network = measures.by_name(model, 10, 1).double().train()
+    filters = [p for p in network.parameters() if p.dim() == 4][number]
+    assert filters.shape == shape
     slopes, step = [], 1e-6
     with torch.no_grad():
-        for i in range(first.numel()):
+        for i in range(filters.numel()):
             ends = []
             for sign in (1, -1):
-                first.view(-1)[i] += sign * step
-                ends.append(loss(network(images)))
-                first.view(-1)[i] -= sign * step
+                filters.view(-1)[i] += sign * step
+                ends.append(torch.nn.functional.cross_entropy(network(images), labels))
+                filters.view(-1)[i] -= sign * step
             slopes.append((ends[0] - ends[1]) / (2 * step))
-        expected = torch.stack(slopes).norm() / first.norm()
+        expected = torch.stack(slopes).norm() / filters.norm()
     assert expected > 0.01
-    turns = measures.first_turns('diracnet', 10, images, labels)
-    assert turns[0] == pytest.approx(expected.item(), rel=1e-4)
-    assert len(turns) == 7  # filters of 10 layers, as the paper counts them
+    found = measures.relative_gradients(model, 10, images, labels)
+    assert found[number] == pytest.approx(expected.item(), rel=1e-4)
+    assert len(found) == 7  # the stem, and two in each block of a group
+
+
+def test_gradients_are_measured_once(place):
+    table = tiny('thousand', place) / 'measured.csv'
+    rows = read(table)
+    assert [(row['series'], row['x'], int(row['layer'])) for row in rows] == [
+        (model, '10', layer) for model in ('diracnet', 'plain') for layer in range(1, 8)]
+    assert all(0 < float(row['relative_gradient']) < 1e3 for row in rows)
+    tiny('thousand', place)
+    assert read(table) == rows
 
 
 def test_points_are_means_and_deviations_over_seeds():

@@ -7,7 +7,7 @@ from runs import run, write_sets
 
 import networks
 from diracimage import normalise
-from experiments import seen
+from experiments import layers, seen
 from experiments.turns import read_rows
 from training import data
 
@@ -66,6 +66,13 @@ def test_pictures_are_drawn(seen_folder):
         picture = cv2.imread(str(drawn / name))
         assert min(picture.shape[:2]) > 200
         assert picture.std() > 5  # something is drawn
+
+
+@pytest.mark.parametrize('model', ['plain', 'diracnet-v1', 'diracnet-fast'])
+def test_other_networks_have_no_layers_to_draw(model):
+    kept = networks.build(model, 'CIFAR10').state_dict()
+    assert layers.layers_of(kept) == []
+    assert layers.layers_of(networks.build('diracnet', 'CIFAR10', depth=10).state_dict())
 
 
 def test_a_missing_network_is_said_in_one_line(tmp_path, capsys):

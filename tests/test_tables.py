@@ -48,6 +48,14 @@ def test_a_table_between_its_marks(tmp_path):
         tables.filled('<!-- table: nothing -->\n<!-- end -->', tmp_path)
 
 
+def test_points_are_in_the_order_of_their_numbers():
+    many = rows(**{'1000 layers': {1000: 50}, '100 layers': {100: 60}})
+    assert [line[0] for line in tables.results(many, [])[1]] == ['100 layers', '1000 layers']
+    two = rows(b={1: 50}, a={1: 60, 0.5: 70})
+    assert [line[:2] for line in tables.results(two, [], x='width')[1]] == [
+        ['a', '0.5'], ['a', '1'], ['b', '1']]
+
+
 @pytest.mark.parametrize(('plain', 'diracnet', 'expected'), [
     ({10: 80, 100: 60}, {10: 80, 100: 82}, 'yes'),
     ({10: 80, 100: 60}, {10: 80, 100: 70}, 'partly'),
@@ -89,21 +97,26 @@ def test_width_is_answered():
 def test_init_is_answered():
     assert answer('init', rows(plain={1: 70, 0.1: 60}, diracnet={1: 70, 0.1: 70.5}))[1] == 'yes'
     assert answer('init', rows(plain={1: 70, 0.1: 70}, diracnet={1: 70, 0.1: 60}))[1] == 'no'
+    found, said = answer('init', rows(plain={1: 70, 0.1: 64}, diracnet={1: 70, 0.1: 75}))
+    assert said == 'yes'  # a gain is no loss
+    assert found == ("diracnet loses 0.0 points from Kaiming's start to its worst, "
+                     "plain loses 6.0 points from Kaiming's start to its worst")
 
 
 def test_alpha_and_beta_are_answered():
-    def measured(ratios, alpha):
-        return [{'epoch': epoch, 'layer': layer, 'dirac_norm': 2 * ratio, 'free_norm': 2.0,
-                 'alpha_mean': alpha if epoch == 4 else 1}
-                for epoch in (1, 4) for layer, ratio in enumerate(ratios, 1)]
+    def measured(ratios, alpha, deviation=0.0):
+        return [{'epoch': epoch, 'layer': layer, 'dirac_norm': 2 * ratio if epoch else 20.0,
+                 'free_norm': 2.0, 'alpha_mean': alpha if epoch else 1,
+                 'alpha_deviation': deviation}
+                for epoch in (0, 4) for layer, ratio in enumerate(ratios, 1)]
 
     found, said = answer('alpha-beta', (), measured((0.5, 1, 3), 1.02))
     assert said == 'yes'
-    assert '0.50 in the first third of the layers, 3.00 in the last' in found
+    assert 'from 10.0 to 0.5 in the first third of the layers, from 10.0 to 3.0 in' in found
     assert answer('alpha-beta', (), measured((0.9, 1, 0.5), 1.02))[1] == 'no'
     assert answer('alpha-beta', (), measured((3, 1, 2), 1.02))[1] == 'partly'
-    for alpha, expected in ((1.02, 'no'), (0.7, 'yes')):
-        same = measured((1, 1, 1), alpha)
+    for alpha, deviation, expected in ((1.02, 0.05, 'no'), (0.7, 0.0, 'yes'), (1.0, 0.2, 'yes')):
+        same = measured((1, 1, 1), alpha, deviation)
         assert answer('alpha-beta', (), same, 'Oyedotun et al.')[1] == expected
 
 
