@@ -72,6 +72,7 @@ BUDGETS = {
         speedrun=((1, slice(2), 1),),
     ),
 }
+TIMED = {'cost': 0.1}  # hours of what is timed in an experiment: 7 minutes on 2 CPU cores, alone
 INIT_SCALES = (1, 0.1, 0.01)
 VARIANTS = {  # of the recipe of the speed-run: one thing changed at a time
     'the recipe': {},

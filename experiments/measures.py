@@ -22,6 +22,7 @@ from experiments.layers import layers_of
 from experiments.turns import Side, append, compare, product_rate, read_rows
 from training import data
 from training.checkpoint import LOG, read_log
+from training.run import keep_freed_memory
 
 TABLE = 'measured.csv'
 IMAGES = 1000  # of the test set, for activations
@@ -147,6 +148,7 @@ def by_name(model, depth, width):
 
 def inference_of(model, depth, folded):
     """Logits of a batch from a network by name, as it was trained or folded."""
+    keep_freed_memory()  # as train.py does: else what is timed is how pages come back
     network = by_name(model, depth, 1).eval()
     network = fold(network) if folded else network
     inputs = torch.randn(BATCH, 3, 32, 32).to(memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ import networks
 import train
 from command import Options, errors_in_one_line, print_table, say
 from experiments import figures, measures
-from experiments.definitions import BUDGETS, EXPERIMENTS
+from experiments.definitions import BUDGETS, EXPERIMENTS, TIMED
 from experiments.keep import write_log
 from experiments.starts import started
 from experiments.turns import ROOT, append, environment, read_rows
@@ -235,7 +235,8 @@ def run(experiment, trainings, place):
 
 def show_list(budget):
     """Prints what there is, with the hours that it takes."""
-    rows = [[name, str(len(trainings)), f'{hours(trainings):.1f}', define.__doc__]
+    rows = [[name, str(len(trainings)), f'{hours(trainings) + TIMED.get(name, 0):.1f}',
+             define.__doc__]
             for name, define in EXPERIMENTS.items() for trainings in [define(budget)]]
     print_table(['experiment', 'trainings', 'hours', 'asks'], rows, left=['asks'])
     print(f'\nhours: of 2 CPU cores in bfloat16, at {RATE:g} multiply-adds a second, alone')

@@ -304,3 +304,5 @@ def test_the_list_says_hours(capsys):
     run.main(['--list'])
     out = capsys.readouterr().out
     assert all(f'| {name} ' in out for name in EXPERIMENTS)
+    cost = next(line.split('|') for line in out.splitlines() if line.startswith('| cost '))
+    assert float(cost[3]) > 0  # nothing is trained, but it is timed
