@@ -99,19 +99,26 @@ def _versions(rows, measured):
     return f'v1 is {lag:+.1f} points from v2', _said(lag <= SAME)
 
 
+def _more(measured, compared, what):
+    """How much more time one side took than the first, in per cent: said, and (median, low, high).
+
+    low and high: of its 95 % interval.
+    """
+    row = next(row for row in measured
+               if row['compared'].startswith(compared) and row['what'] == what)
+    more = [100 * (1 / row[name] - 1) for name in ('ratio', 'ratio_high', 'ratio_low')]
+    return ('{:+.1f} % ({:+.1f} to {:+.1f}; '.format(*more)
+            + f'{row["dtype"]}, {row["n"]:.0f} turns)', more)
+
+
 def _training_cost(rows, measured):
-    row = next(row for row in measured if row['compared'].startswith('a training step')
-               and row['what'] == 'diracnet')
-    more = 100 * (1 / row['ratio'] - 1)
-    return f'{more:+.1f} % of a step (median of {row["n"]:.0f} turns)', _said(more < 5)
+    found, (more, _, _) = _more(measured, 'a training step', 'diracnet')
+    return f'time of a step {found}', _said(more < 5)
 
 
 def _inference_cost(rows, measured):
-    row = next(row for row in measured if row['compared'].startswith('inference')
-               and row['what'] == 'diracnet, folded')
-    more = 100 * (1 / row['ratio'] - 1)
-    within = row['ratio_low'] <= 1 <= row['ratio_high']
-    return f'{more:+.1f} % (median of {row["n"]:.0f} turns)', _said(within or more < 1)
+    found, (more, low, high) = _more(measured, 'inference', 'diracnet, folded')
+    return f'time of inference {found}', _said(low <= 0 <= high or more < 1)
 
 
 PAPER = 'DiracNets, arXiv 1706.00388'

@@ -103,11 +103,11 @@ def kept(logs):
 
 def cost(rows, measured):
     lines = [[
-        row['compared'], row['what'], f'{row["n"]:.0f}',
+        row['compared'], row['what'], row['dtype'], f'{row["n"]:.0f}',
         f'{128_000 / row["images_per_second"]:.1f}',
         f'{1 / row["ratio"]:.3f} ({1 / row["ratio_high"]:.3f} to {1 / row["ratio_low"]:.3f})',
     ] for row in measured]
-    return ['of 128 images', 'network', 'n', 'ms', 'time over the first (95 %)'], lines
+    return ['of 128 images', 'network', 'dtype', 'n', 'ms', 'time over the first (95 %)'], lines
 
 
 def claims(logs):
@@ -153,7 +153,7 @@ TABLES = {  # of the others: results
     'init': functools.partial(results, x="times Kaiming's deviation"),
     'int8': int8, 'cost': cost, 'speedrun': speedrun,
 }
-WORDS = 'here', 'network', 'what', 'whose', 'change'  # columns of text
+WORDS = 'here', 'network', 'dtype', 'what', 'whose', 'change'  # columns of text
 OTHERS = {'claims': claims, 'tried': tried, 'kept': kept}  # not of an experiment's rows
 
 

@@ -130,12 +130,13 @@ def test_large_and_versions_are_answered():
 
 def test_cost_is_answered():
     def measured(what, ratio, low, high):
-        return [{'compared': what, 'what': name, 'n': 20.0, 'ratio': ratio, 'ratio_low': low,
-                 'ratio_high': high} for name in ('diracnet', 'diracnet, folded')]
+        return [{'compared': what, 'what': name, 'dtype': 'float32', 'n': 20.0, 'ratio': ratio,
+                 'ratio_low': low, 'ratio_high': high} for name in ('diracnet', 'diracnet, folded')]
 
     training, inference = (c for c in claims.CLAIMS if c.experiment == 'cost')
-    step = measured('a training step, 28-1', 0.8, 0.7, 0.9)
-    assert training.answer((), step) == ('+25.0 % of a step (median of 20 turns)', 'no')
+    step = measured('a training step, 28-1', 0.8, 0.5, 1.25)
+    assert training.answer((), step) == (
+        'time of a step +25.0 % (-20.0 to +100.0; float32, 20 turns)', 'no')
     same = measured('inference, 28-1', 0.98, 0.95, 1.01)
     assert inference.answer((), same)[1] == 'yes'
     slower = measured('inference, 28-1', 0.9, 0.89, 0.91)
