@@ -169,7 +169,7 @@ def thousand(budget):
         training for layers in budget.thousand
         for training in budget.trainings(
             f'{layers} layers', layers, seeds=1, model='diracnet', depth=layers,
-            checkpointing=True, dataset='Digits', batch_size=64, epochs=5 * budget.epochs)
+            dataset='Digits', batch_size=64, epochs=5 * budget.epochs)
     ]
 
 
