@@ -21,11 +21,13 @@ def _train_a_little(depth, width, dataset, num_classes, batches):
     torch.manual_seed(0)
     f, params = define_diracnet(depth, width, dataset, num_classes)
     network = Network(f, params).to(batches[0][0].dtype)
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.2, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, len(batches))
     for inputs, labels in batches:
         optimizer.zero_grad()
         F.cross_entropy(network(inputs), labels).backward()
         optimizer.step()
+        schedule.step()
     return f, network.state_dict()
 
 

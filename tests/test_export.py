@@ -113,7 +113,7 @@ def test_onnx_argmax_and_logits_on_all_digits(exported, trained, digits):
     assert len(logits) == 1797
     assert (logits - expected).abs().max() < 1e-4
     assert torch.equal(logits.argmax(1), expected.argmax(1))
-    assert (expected.argmax(1) == labels).float().mean() > 0.5  # the network knows something
+    assert (expected.argmax(1) == labels).float().mean() > 0.9  # the network knows something
 
 
 def test_onnx_is_one_file_of_plain_convolutions(exported):
