@@ -254,7 +254,7 @@ def thousand(figure, rows, measured, logs):
     accuracy, *panels = figure.subplots(1, 3)
     curves(accuracy, rows, logs, 'test_acc', f'{ACCURACY}, digits')
     for axes, ((series,), of_series) in zip(panels, grouped(measured, 'series').items()):
-        for style, ((x,), layers) in zip(styles(), grouped(of_series, 'x').items()):
+        for style, ((x,), layers) in zip(styles(), sorted(grouped(of_series, 'x').items())):
             axes.plot([row['layer'] / len(layers) for row in layers],
                       [row['relative_gradient'] for row in layers], color=style['color'],
                       linestyle=style['linestyle'], linewidth=1, label=f'{x:.0f} layers')
