@@ -123,7 +123,7 @@ def speedrun(training, place):
     A product of matrices is timed beside it, as machines differ: seconds times its rate is the work
     that the machine could have done.
     """
-    rate = product_rate('bfloat16')
+    rate = product_rate(NATIVE)  # emulated, a product of bfloat16 takes minutes
     folder = place.folder(training)
     seconds = sum(stats['train_time'] for stats in read_log(folder / LOG))
     trained = networks.load(str(folder))
