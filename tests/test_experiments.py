@@ -1,6 +1,7 @@
 """The experiments: what they train, what they keep of it, and that it goes on where it stopped."""
 
 import csv
+import functools
 import json
 
 import cv2
@@ -13,7 +14,7 @@ import networks
 import train
 from diracconv import dirac_weight
 from diracfile import load_params
-from experiments import figures, measures, run, starts
+from experiments import figures, measures, run, starts, turns
 from experiments.definitions import BUDGETS, EXPERIMENTS, VARIANTS, Training
 from training import data
 from training.options import parse_options
@@ -50,7 +51,9 @@ def tiny(experiment, place, *options):
 
 
 @pytest.mark.parametrize('experiment', [e for e in EXPERIMENTS if e not in ('cost', 'int8')])
-def test_a_tiny_budget_goes_to_its_figure(experiment, place):
+def test_a_tiny_budget_goes_to_its_figure(experiment, place, monkeypatch):
+    small = functools.partial(turns.product_rate, size=256)  # of 4096 it takes most of a minute
+    monkeypatch.setattr(measures, 'product_rate', small)
     folder = tiny(experiment, place)
     trainings = EXPERIMENTS[experiment](BUDGETS['tiny'])
     rows = read(folder / 'results.csv')
