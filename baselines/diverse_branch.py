@@ -234,7 +234,7 @@ class DiverseBranchBlock(_Branches):
                 avg=nn.AvgPool2d(k, stride, padding), avgbn=nn.BatchNorm2d(cout)
             )
         else:
-            self.dbb_1x1 = _branch(conv=conv(cin, cout, 1, stride), bn=nn.BatchNorm2d(cout))
+            self.dbb_1x1 = _branch(conv=conv(cin, cout, 1), bn=nn.BatchNorm2d(cout))
             self.dbb_avg = _branch(
                 conv=conv(cin, cout, 1), bn=BNAndPad(padding, cout),
                 avg=nn.AvgPool2d(k, stride), avgbn=nn.BatchNorm2d(cout),
@@ -255,7 +255,12 @@ class DiverseBranchBlock(_Branches):
 
     def sum_branches(self, x):
         out = self.dbb_origin(x) + self.dbb_avg(x) + self.dbb_1x1_kxk(x)  # (N, out, H', W')
-        return out if self.depthwise else out + self.dbb_1x1(x)
+        if self.depthwise:
+            return out
+        # a 1x1 convolution that strides itself crashes with images of 3 channels last on CPUs
+        # without AVX-512 (oneDNN 3.13): its gradient writes beyond the end of a tensor
+        stride = self.conv_arguments[3]
+        return out + self.dbb_1x1(x[:, :, ::stride, ::stride])
 
     def equivalent_branches(self):
         """Yields each branch as one kxk convolution: (kernel, bias)."""
