@@ -39,14 +39,11 @@ def results(rows, measured, x=''):
     points = sorted(grouped(rows, 'series', 'x').items(), key=lambda at: at[0] if x else at[0][1])
     for (series, value), seeds in points:
         group, point = whole(seeds), [series, f'{value:g}'] if x else [series]
-        if not group:
-            lines.append([*point, f'{len(seeds)}, all diverged', '', '', ''])
-            continue
         diverged = f', {len(seeds) - len(group)} diverged' * (len(seeds) > len(group))
-        lines.append([
-            *point, f'{len(group)}{diverged}', shown([row['test_acc_percent'] for row in group]),
+        lines.append([*point, f'{len(group)}{diverged}', *([
+            shown([row['test_acc_percent'] for row in group]),
             shown([row['train_loss'] for row in group], 3), f'{group[0]["parameters"]:,.0f}',
-        ])
+        ] if group else [''] * 3)])
     return ['network', *([x] if x else []), 'n', 'test accuracy, %', 'training loss',
             'parameters'], lines
 

@@ -48,6 +48,12 @@ def test_a_table_between_its_marks(tmp_path):
         tables.filled('<!-- table: nothing -->\n<!-- end -->', tmp_path)
 
 
+def test_a_point_whose_trainings_all_diverged_has_no_figures():
+    lost = [{**row, 'ended': 'diverged', 'test_acc_percent': ''} for row in rows(plain={100: 60})]
+    (line,) = tables.results(lost, [], x='depth')[1]
+    assert line == ['plain', '100', f'0, {len(lost)} diverged', '', '', '']
+
+
 def test_points_are_in_the_order_of_their_numbers():
     many = rows(**{'1000 layers': {1000: 50}, '100 layers': {100: 60}})
     assert [line[0] for line in tables.results(many, [])[1]] == ['100 layers', '1000 layers']
