@@ -2,7 +2,7 @@
 
     network = build('plain', 'CIFAR10', depth=28, width=1, block='dbb')
     logits = network(inputs)                        # (N, 3, H, W) to (N, num_classes)
-    trained = load('logs/compare-plain')            # the network of any file or run: Trained
+    trained = load('logs/diracnet-16-1')           # the network of any file or run: Trained
     deployed = diracfold.fold(trained.network)      # plain convolutions
 """
 

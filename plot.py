@@ -1,6 +1,6 @@
 """Draws the losses, accuracies and learning rates of one or more trainings as one picture.
 
-    python plot.py logs/compare-diracnet logs/compare-plain --save comparison.png
+    python plot.py logs/diracnet-16-1 logs/diracnet-28-2 --save comparison.png
     python plot.py logs/diracnet-28-2 --save diracnet.pdf
 
 One colour is one training; dashed is training, dotted validation where images were held out for it

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/results.md and docs/speedrun.md from the CSV files of the experiments.
+"""Writes the tables of the README, docs/results.md and docs/speedrun.md from CSV files in logs/.
 
     python -m experiments.tables
 
@@ -20,7 +20,7 @@ from experiments.turns import ROOT, read_rows
 from hubconf import TRAINED
 from training.checkpoint import LOG, read_log
 
-PAGES = [ROOT / 'docs' / f'{name}.md' for name in ('results', 'speedrun')]
+PAGES = [ROOT / name for name in ('README.md', 'docs/results.md', 'docs/speedrun.md')]
 MARKED = re.compile(r'<!-- table: ([\w-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 
@@ -107,6 +107,17 @@ def cost(rows, measured):
     return ['of 128 images', 'network', 'dtype', 'n', 'ms', 'time over the first (95 %)'], lines
 
 
+def by_depth(logs):
+    """The accuracies of `depth`, a line a network and a column a depth."""
+    rows, _ = rows_of('depth', logs)
+    groups = grouped(whole(rows), 'series', 'x')
+    names, depths = ([*dict.fromkeys(key[i] for key in groups)] for i in (0, 1))
+    lines = [[name, *(
+        shown([row['test_acc_percent'] for row in groups[name, layers]])
+        if (name, layers) in groups else '' for layers in sorted(depths))] for name in names]
+    return ['network', *(f'{layers:.0f} layers' for layers in sorted(depths))], lines
+
+
 def claims(logs):
     """What was claimed and what was found, of the experiments that are finished."""
     lines = []
@@ -151,7 +162,9 @@ TABLES = {  # of the others: results
     'int8': int8, 'cost': cost, 'speedrun': speedrun,
 }
 WORDS = 'here', 'network', 'dtype', 'what', 'whose', 'change'  # columns of text
-OTHERS = {'claims': claims, 'tried': tried, 'kept': kept}  # not of an experiment's rows
+OTHERS = {  # not one line a point of an experiment
+    'claims': claims, 'tried': tried, 'kept': kept, 'by-depth': by_depth,
+}
 
 
 def table(name, logs):

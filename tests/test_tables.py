@@ -54,6 +54,16 @@ def test_a_point_whose_trainings_all_diverged_has_no_figures():
     assert line == ['plain', '100', f'0, {len(lost)} diverged', '', '', '']
 
 
+def test_accuracies_by_depth_leave_out_what_diverged_and_what_is_missing(tmp_path):
+    (tmp_path / 'depth').mkdir()
+    (tmp_path / 'depth' / 'results.csv').write_text(
+        'series,x,ended,test_acc_percent\n'
+        'plain,100,diverged,\nplain,16,whole,70\nplain,16,whole,74\nresnet,100,whole,80\n')
+    assert tables.by_depth(tmp_path) == (
+        ['network', '16 layers', '100 layers'],
+        [['plain', '72.00 ± 2.83', ''], ['resnet', '', '80.00']])
+
+
 def test_points_are_in_the_order_of_their_numbers():
     many = rows(**{'1000 layers': {1000: 50}, '100 layers': {100: 60}})
     assert [line[0] for line in tables.results(many, [])[1]] == ['100 layers', '1000 layers']
