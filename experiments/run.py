@@ -61,6 +61,10 @@ class Place:
         key = training.run, self.dataset_of(training)
         return next((row for row in rows if (row['run'], row['dataset']) == key), None)
 
+    def row_of_any(self, training):
+        """The row of a training in the first table that has it, or None."""
+        return next(filter(None, (self.row(training, name) for name in EXPERIMENTS)), None)
+
 
 # ---------------------------------------------------------------- what there is to do
 
@@ -161,20 +165,25 @@ def is_done(training, experiment, place):
     return training.run in measures.measured(experiment, place.logs)
 
 
+def is_to_train(training, experiment, place):
+    """Whether a training has no row in any table, or lacks parameters that are to be measured."""
+    row = place.row_of_any(training)
+    if not row:
+        return True
+    kept = (place.folder(training) / diracfile.MODEL).exists()
+    return row['ended'] == 'whole' and experiment in measures.OF_PARAMETERS and not kept
+
+
 def finish(training, experiment, place):
     """Sees to it that a training has its row and, where they are measured, its parameters.
 
     Returns whether anything was trained.
     """
-    own = place.row(training, experiment)
-    row = own or next(filter(None, (place.row(training, e) for e in EXPERIMENTS)), None)
-    lost = experiment in measures.OF_PARAMETERS and not (
-        place.folder(training) / diracfile.MODEL).exists()
-    left = not row or row['ended'] == 'whole' and lost
+    row, left = place.row_of_any(training), is_to_train(training, experiment, place)
     if left:
         ended = do(training, place)
         row = row or row_of(training, place, ended)
-    if not own:
+    if not place.row(training, experiment):
         where = {'series': training.series, 'x': training.x, 'seed': training.seed}
         append([{**row, **where}], place.table(experiment))
     return left
@@ -189,12 +198,14 @@ def train_all(trainings, experiment, place):
 
     What another process trains now is left to it.
     """
-    left, done, seconds = sum(map(work, trainings)), 0, 0
-    for number, training in enumerate(trainings, 1):
+    works = [work(training) if is_to_train(training, experiment, place) else 0
+             for training in trainings]
+    done, seconds = 0, 0
+    for i, training in enumerate(trainings):
         rate = done / seconds if done else RATE
-        say(f'\n{experiment}: training {number} of {len(trainings)}: {training.name}; '
-            f'{left / rate / 3600:.1f} h left')
-        begun, left = time.monotonic(), left - work(training)
+        say(f'\n{experiment}: training {i + 1} of {len(trainings)}: {training.name}; '
+            f'{sum(works[i:]) / rate / 3600:.1f} h left')
+        begun = time.monotonic()
         folder = place.folder(training)
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock_file = folder.with_name(f'{training.run}.lock')
@@ -208,7 +219,7 @@ def train_all(trainings, experiment, place):
             trained = finish(training, experiment, place)
             measures.measure(experiment, training, place)
             if trained:
-                done, seconds = done + work(training), seconds + time.monotonic() - begun
+                done, seconds = done + works[i], seconds + time.monotonic() - begun
 
 
 def run(experiment, trainings, place):

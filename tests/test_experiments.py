@@ -88,15 +88,17 @@ def test_cost_to_its_figure(monkeypatch, place):
     assert cv2.imread(str(folder / 'cost.png')).std() > 10
 
 
-def test_what_is_done_is_not_done_again(tmp_path, monkeypatch):
+def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     table = tiny('init', tmp_path, '--only', 'plain, 1, *') / 'results.csv'
     before = read(table)
     monkeypatch.setattr(train, 'main', lambda words: pytest.fail('trained again'))
     tiny('init', tmp_path, '--only', 'plain, 1, *')
     assert read(table) == before
-    # the same training in another experiment: its row, in that one's place
+    # the same training in another experiment: its row, in that one's place, and no time left
+    monkeypatch.setattr(run, 'RATE', 1)
     row, = read(tiny('depth', tmp_path, '--only', 'plain*') / 'results.csv')
     assert row == {**before[0], 'x': '10'}
+    assert 'plain, 10, seed 1; 0.0 h left' in capsys.readouterr().out
 
 
 def test_what_stopped_goes_on(tmp_path, monkeypatch):
