@@ -96,7 +96,7 @@ def epoch_of_train(depth, width, n, dtype=NATIVE, compiled=False):
     network = diracnet(depth, width)
     optimizer = make_sgd(network)
     step = make_step(torch.compile(network, dynamic=False) if compiled else network, dtype)
-    images = data.MemoryImages(*random_images(n), pad=4, flip='horizontal')
+    images = data.MemoryImages(*random_images(n)).augmented(pad=4)
     loader = make_loader(images, BATCH, 0, seed=0)
 
     def epoch():
@@ -190,7 +190,7 @@ def whole(loader):
 
 
 def gathered(n):
-    images = data.MemoryImages(*random_images(n), pad=4, flip='horizontal')
+    images = data.MemoryImages(*random_images(n)).augmented(pad=4)
     return whole(make_loader(images, BATCH, 0, seed=0))
 
 
@@ -201,7 +201,7 @@ def by_pil(n):
 def jpegs_by_opencv(folder, repeats, workers, batch=50):
     """One pass over JPEG files, decoded, cropped and in batches, without a network."""
     paths, labels, _ = data.list_images(folder)
-    images = data.ImageFiles(paths * repeats, labels * repeats, 224)
+    images = data.ImageFiles(paths * repeats, labels * repeats, 224).augmented()
     return whole(make_loader(images, batch, workers, seed=0))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import train
-from training import checkpoint, data, distributed, options
+from training import checkpoint, distributed, options
 from training.batches import make_loader
 from training.run import prepare
 
@@ -23,7 +23,7 @@ def main():
     network = DistributedDataParallel(run.network) if distributed.world() > 1 else run.network
     step = train.make_step(network, run.inputs, run.dtype, device)
     # 49 = 3 * 16 + 1: in the last batch, of one image, the other ranks have none
-    images = data.MemoryImages(run.sets.train.images[:49], run.sets.train.labels[:49], pad=4)
+    images = run.sets.train.subset(torch.arange(49)).augmented(pad=4, flip='none')
     loader = make_loader(images, 16, 0, 1, distributed.rank(), distributed.world())
     gradients = []
     for batch in loader:

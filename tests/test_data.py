@@ -24,7 +24,7 @@ from training.images import IGNORED
 def memory():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (50, 12, 12, 3), dtype=np.uint8)
-    return images, data.MemoryImages(images, np.arange(50), pad=3, flip='horizontal')
+    return images, data.MemoryImages(images, np.arange(50)).augmented(pad=3)
 
 
 def test_normalise():
@@ -74,7 +74,8 @@ def test_augmentation_is_a_crop_of_the_padded_image(memory):
 
 def test_padding_with_zeros(memory):
     images, _ = memory
-    dataset = data.MemoryImages(images, np.arange(50), pad=3, reflect=False)
+    dataset = data.MemoryImages(images, np.arange(50)).augmented(
+        pad=3, flip='none', reflect=False)
     padded = np.pad(images, ((0, 0), (3, 3), (3, 3), (0, 0)))
     found = set()
     for seed in range(20):
@@ -120,7 +121,7 @@ def test_images_held_out(memory, tmp_path, kind):
 
 def test_padding_as_wide_as_the_image_is_refused():
     with pytest.raises(data.DataError, match='randomcrop_pad 8: expected less than .* 8'):
-        data.MemoryImages(np.zeros((1, 8, 8, 3), np.uint8), [0], pad=8)
+        data.MemoryImages(np.zeros((1, 8, 8, 3), np.uint8), [0]).augmented(pad=8)
 
 
 def test_an_epoch_sees_every_image_once_and_follows_from_the_seed(memory):
@@ -150,7 +151,7 @@ def test_shares_of_all_ranks_are_the_whole_batch(memory, tmp_path, kind, world):
     dataset = memory[1]
     if kind == 'files':
         write_images(tmp_path, n=26, size=(24, 20))
-        dataset = data.ImageFiles(*data.list_images(str(tmp_path))[:2], size=16)
+        dataset = data.ImageFiles(*data.list_images(str(tmp_path))[:2], size=16).augmented()
     n = len(dataset)
     for seed in (None, 1):
         alone = list(make_loader(dataset, 12, 0, seed))  # the last batch: 2 or 4 of 50 or 52
@@ -211,7 +212,7 @@ def test_test_batches_come_in_order(memory):
 def test_digits():
     sets = data.load('Digits', pad=0)
     assert (len(sets.train), len(sets.test), len(sets.classes)) == (1437, 360, 10)
-    assert sets.train.flip == 'none'
+    assert sets.train.augmentation.flip == 'none'
     images = torch.cat([sets.train.images, sets.test.images])
     assert images.shape == (1797, 32, 32, 3)
     assert (images.min(), images.max()) == (0, 255)
@@ -237,7 +238,7 @@ def test_folder_of_small_images(tmp_path, test_folder):
     sets = data.load('Folder', str(tmp_path), pad=4)
     assert sets.classes == ['cat', 'dog']
     assert sets.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert (sets.train.pad, sets.train.flip) == (4, 'horizontal')
+    assert (sets.train.augmentation.pad, sets.train.augmentation.flip) == (4, 'horizontal')
     for dataset, written in [(sets.train, train), (sets.test, test)]:
         np.testing.assert_array_equal(dataset.images.numpy(), np.stack(list(written.values())))
 
@@ -585,8 +586,8 @@ def test_cifar(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data.torchvision.datasets, 'CIFAR100', Few)
     sets = data.load('CIFAR100', str(tmp_path), pad=2)
-    assert (sets.classes, sets.train.pad) == (['cat', 'dog'], 2)
-    assert (sets.train.flip, sets.test.labels.tolist()) == ('horizontal', [0, 1])
+    assert (sets.classes, sets.train.augmentation.pad) == (['cat', 'dog'], 2)
+    assert (sets.train.augmentation.flip, sets.test.labels.tolist()) == ('horizontal', [0, 1])
     sets = data.load('CIFAR100', str(tmp_path), training=False)
     assert (sets.train, sets.test.labels.tolist()) == (None, [0, 1])
 

@@ -72,7 +72,7 @@ def test_nothing_new_is_begun_when_the_time_is_over(capsys, tmp_path):
 def test_jpeg_files_are_read(tmp_path):
     gpu.write_jpegs(tmp_path, 8)
     images, labels, whole = next(iter(make_loader(
-        gpu.data.ImageFiles(*gpu.data.list_images(tmp_path)[:2], 224), 8, 0, 0)))
+        gpu.data.ImageFiles(*gpu.data.list_images(tmp_path)[:2], 224).augmented(), 8, 0, 0)))
     assert images.shape == (8, 3, 224, 224)
     assert whole == 8
     assert images.float().std() > 10

@@ -63,7 +63,7 @@ def eight_ways(image):
                                             ('all', range(8))])
 def test_flips_of_small_images(flip, ways):
     images = RNG.integers(0, 256, (50, 9, 9, 3), dtype=np.uint8)
-    dataset = data.MemoryImages(images, np.arange(50), pad=0, flip=flip)
+    dataset = data.MemoryImages(images, np.arange(50)).augmented(flip=flip)
     counts = np.zeros(8, int)
     for seed in range(40):
         batch, _, _ = dataset[torch.arange(50), seed, torch.arange(50)]
@@ -81,8 +81,9 @@ def test_turned_crops_are_those_of_the_padded_image(reflect):
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), **mode)
     found = set()
     for seed in range(60):
-        draws = augment.draw(torch.arange(20), torch.arange(20), 2, 'all', seed)
-        taken = augment.crop_and_flip(torch.from_numpy(images), torch.arange(20), *draws, reflect)
+        how, every = augment.Augmentation(pad=2, flip='all', reflect=reflect), torch.arange(20)
+        draws = augment.draw(every, every, how, seed)
+        taken = augment.augment(torch.from_numpy(images), every, draws, how)
         for whole, crop in zip(padded, taken.numpy()):
             lying = {way: k for k, way in enumerate(eight_ways(crop))}
             places = [(top, left, lying[place]) for top in range(5) for left in range(5)
@@ -131,6 +132,50 @@ def test_alternating_flips_mirror_each_image_in_every_second_epoch(tmp_path, kin
     assert torch.equal(epochs[2], epochs[0])
 
 
+@pytest.mark.parametrize('kind', ['memory', 'pairs'])
+@pytest.mark.parametrize('side', [3, 4])
+def test_a_square_is_cut_out_of_each_image(side, kind):
+    images = RNG.integers(0, 128, (20, 7, 7, 3), dtype=np.uint8)  # never grey
+    every, found = torch.arange(20), set()
+    if kind == 'memory':
+        dataset = data.MemoryImages(images, np.arange(20))
+    else:
+        dataset = data.DatasetImages([*zip(images, range(20))], 20)
+    for seed in range(60):
+        taken, labels, _ = dataset.augmented(pad=2, cutout=side)[every, seed, every]
+        whole, _, _ = dataset.augmented(pad=2)[every, seed, every]
+        for image, before in zip(*(i.permute(0, 2, 3, 1).numpy() for i in (taken, whole))):
+            grey = (image == 128).all(2)
+            assert (image[~grey] == before[~grey]).all()
+            rows, cols = (np.flatnonzero(grey.any(axis)) for axis in (1, 0))
+            assert grey[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].all()
+            assert grey.sum() == len(rows) * len(cols)
+            found.add((rows[0], rows[-1], cols[0], cols[-1]))
+        assert labels.tolist() == list(range(20))
+    # the middle may be each of 7 x 7 pixels, and a part lie outside
+    ends = {(max(0, m - side // 2), min(6, m - side // 2 + side - 1)) for m in range(7)}
+    assert found == {rows + cols for rows in ends for cols in ends}
+
+
+def test_cutting_out_draws_nothing_else():
+    """What a seed crops and mirrors is the same with --cutout as without."""
+    every = torch.arange(30)
+    plain, cut = (augment.draw(every, every, augment.Augmentation(pad=4, cutout=side), 5)
+                  for side in (0, 8))
+    generator = torch.Generator().manual_seed(5)  # as it was drawn before there was --cutout
+    shifts = torch.randint(-4, 5, (2, 30, 1), generator=generator)
+    mirrored = torch.rand(1, 30, 1, generator=generator) < 0.5
+    for draws in (plain, cut):
+        assert torch.equal(draws[0], shifts)
+        assert torch.equal(draws[1], mirrored)
+
+
+def test_where_nothing_can_be_cut_out(capsys):
+    for words in (['--dataset', 'ImageNet'], ['--no-augment']):
+        error = refused(capsys, *words, '--cutout', '8')
+        assert '--cutout 8: expected images of up to 64 pixels, augmented' in error
+
+
 def test_flips_and_crops_are_options_apart(capsys):
     def parsed(*line):
         opt = options.parse_options(list(line))
@@ -152,16 +197,18 @@ def test_a_run_is_flipped_and_cropped_as_asked(pairs, tmp_path):
     images = (images // 2 + images.swapaxes(1, 2) // 2).astype(np.uint8)
     sets = Data.of((images, np.arange(24) % 2), (images[:6], np.arange(6) % 2))
     for name, options_ in {'plain': ['--no-augment'], 'flips': ['--no-crop', '--flip', 'all'],
-                           'crops': ['--flip', 'none']}.items():
+                           'crops': ['--flip', 'none'], 'squares': ['--no-crop', '--cutout', '4'],
+                           }.items():
         go(sets, tmp_path / name, '--epochs', 1, *options_)
     plain = params_of(tmp_path / 'plain')
     assert all(torch.equal(p, plain[k]) for k, p in params_of(tmp_path / 'flips').items())
-    assert not torch.equal(params_of(tmp_path / 'crops')['conv'], plain['conv'])
+    for name in ('crops', 'squares'):
+        assert not torch.equal(params_of(tmp_path / name)['conv'], plain['conv'])
 
 
 def test_older_runs_go_on_as_they_were_augmented(by_folder, pairs, tmp_path, capsys):
     older = torch.load(by_folder / 'model.pt7', weights_only=True)
-    for name in ('flip', 'crop', 'normalise', 'mean', 'std'):
+    for name in ('flip', 'crop', 'cutout', 'normalise', 'mean', 'std'):
         del older['args'][name]
     torch.save(older, tmp_path / 'model.pt7')
     with pytest.raises(SystemExit):
@@ -298,7 +345,7 @@ def test_given_data_train_as_the_same_images_in_a_folder(pairs, by_folder, tmp_p
     workers = {'PIL': 2}.get(kind, 0)
     go(sets, tmp_path / 'run', '--flip', 'all', '--nthread', workers)
     assert_same_run(tmp_path / 'run', by_folder)
-    assert sets.train.flip == 'none'  # what was given is as it was
+    assert sets.train.augmentation.flip == 'none'  # what was given is as it was
 
 
 def test_the_lines_of_the_docs(tmp_path, monkeypatch, capsys):

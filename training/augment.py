@@ -4,6 +4,8 @@ Small images are padded, cropped, mirrored and turned with one gather: a functio
 indices, draws) alone, on the device of the images. Large ones are cut as they are decoded.
 """
 
+from dataclasses import dataclass
+
 import cv2
 import torch
 from torchvision.transforms import RandomResizedCrop
@@ -17,6 +19,26 @@ FLIPS = {  # name: of how many ways to mirror an image, each is taken for half o
     'alternating': 1,  # likewise, but in every second epoch (arXiv 2404.00498, section 3.6)
     'all': 3,  # left to right, upside down, transposed: in turn, the eight ways a square can lie
 }
+GREY = 128  # of what is cut out: near the mean of photographs, which normalising makes 0
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens at random to each image of a training."""
+
+    crop: bool = True  # small ones are cut after padding, large ones to 8 to 100 % of their area
+    pad: int = 0  # pixels
+    flip: str = 'horizontal'  # one of FLIPS
+    reflect: bool = True  # padded with their reflection, or black
+    cutout: int = 0  # pixels, the side of what is cut out of small ones (arXiv 1708.04552)
+
+    @property
+    def shift(self):
+        """How far small images are moved at most, in pixels."""
+        return self.pad if self.crop else 0
+
+
+STILL = Augmentation(crop=False, flip='none')
 
 
 # ---------------------------------------------------------------- small images, with one gather
@@ -30,19 +52,22 @@ def in_turn(indices, seed):
     return (indices + seed) % 2 == 1
 
 
-def draw(indices, share, pad, flip, seed):
-    """Draws from the seed of a batch what `crop_and_flip` does with the images of a share.
+def draw(indices, share, augmentation, seed):
+    """Draws from the seed of a batch what happens to the images of a share.
 
     indices: of the whole batch (n,); share: positions in it (m,). Returns (shifts of rows and
-    columns (2, m, 1), -pad to pad; whether they are mirrored left to right, upside down and
-    transposed, as many as FLIPS says (k, m, 1)).
+    columns (2, m, 1), in pixels; whether they are mirrored left to right, upside down and
+    transposed, as many as FLIPS says (k, m, 1); where the middle of what is cut out lies, row and
+    column over the size (2, m, 1)).
     """
     n, generator = len(indices), torch.Generator().manual_seed(seed)
-    shifts = torch.randint(-pad, pad + 1, (2, n, 1), generator=generator)
+    most, flip = augmentation.shift, augmentation.flip
+    shifts = torch.randint(-most, most + 1, (2, n, 1), generator=generator)
     mirrored = torch.rand(FLIPS[flip], n, 1, generator=generator) < 0.5
     if flip == 'alternating':
         mirrored = in_turn(indices, seed).view(1, n, 1)
-    return shifts[:, share], mirrored[:, share]
+    middles = torch.rand(2, n, 1, generator=generator)
+    return shifts[:, share], mirrored[:, share], middles[:, share]
 
 
 def crop_and_flip(images, indices, shifts, mirrored, reflect=True):
@@ -66,6 +91,28 @@ def crop_and_flip(images, indices, shifts, mirrored, reflect=True):
     if len(mirrored) > 2:
         taken = torch.where(mirrored[2][..., None, None], taken.transpose(1, 2), taken).contiguous()
     return taken
+
+
+def cut_out(images, middles, side):
+    """Makes a square of each image (n, S, S, C) grey, of which a part may lie outside it.
+
+    middles: as of `draw`; side: of the square, in pixels.
+    """
+    size = images.shape[1]
+    first = (size * middles).long() - side // 2
+    at = torch.arange(size, device=images.device) - first
+    rows, cols = (at >= 0) & (at < side)  # (n, S) each
+    return images.masked_fill((rows[:, :, None] & cols[:, None, :])[..., None], GREY)
+
+
+def augment(images, chosen, draws, augmentation):
+    """Takes the chosen of the images (N, S, S, C) as they were drawn: (n, S, S, C), uint8.
+
+    chosen: (n,); draws: of `draw`; augmentation: an Augmentation.
+    """
+    *draws, middles = (drawn.to(images.device) for drawn in draws)
+    taken = crop_and_flip(images, chosen, *draws, augmentation.reflect)
+    return cut_out(taken, middles, augmentation.cutout) if augmentation.cutout else taken
 
 
 def growing_sizes(size, sizes, epochs):

@@ -7,6 +7,7 @@ A batch is drawn by its indices and a seed of its own, so that the seed of a run
 of it, whatever the number of workers.
 """
 
+import copy
 import operator
 
 import numpy as np
@@ -14,14 +15,9 @@ import torch
 from torch.utils.data import Dataset, Subset
 
 from diracimage import DataError, read_test_image
-from training.augment import crop_and_flip, draw, flip_one, read_random_crop
+from training.augment import STILL, Augmentation, augment, draw, flip_one, read_random_crop
 
 IGNORED = -100  # as a label: what cross_entropy leaves out
-
-
-def _check_pad(pad, shape):
-    if pad >= shape[0]:
-        raise DataError(f'randomcrop_pad {pad}: expected less than the image size, {shape[0]}')
 
 
 class Images(Dataset):
@@ -32,10 +28,18 @@ class Images(Dataset):
     would. The seed is None where images are left as they are. No positions give one image, labelled
     IGNORED.
 
-    `shape` is that of an image, (S, S, C). `augmented` gives the same images as a training has
-    them: cropped at random if `crop`, small ones after padding by `pad` pixels with their
-    reflection or (not `reflect`) black, and mirrored as `flip` says, one of augment.FLIPS.
+    `shape` is that of an image, (S, S, C); `augmentation` what happens to it at random, nothing by
+    default.
     """
+
+    def augmented(self, **augmentation):
+        """The same images as a training has them: see Augmentation."""
+        augmented = copy.copy(self)
+        augmented.augmentation = Augmentation(**augmentation)
+        if augmented.augmentation.shift >= self.shape[0]:
+            raise DataError(f'randomcrop_pad {augmented.augmentation.shift}: expected less than '
+                            f'the image size, {self.shape[0]}')
+        return augmented
 
     def __len__(self):
         return len(self.labels)
@@ -56,34 +60,26 @@ class MemoryImages(Images):
     images: uint8 (N, S, S, C), or (N, S, S) of one channel; labels: (N,).
     """
 
-    def __init__(self, images, labels, pad=0, flip='none', reflect=True):
+    def __init__(self, images, labels, augmentation=STILL):
         self.images, self.labels = torch.as_tensor(images), torch.as_tensor(labels)
         if self.images.ndim == 3:
             self.images = self.images[..., None]
-        self.shape = tuple(self.images.shape[1:])
-        _check_pad(pad, self.shape)
-        self.pad, self.flip, self.reflect = pad, flip, reflect
+        self.shape, self.augmentation = tuple(self.images.shape[1:]), augmentation
 
     def subset(self, indices):
-        images, labels = self.images[indices], self.labels[indices]
-        return MemoryImages(images, labels, self.pad, self.flip, self.reflect)
-
-    def augmented(self, crop=True, pad=0, flip='horizontal', reflect=True):
-        return MemoryImages(self.images, self.labels, pad if crop else 0, flip, reflect)
+        return MemoryImages(self.images[indices], self.labels[indices], self.augmentation)
 
     def to(self, device):
         """The same in the memory of a device, which then makes the batches: the same pixels."""
-        images, labels = self.images.to(device), self.labels.to(device)
-        return MemoryImages(images, labels, self.pad, self.flip, self.reflect)
+        return MemoryImages(self.images.to(device), self.labels.to(device), self.augmentation)
 
     def read(self, indices, seed, share):
-        device = self.images.device
-        chosen = indices[share].to(device)
+        chosen = indices[share].to(self.images.device)
         if seed is None:
             return self.images[chosen], self.labels[chosen]
         # drawn on the CPU, whose generator is the same on each machine
-        draws = (drawn.to(device) for drawn in draw(indices, share, self.pad, self.flip, seed))
-        return crop_and_flip(self.images, chosen, *draws, self.reflect), self.labels[chosen]
+        draws = draw(indices, share, self.augmentation, seed)
+        return augment(self.images, chosen, draws, self.augmentation), self.labels[chosen]
 
 
 class ImageFiles(Images):
@@ -93,16 +89,13 @@ class ImageFiles(Images):
     resized to 256 / 224 of `size` and the middle is cut.
     """
 
-    def __init__(self, paths, labels, size, crop=True, flip='horizontal'):
+    def __init__(self, paths, labels, size, augmentation=STILL):
         self.paths, self.labels, self.size = paths, torch.as_tensor(labels), size
-        self.shape, self.crop, self.flip = (size, size, 3), crop, flip
+        self.shape, self.augmentation = (size, size, 3), augmentation
 
     def subset(self, indices):
         paths = [self.paths[i] for i in indices]
-        return ImageFiles(paths, self.labels[indices], self.size, self.crop, self.flip)
-
-    def augmented(self, crop=True, pad=0, flip='horizontal', reflect=True):
-        return ImageFiles(self.paths, self.labels, self.size, crop, flip)
+        return ImageFiles(paths, self.labels[indices], self.size, self.augmentation)
 
     def read(self, indices, seed, share):
         images = np.empty((len(share), *self.shape), np.uint8)
@@ -114,8 +107,8 @@ class ImageFiles(Images):
                     images[i] = read_test_image(path, self.size)
                     continue
                 torch.default_generator.manual_seed(seed + position)  # not CUDA's too
-                read = read_random_crop if self.crop else read_test_image
-                images[i] = flip_one(read(path, self.size), self.flip, index, seed)
+                read = read_random_crop if self.augmentation.crop else read_test_image
+                images[i] = flip_one(read(path, self.size), self.augmentation.flip, index, seed)
         return torch.from_numpy(images), self.labels[indices[share]]
 
 
@@ -146,23 +139,18 @@ class DatasetImages(Images):
     follow the seed of the run. Raises DataError that names an item which is something else.
     """
 
-    def __init__(self, items, num_classes, pad=0, flip='none', reflect=True):
+    def __init__(self, items, num_classes, augmentation=STILL):
         if len(items) == 0:
             raise DataError('a Dataset of 0 images: expected some')
         self.items, self.num_classes = items, num_classes
-        self.shape = tuple(self._item(0)[0].shape)
-        _check_pad(pad, self.shape)
-        self.pad, self.flip, self.reflect = pad, flip, reflect
+        self.shape, self.augmentation = tuple(self._item(0)[0].shape), augmentation
 
     def __len__(self):
         return len(self.items)
 
     def subset(self, indices):
         items = Subset(self.items, indices.tolist())
-        return DatasetImages(items, self.num_classes, self.pad, self.flip, self.reflect)
-
-    def augmented(self, crop=True, pad=0, flip='horizontal', reflect=True):
-        return DatasetImages(self.items, self.num_classes, pad if crop else 0, flip, reflect)
+        return DatasetImages(items, self.num_classes, self.augmentation)
 
     def _item(self, i):
         image, label = self.items[i]
@@ -188,6 +176,6 @@ class DatasetImages(Images):
                                     'first')
         images, labels = torch.stack([image for image, _ in items]), [label for _, label in items]
         if seed is not None:
-            draws = draw(indices, share, self.pad, self.flip, seed)
-            images = crop_and_flip(images, torch.arange(len(images)), *draws, self.reflect)
+            draws = draw(indices, share, self.augmentation, seed)
+            images = augment(images, torch.arange(len(images)), draws, self.augmentation)
         return images, torch.tensor(labels)

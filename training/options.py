@@ -164,6 +164,9 @@ def make_parser():
         help='none for what has a right side, as letters; all, upside down and by quarter turns '
              'too, for images from above; alternating: each image in every second epoch, for few '
              'epochs; of Digits none (default: horizontal)')
+    add('--cutout', default=0, type=at_least(0, int),
+        help='pixels of a side of the square that is cut out of each small training image, at '
+             'random; 0: none')
     add('--normalise', default='', type=normalisation,
         help='mean and deviation of the channels in [0, 1]: measured, of the training images, or a '
              'list [MEAN,...,STD,...] (default: of CIFAR-10 or, above 64 pixels, of ImageNet)')
@@ -266,6 +269,9 @@ def _with_sizes(parser, opt, sets):
         parser.error(f'--grow {opt.grow}: expected at most the whole size, {inputs.size}')
     if not opt.augment and opt.flip not in (None, 'none'):
         parser.error(f'--no-augment and --flip {opt.flip} both given: expected one of them')
+    if opt.cutout and (inputs.size > MAX_SMALL or not opt.augment):
+        parser.error(f'--cutout {opt.cutout}: expected images of up to {MAX_SMALL} pixels, '
+                     'augmented')
     if inputs.size <= MAX_SMALL and opt.randomcrop_pad >= inputs.size:
         parser.error(f'--randomcrop_pad {opt.randomcrop_pad}: expected less than the image, '
                      f'{inputs.size}')
@@ -335,7 +341,7 @@ def differences(now, before):
         free -= {'epochs'}  # the other schedules, and images that grow, stretch over all of them
     if 'dataset' in before:  # what older ones do not say, or say otherwise
         older = {'crop': True, 'flip': data.flip(before['dataset']), 'normalise': '',
-                 'optimizer': 'sgd', 'grow': [], 'whiten': False}
+                 'optimizer': 'sgd', 'grow': [], 'whiten': False, 'cutout': 0}
         before = {**older, **before, 'image_size': Inputs.of_args(before).size}
         # data from Python is told by one side alone where the other has a data set by name
         now, before = ({**args, 'given': args.get('given')} for args in (now, before))

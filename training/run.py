@@ -298,7 +298,7 @@ def prepare(opt, device, lock, sets=None):
     if not opt.force:
         check_options(path, {**vars(opt), 'dtype': dtype}, loaded['args'])
     augmentation = {'crop': opt.augment and opt.crop, 'pad': opt.randomcrop_pad,
-                    'flip': opt.flip if opt.augment else 'none',
+                    'flip': opt.flip if opt.augment else 'none', 'cutout': opt.cutout,
                     'reflect': networks.FAMILIES[opt.model].crop_padding == 'reflect'}
     sets = (sets.augmented(**augmentation) if sets
             else load_sets(opt, opt.dataset, inputs, **augmentation))
