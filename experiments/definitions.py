@@ -50,7 +50,6 @@ class Budget:
     widths: tuple = (0.5, 1, 2)
     layers: int = 28  # of the networks that are compared at one depth
     large: float = 4  # a width at which DiracNets may lag behind
-    large_epochs: int = 0  # as many as of the others, where it is 0
     thousand: tuple = (100, 202, 400, 1000)  # depths on the digits
     speedrun: tuple = (  # epochs, which of VARIANTS, seeds: the recipe's own epochs first
         (8, slice(2), 5), (4, slice(1), 3), (4, slice(2, None), 3))
@@ -62,8 +61,8 @@ class Budget:
 
 
 BUDGETS = {
-    # 200,000 images a training, 100,000 of `large`, the learning rate falling to zero over them
-    'small': Budget(4, 3, {'lr_schedule': 'cosine', 'keep_every': 1}, large_epochs=2),
+    # 200,000 images a training, the learning rate falling to zero over them
+    'small': Budget(4, 3, {'lr_schedule': 'cosine', 'keep_every': 1}),
     'paper': Budget(200, 5, {'keep_every': 20}, widths=(1, 2, 4, 10), large=10),
     # for the tests: seconds
     'tiny': Budget(
@@ -149,8 +148,7 @@ def versions(budget):
 
 def large(budget):
     """Does a DiracNet lag behind the ResNet where networks are wide?"""
-    return _one_depth(budget, ('plain', 'diracnet', 'resnet'), width=budget.large,
-                      epochs=budget.large_epochs or budget.epochs)
+    return _one_depth(budget, ('plain', 'diracnet', 'resnet'), width=budget.large)
 
 
 def cost(budget):

@@ -260,8 +260,8 @@ def parse_options(argv):
     add('experiment', nargs='?', choices=EXPERIMENTS, help='which one')
     add('--list', action='store_true', help='print all of them, and end')
     add('--budget', default='small', choices=BUDGETS,
-        help="small: 4 epochs (large: 2), 3 seeds; paper: the paper's 200 epochs, 5 seeds; tiny: a "
-             'test of the code (default: %(default)s)')
+        help="small: 4 epochs, 3 seeds; paper: the paper's 200 epochs, 5 seeds; tiny: a test of "
+             'the code (default: %(default)s)')
     add('--only', default='*', metavar='PATTERN',
         help="of the trainings, such as 'plain*' or '*seed 1' (default: all)")
     add('--dataset', choices=DATASETS, help="data set (default: Folder; tiny's is Digits)")

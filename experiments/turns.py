@@ -4,11 +4,13 @@ Each side of a comparison is a process of its own, so that its peak memory is it
 """
 
 import csv
+import fcntl
 import functools
 import multiprocessing
 import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import time
@@ -120,13 +122,19 @@ def product_rate(dtype, device='cpu', size=4096):
 product_peak = functools.cache(product_rate)  # measured once in a process
 
 
+def commit():
+    """The short name of the commit whose code this is: '' for a copy without git."""
+    if not (shutil.which('git') and (ROOT / '.git').exists()):
+        return ''
+    return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
+                          text=True).stdout.strip()
+
+
 def environment():
-    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
-                            text=True).stdout.strip()
     cpus = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
     names = [line.split(':')[1].strip() for line in cpus.splitlines() if 'model name' in line]
     return {'cpu': names[0] if names else platform.processor(), 'cores': os.cpu_count(),
-            'threads': torch.get_num_threads(), 'torch': torch.__version__, 'commit': commit}
+            'threads': torch.get_num_threads(), 'torch': torch.__version__, 'commit': commit()}
 
 
 def compare(title, sides, pairs, table, target=''):
@@ -168,12 +176,13 @@ def read_rows(table):
 
 
 def append(rows, table):
+    """Adds rows, dicts, to a CSV file; processes that do so at once wait for each other."""
     table = Path(table)
     table.parent.mkdir(parents=True, exist_ok=True)
-    new = not table.exists()
     with open(table, 'a', newline='') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         writer = csv.DictWriter(file, rows[0])
-        if new:
+        if file.seek(0, os.SEEK_END) == 0:
             writer.writeheader()
         writer.writerows(rows)
 

@@ -1,6 +1,8 @@
 """What the benchmarks make of the seconds that they measured."""
 
 import csv
+import multiprocessing
+import subprocess
 
 import matplotlib.image
 import pytest
@@ -37,6 +39,32 @@ def writing(path, name):
             file.write(f'{name} {os.getpid()}\n')
 
     return work
+
+
+def append_many(table, name):
+    for i in range(200):
+        turns.append([{'who': name, 'i': i}], table)
+
+
+def test_processes_that_append_at_once_lose_no_row(tmp_path):
+    table = tmp_path / 'table.csv'
+    writers = [multiprocessing.get_context('spawn').Process(target=append_many, args=(table, name))
+               for name in 'abc']
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    head, *lines = table.read_text().splitlines()
+    assert head == 'who,i'
+    assert sorted(lines) == sorted(f'{name},{i}' for name in 'abc' for i in range(200))
+
+
+def test_a_copy_without_git_has_no_commit(tmp_path, monkeypatch):
+    assert turns.commit() == subprocess.run(
+        ['git', 'rev-parse', '--short', 'HEAD'], cwd=turns.ROOT, capture_output=True,
+        text=True).stdout.strip()
+    monkeypatch.setattr(turns, 'ROOT', tmp_path)
+    assert turns.commit() == ''
 
 
 def test_rows_table_and_figure(tmp_path, capsys, monkeypatch):
