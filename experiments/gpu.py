@@ -2,6 +2,7 @@
 
     python -m experiments.gpu                 # some eight minutes; stops by itself
     python -m experiments.gpu --minutes 20
+    python -m experiments.gpu --no-checks --no-compile --minutes 2   # the rates that come soonest
     python -m experiments.gpu --device cpu    # tries the command itself, on small networks
 
 Needs no network and no files: images are random, or scikit-learn's digits. Rows are appended to
@@ -15,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -285,13 +286,22 @@ def check(device, table, where):
     return all(row['holds'] == 'yes' for row in rows)
 
 
-def time_all(device, table, where, deadline):
+def without_compile(comparisons):
+    """Yields the comparisons without the sides that torch.compile takes a minute to prepare."""
+    for comparison in comparisons:
+        sides = [side for side in comparison.sides if '--compile' not in side.name]
+        yield replace(comparison, sides=sides)
+
+
+def time_all(device, table, where, deadline, compile=True):
     size = 8192 if device.type == 'cuda' else 1024
     product = product_rate('bfloat16', device, size) / 1000  # TFLOP/s
     say(f'\na bfloat16 product: {product:,.1f} TFLOP/s')
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(folder)
-        time_in_order(comparisons(device, folder), product, device, table, where, deadline)
+        compared = comparisons(device, folder)
+        compared = compared if compile else without_compile(compared)
+        time_in_order(compared, product, device, table, where, deadline)
 
 
 def time_in_order(comparisons, product, device, table, where, deadline):
@@ -314,6 +324,10 @@ def main(argv=None):
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--minutes', type=at_least(0, float), default=8,
                         help='after which nothing new is begun (default: %(default)s)')
+    parser.add_argument('--checks', default=True, action=argparse.BooleanOptionalAction,
+                        help='run them before the rates')
+    parser.add_argument('--compile', default=True, action=argparse.BooleanOptionalAction,
+                        help='time train.py --compile too, for which each network takes a minute')
     parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda',
                         help='cpu: to try the command (default: %(default)s)')
     parser.add_argument('--logs', type=Path, default=ROOT / 'logs' / 'gpu',
@@ -326,8 +340,8 @@ def main(argv=None):
         device = torch.device(opt.device)
         torch.backends.cudnn.benchmark = opt.device == 'cuda'  # as train.py has it
         where = here(device)
-        holds = check(device, opt.logs / 'checks.csv', where)
-        time_all(device, opt.logs / 'rates.csv', where, deadline)
+        holds = not opt.checks or check(device, opt.logs / 'checks.csv', where)
+        time_all(device, opt.logs / 'rates.csv', where, deadline, opt.compile)
     if not holds:
         sys.exit(1)
 

@@ -69,6 +69,13 @@ def test_nothing_new_is_begun_when_the_time_is_over(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_compiled_can_be_left_out():
+    sides = [Side(name, None) for name in ('train.py', 'resnet, train.py --compile', 'eager')]
+    comparison, = gpu.without_compile([Comparison('two', 10, sides, 'fast')])
+    assert [side.name for side in comparison.sides] == ['train.py', 'eager']
+    assert (comparison.title, comparison.target) == ('two', 'fast')
+
+
 def test_jpeg_files_are_read(tmp_path):
     gpu.write_jpegs(tmp_path, 8)
     images, labels, whole = next(iter(make_loader(
