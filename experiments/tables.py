@@ -1,4 +1,4 @@
-"""Writes the tables of the README, docs/results.md and docs/speedrun.md from CSV files in logs/.
+"""Writes the tables of the README and of docs/ from CSV files in logs/.
 
     python -m experiments.tables
 
@@ -20,7 +20,8 @@ from experiments.turns import ROOT, read_rows
 from hubconf import TRAINED
 from training.checkpoint import LOG, read_log
 
-PAGES = [ROOT / name for name in ('README.md', 'docs/results.md', 'docs/speedrun.md')]
+PAGES = [ROOT / name for name in (
+    'README.md', 'docs/results.md', 'docs/speed.md', 'docs/speedrun.md')]
 MARKED = re.compile(r'<!-- table: ([\w-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 
@@ -118,6 +119,26 @@ def by_depth(logs):
     return ['network', *(f'{layers:.0f} layers' for layers in sorted(depths))], lines
 
 
+def devices(logs):
+    """What the same trainings of `depth` came to on a GPU, and before on a CPU (cpu.csv)."""
+    columns = [grouped(whole(read(logs / 'depth' / table)), 'series', 'x')
+               for table in ('cpu.csv', 'results.csv')]
+    lines = []
+    for series, depth in columns[0]:
+        cells = [[row['test_acc_percent'] for row in groups[series, depth]] for groups in columns]
+        means = [mean_and_deviation(values)[0] for values in cells]
+        lines.append([f'{series}-{depth:.0f}-1', str(len(cells[0])), *map(shown, cells),
+                      f'{means[1] - means[0]:+.2f}'])
+    return ['network', 'n', 'CPU, %', 'GPU, %', 'GPU - CPU'], lines
+
+
+def gpu_checks(logs):
+    """What was compared on a GPU: how far off it was, and what was allowed."""
+    lines = [[row['what'], row['off'], row['at_most'], row['holds']]
+             for row in read_rows(logs / 'gpu' / 'checks.csv')]
+    return ['what', 'off by', 'at most', 'holds'], lines
+
+
 def claims(logs):
     """What was claimed and what was found, of the experiments that are finished."""
     lines = []
@@ -161,9 +182,10 @@ TABLES = {  # of the others: results
     'init': functools.partial(results, x="times Kaiming's deviation"),
     'int8': int8, 'cost': cost, 'speedrun': speedrun,
 }
-WORDS = 'here', 'network', 'dtype', 'what', 'whose', 'change'  # columns of text
+WORDS = 'here', 'network', 'dtype', 'what', 'whose', 'change', 'holds'  # columns of text
 OTHERS = {  # not one line a point of an experiment
-    'claims': claims, 'tried': tried, 'kept': kept, 'by-depth': by_depth,
+    'claims': claims, 'tried': tried, 'kept': kept, 'by-depth': by_depth, 'devices': devices,
+    'gpu-checks': gpu_checks,
 }
 
 

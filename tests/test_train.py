@@ -46,7 +46,7 @@ def test_defaults():
         'nesterov': False, 'label_smoothing': 0, 'name': '',
         'tensorboard': False, 'pretrained': '', 'compile': False, 'checkpointing': False,
         'crop': True, 'flip': 'horizontal', 'normalise': '', 'optimizer': 'sgd', 'adam_lr': 0.01,
-        'grow': [], 'whiten': False,
+        'grow': [], 'whiten': False, 'cutout': 0,
     }
 
 
