@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from command import Options, errors_in_one_line
 from experiments.definitions import EXPERIMENTS
@@ -141,7 +141,7 @@ def width(figure, rows, measured, logs):
     by_size = [{**row, 'x': row['parameters'] / 1e6} for row in rows]
     lines(by_parameters, by_size, 'test_acc_percent', 'parameters (millions)', ACCURACY)
     by_parameters.set_xscale('log')
-    by_parameters.set_xticks([0.02, 0.05, 0.1, 0.2, 0.5, 1])
+    by_parameters.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     by_parameters.xaxis.set_major_formatter(ScalarFormatter())
     by_parameters.xaxis.set_minor_formatter(NullFormatter())
 

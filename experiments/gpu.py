@@ -287,7 +287,7 @@ def check(device, table, where):
 
 
 def without_compile(comparisons):
-    """Yields the comparisons without the sides that torch.compile takes a minute to prepare."""
+    """Yields the comparisons without train.py --compile, a minute of preparing for each network."""
     for comparison in comparisons:
         sides = [side for side in comparison.sides if '--compile' not in side.name]
         yield replace(comparison, sides=sides)

@@ -125,7 +125,7 @@ def onnx(device):
 
 def augmentation(device):
     """A batch that the GPU makes against the CPU's of the same seed: pixels and labels."""
-    sets = data.load('Digits', pad=4, flip='all')
+    sets = data.load('Digits', pad=4, flip='all', cutout=8)
     batch = torch.arange(IMAGES), 1, torch.arange(IMAGES)
     expected, found = sets.train[batch], sets.train.to(device)[batch]
     return [(f'{what} that differ', int((a != b.cpu()).sum()), 0)

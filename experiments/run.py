@@ -129,10 +129,19 @@ def do(training, place):
     return 'whole'
 
 
+def device():
+    """What trains: the name of the GPU, or 'CPU'."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
+
+
 def keep_log(training, place):
-    """Copies the log of a training to where git keeps it: (its epochs, its path under logs/)."""
+    """Copies the log of a training to where git keeps it: (its epochs, its path under logs/).
+
+    Those of a GPU have a folder of their own, as the same training may have been done on a CPU.
+    """
     log = place.folder(training) / LOG
-    kept = Path('trainings', place.dataset_of(training), f'{training.run}.txt')
+    gpu = [] if device() == 'CPU' else [device().replace(' ', '-')]
+    kept = Path('trainings', place.dataset_of(training), *gpu, f'{training.run}.txt')
     if not log.exists():  # it diverged in its first epoch
         return [], ''
     epochs = read_log(log)
@@ -152,8 +161,7 @@ def row_of(training, place, ended):
         'train_seconds': round(sum(stats['train_time'] for stats in epochs)),
         'parameters': last.get('n_parameters', ''), 'multiply_adds': work(training),
         'dataset': place.dataset_of(training), 'run': training.run, 'log': log,
-        'device': torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU',
-        **environment(), 'dtype': last.get('dtype', ''),
+        'device': device(), **environment(), 'dtype': last.get('dtype', ''),
     }
 
 

@@ -14,7 +14,7 @@ import diracfile
 from command import Options, errors_in_one_line
 from experiments.claims import CLAIMS
 from experiments.definitions import BUDGETS, EXPERIMENTS
-from experiments.figures import grouped, mean_and_deviation, read, whole
+from experiments.figures import counts, grouped, mean_and_deviation, read, whole
 from experiments.measures import OF_PARAMETERS
 from experiments.turns import ROOT, read_rows
 from hubconf import TRAINED
@@ -121,22 +121,23 @@ def by_depth(logs):
 
 def devices(logs):
     """What the same trainings of `depth` came to on a GPU, and before on a CPU (cpu.csv)."""
-    columns = [grouped(whole(read(logs / 'depth' / table)), 'series', 'x')
-               for table in ('cpu.csv', 'results.csv')]
+    tables = [whole(read(logs / 'depth' / name)) for name in ('cpu.csv', 'results.csv')]
+    columns = [grouped([row for row in rows if (row['device'] == 'CPU') == on_cpu], 'series', 'x')
+               for rows, on_cpu in zip(tables, (True, False))]
     lines = []
-    for series, depth in columns[0]:
+    for series, depth in [key for key in columns[0] if key in columns[1]]:
         cells = [[row['test_acc_percent'] for row in groups[series, depth]] for groups in columns]
         means = [mean_and_deviation(values)[0] for values in cells]
-        lines.append([f'{series}-{depth:.0f}-1', str(len(cells[0])), *map(shown, cells),
-                      f'{means[1] - means[0]:+.2f}'])
+        lines.append([f'{series}-{depth:.0f}-1', ' and '.join(str(len(values)) for values in cells),
+                      *map(shown, cells), f'{round(means[1] - means[0], 2) + 0:+.2f}'])
     return ['network', 'n', 'CPU, %', 'GPU, %', 'GPU - CPU'], lines
 
 
 def gpu_checks(logs):
-    """What was compared on a GPU: how far off it was, and what was allowed."""
-    lines = [[row['what'], row['off'], row['at_most'], row['holds']]
-             for row in read_rows(logs / 'gpu' / 'checks.csv')]
-    return ['what', 'off by', 'at most', 'holds'], lines
+    """What was compared on a GPU, the last time: how far off it was, and what was allowed."""
+    last = {row['what']: [row['what'], row['off'], row['at_most'], row['holds']]
+            for row in read_rows(logs / 'gpu' / 'checks.csv') if row['device'] != 'CPU'}
+    return ['what', 'off by', 'at most', 'holds'], [*last.values()]
 
 
 def claims(logs):
@@ -149,8 +150,7 @@ def claims(logs):
             lines.append([claim.text, claim.source, left, '', claim.experiment])
             continue
         found, answer = claim.answer(rows, measured)
-        n = min(map(len, grouped(rows, 'series', 'x').values()), default='')
-        said = f'{answer} (n = {n})' if n else answer
+        said = f'{answer} ({counts(rows)})' if rows else answer
         lines.append([claim.text, claim.source, found, said, claim.experiment])
     return ['claim', 'whose', 'here', 'reproduced?', 'experiment'], lines
 

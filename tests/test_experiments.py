@@ -128,6 +128,21 @@ def test_a_diverged_training_is_a_row_without_figures(tmp_path, monkeypatch):
     assert (row['ended'], row['test_acc_percent'], row['epochs']) == ('diverged', '', '0')
 
 
+def test_the_log_of_a_gpu_does_not_replace_that_of_a_cpu(tmp_path, monkeypatch):
+    training = EXPERIMENTS['depth'](BUDGETS['tiny'])[0]
+    place = run.Place(tmp_path / 'logs', tmp_path / 'runs', 'Digits', '.')
+    place.folder(training).mkdir(parents=True)
+    kept = []
+    for device, accuracy in (('CPU', 70.0), ('NVIDIA H100 80GB HBM3', 71.0)):
+        monkeypatch.setattr(run, 'device', lambda device=device: device)
+        line = json.dumps({'epoch': 1, 'test_acc': accuracy})
+        (place.folder(training) / 'log.txt').write_text(f'json_stats: {line}\n')
+        kept.append(run.keep_log(training, place)[1])
+    assert kept == [f'trainings/Digits/{training.run}.txt',
+                    f'trainings/Digits/NVIDIA-H100-80GB-HBM3/{training.run}.txt']
+    assert [run.read_log(place.logs / path)[0]['test_acc'] for path in kept] == [70.0, 71.0]
+
+
 def test_two_processes_share_trainings(tmp_path, capsys):
     training = EXPERIMENTS['depth'](BUDGETS['tiny'])[0]
     folder = tmp_path / 'runs' / 'Digits'

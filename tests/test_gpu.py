@@ -76,6 +76,16 @@ def test_what_is_compiled_can_be_left_out():
     assert (comparison.title, comparison.target) == ('two', 'fast')
 
 
+def test_rates_alone_come_soonest(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, 'check', lambda *_: pytest.fail('checked'))
+    compared = []
+    monkeypatch.setattr(gpu, 'time_in_order', lambda given, *_: compared.extend(given))
+    gpu.main(['--device', 'cpu', '--logs', str(tmp_path), '--no-checks', '--no-compile'])
+    names = [side.name for comparison in compared for side in comparison.sides]
+    assert 'train.py' in names
+    assert not any('--compile' in name for name in names)
+
+
 def test_jpeg_files_are_read(tmp_path):
     gpu.write_jpegs(tmp_path, 8)
     images, labels, whole = next(iter(make_loader(

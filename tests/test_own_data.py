@@ -173,7 +173,8 @@ def test_cutting_out_draws_nothing_else():
 def test_where_nothing_can_be_cut_out(capsys):
     for words in (['--dataset', 'ImageNet'], ['--no-augment']):
         error = refused(capsys, *words, '--cutout', '8')
-        assert '--cutout 8: expected images of up to 64 pixels, augmented' in error
+        assert '--cutout 8: expected files of up to 64 pixels, or images from Python' in error
+    assert '--cutout 32: expected less than the image, 32' in refused(capsys, '--cutout', '32')
 
 
 def test_flips_and_crops_are_options_apart(capsys):
@@ -214,6 +215,9 @@ def test_older_runs_go_on_as_they_were_augmented(by_folder, pairs, tmp_path, cap
     with pytest.raises(SystemExit):
         run(pairs[0], tmp_path / 'new', '--flip', 'all', '--epochs', 3, '--resume', tmp_path)
     assert 'flip was horizontal, is all: expected the same' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(pairs[0], tmp_path / 'new', '--cutout', 4, '--epochs', 3, '--resume', tmp_path)
+    assert 'cutout was 0, is 4: expected the same' in capsys.readouterr().err
     run(pairs[0], tmp_path / 'new', '--epochs', 3, '--resume', tmp_path)
     assert networks.load(tmp_path).inputs == Inputs.of('Folder', 32)
 

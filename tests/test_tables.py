@@ -66,21 +66,25 @@ def test_accuracies_by_depth_leave_out_what_diverged_and_what_is_missing(tmp_pat
 
 def test_devices_are_compared_where_both_have_trained(tmp_path):
     (tmp_path / 'depth').mkdir()
-    head = 'series,x,ended,test_acc_percent\n'
-    (tmp_path / 'depth' / 'cpu.csv').write_text(head + 'plain,10,whole,70\nplain,10,whole,74\n')
+    head = 'series,x,ended,test_acc_percent,device\n'
+    (tmp_path / 'depth' / 'cpu.csv').write_text(head + ''.join(
+        f'{row},CPU\n' for row in ('plain,10,whole,70', 'plain,10,whole,74', 'plain,28,whole,60')))
     (tmp_path / 'depth' / 'results.csv').write_text(
-        head + 'plain,10,whole,71\nplain,10,whole,72\nresnet,10,whole,80\n')
+        head + 'plain,28,whole,61,CPU\n' + ''.join(
+            f'{row},H100\n' for row in ('plain,10,whole,71', 'plain,10,whole,72',
+                                        'plain,10,diverged,', 'resnet,10,whole,80')))
     columns, lines = tables.devices(tmp_path)
-    assert lines == [['plain-10-1', '2', '72.00 ± 2.83', '71.50 ± 0.71', '-0.50']]
+    assert lines == [['plain-10-1', '2 and 2', '72.00 ± 2.83', '71.50 ± 0.71', '-0.50']]
     assert len(columns) == len(lines[0])
 
 
 def test_checks_of_a_gpu_are_shown(tmp_path):
     (tmp_path / 'gpu').mkdir()
     (tmp_path / 'gpu' / 'checks.csv').write_text(
-        'check,what,off,at_most,holds,device\nfolding,folded,1e-06,0.0001,no,H100\n')
+        'check,what,off,at_most,holds,device\nfolding,folded,1e-03,0.0001,no,H100\n'
+        'folding,folded,1e-06,0.0001,yes,H100\nfolding,folded,1e-07,0.0001,yes,CPU\n')
     assert tables.gpu_checks(tmp_path) == (
-        ['what', 'off by', 'at most', 'holds'], [['folded', '1e-06', '0.0001', 'no']])
+        ['what', 'off by', 'at most', 'holds'], [['folded', '1e-06', '0.0001', 'yes']])
 
 
 def test_points_are_in_the_order_of_their_numbers():

@@ -1,8 +1,10 @@
 """What the benchmarks make of the seconds that they measured."""
 
 import csv
-import multiprocessing
+import fcntl
+import re
 import subprocess
+import threading
 
 import matplotlib.image
 import pytest
@@ -41,29 +43,32 @@ def writing(path, name):
     return work
 
 
-def append_many(table, name):
-    for i in range(200):
-        turns.append([{'who': name, 'i': i}], table)
-
-
-def test_processes_that_append_at_once_lose_no_row(tmp_path):
+def test_rows_wait_for_another_that_appends(tmp_path):
+    """Of two that find no table, the second has to see the head that the first one writes."""
     table = tmp_path / 'table.csv'
-    writers = [multiprocessing.get_context('spawn').Process(target=append_many, args=(table, name))
-               for name in 'abc']
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    head, *lines = table.read_text().splitlines()
-    assert head == 'who,i'
-    assert sorted(lines) == sorted(f'{name},{i}' for name in 'abc' for i in range(200))
+    with open(table, 'a') as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        late = threading.Thread(target=turns.append, args=([{'who': 'late'}], table))
+        late.start()
+        late.join(0.3)
+        assert table.read_text() == ''
+        other.write('who\nfirst\n')
+    late.join()
+    assert table.read_text().split() == ['who', 'first', 'late']
 
 
-def test_a_copy_without_git_has_no_commit(tmp_path, monkeypatch):
-    assert turns.commit() == subprocess.run(
-        ['git', 'rev-parse', '--short', 'HEAD'], cwd=turns.ROOT, capture_output=True,
-        text=True).stdout.strip()
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    """Of a copy that lies in a repository of something else there is none, nor without git."""
+    git = ['git', '-c', 'user.name=a', '-c', 'user.email=b', '-C', str(tmp_path)]
+    for words in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'c']):
+        subprocess.run([*git, *words], check=True)
     monkeypatch.setattr(turns, 'ROOT', tmp_path)
+    assert re.fullmatch('[0-9a-f]{7,}', turns.commit())
+    (tmp_path / 'copy').mkdir()
+    monkeypatch.setattr(turns, 'ROOT', tmp_path / 'copy')
+    assert turns.commit() == ''
+    monkeypatch.setattr(turns, 'ROOT', tmp_path)
+    monkeypatch.setenv('PATH', str(tmp_path))
     assert turns.commit() == ''
 
 

@@ -26,15 +26,15 @@ GREY = 128  # of what is cut out: near the mean of photographs, which normalisin
 class Augmentation:
     """What happens at random to each image of a training."""
 
-    crop: bool = True  # small ones are cut after padding, large ones to 8 to 100 % of their area
+    crop: bool = True  # in memory they are cut after padding; of files, 8 to 100 % of their area
     pad: int = 0  # pixels
     flip: str = 'horizontal'  # one of FLIPS
     reflect: bool = True  # padded with their reflection, or black
-    cutout: int = 0  # pixels, the side of what is cut out of small ones (arXiv 1708.04552)
+    cutout: int = 0  # pixels, a side of the square that is made grey, not in files (1708.04552)
 
     @property
     def shift(self):
-        """How far small images are moved at most, in pixels."""
+        """How far images in memory are moved at most, in pixels."""
         return self.pad if self.crop else 0
 
 
@@ -55,10 +55,10 @@ def in_turn(indices, seed):
 def draw(indices, share, augmentation, seed):
     """Draws from the seed of a batch what happens to the images of a share.
 
-    indices: of the whole batch (n,); share: positions in it (m,). Returns (shifts of rows and
-    columns (2, m, 1), in pixels; whether they are mirrored left to right, upside down and
-    transposed, as many as FLIPS says (k, m, 1); where the middle of what is cut out lies, row and
-    column over the size (2, m, 1)).
+    indices: of the whole batch (n,); share: positions in it (m,); augmentation: an Augmentation.
+    Returns (shifts of rows and columns (2, m, 1), in pixels; whether they are mirrored left to
+    right, upside down and transposed, as many as FLIPS says (k, m, 1); where the middle of a square
+    to cut out lies, row and column over the size (2, m, 1)).
     """
     n, generator = len(indices), torch.Generator().manual_seed(seed)
     most, flip = augmentation.shift, augmentation.flip
@@ -110,9 +110,12 @@ def augment(images, chosen, draws, augmentation):
 
     chosen: (n,); draws: of `draw`; augmentation: an Augmentation.
     """
-    *draws, middles = (drawn.to(images.device) for drawn in draws)
-    taken = crop_and_flip(images, chosen, *draws, augmentation.reflect)
-    return cut_out(taken, middles, augmentation.cutout) if augmentation.cutout else taken
+    shifts, mirrored, middles = draws
+    shifts, mirrored = shifts.to(images.device), mirrored.to(images.device)
+    taken = crop_and_flip(images, chosen, shifts, mirrored, augmentation.reflect)
+    if augmentation.cutout:
+        taken = cut_out(taken, middles.to(images.device), augmentation.cutout)
+    return taken
 
 
 def growing_sizes(size, sizes, epochs):

@@ -85,9 +85,13 @@ class MemoryImages(Images):
 class ImageFiles(Images):
     """Image files, read as they are needed, as images of size x size.
 
-    In training each is a random resized crop; in testing, and without `crop`, the shorter side is
+    Augmented, each is a random resized crop; in testing, and without crops, the shorter side is
     resized to 256 / 224 of `size` and the middle is cut.
     """
+
+    def augmented(self, pad=0, **augmentation):
+        """The same as a training has them; files are not padded."""
+        return super().augmented(**augmentation)
 
     def __init__(self, paths, labels, size, augmentation=STILL):
         self.paths, self.labels, self.size = paths, torch.as_tensor(labels), size

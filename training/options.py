@@ -165,8 +165,8 @@ def make_parser():
              'too, for images from above; alternating: each image in every second epoch, for few '
              'epochs; of Digits none (default: horizontal)')
     add('--cutout', default=0, type=at_least(0, int),
-        help='pixels of a side of the square that is cut out of each small training image, at '
-             'random; 0: none')
+        help='pixels of a side of the square that is made grey in each training image, at a random '
+             'place; 0: none; not for files above 64')
     add('--normalise', default='', type=normalisation,
         help='mean and deviation of the channels in [0, 1]: measured, of the training images, or a '
              'list [MEAN,...,STD,...] (default: of CIFAR-10 or, above 64 pixels, of ImageNet)')
@@ -269,9 +269,11 @@ def _with_sizes(parser, opt, sets):
         parser.error(f'--grow {opt.grow}: expected at most the whole size, {inputs.size}')
     if not opt.augment and opt.flip not in (None, 'none'):
         parser.error(f'--no-augment and --flip {opt.flip} both given: expected one of them')
-    if opt.cutout and (inputs.size > MAX_SMALL or not opt.augment):
-        parser.error(f'--cutout {opt.cutout}: expected images of up to {MAX_SMALL} pixels, '
-                     'augmented')
+    if opt.cutout and (not sets and inputs.size > MAX_SMALL or not opt.augment):
+        parser.error(f'--cutout {opt.cutout}: expected files of up to {MAX_SMALL} pixels, or '
+                     'images from Python, augmented')
+    if opt.cutout >= inputs.size:
+        parser.error(f'--cutout {opt.cutout}: expected less than the image, {inputs.size}')
     if inputs.size <= MAX_SMALL and opt.randomcrop_pad >= inputs.size:
         parser.error(f'--randomcrop_pad {opt.randomcrop_pad}: expected less than the image, '
                      f'{inputs.size}')
