@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import run
 
 from diracimage import Inputs, normalise
 from diracnet import Network, define_diracnet
+from runs import run
 from training import data
 
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import assert_same_run, params_of, refused, run, stats_of, write_sets
 
 import diracfile
 import export
 import predict
 import train
 from diracimage import DataError, read_test_image
+from runs import assert_same_run, params_of, refused, run, stats_of, write_sets
 from training import augment, checkpoint
 
 ROOT = Path(train.__file__).parent

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from pages import text_of
 from torch import nn
 
 import networks
@@ -20,6 +19,7 @@ from diracconv import DiracConv2d
 from diracfold import fold
 from diracnet import DiracNet, define_diracnet
 from experiments.sizes import NETWORKS, row
+from pages import text_of
 from training.options import RECIPE_FOLDER
 
 PLAIN_DENSE = {'bottleneck': False, 'growth': 12, 'layers': 40}

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import run, stats_of, write_sets
 
 import plot
 import train
+from runs import run, stats_of, write_sets
 from training import checkpoint, meters
 
 ROOT = Path(train.__file__).parent

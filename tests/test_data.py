@@ -9,12 +9,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from damages import TURNED, jpeg_parts, jpeg_segment, png_of
-from runs import write_images
 
 import dirachead
 import diracimage
+from damages import TURNED, jpeg_parts, jpeg_segment, png_of
 from diracimage import Inputs
+from runs import write_images
 from training import augment, data
 from training.batches import make_loader
 from training.images import IGNORED

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from test_export import run_onnx
 from torch import nn
 
 import export
 import networks
 from diracequal import LEAST, MOST, chained, equalise
 from diracfold import fold
+from test_export import run_onnx
 
 
 @pytest.fixture

@@ -19,8 +19,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from damages import DAMAGES, damaged
-from pages import blocks
 from safetensors.torch import load_file
 
 import diracnet
@@ -29,7 +27,9 @@ import hubconf
 import networks
 import predict
 import train
+from damages import DAMAGES, damaged
 from diracnet import DiracNet, define_diracnet
+from pages import blocks
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {'depth': 10, 'width': 0.5, 'dataset': 'CIFAR10', 'num_classes': 10}

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import params_of, run, stats_of, write_sets
 
 import train
 from diracdeploy import deploy, native_bfloat16
 from diracfold import fold
 from diracimage import Inputs, normalise
 from diracnet import Network, define_diracnet
+from runs import params_of, run, stats_of, write_sets
 from training import data, distributed, options
 from training.batches import make_loader
 from training.run import choose_dtype

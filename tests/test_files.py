@@ -19,18 +19,18 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from damages import restated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import write_images
 from safetensors import safe_open
 
 import export
 import networks
 import predict
 import train
+from damages import restated
 from diracfold import fold
 from diracimage import Inputs
+from runs import write_images
 
 ROOT = Path(__file__).parent.parent
 FORMS = ('float.onnx', 'int8.onnx', 'float.pt2', 'float.safetensors', 'float.pth')

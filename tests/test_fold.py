@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from damages import DAMAGES, damaged
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
 import networks
+from damages import DAMAGES, damaged
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization
 from diracfile import checkpoint_path, load_params, pretrained_params
 from diracfold import fold

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import params_of, run, stats_of, write_sets
 
 import hubconf
 import networks
 from diracfile import load_params
 from diracpublished import check_hash
 from experiments import keep, tables
+from runs import params_of, run, stats_of, write_sets
 from training.checkpoint import read_log
 
 LOGS = Path(__file__).parent.parent / 'logs'

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import slow_w_hat
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -21,6 +20,7 @@ from diracconv import (
     dirac_weight,
     normalize,
 )
+from reference import slow_w_hat
 
 LAYERS = [DiracConv1d, DiracConv2d, DiracConv3d]
 ROOT = Path(diracconv.__file__).parent

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from pages import text_of
-from reference import slow_w_hat
 
 import diracnet
 from diracfold import fold
 from diracnet import DiracNet, Network, define_diracnet, diracnet18, topology
+from pages import text_of
+from reference import slow_w_hat
 
 ROOT = Path(diracnet.__file__).parent
 

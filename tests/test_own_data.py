@@ -8,8 +8,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from pages import blocks
-from runs import assert_same_run, params_of, refused, run, stats_of, write_images
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import functional
 
@@ -19,6 +17,8 @@ import predict
 import train
 from diracfold import fold
 from diracimage import Inputs, normalise
+from pages import blocks
+from runs import assert_same_run, params_of, refused, run, stats_of, write_images
 from training import augment, data, options
 from training.batches import make_loader
 from training.data import Data

@@ -5,13 +5,13 @@ import shlex
 import sys
 
 import pytest
-from pages import PAGES, ROOT, blocks, commands, text_of
 
 import export
 import plot
 import predict
 from experiments import bench, deploy, kill, memory, sizes, touch
 from experiments.bench import BENCHES
+from pages import PAGES, ROOT, blocks, commands, text_of
 from training import options
 
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from runs import params_of, refused, run, write_images
 
 import networks
 from diracfold import fold
 from diracimage import Inputs
+from runs import params_of, refused, run, write_images
 from training import options, pretrained
 
 

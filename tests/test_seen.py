@@ -3,12 +3,12 @@
 import cv2
 import pytest
 import torch
-from runs import run, write_sets
 
 import networks
 from diracimage import normalise
 from experiments import layers, seen
 from experiments.turns import read_rows
+from runs import run, write_sets
 from training import data
 
 PICTURES = ('confusion.png', 'filters.png', 'layers.png', 'mistakes.png')

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import params_of, refused, run, write_sets
 from torch import nn
 
 import networks
 import train
 from diracfold import fold
+from runs import params_of, refused, run, write_sets
 from training import data, options
 from training.augment import growing_sizes
 from training.optimizers import make_optimizer

@@ -17,14 +17,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from damages import png_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pages import text_of
-from runs import assert_same_run, params_of, refused, run, stats_of, write_images
 
 import train
+from damages import png_of
 from experiments.kill import attack_points, flat, survive
+from pages import text_of
+from runs import assert_same_run, params_of, refused, run, stats_of, write_images
 from training import checkpoint, options
 from training.optimizers import schedule
 

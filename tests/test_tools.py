@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.autograd.forward_ad as fwd
 import torch.nn.functional as F
-from reference import slow_w_hat
 from torch import nn
 from torch.ao.quantization import get_default_qat_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
@@ -19,6 +18,7 @@ import diracconv
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization, dirac_weight
 from diracfold import fold
 from diracnet import Network, define_diracnet
+from reference import slow_w_hat
 
 
 @pytest.fixture(autouse=True)

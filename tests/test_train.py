@@ -6,13 +6,13 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from runs import params_of, refused, run, stats_of, write_images, write_sets
 
 import export
 import networks
 import train
 from diracfold import fold
 from diracnet import Network, define_diracnet
+from runs import params_of, refused, run, stats_of, write_images, write_sets
 from training import options
 from training.meters import Meters
 from training.optimizers import make_optimizer, schedule, set_learning_rate
