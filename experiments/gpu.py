@@ -32,8 +32,8 @@ from diracdeploy import deploy
 from diracfold import fold
 from diracimage import Inputs
 from diracnet import DiracNet
-from experiments.bench import diracnet, jpegs_by_opencv, make_sgd, multiply_adds
 from experiments.gpu_checks import check_all
+from experiments.sides import diracnet, jpegs_by_opencv, make_sgd, multiply_adds
 from experiments.turns import (
     ROOT,
     append,

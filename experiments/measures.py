@@ -17,8 +17,8 @@ from diracequal import equalise
 from diracfile import load_params
 from diracfold import fold
 from diracimage import Inputs, normalise
-from experiments.bench import BATCH, NATIVE, repeated, step, step_of_ordinary_convolutions
 from experiments.layers import layers_of
+from experiments.sides import BATCH, NATIVE, repeated, step, step_of_ordinary_convolutions
 from experiments.turns import Side, append, compare, product_rate, read_rows
 from training import data
 from training.checkpoint import LOG, read_log
