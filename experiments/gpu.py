@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -36,6 +36,7 @@ from experiments.gpu_checks import check_all
 from experiments.sides import diracnet, jpegs_by_opencv, make_sgd, multiply_adds
 from experiments.turns import (
     ROOT,
+    Side,
     append,
     environment,
     product_rate,
@@ -55,11 +56,11 @@ FORMS = ('train.py', 'train.py --compile')
 # ---------------------------------------------------------------- what is timed
 
 
-def training_step(network, kind, batch, form, device):
-    """A step of train.py on random images, in the form that `form` names."""
+def training_step(make, kind, batch, form, device):
+    """A step of train.py on random images, in the form that `form` names, of what make() makes."""
     inputs = Inputs.of(kind)
     eager = form == 'float32, NCHW, eager'
-    network = network.to(device)
+    network = make().to(device)
     optimizer = make_sgd(network, fused=device.type == 'cuda' and not eager)
     run = network if form != 'train.py --compile' else compiled(network, device)
     step = train.make_step(run, inputs, 'float' if eager else 'bfloat16', device)
@@ -78,9 +79,9 @@ def training_step(network, kind, batch, form, device):
     return work
 
 
-def inference(network, batch, form, device):
+def inference(make, batch, form, device):
     """Logits of a batch of 224 x 224 from a folded network: deployed, or as it stands."""
-    network, shape = network.to(device).eval(), (batch, 3, 224, 224)
+    network, shape = make().to(device).eval(), (batch, 3, 224, 224)
     inputs = torch.randn(shape, device=device)
     run = deploy(network, shape) if form == 'deploy()' else torch.no_grad()(network)
     return lambda: run(inputs)
@@ -90,21 +91,9 @@ def inference(network, batch, form, device):
 
 
 @dataclass
-class Side:
-    """One side of a comparison: `prepare()` returns a function that does the work of a batch."""
-
-    name: str
-    prepare: object
-    multiply_adds: float = 0  # of one image, in its work
-    seconds: list = field(default_factory=list)  # of one call
-    memory: float = 0  # MB that it takes at most, beside those of the others
-
-
-@dataclass
 class Comparison:
     title: str
-    batch: int
-    sides: list
+    sides: list  # each takes its memory beside those of the others
     target: str = ''  # in words
 
 
@@ -120,12 +109,11 @@ def of_training(depth, width, kind, batch, device, rival, target=''):
               for form in FORMS]
     forms += [(f'{rival[0]}, ', rival[1], form) for form in FORMS]
     sides = [
-        Side(name + form,
-             lambda make=make, form=form: training_step(make(), kind, batch, form, device),
+        Side(name + form, training_step, (make, kind, batch, form, device), batch,
              3 * multiply_adds(make, pixels=size))
         for name, make, form in forms
     ]
-    return Comparison(f'training {depth}-{width:g}, batch {batch}', batch, sides, target)
+    return Comparison(f'training {depth}-{width:g}, batch {batch}', sides, target)
 
 
 def of_inference(depth, batch, device, target=''):
@@ -134,12 +122,11 @@ def of_inference(depth, batch, device, target=''):
     makers = {f'DiracNet-{depth}': lambda: DiracNet(depth),
               f'resnet{depth}, folded': lambda: fold(resnet().eval())}
     sides = [
-        Side(f'{name}, {form}',
-             lambda make=make, form=form: inference(make(), batch, form, device),
+        Side(f'{name}, {form}', inference, (make, batch, form, device), batch,
              multiply_adds(make, pixels=224))
         for form in ('deploy()', 'float32, NCHW, eager') for name, make in makers.items()
     ]
-    return Comparison(f'inference {depth}, batch {batch}', batch, sides, target)
+    return Comparison(f'inference {depth}, batch {batch}', sides, target)
 
 
 def write_jpegs(folder, n=64):
@@ -156,9 +143,8 @@ def of_files(folder, repeats):
     """What decoding gives by worker processes: a training at 224 needs as many images/s."""
     n = repeats * len(data.list_images(folder)[0])
     workers = [w for w in (1, 2, 4, 8, 16) if w <= distributed.cores()]
-    sides = [Side(f'{w} workers', functools.partial(jpegs_by_opencv, folder, repeats, w, batch=64))
-             for w in workers]
-    return Comparison('JPEG files', n, sides)
+    sides = [Side(f'{w} workers', jpegs_by_opencv, (folder, repeats, w, 64), n) for w in workers]
+    return Comparison('JPEG files', sides)
 
 
 def comparisons(device, folder):
@@ -199,7 +185,7 @@ def prepare(side, device):
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(0)
-    work = side.prepare()
+    work = side.prepare(*side.arguments)
     for _ in range(3):
         work()
     wait(device)
@@ -243,7 +229,7 @@ def rows_of(comparison, product, where):
     """The rows of a comparison: rates, and ratios to the first side that was measured."""
     rows, measured = [], [side for side in comparison.sides if len(side.seconds) >= LEAST]
     for side in measured:
-        rate = comparison.batch / statistics.median(side.seconds)
+        rate = side.images / statistics.median(side.seconds)
         tflops = 2e-12 * side.multiply_adds * rate
         rows.append({
             'compared': comparison.title, 'what': side.name, 'n': len(side.seconds),
@@ -254,7 +240,7 @@ def rows_of(comparison, product, where):
             'percent_of_product': round(100 * tflops / product, 1),
             'product_tflop_per_second': round(product, 1),
             'target': comparison.target, 'peak_memory_mb': round(side.memory),
-            'batch': comparison.batch, **where,
+            'batch': side.images, **where,
         })
     return rows
 

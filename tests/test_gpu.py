@@ -45,17 +45,17 @@ def test_resuming_is_the_same_bits(tmp_path):
 def test_sides_work_in_turns(monkeypatch):
     monkeypatch.setattr(gpu, 'TURN', 0)
     done = []
-    sides = [Side(name, lambda name=name: lambda: done.append(name)) for name in 'ab']
-    gpu.measure(Comparison('two', 10, sides), CPU, time.monotonic() + 600)
+    sides = [Side(name, lambda name: lambda: done.append(name), (name,), 10) for name in 'ab']
+    gpu.measure(Comparison('two', sides), CPU, time.monotonic() + 600)
     assert ''.join(done[-2 * gpu.MOST:]) == 'ab' * gpu.MOST
     assert all(len(side.seconds) == gpu.MOST for side in sides)
 
 
 def test_rates_and_ratios():
-    sides = [Side('long', None, 0, [0.02] * 5),
-             Side('short', None, 5e8, [0.01, 0.01, 0.01, 0.02, 0.005]),
-             Side('too few', None, 5e8, [1] * 4)]
-    long, short = gpu.rows_of(Comparison('naps', 10, sides), 2.0, gpu.here(CPU))
+    sides = [Side('long', None, (), 10, 0, seconds=[0.02] * 5),
+             Side('short', None, (), 10, 5e8, seconds=[0.01, 0.01, 0.01, 0.02, 0.005]),
+             Side('too few', None, (), 10, 5e8, seconds=[1] * 4)]
+    long, short = gpu.rows_of(Comparison('naps', sides), 2.0, gpu.here(CPU))
     assert (long['n'], long['ratio'], long['images_per_second']) == (5, 1, 500)
     assert (short['ratio'], short['images_per_second'], short['milliseconds']) == (2, 1000, 10)
     # two operations for each of 5e8 multiply-adds of an image: 1e12 a second, of a product's 2e12
@@ -63,15 +63,16 @@ def test_rates_and_ratios():
 
 
 def test_nothing_new_is_begun_when_the_time_is_over(capsys, tmp_path):
-    comparison = Comparison('late', 1, [Side('side', lambda: pytest.fail('begun'))])
+    comparison = Comparison('late', [Side('side', lambda: pytest.fail('begun'), (), 1)])
     gpu.time_in_order([comparison], 1.0, CPU, tmp_path / 'rates.csv', {}, time.monotonic() - 1)
     assert 'left out, as the time is over: late' in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
 def test_what_is_compiled_can_be_left_out():
-    sides = [Side(name, None) for name in ('train.py', 'resnet, train.py --compile', 'eager')]
-    comparison, = gpu.without_compile([Comparison('two', 10, sides, 'fast')])
+    names = 'train.py', 'resnet, train.py --compile', 'eager'
+    sides = [Side(name, None, (), 10) for name in names]
+    comparison, = gpu.without_compile([Comparison('two', sides, 'fast')])
     assert [side.name for side in comparison.sides] == ['train.py', 'eager']
     assert (comparison.title, comparison.target) == ('two', 'fast')
 
