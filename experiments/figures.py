@@ -80,6 +80,13 @@ def counts(rows):
 # ---------------------------------------------------------------- axes
 
 
+def log_scale(axes):
+    """Makes the x axis logarithmic, with numbers at its ticks in place of powers of ten."""
+    axes.set_xscale('log')
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def lines(axes, rows, value, xlabel, ylabel, log=False):
     """Draws the mean of a column over x, a line a series, with bars of one deviation."""
     for style, ((series,), of_series) in zip(styles(), grouped(rows, 'series').items()):
@@ -89,10 +96,8 @@ def lines(axes, rows, value, xlabel, ylabel, log=False):
                       label=series, **style)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if log:
-        axes.set_xscale('log')
+        log_scale(axes)
         axes.set_xticks(sorted({row['x'] for row in rows}))
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
 
@@ -140,10 +145,8 @@ def width(figure, rows, measured, logs):
     lines(by_width, rows, 'test_acc_percent', 'width (factor on channels)', ACCURACY, log=True)
     by_size = [{**row, 'x': row['parameters'] / 1e6} for row in rows]
     lines(by_parameters, by_size, 'test_acc_percent', 'parameters (millions)', ACCURACY)
-    by_parameters.set_xscale('log')
+    log_scale(by_parameters)
     by_parameters.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    by_parameters.xaxis.set_major_formatter(ScalarFormatter())
-    by_parameters.xaxis.set_minor_formatter(NullFormatter())
 
 
 def init(figure, rows, measured, logs):

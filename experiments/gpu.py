@@ -33,7 +33,7 @@ from diracfold import fold
 from diracimage import Inputs
 from diracnet import DiracNet
 from experiments.gpu_checks import check_all
-from experiments.sides import diracnet, jpegs_by_opencv, make_sgd, multiply_adds
+from experiments.sides import diracnet, jpegs_by_opencv, make_sgd, multiply_adds, one_step
 from experiments.turns import (
     ROOT,
     Side,
@@ -69,14 +69,7 @@ def training_step(make, kind, batch, form, device):
     if eager:
         images = images.contiguous()
     labels = torch.randint(10, (batch,), device=device)
-
-    def work():
-        loss, _ = step((images, labels, batch))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return work
+    return one_step(optimizer, step, (images, labels, batch))
 
 
 def inference(make, batch, form, device):

@@ -143,19 +143,23 @@ def step(depth, width, make=diracnet, **more):
     """One step of a training on 128 images in memory, in the dtype of this machine."""
     keep_freed_memory()
     network = make(depth, width, **more)
-    return one_step(make_sgd(network), make_step(network), BATCH)
+    return one_step(make_sgd(network), make_step(network), random_batch(BATCH))
 
 
 def step_of(opt, network):
     """One step of a training with these options, on whole images."""
     keep_freed_memory()
-    return one_step(make_optimizer(network, opt), make_step(network), opt.batch_size)
+    return one_step(make_optimizer(network, opt), make_step(network),
+                    random_batch(opt.batch_size))
 
 
-def one_step(optimizer, forward_step, n):
-    """A function that does the step of a training on the same n random images."""
+def random_batch(n):
     images, labels = random_images(n)
-    batch = images.permute(0, 3, 1, 2), labels, n
+    return images.permute(0, 3, 1, 2), labels, n
+
+
+def one_step(optimizer, forward_step, batch):
+    """A function that does the step of a training, always on the same batch."""
 
     def one():
         loss, _ = forward_step(batch)

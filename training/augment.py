@@ -70,7 +70,7 @@ def draw(indices, share, augmentation, seed):
     return shifts[:, share], mirrored[:, share], middles[:, share]
 
 
-def crop_and_flip(images, indices, shifts, mirrored, reflect=True):
+def crop_and_flip(images, indices, shifts, mirrored, reflect):
     """Takes n of the images (N, S, S, C), shifted and mirrored as drawn: (n, S, S, C).
 
     indices: (n,); shifts, mirrored: as of `draw`, on the device of the images. What a shift brings

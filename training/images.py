@@ -89,10 +89,6 @@ class ImageFiles(Images):
     resized to 256 / 224 of `size` and the middle is cut.
     """
 
-    def augmented(self, pad=0, **augmentation):
-        """The same as a training has them; files are not padded."""
-        return super().augmented(**augmentation)
-
     def __init__(self, paths, labels, size, augmentation=STILL):
         self.paths, self.labels, self.size = paths, torch.as_tensor(labels), size
         self.shape, self.augmentation = (size, size, 3), augmentation
@@ -100,6 +96,10 @@ class ImageFiles(Images):
     def subset(self, indices):
         paths = [self.paths[i] for i in indices]
         return ImageFiles(paths, self.labels[indices], self.size, self.augmentation)
+
+    def augmented(self, pad=0, **augmentation):
+        """The same as a training has them; files are not padded."""
+        return super().augmented(**augmentation)
 
     def read(self, indices, seed, share):
         images = np.empty((len(share), *self.shape), np.uint8)
