@@ -13,7 +13,7 @@ from diracpublished import check_hash
 dependencies = ['torch']
 TRAINED = {  # in logs/, with its card; the SHA-256 of its model.pt7
     'diracnet-16-1': '5dc351daceae957861d83114b5bc274918acdda97187c6358f43e3f3ac6a46a9',
-    'diracnet-28-2': 'b5a5dfd5256be6c99718ee95cee0ad7e9ca371694d2439e4566a50594d830ce5',
+    'diracnet-28-2': '9511f9ef9f6c9cc36f0a32ceb904e90cdd49100623a8a748fe2e41586a4b3b06',
 }
 
 

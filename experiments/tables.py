@@ -83,20 +83,25 @@ def tried(logs):
 
 
 def kept(logs):
-    """The trained networks that git keeps: from their logs, and what they label in float32."""
+    """The trained networks that git keeps: from their logs, and what they label in float32.
+
+    Beside log.txt may be the logs of other seeds: the last column, as they were tested in training.
+    """
     lines = []
     for name in TRAINED:
         epochs = read_log(logs / name / LOG)
         last, size = epochs[-1], (logs / name / diracfile.MODEL).stat().st_size
+        seeds = [read_log(log)[-1]['test_acc'] for log in sorted((logs / name).glob('*log.txt'))]
         images = read_rows(logs / name / 'seen' / 'predictions.csv')
         right = sum(image['class'] == image['labelled'] for image in images)
         lines.append([
             f'[{name}](../logs/{name}/README.md)', f'{last["n_parameters"]:,}',
             f'{size / 1e6:.1f}', f'{last["epoch"]}',
             f'{sum(stats["train_time"] for stats in epochs) / 3600:.1f}',
-            f'{100 * right / len(images):.2f}',
+            f'{100 * right / len(images):.2f}', f'{len(seeds)}', shown(seeds),
         ])
-    return ['network', 'parameters', 'file, MB', 'epochs', 'hours', 'test accuracy, %'], lines
+    return ['network', 'parameters', 'file, MB', 'epochs', 'hours', 'test accuracy, %', 'seeds',
+            'of all seeds, bfloat16'], lines
 
 
 def cost(rows, measured):

@@ -32,8 +32,9 @@ def test_a_kept_network_is_what_its_card_says(name):
     columns, lines = tables.kept(LOGS)
     row = next(dict(zip(columns, cells)) for cells in lines if f'[{name}]' in cells[0])
     assert float(row['test accuracy, %']) == pytest.approx(last['test_acc'], abs=0.2)  # bfloat16
-    figures = [row[column] for column in ('parameters', 'epochs', 'hours', 'test accuracy, %')]
-    expected = '| {} | 50,000 | {} | 1 | {} | {} |'.format(*figures)
+    figures = [row[column] for column in (
+        'parameters', 'epochs', 'seeds', 'hours', 'test accuracy, %')]
+    expected = '| {} | 50,000 | {} | {} | {} | {} |'.format(*figures)
     assert expected in (LOGS / name / 'README.md').read_text()
 
 
