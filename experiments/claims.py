@@ -89,8 +89,8 @@ def _alpha_drifts(rows, measured):
 
 def _large(rows, measured):
     means = {series: of[max(of)] for series, of in accuracies(rows).items()}
-    lag = means['resnet'] - means['diracnet']
-    return f'DiracNet is {lag:.1f} points below the ResNet', _said(lag > SAME)
+    ahead = means['diracnet'] - means['resnet']
+    return f'DiracNet is {ahead:+.1f} points from the ResNet', _said(ahead < -SAME)
 
 
 def _versions(rows, measured):

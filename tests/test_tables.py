@@ -162,7 +162,10 @@ def test_alpha_and_beta_are_answered():
 def test_large_and_versions_are_answered():
     lag = rows(plain={0: 70}, diracnet={1: 80}, resnet={2: 82})
     assert answer('large', lag, whose='Oyedotun et al.') == (
-        'DiracNet is 2.0 points below the ResNet', 'yes')
+        'DiracNet is -2.0 points from the ResNet', 'yes')
+    ahead = rows(plain={0: 70}, diracnet={1: 81.5}, resnet={2: 79})
+    assert answer('large', ahead, whose='Oyedotun et al.') == (
+        'DiracNet is +2.5 points from the ResNet', 'no')
     assert answer('versions', rows(**{'diracnet-v1': {0: 80}, 'diracnet': {1: 80.5}})) == (
         'v1 is -0.5 points from v2', 'yes')
 
