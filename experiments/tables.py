@@ -12,11 +12,11 @@ from pathlib import Path
 import command
 import diracfile
 from command import Options, errors_in_one_line
-from experiments.claims import CLAIMS
+from experiments.claims import CLAIMS, more_for_w_hat, rates_on_a_gpu, trainings_on_a_gpu
 from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.figures import counts, grouped, mean_and_deviation, read, whole
 from experiments.measures import OF_PARAMETERS
-from experiments.turns import ROOT, read_rows
+from experiments.turns import ROOT, read_rows, shown_ratio
 from hubconf import TRAINED
 from training.checkpoint import LOG, read_log
 
@@ -145,6 +145,33 @@ def gpu_checks(logs):
     return ['what', 'off by', 'at most', 'holds'], [*last.values()]
 
 
+def gpu_training(logs):
+    """Rates of a training step on a GPU: as train.py runs it, and compiled."""
+    lines = []
+    forms = 'train.py', 'train.py --compile'
+    for of, sides in trainings_on_a_gpu(read(logs / 'gpu' / 'rates.csv')).items():
+        compiled = sides[forms[1]]
+        resnet, = (row for what, row in sides.items()
+                   if what.startswith('resnet') and what.endswith(forms[1]))
+        rates = [row['images_per_second'] for row in (
+            sides['float32, NCHW, eager'], *map(sides.get, forms), resnet)]
+        lines.append([of, f'{compiled["n"]:.0f}', *(f'{rate:,.0f}' for rate in rates),
+                      f'{compiled["percent_of_product"]:.0f} %',
+                      f'{compiled["peak_memory_mb"]:,.0f}',
+                      *(f'{more_for_w_hat(sides, form):+.1f} %' for form in forms)])
+    return ['network', 'n', 'float32, NCHW', *forms, 'ResNet, --compile', 'of a product', 'peak MB',
+            'W_hat', 'W_hat, --compile'], lines
+
+
+def gpu_inference(logs):
+    """Rates of a folded DiracNet on a GPU, and of the ResNet of its depth treated alike."""
+    lines = [[of, row['what'], f'{row["n"]:.0f}', f'{row["images_per_second"]:,.0f}',
+              shown_ratio(row), f'{row["percent_of_product"]:.0f} %']
+             for of, sides in rates_on_a_gpu(read(logs / 'gpu' / 'rates.csv'), 'inference').items()
+             for row in sides.values()]
+    return ['network', 'what', 'n', 'images/s', 'ratio (95 %)', 'of a product'], lines
+
+
 def claims(logs):
     """What was claimed and what was found, of the experiments that are finished."""
     lines = []
@@ -162,7 +189,7 @@ def claims(logs):
 
 def unfinished(experiment, rows, measured):
     """Says what is missing of an experiment of the small budget: nothing where it is finished."""
-    trainings = EXPERIMENTS[experiment](BUDGETS['small'])
+    trainings = EXPERIMENTS[experiment](BUDGETS['small']) if experiment in EXPERIMENTS else []
     done = {(row['series'], row['x'], row['seed']) for row in rows}
     there = sum((t.series, t.x, t.seed) in done for t in trainings)
     if not rows and not measured:
@@ -178,8 +205,9 @@ def unfinished(experiment, rows, measured):
 
 
 def rows_of(experiment, logs):
-    """The rows of an experiment, and what was measured beside them."""
-    return read(logs / experiment / 'results.csv'), read(logs / experiment / 'measured.csv')
+    """The rows of an experiment, or of `gpu`, and what was measured beside them."""
+    measured = 'rates.csv' if experiment == 'gpu' else 'measured.csv'
+    return read(logs / experiment / 'results.csv'), read(logs / experiment / measured)
 
 
 TABLES = {  # of the others: results
@@ -190,7 +218,7 @@ TABLES = {  # of the others: results
 WORDS = 'here', 'network', 'dtype', 'what', 'whose', 'change', 'holds'  # columns of text
 OTHERS = {  # not one line a point of an experiment
     'claims': claims, 'tried': tried, 'kept': kept, 'by-depth': by_depth, 'devices': devices,
-    'gpu-checks': gpu_checks,
+    'gpu-checks': gpu_checks, 'gpu-training': gpu_training, 'gpu-inference': gpu_inference,
 }
 
 

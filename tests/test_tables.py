@@ -87,6 +87,45 @@ def test_checks_of_a_gpu_are_shown(tmp_path):
         ['what', 'off by', 'at most', 'holds'], [['folded', '1e-06', '0.0001', 'yes']])
 
 
+RATES = """\
+compared,what,n,images_per_second,milliseconds,ratio,ratio_low,ratio_high,percent_of_product,\
+peak_memory_mb,device
+"training 10-1, batch 8",train.py,9,7,7,1,1,1,1,7,A100
+"training 10-1, batch 8",train.py,20,1000,8,1,1,1,1,7,H100
+"training 10-1, batch 8",train.py --compile,20,4000,2,4,3,5,9.6,10,H100
+"training 10-1, batch 8","float32, NCHW, eager",20,500,16,0.5,0.4,0.6,1,7,H100
+"training 10-1, batch 8","ordinary convolutions, train.py",20,2000,4,2,1,3,1,7,H100
+"training 10-1, batch 8","ordinary convolutions, train.py --compile",20,4000,2,4,3,5,9,7,H100
+"training 10-1, batch 8","resnet, train.py",20,1600,5,1.6,1,2,1,7,H100
+"training 10-1, batch 8","resnet, train.py --compile",20,3200,2.5,3.2,3,4,9,7,H100
+"training 28-1, batch 8",train.py,20,1000,8,1,1,1,1,7,H100
+"inference 18, batch 1","DiracNet-18, deploy()",5,70,7,1,1,1,1,7,H100
+"inference 18, batch 1","DiracNet-18, deploy()",16,1430,0.7,1,1,1,1.2,7,H100
+"inference 18, batch 1","DiracNet-18, deploy()",16,7,7,1,1,1,1,7,CPU
+"""
+
+
+def test_rates_of_a_gpu_are_shown_and_answer_what_w_hat_costs(tmp_path):
+    (tmp_path / 'gpu').mkdir()
+    (tmp_path / 'gpu' / 'rates.csv').write_text(RATES)
+    columns, lines = tables.gpu_training(tmp_path)
+    assert len(columns) == len(lines[0])  # 28-1 waits for --compile
+    assert lines == [['10-1, batch 8', '20', '500', '1,000', '4,000', '3,200', '10 %', '10',
+                      '+100.0 %', '+0.0 %']]
+    assert tables.gpu_inference(tmp_path)[1] == [
+        ['18, batch 1', 'DiracNet-18, deploy()', '16', '1,430', '1.00 (1.00 to 1.00)', '1 %']]
+    _, measured = tables.rows_of('gpu', tmp_path)
+    assert answer('gpu', measured=measured) == (
+        'time of a step +100.0 to +100.0 %, with --compile +0.0 to +0.0 % (bfloat16, 1 networks, '
+        'H100)', 'partly')
+    for row in measured:
+        if row['what'].startswith('ordinary'):
+            row['milliseconds'] = {'train.py': 7.9}.get(row['what'].split(', ')[1], 1.99)
+    assert answer('gpu', measured=measured)[1] == 'yes'
+    assert tables.unfinished('gpu', [], []) == 'not run yet'
+    assert tables.unfinished('gpu', [], measured) == ''
+
+
 def test_points_are_in_the_order_of_their_numbers():
     many = rows(**{'1000 layers': {1000: 50}, '100 layers': {100: 60}})
     assert [line[0] for line in tables.results(many, [])[1]] == ['100 layers', '1000 layers']
