@@ -38,6 +38,7 @@ from experiments.turns import (
     ROOT,
     Side,
     append,
+    device_name,
     environment,
     product_rate,
     ratio_to,
@@ -214,8 +215,7 @@ def measure(comparison, device, deadline):
 
 def here(device):
     """The columns that say where a row was measured."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
-    return {'device': name, 'cuda': torch.version.cuda or '', **environment()}
+    return {'device': device_name(device), 'cuda': torch.version.cuda or '', **environment()}
 
 
 def rows_of(comparison, product, where):

@@ -26,7 +26,7 @@ from experiments import figures, measures
 from experiments.definitions import BUDGETS, EXPERIMENTS, TIMED
 from experiments.keep import write_log
 from experiments.starts import started
-from experiments.turns import ROOT, append, environment, read_rows
+from experiments.turns import ROOT, append, device_name, environment, read_rows
 from training.augment import growing_sizes
 from training.checkpoint import LOG, DivergedError, Lock, read_log
 from training.options import DATASETS, folder
@@ -131,7 +131,7 @@ def do(training, place):
 
 def device():
     """What trains: the name of the GPU, or 'CPU'."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
+    return device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
 
 
 def keep_log(training, place):

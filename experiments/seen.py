@@ -132,8 +132,10 @@ def main(argv=None):
         folded, save = fold(trained.network), Path(opt.save)
         rows = predictions(folded, trained.inputs, sets.test, sets.classes)
         table = save / 'predictions.csv'
-        table.unlink(missing_ok=True)
-        append(rows, table)
+        new = table.with_suffix('.tmp')
+        new.unlink(missing_ok=True)  # of a command that was killed
+        append(rows, new)
+        new.replace(table)
         draw_confusion(rows, sets.classes, trained.title).savefig(save / 'confusion.png')
         draw_mistakes(rows, sets.test, trained.title).savefig(save / 'mistakes.png')
         number, weight = middle_filters(folded)

@@ -130,6 +130,11 @@ def commit():
                           text=True).stdout.strip()
 
 
+def device_name(device):
+    """What the `device` column of a table says: the name of the GPU, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else 'CPU'
+
+
 def environment():
     cpus = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
     names = [line.split(':')[1].strip() for line in cpus.splitlines() if 'model name' in line]
