@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from experiments import rates
 from experiments.figures import grouped, mean_and_deviation
 
 SAME = 1.0  # points of accuracy that count as no difference
@@ -116,42 +117,15 @@ def _training_cost(rows, measured):
     return f'time of a step {found}', _said(more < 5)
 
 
-def rates_on_a_gpu(measured, compared):
-    """What `python -m experiments.gpu` found, the last time, of what begins so: {of: {what: row}}.
-
-    measured: its rows, of which those of the GPU that was timed last count; compared: 'training'
-    or 'inference'; of: what follows it, such as '28-10, batch 128'.
-    """
-    rows = [row for row in measured if row['device'] != 'CPU']
-    found = {}
-    for row in rows:
-        if row['device'] == rows[-1]['device'] and row['compared'].startswith(f'{compared} '):
-            found.setdefault(row['compared'].removeprefix(f'{compared} '), {})[row['what']] = row
-    return found
-
-
-def trainings_on_a_gpu(measured):
-    """Those of its rates that are of training, where --compile was timed too."""
-    return {of: sides for of, sides in rates_on_a_gpu(measured, 'training').items()
-            if 'train.py --compile' in sides}
-
-
-def more_for_w_hat(sides, form):
-    """How much more time a training step takes with W_hat than with W in its place, in per cent."""
-    with_it, without = (sides[name]['milliseconds'] for name in (
-        form, f'ordinary convolutions, {form}'))
-    return 100 * (with_it / without - 1)
-
-
 def _training_cost_on_a_gpu(rows, measured):
-    trainings = trainings_on_a_gpu(measured).values()
-    eager, compiled = ([more_for_w_hat(sides, form) for sides in trainings]
-                       for form in ('train.py', 'train.py --compile'))
-    device = next(row['device'] for sides in trainings for row in sides.values())
+    trainings = rates.trainings(measured).values()
+    eager, compiled = ([rates.more_for_w_hat(sides, form)[0] for sides in trainings]
+                       for form in rates.FORMS)
     said = [f'{min(of):+.1f} to {max(of):+.1f} %' for of in (eager, compiled)]
-    found = (f'time of a step {said[0]}, with --compile {said[1]} (bfloat16, {len(compiled)} '
-             f'networks, {device})')
-    return found, _said(min(eager + compiled) < 5, max(eager + compiled) < 5)
+    device = next(row['device'] for sides in trainings for row in sides.values())
+    found = (f'time of a step {said[0]}, with --compile {said[1]} (bfloat16, {len(trainings)} '
+             f'comparisons, {device})')
+    return found, _said(*(more < 5 for more in eager + compiled))
 
 
 def _inference_cost(rows, measured):

@@ -32,6 +32,7 @@ from diracdeploy import deploy
 from diracfold import fold
 from diracimage import Inputs
 from diracnet import DiracNet
+from experiments import rates
 from experiments.gpu_checks import check_all
 from experiments.sides import diracnet, jpegs_by_opencv, make_sgd, multiply_adds, one_step
 from experiments.turns import (
@@ -51,7 +52,6 @@ from training.run import compiled
 
 LEAST, MOST = 5, 20  # turns
 TURN = 0.2  # seconds of work in a turn, at least
-FORMS = ('train.py', 'train.py --compile')
 
 
 # ---------------------------------------------------------------- what is timed
@@ -60,7 +60,7 @@ FORMS = ('train.py', 'train.py --compile')
 def training_step(make, kind, batch, form, device):
     """A step of train.py on random images, in the form that `form` names, of what make() makes."""
     inputs = Inputs.of(kind)
-    eager = form == 'float32, NCHW, eager'
+    eager = form == rates.EAGER
     network = make().to(device)
     optimizer = make_sgd(network, fused=device.type == 'cuda' and not eager)
     run = network if form != 'train.py --compile' else compiled(network, device)
@@ -98,12 +98,12 @@ def of_training(depth, width, kind, batch, device, rival, target=''):
     """
     size = Inputs.of(kind).size
     make = functools.partial(diracnet, depth, width, kind)
-    forms = [('', make, form) for form in (*FORMS, 'float32, NCHW, eager')]
-    forms += [('ordinary convolutions, ', functools.partial(make, dirac=False), form)
-              for form in FORMS]
-    forms += [(f'{rival[0]}, ', rival[1], form) for form in FORMS]
+    forms = [(form, make, form) for form in (*rates.FORMS, rates.EAGER)]
+    forms += [(rates.ordinary(form), functools.partial(make, dirac=False), form)
+              for form in rates.FORMS]
+    forms += [(f'{rival[0]}, {form}', rival[1], form) for form in rates.FORMS]
     sides = [
-        Side(name + form, training_step, (make, kind, batch, form, device), batch,
+        Side(name, training_step, (make, kind, batch, form, device), batch,
              3 * multiply_adds(make, pixels=size))
         for name, make, form in forms
     ]
@@ -118,7 +118,7 @@ def of_inference(depth, batch, device, target=''):
     sides = [
         Side(f'{name}, {form}', inference, (make, batch, form, device), batch,
              multiply_adds(make, pixels=224))
-        for form in ('deploy()', 'float32, NCHW, eager') for name, make in makers.items()
+        for form in ('deploy()', rates.EAGER) for name, make in makers.items()
     ]
     return Comparison(f'inference {depth}, batch {batch}', sides, target)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import command
 import diracfile
 from command import Options, errors_in_one_line
-from experiments.claims import CLAIMS, more_for_w_hat, rates_on_a_gpu, trainings_on_a_gpu
+from experiments import rates
+from experiments.claims import CLAIMS
 from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.figures import counts, grouped, mean_and_deviation, read, whole
 from experiments.measures import OF_PARAMETERS
@@ -148,26 +149,26 @@ def gpu_checks(logs):
 def gpu_training(logs):
     """Rates of a training step on a GPU: as train.py runs it, and compiled."""
     lines = []
-    forms = 'train.py', 'train.py --compile'
-    for of, sides in trainings_on_a_gpu(read(logs / 'gpu' / 'rates.csv')).items():
-        compiled = sides[forms[1]]
-        resnet, = (row for what, row in sides.items()
-                   if what.startswith('resnet') and what.endswith(forms[1]))
-        rates = [row['images_per_second'] for row in (
-            sides['float32, NCHW, eager'], *map(sides.get, forms), resnet)]
-        lines.append([of, f'{compiled["n"]:.0f}', *(f'{rate:,.0f}' for rate in rates),
-                      f'{compiled["percent_of_product"]:.0f} %',
-                      f'{compiled["peak_memory_mb"]:,.0f}',
-                      *(f'{more_for_w_hat(sides, form):+.1f} %' for form in forms)])
-    return ['network', 'n', 'float32, NCHW', *forms, 'ResNet, --compile', 'of a product', 'peak MB',
-            'W_hat', 'W_hat, --compile'], lines
+    for of, sides in rates.trainings(rows_of('gpu', logs)[1]).items():
+        compiled = sides[rates.FORMS[1]]
+        shown_rates = [sides[rates.EAGER], *map(sides.get, rates.FORMS),
+                       rates.resnet(sides, rates.FORMS[1])]
+        lines.append([
+            of, f'{compiled["n"]:.0f}',
+            *(f'{row["images_per_second"]:,.0f}' for row in shown_rates),
+            f'{compiled["percent_of_product"]:.0f} %', f'{compiled["peak_memory_mb"]:,.0f}',
+            *('{:+.0f} ({:+.0f} to {:+.0f})'.format(*rates.more_for_w_hat(sides, form))
+              for form in rates.FORMS),
+        ])
+    return ['network', 'n', 'float32, NCHW', *rates.FORMS, 'ResNet, --compile', 'of a product',
+            'peak MB', 'W_hat, %', 'W_hat, --compile, %'], lines
 
 
 def gpu_inference(logs):
     """Rates of a folded DiracNet on a GPU, and of the ResNet of its depth treated alike."""
     lines = [[of, row['what'], f'{row["n"]:.0f}', f'{row["images_per_second"]:,.0f}',
               shown_ratio(row), f'{row["percent_of_product"]:.0f} %']
-             for of, sides in rates_on_a_gpu(read(logs / 'gpu' / 'rates.csv'), 'inference').items()
+             for of, sides in rates.of_last_gpu(rows_of('gpu', logs)[1], 'inference').items()
              for row in sides.values()]
     return ['network', 'what', 'n', 'images/s', 'ratio (95 %)', 'of a product'], lines
 
@@ -189,7 +190,9 @@ def claims(logs):
 
 def unfinished(experiment, rows, measured):
     """Says what is missing of an experiment of the small budget: nothing where it is finished."""
-    trainings = EXPERIMENTS[experiment](BUDGETS['small']) if experiment in EXPERIMENTS else []
+    if experiment == 'gpu':
+        return '' if rates.trainings(measured) else 'not run yet'
+    trainings = EXPERIMENTS[experiment](BUDGETS['small'])
     done = {(row['series'], row['x'], row['seed']) for row in rows}
     there = sum((t.series, t.x, t.seed) in done for t in trainings)
     if not rows and not measured:

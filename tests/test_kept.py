@@ -28,6 +28,9 @@ def test_a_kept_network_is_what_its_card_says(name):
     assert (len(trained.classes), trained.classes) == (10, sorted(trained.classes))
     last = read_log(LOGS / name / 'log.txt')[-1]
     assert last['epoch'] == last['epochs']
+    seeds = [read_log(log)[-1] for log in (LOGS / name).glob('*log.txt')]
+    assert len({stats['seed'] for stats in seeds}) == len(seeds)
+    assert len({stats['epochs'] for stats in seeds}) == 1
     assert last['n_parameters'] == sum(p.numel() for p in network.parameters())
     columns, lines = tables.kept(LOGS)
     row = next(dict(zip(columns, cells)) for cells in lines if f'[{name}]' in cells[0])

@@ -88,42 +88,52 @@ def test_checks_of_a_gpu_are_shown(tmp_path):
 
 
 RATES = """\
-compared,what,n,images_per_second,milliseconds,ratio,ratio_low,ratio_high,percent_of_product,\
-peak_memory_mb,device
-"training 10-1, batch 8",train.py,9,7,7,1,1,1,1,7,A100
-"training 10-1, batch 8",train.py,20,1000,8,1,1,1,1,7,H100
-"training 10-1, batch 8",train.py --compile,20,4000,2,4,3,5,9.6,10,H100
-"training 10-1, batch 8","float32, NCHW, eager",20,500,16,0.5,0.4,0.6,1,7,H100
-"training 10-1, batch 8","ordinary convolutions, train.py",20,2000,4,2,1,3,1,7,H100
-"training 10-1, batch 8","ordinary convolutions, train.py --compile",20,4000,2,4,3,5,9,7,H100
-"training 10-1, batch 8","resnet, train.py",20,1600,5,1.6,1,2,1,7,H100
-"training 10-1, batch 8","resnet, train.py --compile",20,3200,2.5,3.2,3,4,9,7,H100
-"training 28-1, batch 8",train.py,20,1000,8,1,1,1,1,7,H100
-"inference 18, batch 1","DiracNet-18, deploy()",5,70,7,1,1,1,1,7,H100
-"inference 18, batch 1","DiracNet-18, deploy()",16,1430,0.7,1,1,1,1.2,7,H100
-"inference 18, batch 1","DiracNet-18, deploy()",16,7,7,1,1,1,1,7,CPU
+compared,what,n,images_per_second,ratio,ratio_low,ratio_high,percent_of_product,peak_memory_mb,\
+device
+"training 99-1, batch 8",train.py,20,7,1,1,1,1,7,A100
+"inference 99, batch 1","DiracNet-99, deploy()",5,70,1,1,1,1,7,A100
+"training 10-1, batch 8",train.py,20,7,1,1,1,1,7,H100
+"training 10-1, batch 8",train.py,20,1000,1,1,1,1,7,H100
+"training 10-1, batch 8",train.py --compile,20,4000,4,3.2,5,9.6,10,H100
+"training 10-1, batch 8","float32, NCHW, eager",20,500,0.5,0.4,0.6,1,7,H100
+"training 10-1, batch 8","ordinary convolutions, train.py",20,2000,2,1.5,3,1,7,H100
+"training 10-1, batch 8","ordinary convolutions, train.py --compile",20,4000,4.16,4,4.8,9,7,H100
+"training 10-1, batch 8","resnet, train.py",20,1600,1.6,1,2,1,7,H100
+"training 10-1, batch 8","resnet, train.py --compile",20,3200,3.2,3,4,9,7,H100
+"training 28-1, batch 8",train.py,20,1000,1,1,1,1,7,H100
+"inference 18, batch 1","DiracNet-18, deploy()",5,70,1,1,1,1,7,H100
+"inference 18, batch 1","DiracNet-18, deploy()",16,1430,1,1,1,1.2,7,H100
+"training 10-1, batch 8",train.py,20,7,1,1,1,1,7,CPU
 """
 
 
-def test_rates_of_a_gpu_are_shown_and_answer_what_w_hat_costs(tmp_path):
+def test_rates_of_a_gpu_are_those_of_the_last_one(tmp_path):
     (tmp_path / 'gpu').mkdir()
     (tmp_path / 'gpu' / 'rates.csv').write_text(RATES)
     columns, lines = tables.gpu_training(tmp_path)
-    assert len(columns) == len(lines[0])  # 28-1 waits for --compile
+    assert len(columns) == len(lines[0])
     assert lines == [['10-1, batch 8', '20', '500', '1,000', '4,000', '3,200', '10 %', '10',
-                      '+100.0 %', '+0.0 %']]
+                      '+100 (+50 to +200)', '+4 (-20 to +50)']]  # 28-1 is not whole
     assert tables.gpu_inference(tmp_path)[1] == [
         ['18, batch 1', 'DiracNet-18, deploy()', '16', '1,430', '1.00 (1.00 to 1.00)', '1 %']]
+
+
+def test_what_w_hat_costs_on_a_gpu_is_answered(tmp_path):
+    (tmp_path / 'gpu').mkdir()
+    (tmp_path / 'gpu' / 'rates.csv').write_text(RATES)
     _, measured = tables.rows_of('gpu', tmp_path)
-    assert answer('gpu', measured=measured) == (
-        'time of a step +100.0 to +100.0 %, with --compile +0.0 to +0.0 % (bfloat16, 1 networks, '
-        'H100)', 'partly')
-    for row in measured:
-        if row['what'].startswith('ordinary'):
-            row['milliseconds'] = {'train.py': 7.9}.get(row['what'].split(', ')[1], 1.99)
-    assert answer('gpu', measured=measured)[1] == 'yes'
-    assert tables.unfinished('gpu', [], []) == 'not run yet'
     assert tables.unfinished('gpu', [], measured) == ''
+    assert answer('gpu', measured=measured) == (
+        'time of a step +100.0 to +100.0 %, with --compile +4.0 to +4.0 % (bfloat16, 1 '
+        'comparisons, H100)', 'partly')
+    ordinary = [row for row in measured if row['what'].startswith('ordinary')]
+    for eager, compiled, expected in ((1.04, 4.16, 'yes'), (1.06, 4.4, 'no')):
+        for row, ratio in zip(ordinary, (eager, compiled), strict=True):
+            row['ratio'] = ratio
+        assert answer('gpu', measured=measured)[1] == expected
+    assert tables.unfinished('gpu', [], [row for row in measured if row not in ordinary]) == (
+        'not run yet')
+    assert tables.unfinished('gpu', [], []) == 'not run yet'
 
 
 def test_points_are_in_the_order_of_their_numbers():
