@@ -125,18 +125,35 @@ def by_depth(logs):
     return ['network', *(f'{layers:.0f} layers' for layers in sorted(depths))], lines
 
 
+def compared(first, second):
+    """The points that both of two tables have: yields (series, x) and what both came to."""
+    columns = [grouped(whole(rows), 'series', 'x') for rows in (first, second)]
+    for key in [key for key in columns[0] if key in columns[1]]:
+        cells = [[row['test_acc_percent'] for row in groups[key]] for groups in columns]
+        means = [mean_and_deviation(values)[0] for values in cells]
+        yield key, [' and '.join(str(len(values)) for values in cells), *map(shown, cells),
+                    f'{round(means[1] - means[0], 2) + 0:+.2f}']
+
+
 def devices(logs):
     """What the same trainings of `depth` came to on a GPU, and before on a CPU (cpu.csv)."""
-    tables = [whole(read(logs / 'depth' / name)) for name in ('cpu.csv', 'results.csv')]
-    columns = [grouped([row for row in rows if (row['device'] == 'CPU') == on_cpu], 'series', 'x')
-               for rows, on_cpu in zip(tables, (True, False))]
-    lines = []
-    for series, depth in [key for key in columns[0] if key in columns[1]]:
-        cells = [[row['test_acc_percent'] for row in groups[series, depth]] for groups in columns]
-        means = [mean_and_deviation(values)[0] for values in cells]
-        lines.append([f'{series}-{depth:.0f}-1', ' and '.join(str(len(values)) for values in cells),
-                      *map(shown, cells), f'{round(means[1] - means[0], 2) + 0:+.2f}'])
+    cpu, gpu = ([row for row in read(logs / 'depth' / name) if (row['device'] == 'CPU') == on_cpu]
+                for name, on_cpu in (('cpu.csv', True), ('results.csv', False)))
+    lines = [[f'{series}-{depth:.0f}-1', *cells] for (series, depth), cells in compared(cpu, gpu)]
     return ['network', 'n', 'CPU, %', 'GPU, %', 'GPU - CPU'], lines
+
+
+def again(logs):
+    """What was trained a second time, from nothing (again.csv), and what it had come to."""
+    lines = []
+    for name in EXPERIMENTS:
+        rows, seconds = rows_of(name, logs)[0], read(logs / name / 'again.csv')
+        for (series, x), cells in compared(rows, seconds):
+            minutes = sum(row['train_seconds'] for row in seconds
+                          if (row['series'], row['x']) == (series, x)) / 60
+            lines.append([name, series, f'{x:g}', *cells, f'{minutes:.0f}'])
+    return ['experiment', 'network', 'at', 'n', 'first, %', 'again, %', 'again - first',
+            'minutes'], lines
 
 
 def gpu_checks(logs):
@@ -218,9 +235,10 @@ TABLES = {  # of the others: results
     'init': functools.partial(results, x="times Kaiming's deviation"),
     'int8': int8, 'cost': cost, 'speedrun': speedrun,
 }
-WORDS = 'here', 'network', 'dtype', 'what', 'whose', 'change', 'holds'  # columns of text
+WORDS = 'here', 'experiment', 'network', 'dtype', 'what', 'whose', 'change', 'holds'  # of text
 OTHERS = {  # not one line a point of an experiment
     'claims': claims, 'tried': tried, 'kept': kept, 'by-depth': by_depth, 'devices': devices,
+    'again': again,
     'gpu-checks': gpu_checks, 'gpu-training': gpu_training, 'gpu-inference': gpu_inference,
 }
 

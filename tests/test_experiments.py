@@ -95,7 +95,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     tiny('init', tmp_path, '--only', 'plain, 1, *')
     assert read(table) == before
     # the same training in another experiment: its row, in that one's place, and no time left
-    monkeypatch.setattr(run, 'RATE', 1)
+    monkeypatch.setattr(run, 'RATES', {1: 1})
     row, = read(tiny('depth', tmp_path, '--only', 'plain*') / 'results.csv')
     assert row == {**before[0], 'x': '10'}
     assert 'plain, 10, seed 1; 0.0 h left' in capsys.readouterr().out
@@ -326,3 +326,14 @@ def test_the_list_says_hours(capsys):
     assert all(f'| {name} ' in out for name in EXPERIMENTS)
     cost = next(line.split('|') for line in out.splitlines() if line.startswith('| cost '))
     assert float(cost[3]) > 0  # nothing is trained, but it is timed
+    # three DiracNets-28-1 and three that repeat delta, of 200,000 images each: 54.8e6 multiply-adds
+    delta = next(line.split('|') for line in out.splitlines() if line.startswith('| delta '))
+    assert float(delta[3]) == pytest.approx(
+        6 * 200_000 * 3 * 54.8e6 / run.RATES[1] / 3600, abs=0.06)
+
+
+@pytest.mark.parametrize(('width', 'rate'), [(0.25, 2), (0.5, 2), (1, 5), (1.5, 5), (10, 7)])
+def test_seconds_are_counted_at_the_rate_of_the_width(width, rate, monkeypatch):
+    monkeypatch.setattr(run, 'RATES', {0.5: 2, 1: 5, 4: 7})
+    training, = BUDGETS['tiny'].trainings('diracnet', 0, model='diracnet', depth=10, width=width)
+    assert run.seconds(training) == run.work(training) / rate

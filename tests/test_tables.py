@@ -78,6 +78,19 @@ def test_devices_are_compared_where_both_have_trained(tmp_path):
     assert len(columns) == len(lines[0])
 
 
+def test_what_was_trained_again_stands_beside_what_it_was(tmp_path):
+    (tmp_path / 'delta').mkdir()
+    head = 'series,x,ended,test_acc_percent,train_seconds\n'
+    (tmp_path / 'delta' / 'results.csv').write_text(
+        head + 'diracnet,0,whole,70,1\nrepeated,1,whole,60,1\n')
+    (tmp_path / 'delta' / 'again.csv').write_text(
+        head + 'diracnet,0,whole,71,90\ndiracnet,0,whole,73,90\n')
+    columns, lines = tables.again(tmp_path)
+    assert lines == [
+        ['delta', 'diracnet', '0', '1 and 2', '70.00', '72.00 ± 1.41', '+2.00', '3']]
+    assert len(columns) == len(lines[0])
+
+
 def test_checks_of_a_gpu_are_shown(tmp_path):
     (tmp_path / 'gpu').mkdir()
     (tmp_path / 'gpu' / 'checks.csv').write_text(
