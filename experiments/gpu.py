@@ -219,16 +219,21 @@ def here(device):
 
 
 def rows_of(comparison, product, where):
-    """The rows of a comparison: rates, and ratios to the first side that was measured."""
+    """The rows of a comparison: rates, and ratios to the first side that was measured.
+
+    Those of ordinary convolutions are to the DiracNet in the same form: what W_hat costs.
+    """
     rows, measured = [], [side for side in comparison.sides if len(side.seconds) >= LEAST]
+    by_name = {side.name: side for side in measured}
     for side in measured:
+        base = by_name.get(rates.PAIRED.get(side.name), measured[0])
         rate = side.images / statistics.median(side.seconds)
         tflops = 2e-12 * side.multiply_adds * rate
         rows.append({
             'compared': comparison.title, 'what': side.name, 'n': len(side.seconds),
             'images_per_second': round(rate, 1),
             'milliseconds': round(1000 * statistics.median(side.seconds), 3),
-            **ratio_to(measured[0].seconds, side.seconds),
+            **ratio_to(base.seconds, side.seconds), 'ratio_to': base.name,
             'tflop_per_second': round(tflops, 2),
             'percent_of_product': round(100 * tflops / product, 1),
             'product_tflop_per_second': round(product, 1),
@@ -241,9 +246,9 @@ def rows_of(comparison, product, where):
 def show(rows):
     target = rows[0]['target']
     print(f'\n{rows[0]["compared"]}: {rows[0]["n"]} turns' + (f'; target: {target}' * bool(target)))
-    print_table(['', 'images/s', 'ms', 'ratio (95 %)', 'TFLOP/s', 'of the product', 'MB'], [[
+    print_table(['', 'images/s', 'ms', 'ratio (95 %)', 'to', 'TFLOP/s', 'of the product', 'MB'], [[
         row['what'], f'{row["images_per_second"]:,.0f}', f'{row["milliseconds"]:,.2f}',
-        shown_ratio(row),
+        shown_ratio(row), row['ratio_to'],
         f'{row["tflop_per_second"]:,.1f}', f'{row["percent_of_product"]:.0f} %',
         f'{row["peak_memory_mb"]:,}',
     ] for row in rows])

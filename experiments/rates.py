@@ -21,6 +21,9 @@ def ordinary(form):
     return f'ordinary convolutions, {form}'
 
 
+PAIRED = {ordinary(form): form for form in FORMS}  # their ratios are to the DiracNet so
+
+
 def resnet(sides, form):
     """The row of the ResNet, of CIFAR or torchvision's, in a form: None where it was left out."""
     return next((row for what, row in sides.items()
@@ -36,9 +39,11 @@ def trainings(measured):
 def more_for_w_hat(sides, form):
     """How much more time a step takes with W_hat than with W in its place, in per cent.
 
-    Returns (median, low, high): by turns where the two were timed in turns with each other, which
-    train.py's own form was with all; of other forms a quotient, and low and high its outer bounds.
+    Returns (median, low, high): over turns, where the ratio is to that form; of earlier rows, whose
+    ratios are to the first side, a quotient of two, and low and high its outer bounds.
     """
     own, other = sides[form], sides[ordinary(form)]
+    if other['ratio_to'] == form:
+        return [100 * (other[name] - 1) for name in ('ratio', 'ratio_low', 'ratio_high')]
     return [100 * (other[a] / own[b] - 1) for a, b in (
         ('ratio', 'ratio'), ('ratio_low', 'ratio_high'), ('ratio_high', 'ratio_low'))]

@@ -62,6 +62,15 @@ def test_rates_and_ratios():
     assert (short['tflop_per_second'], short['percent_of_product']) == (1, 50)
 
 
+def test_w_hat_is_told_from_ordinary_convolutions_in_the_same_form():
+    names = 'train.py', 'train.py --compile', 'ordinary convolutions, train.py --compile', 'resnet'
+    sides = [Side(name, None, (), 10, seconds=[seconds] * 5)
+             for name, seconds in zip(names, (0.6, 0.2, 0.16, 0.3))]
+    rows = gpu.rows_of(Comparison('training', sides), 2.0, gpu.here(CPU))
+    assert [(row['ratio'], row['ratio_to']) for row in rows] == [
+        (1, 'train.py'), (3, 'train.py'), (1.25, 'train.py --compile'), (2, 'train.py')]
+
+
 def test_nothing_new_is_begun_when_the_time_is_over(capsys, tmp_path):
     comparison = Comparison('late', [Side('side', lambda: pytest.fail('begun'), (), 1)])
     gpu.time_in_order([comparison], 1.0, CPU, tmp_path / 'rates.csv', {}, time.monotonic() - 1)

@@ -101,22 +101,22 @@ def test_checks_of_a_gpu_are_shown(tmp_path):
 
 
 RATES = """\
-compared,what,n,images_per_second,ratio,ratio_low,ratio_high,percent_of_product,peak_memory_mb,\
-device
-"training 99-1, batch 8",train.py,20,7,1,1,1,1,7,A100
-"inference 99, batch 1","DiracNet-99, deploy()",5,70,1,1,1,1,7,A100
-"training 10-1, batch 8",train.py,20,7,1,1,1,1,7,H100
-"training 10-1, batch 8",train.py,20,1000,1,1,1,1,7,H100
-"training 10-1, batch 8",train.py --compile,20,4000,4,3.2,5,9.6,10,H100
-"training 10-1, batch 8","float32, NCHW, eager",20,500,0.5,0.4,0.6,1,7,H100
-"training 10-1, batch 8","ordinary convolutions, train.py",20,2000,2,1.5,3,1,7,H100
-"training 10-1, batch 8","ordinary convolutions, train.py --compile",20,4000,4.16,4,4.8,9,7,H100
-"training 10-1, batch 8","resnet, train.py",20,1600,1.6,1,2,1,7,H100
-"training 10-1, batch 8","resnet, train.py --compile",20,3200,3.2,3,4,9,7,H100
-"training 28-1, batch 8",train.py,20,1000,1,1,1,1,7,H100
-"inference 18, batch 1","DiracNet-18, deploy()",5,70,1,1,1,1,7,H100
-"inference 18, batch 1","DiracNet-18, deploy()",16,1430,1,1,1,1.2,7,H100
-"training 10-1, batch 8",train.py,20,7,1,1,1,1,7,CPU
+compared,what,n,images_per_second,ratio,ratio_low,ratio_high,ratio_to,\
+percent_of_product,peak_memory_mb,device
+"training 99-1, batch 8",train.py,20,7,1,1,1,train.py,1,7,old
+"inference 99, batch 1","DiracNet-99, deploy()",5,70,1,1,1,first,1,7,old
+"training 10-1, batch 8",train.py,20,7,1,1,1,train.py,1,7,GPU
+"training 10-1, batch 8",train.py,20,1000,1,1,1,train.py,1,7,GPU
+"training 10-1, batch 8",train.py --compile,20,4000,4,3.2,5,train.py,9.6,10,GPU
+"training 10-1, batch 8","float32, NCHW, eager",20,500,0.5,0.4,0.6,train.py,1,7,GPU
+"training 10-1, batch 8","ordinary convolutions, train.py",20,2000,2,1.5,3,train.py,1,7,GPU
+"training 10-1, batch 8","ordinary convolutions, train.py --compile",9,4,4.16,4,4.8,train.py,9,7,GPU
+"training 10-1, batch 8","resnet, train.py",20,1600,1.6,1,2,train.py,1,7,GPU
+"training 10-1, batch 8","resnet, train.py --compile",20,3200,3.2,3,4,train.py,9,7,GPU
+"training 28-1, batch 8",train.py,20,1000,1,1,1,train.py,1,7,GPU
+"inference 18, batch 1","DiracNet-18, deploy()",5,70,1,1,1,first,1,7,GPU
+"inference 18, batch 1","DiracNet-18, deploy()",16,1430,1,1,1,first,1.2,7,GPU
+"training 10-1, batch 8",train.py,20,7,1,1,1,train.py,1,7,CPU
 """
 
 
@@ -138,12 +138,14 @@ def test_what_w_hat_costs_on_a_gpu_is_answered(tmp_path):
     assert tables.unfinished('gpu', [], measured) == ''
     assert answer('gpu', measured=measured) == (
         'time of a step +100.0 to +100.0 %, with --compile +4.0 to +4.0 % (bfloat16, 1 '
-        'comparisons, H100)', 'partly')
+        'comparisons, GPU)', 'partly')
     ordinary = [row for row in measured if row['what'].startswith('ordinary')]
     for eager, compiled, expected in ((1.04, 4.16, 'yes'), (1.06, 4.4, 'no')):
         for row, ratio in zip(ordinary, (eager, compiled), strict=True):
             row['ratio'] = ratio
         assert answer('gpu', measured=measured)[1] == expected
+    ordinary[1] |= {'ratio': 1.04, 'ratio_to': 'train.py --compile'}  # as timed from now on
+    assert 'with --compile +4.0 to +4.0 %' in answer('gpu', measured=measured)[0]
     assert tables.unfinished('gpu', [], [row for row in measured if row not in ordinary]) == (
         'not run yet')
     assert tables.unfinished('gpu', [], []) == 'not run yet'
