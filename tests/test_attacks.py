@@ -25,6 +25,7 @@ import train
 from diracimage import DataError, read_test_image
 from runs import assert_same_run, params_of, refused, run, stats_of, write_sets
 from training import augment, checkpoint
+from training.batches import WorkerError, read_batches
 
 ROOT = Path(train.__file__).parent
 
@@ -170,6 +171,18 @@ def test_a_reading_process_that_dies_costs_no_step(large_images, tmp_path):
     assert errors.count('\n') == 1
     saved = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
     assert saved['epoch'] >= 1
+
+
+@pytest.mark.parametrize('error', [EOFError(), ConnectionResetError(104, 'reset by peer')])
+def test_a_reading_process_that_dies_while_it_hands_a_batch_over(error):
+    def loader():
+        yield 'a batch'
+        raise error
+
+    batches = read_batches(loader())
+    assert next(batches) == 'a batch'
+    with pytest.raises(WorkerError, match=rf'died \(DataLoader worker: {type(error).__name__}\)'):
+        next(batches)
 
 
 def test_a_reading_process_that_dies_breaks_no_step(large_images):

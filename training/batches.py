@@ -68,10 +68,13 @@ def read_batches(loader):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, before)
         yield from reading
-    except RuntimeError as error:
-        if 'DataLoader worker' not in str(error):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        if 'DataLoader worker' in str(error):
+            reason = str(error).splitlines()[0]
+        elif isinstance(error, RuntimeError):
             raise
-        reason = str(error).splitlines()[0]
+        else:  # it died while it handed a batch over, before torch saw that it is dead
+            reason = f'DataLoader worker: {type(error).__name__}'
         raise WorkerError(f'a process that reads images died ({reason}): expected enough memory, '
                           'or fewer --nthread') from error
 
