@@ -63,7 +63,7 @@ def training_step(make, kind, batch, form, device):
     eager = form == rates.EAGER
     network = make().to(device)
     optimizer = make_sgd(network, fused=device.type == 'cuda' and not eager)
-    run = network if form != 'train.py --compile' else compiled(network, device)
+    run = network if form != rates.COMPILED else compiled(network, device)
     step = train.make_step(run, inputs, 'float' if eager else 'bfloat16', device)
     images = torch.randint(256, (batch, inputs.size, inputs.size, 3), dtype=torch.uint8,
                            device=device).permute(0, 3, 1, 2)

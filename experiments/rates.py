@@ -1,6 +1,7 @@
 """Reads what `python -m experiments.gpu` timed: rows of logs/gpu/rates.csv."""
 
-FORMS = ('train.py', 'train.py --compile')
+COMPILED = 'train.py --compile'
+FORMS = 'train.py', COMPILED
 EAGER = 'float32, NCHW, eager'
 
 
@@ -33,7 +34,7 @@ def resnet(sides, form):
 def trainings(measured):
     """The comparisons of training that are whole: a side may lack memory, or --compile be off."""
     return {of: sides for of, sides in of_last_gpu(measured, 'training').items()
-            if sides.keys() >= {EAGER, *FORMS, *map(ordinary, FORMS)} and resnet(sides, FORMS[1])}
+            if sides.keys() >= {EAGER, *FORMS, *PAIRED} and resnet(sides, COMPILED)}
 
 
 def more_for_w_hat(sides, form):

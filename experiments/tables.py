@@ -167,9 +167,9 @@ def gpu_training(logs):
     """Rates of a training step on a GPU: as train.py runs it, and compiled."""
     lines = []
     for of, sides in rates.trainings(rows_of('gpu', logs)[1]).items():
-        compiled = sides[rates.FORMS[1]]
+        compiled = sides[rates.COMPILED]
         shown_rates = [sides[rates.EAGER], *map(sides.get, rates.FORMS),
-                       rates.resnet(sides, rates.FORMS[1])]
+                       rates.resnet(sides, rates.COMPILED)]
         lines.append([
             of, f'{compiled["n"]:.0f}',
             *(f'{row["images_per_second"]:,.0f}' for row in shown_rates),
@@ -238,8 +238,8 @@ TABLES = {  # of the others: results
 WORDS = 'here', 'experiment', 'network', 'dtype', 'what', 'whose', 'change', 'holds'  # of text
 OTHERS = {  # not one line a point of an experiment
     'claims': claims, 'tried': tried, 'kept': kept, 'by-depth': by_depth, 'devices': devices,
-    'again': again,
-    'gpu-checks': gpu_checks, 'gpu-training': gpu_training, 'gpu-inference': gpu_inference,
+    'again': again, 'gpu-checks': gpu_checks, 'gpu-training': gpu_training,
+    'gpu-inference': gpu_inference,
 }
 
 

@@ -175,14 +175,22 @@ def test_a_reading_process_that_dies_costs_no_step(large_images, tmp_path):
 
 @pytest.mark.parametrize('error', [EOFError(), ConnectionResetError(104, 'reset by peer')])
 def test_a_reading_process_that_dies_while_it_hands_a_batch_over(error):
-    def loader():
-        yield 'a batch'
-        raise error
+    class Loader:
+        num_workers = 2
 
-    batches = read_batches(loader())
+        def __iter__(self):
+            yield 'a batch'
+            raise error
+
+    loader = Loader()
+    batches = read_batches(loader)
     assert next(batches) == 'a batch'
     with pytest.raises(WorkerError, match=rf'died \(DataLoader worker: {type(error).__name__}\)'):
         next(batches)
+    loader.num_workers = 0  # the error is of the data set itself
+    with pytest.raises(type(error)) as raised:
+        list(read_batches(loader))
+    assert raised.value is error
 
 
 def test_a_reading_process_that_dies_breaks_no_step(large_images):

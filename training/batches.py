@@ -71,7 +71,7 @@ def read_batches(loader):
     except (RuntimeError, EOFError, ConnectionError) as error:
         if 'DataLoader worker' in str(error):
             reason = str(error).splitlines()[0]
-        elif isinstance(error, RuntimeError):
+        elif isinstance(error, RuntimeError) or not loader.num_workers:
             raise
         else:  # it died while it handed a batch over, before torch saw that it is dead
             reason = f'DataLoader worker: {type(error).__name__}'
