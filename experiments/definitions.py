@@ -37,6 +37,17 @@ class Training:
         return f'{self.series}, {self.x:g}, seed {self.seed}'
 
 
+def words_of(options):
+    """Options of train.py as words."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(f'--{name}' if value else f'--no-{name}')
+        else:
+            words += [f'--{name}', str(value)]
+    return words
+
+
 @dataclass(frozen=True)
 class Budget:
     """How long each training is, and how many there are."""
@@ -71,7 +82,6 @@ BUDGETS = {
         speedrun=((1, slice(2), 1),),
     ),
 }
-TIMED = {'cost': 0.1}  # hours of what is timed in an experiment: 7 minutes on 2 CPU cores, alone
 INIT_SCALES = (1, 0.1, 0.01)
 VARIANTS = {  # of the recipe of the speed-run: one thing changed at a time
     'the recipe': {},

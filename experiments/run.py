@@ -11,7 +11,6 @@ stopped goes on where it was, and what another process trains is left to it.
 
 import argparse
 import fnmatch
-import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,19 +22,13 @@ import networks
 import train
 from command import Options, errors_in_one_line, print_table, say
 from experiments import figures, measures
-from experiments.definitions import BUDGETS, EXPERIMENTS, TIMED
+from experiments.definitions import BUDGETS, EXPERIMENTS, words_of
+from experiments.hours import counted, seconds, work
 from experiments.keep import write_log
 from experiments.starts import started
 from experiments.turns import ROOT, append, device_name, environment, read_rows
-from training.augment import growing_sizes
 from training.checkpoint import LOG, DivergedError, Lock, read_log
 from training.options import DATASETS, folder
-from training.options import parse_options as parse_training
-
-# multiply-adds a second of 2 CPU cores in bfloat16, by width: narrow layers do fewer at a time.
-# Loading and testing are in them; what was measured is in docs/results.md.
-RATES = {0.5: 2.5e10, 1: 9e10, 2: 1.3e11, 4: 1.7e11}
-DIGITS, CIFAR = 1437, 50_000  # images of training
 
 
 @dataclass(frozen=True)
@@ -68,43 +61,7 @@ class Place:
         return next(filter(None, (self.row(training, name) for name in EXPERIMENTS)), None)
 
 
-# ---------------------------------------------------------------- what there is to do
-
-
-@functools.cache
-def _multiply_adds(model, sizes, pixels):
-    with torch.device('meta'):
-        network = networks.build(model, 'CIFAR10', **dict(sizes))
-    return networks.multiply_adds(network, pixels)
-
-
-def work(training):
-    """Counts the multiply-adds of a training: forward and, twice that, backward."""
-    opt = parse_training(words_of(training.options))
-    sizes = tuple((name, getattr(opt, name)) for name in networks.FAMILIES[opt.model].options)
-    images = DIGITS if opt.dataset == 'Digits' else CIFAR
-    return 3 * images * sum(_multiply_adds(opt.model, sizes, pixels)
-                            for pixels in growing_sizes(opt.image_size, opt.grow, opt.epochs))
-
-
-def seconds(training):
-    """How long a training takes 2 CPU cores that do nothing else, at most: counted."""
-    width = training.options.get('width', max(RATES))  # of the speed-run's network: as wide
-    return work(training) / RATES[max((w for w in RATES if w <= width), default=min(RATES))]
-
-
 # ---------------------------------------------------------------- one training
-
-
-def words_of(options):
-    """Options of train.py as words."""
-    words = []
-    for name, value in options.items():
-        if isinstance(value, bool):
-            words.append(f'--{name}' if value else f'--no-{name}')
-        else:
-            words += [f'--{name}', str(value)]
-    return words
 
 
 def write_start(training, path):
@@ -210,13 +167,13 @@ def train_all(trainings, experiment, place):
 
     What another process trains now is left to it.
     """
-    counted = [seconds(training) if is_to_train(training, experiment, place) else 0
-               for training in trainings]
+    left = [seconds(training) if is_to_train(training, experiment, place) else 0
+            for training in trainings]
     done, took = 0, 0
     for i, training in enumerate(trainings):
         pace = took / done if done else 1
         say(f'\n{experiment}: training {i + 1} of {len(trainings)}: {training.name}; '
-            f'{pace * sum(counted[i:]) / 3600:.1f} h left')
+            f'{pace * sum(left[i:]) / 3600:.1f} h left')
         begun = time.monotonic()
         folder = place.folder(training)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +188,7 @@ def train_all(trainings, experiment, place):
             trained = finish(training, experiment, place)
             measures.measure(experiment, training, place)
             if trained:
-                done, took = done + counted[i], took + time.monotonic() - begun
+                done, took = done + left[i], took + time.monotonic() - begun
 
 
 def run(experiment, trainings, place):
@@ -247,13 +204,15 @@ def run(experiment, trainings, place):
     if trainings and others:
         raise ValueError(f'{place.table(experiment)} has rows of {", ".join(others)}: expected '
                          'another --logs')
+    begun = time.monotonic()
     left = [training for training in trainings if not is_done(training, experiment, place)]
     train_all(left, experiment, place)
     if experiment in measures.OF_UNTRAINED:
         measures.OF_UNTRAINED[experiment](trainings, place)
     path = figures.save(experiment, place.logs)
     done = sum(is_done(training, experiment, place) for training in trainings)
-    say(f'{experiment}: {done} of {len(trainings)} trainings done; drawn in {path}')
+    say(f'{experiment}: {done} of {len(trainings)} trainings done, drawn in {path}; '
+        f'took {(time.monotonic() - begun) / 3600:.2f} h')
 
 
 def show_list(budget):
@@ -261,8 +220,7 @@ def show_list(budget):
     rows = []
     for name, define in EXPERIMENTS.items():
         trainings = define(budget)
-        hours = sum(map(seconds, trainings)) / 3600 + TIMED.get(name, 0)
-        rows.append([name, str(len(trainings)), f'{hours:.1f}', define.__doc__])
+        rows.append([name, str(len(trainings)), f'{counted(name, trainings):.1f}', define.__doc__])
     print_table(['experiment', 'trainings', 'hours', 'asks'], rows, left=['asks'])
     print('\nhours: of 2 CPU cores in bfloat16 that do nothing else, at most')
 

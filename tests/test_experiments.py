@@ -14,7 +14,7 @@ import networks
 import train
 from diracconv import dirac_weight
 from diracfile import load_params
-from experiments import figures, measures, run, starts, turns
+from experiments import definitions, figures, hours, measures, run, starts, turns
 from experiments.definitions import BUDGETS, EXPERIMENTS, VARIANTS, Training
 from training import data
 from training.options import parse_options
@@ -95,7 +95,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     tiny('init', tmp_path, '--only', 'plain, 1, *')
     assert read(table) == before
     # the same training in another experiment: its row, in that one's place, and no time left
-    monkeypatch.setattr(run, 'RATES', {1: 1})
+    monkeypatch.setattr(hours, 'RATES', {1: 1})
     row, = read(tiny('depth', tmp_path, '--only', 'plain*') / 'results.csv')
     assert row == {**before[0], 'x': '10'}
     assert 'plain, 10, seed 1; 0.0 h left' in capsys.readouterr().out
@@ -161,7 +161,7 @@ def test_hours_are_counted_by_hand():
     training = Training('plain', 10, 1, {'model': 'plain', 'depth': 10, 'width': 1, 'epochs': 4})
     # 32^2 positions of 3 x 16 and twice 16 x 16; 16^2 of 16 x 32, 32 x 32; 8^2 of 32 x 64, 64 x 64
     convolutions = 9 * (1024 * (48 + 512) + 256 * (512 + 1024) + 64 * (2048 + 4096))
-    assert run.work(training) == 3 * 200_000 * (convolutions + 640)
+    assert hours.work(training) == 3 * 200_000 * (convolutions + 640)
 
 
 def test_hours_of_growing_images_are_counted_by_hand():
@@ -175,12 +175,12 @@ def test_hours_of_growing_images_are_counted_by_hand():
         return first**2 * 12 * 24 + 9 * nines + 2560
 
     counted = sum(convolutions(size) for size in (20, 24, 28, 32))
-    assert run.work(Training('a', 4, 1, options)) == 3 * 50_000 * counted
+    assert hours.work(Training('a', 4, 1, options)) == 3 * 50_000 * counted
 
 
 def test_options_are_words():
     options = {'depth': 10, 'whiten': False, 'nesterov': True}
-    assert run.words_of(options) == ['--depth', '10', '--no-whiten', '--nesterov']
+    assert definitions.words_of(options) == ['--depth', '10', '--no-whiten', '--nesterov']
 
 
 def test_the_recipe_of_the_speed_run_has_the_epochs_of_the_experiment():
@@ -329,11 +329,11 @@ def test_the_list_says_hours(capsys):
     # three DiracNets-28-1 and three that repeat delta, of 200,000 images each: 54.8e6 multiply-adds
     delta = next(line.split('|') for line in out.splitlines() if line.startswith('| delta '))
     assert float(delta[3]) == pytest.approx(
-        6 * 200_000 * 3 * 54.8e6 / run.RATES[1] / 3600, abs=0.06)
+        6 * 200_000 * 3 * 54.8e6 / hours.RATES[1] / 3600, abs=0.06)
 
 
 @pytest.mark.parametrize(('width', 'rate'), [(0.25, 2), (0.5, 2), (1, 5), (1.5, 5), (10, 7)])
 def test_seconds_are_counted_at_the_rate_of_the_width(width, rate, monkeypatch):
-    monkeypatch.setattr(run, 'RATES', {0.5: 2, 1: 5, 4: 7})
+    monkeypatch.setattr(hours, 'RATES', {0.5: 2, 1: 5, 4: 7})
     training, = BUDGETS['tiny'].trainings('diracnet', 0, model='diracnet', depth=10, width=width)
-    assert run.seconds(training) == run.work(training) / rate
+    assert hours.seconds(training) == hours.work(training) / rate

@@ -1,0 +1,43 @@
+"""How long an experiment takes: counted before it is started, from its multiply-adds."""
+
+import functools
+
+import torch
+
+import networks
+from experiments.definitions import words_of
+from training.augment import growing_sizes
+from training.options import parse_options
+
+# multiply-adds a second of 2 CPU cores in bfloat16, by width: narrow layers do fewer at a time.
+# Loading and testing are in them; what was measured is in docs/results.md.
+RATES = {0.5: 2.5e10, 1: 9e10, 2: 1.3e11, 4: 1.7e11}
+DIGITS, CIFAR = 1437, 50_000  # images of training
+TIMED = {'cost': 0.1}  # hours of what is timed in an experiment: 3 to 7 minutes on 2 CPU cores
+
+
+@functools.cache
+def _multiply_adds(model, sizes, pixels):
+    with torch.device('meta'):
+        network = networks.build(model, 'CIFAR10', **dict(sizes))
+    return networks.multiply_adds(network, pixels)
+
+
+def work(training):
+    """Counts the multiply-adds of a training: forward and, twice that, backward."""
+    opt = parse_options(words_of(training.options))
+    sizes = tuple((name, getattr(opt, name)) for name in networks.FAMILIES[opt.model].options)
+    images = DIGITS if opt.dataset == 'Digits' else CIFAR
+    return 3 * images * sum(_multiply_adds(opt.model, sizes, pixels)
+                            for pixels in growing_sizes(opt.image_size, opt.grow, opt.epochs))
+
+
+def seconds(training):
+    """How long a training takes 2 CPU cores that do nothing else, at most: counted."""
+    width = training.options.get('width', max(RATES))  # of the speed-run's network: as wide
+    return work(training) / RATES[max((w for w in RATES if w <= width), default=min(RATES))]
+
+
+def counted(experiment, trainings):
+    """The hours of an experiment."""
+    return sum(map(seconds, trainings)) / 3600 + TIMED.get(experiment, 0)
