@@ -2,7 +2,8 @@
 
     python -m experiments.tables
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of a page is left.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of a page is left. NAME
+may have a folder of logs/ before it: `again/int8` is int8's table of what was trained again.
 """
 
 import functools
@@ -16,6 +17,7 @@ from experiments import rates
 from experiments.claims import CLAIMS
 from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.figures import counts, grouped, mean_and_deviation, read, whole
+from experiments.hours import counted
 from experiments.measures import OF_PARAMETERS
 from experiments.turns import ROOT, read_rows, shown_ratio
 from hubconf import TRAINED
@@ -23,7 +25,7 @@ from training.checkpoint import LOG, read_log
 
 PAGES = [ROOT / name for name in (
     'README.md', 'docs/results.md', 'docs/speed.md', 'docs/speedrun.md')]
-MARKED = re.compile(r'<!-- table: ([\w-]+) -->\n.*?<!-- end -->', re.DOTALL)
+MARKED = re.compile(r'<!-- table: ([\w/-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 
 def shown(values, digits=2):
@@ -144,16 +146,30 @@ def devices(logs):
 
 
 def again(logs):
-    """What was trained a second time, from nothing (again.csv), and what it had come to."""
+    """What was trained a second time, from nothing (logs/again/), and what it had come to."""
     lines = []
     for name in EXPERIMENTS:
-        rows, seconds = rows_of(name, logs)[0], read(logs / name / 'again.csv')
+        rows, seconds = (rows_of(name, folder)[0] for folder in (logs, logs / 'again'))
         for (series, x), cells in compared(rows, seconds):
             minutes = sum(row['train_seconds'] for row in seconds
                           if (row['series'], row['x']) == (series, x)) / 60
             lines.append([name, series, f'{x:g}', *cells, f'{minutes:.0f}'])
     return ['experiment', 'network', 'at', 'n', 'first, %', 'again, %', 'again - first',
             'minutes'], lines
+
+
+def taken(logs):
+    """The hours that are counted of each experiment, and what its trainings took, less their tests:
+    again, on two CPU cores, and on a GPU, where some are of one."""
+    lines = []
+    for name, define in EXPERIMENTS.items():
+        trainings = define(BUDGETS['small'])
+        on_cpu = rows_of(name, logs / 'again')[0]
+        on_gpu = [row for row in rows_of(name, logs)[0] if row['device'] != 'CPU']
+        lines.append([name, f'{len(trainings)}', f'{counted(name, trainings):.1f}', *(
+            f'{sum(row["train_seconds"] for row in rows) / 3600:.2f} of {len(rows)}' if rows else ''
+            for rows in (on_cpu, on_gpu))])
+    return ['experiment', 'trainings', 'hours, counted', 'hours, again', 'hours, H100'], lines
 
 
 def gpu_checks(logs):
@@ -238,7 +254,7 @@ TABLES = {  # of the others: results
 WORDS = 'here', 'experiment', 'network', 'dtype', 'what', 'whose', 'change', 'holds'  # of text
 OTHERS = {  # not one line a point of an experiment
     'claims': claims, 'tried': tried, 'kept': kept, 'by-depth': by_depth, 'devices': devices,
-    'again': again, 'gpu-checks': gpu_checks, 'gpu-training': gpu_training,
+    'again': again, 'hours': taken, 'gpu-checks': gpu_checks, 'gpu-training': gpu_training,
     'gpu-inference': gpu_inference,
 }
 
@@ -256,11 +272,11 @@ def filled(page, logs):
     """Fills the tables between their marks in a text; raises ValueError for an unknown name."""
 
     def fill(match):
-        name = match[1]
+        folder, _, name = match[1].rpartition('/')
         known = [*OTHERS, *EXPERIMENTS]
         if name not in known:
             raise ValueError(f'table: {name}: expected one of {", ".join(known)}')
-        return f'<!-- table: {name} -->\n\n{table(name, logs)}\n\n<!-- end -->'
+        return f'<!-- table: {match[1]} -->\n\n{table(name, logs / folder)}\n\n<!-- end -->'
 
     return MARKED.sub(fill, page)
 

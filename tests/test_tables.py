@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import claims, tables
+from experiments import claims, hours, tables
 
 
 def rows(**series):
@@ -29,9 +29,9 @@ def test_a_table_between_its_marks(tmp_path):
     # the mean of 70 and 74, and the deviation of two values: their difference over sqrt(2)
     of_seeds = ['2, 1 diverged', '72.00 ± 2.83', '1.375 ± 0.177', '368,730']
     for name, column, cells in (
-        ('delta', 'n', ['diracnet']), ('width', 'width', ['diracnet', '2']),
+        ('delta', 'n', ['diracnet']), ('again/width', 'width', ['diracnet', '2']),
     ):
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / 'results.csv').write_text(
             'series,x,ended,test_acc_percent,train_loss,parameters\n'
             'diracnet,2,whole,70,1.5,368730\ndiracnet,2,whole,74,1.25,368730\n'
@@ -79,16 +79,38 @@ def test_devices_are_compared_where_both_have_trained(tmp_path):
 
 
 def test_what_was_trained_again_stands_beside_what_it_was(tmp_path):
-    (tmp_path / 'delta').mkdir()
+    for folder in (tmp_path / 'delta', tmp_path / 'again' / 'delta'):
+        folder.mkdir(parents=True)
     head = 'series,x,ended,test_acc_percent,train_seconds\n'
     (tmp_path / 'delta' / 'results.csv').write_text(
         head + 'diracnet,0,whole,70,1\nrepeated,1,whole,60,1\n')
-    (tmp_path / 'delta' / 'again.csv').write_text(
+    (tmp_path / 'again' / 'delta' / 'results.csv').write_text(
         head + 'diracnet,0,whole,71,90\ndiracnet,0,whole,73,90\n')
     columns, lines = tables.again(tmp_path)
     assert lines == [
         ['delta', 'diracnet', '0', '1 and 2', '70.00', '72.00 ± 1.41', '+2.00', '3']]
     assert len(columns) == len(lines[0])
+
+
+def test_hours_stand_beside_those_that_are_counted(tmp_path):
+    head = 'series,x,seed,ended,train_seconds,device\n'
+    for folder, row in (
+        ('large', 'plain,0,1,whole,900,H100'), ('large', 'resnet,2,1,whole,30000,CPU'),
+        ('again/large', 'plain,0,1,whole,7200,CPU'), ('again/delta', 'diracnet,0,1,whole,360,CPU'),
+    ):
+        table = tmp_path / folder / 'results.csv'
+        table.parent.mkdir(parents=True, exist_ok=True)
+        table.write_text((table.read_text() if table.exists() else head) + row + '\n')
+    columns, lines = tables.taken(tmp_path)
+    assert {len(line) for line in lines} == {len(columns)}
+    by_name = {name: cells for name, *cells in lines}
+    # three trainings each of three networks of 28 layers at width 4: 868 million multiply-adds
+    assert by_name['large'][0] == '9'
+    assert float(by_name['large'][1]) == pytest.approx(
+        9 * 3 * 200_000 * 868e6 / hours.RATES[4] / 3600, rel=0.01)
+    assert by_name['large'][2:] == ['2.00 of 1', '0.25 of 1']
+    assert by_name['delta'][2:] == ['0.10 of 1', '']
+    assert by_name['width'][2:] == ['', '']
 
 
 def test_checks_of_a_gpu_are_shown(tmp_path):
