@@ -3,6 +3,7 @@
 Each side of a comparison is a process of its own, so that its peak memory is its own too.
 """
 
+import contextlib
 import csv
 import fcntl
 import functools
@@ -46,39 +47,54 @@ def serve(pipe, side):
     work = side.prepare(*side.arguments)
     work()
     work()
-    pipe.send(0)
-    while pipe.recv():
-        start = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - start
-        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    pipe.send('ready')
+    with contextlib.suppress(EOFError):  # the pipe is closed: no turn is left
+        while pipe.recv():
+            start = time.perf_counter()
+            work()
+            seconds = time.perf_counter() - start
+            pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
-def start(side):
-    """Starts the process of a side: the pipe to it, once it is ready."""
+@contextlib.contextmanager
+def process_of(side):
+    """Keeps a process for a side: yields a function that has it work once, once it is ready.
+
+    The function returns (seconds, peak memory in MB), and raises RuntimeError if the process ended.
+    """
     context = multiprocessing.get_context('spawn')
     ours, theirs = context.Pipe()
-    context.Process(target=serve, args=(theirs, side)).start()
+    process = context.Process(target=serve, args=(theirs, side))
+    process.start()
     theirs.close()
-    ours.recv()  # one at a time: what they compile and load is not measured
-    return ours
+
+    def turn(word=''):
+        try:
+            if word:
+                ours.send(word)
+            return ours.recv()
+        except (EOFError, ConnectionError):
+            process.join()
+            raise RuntimeError(f'{side.name}: its process ended with {process.exitcode}: expected '
+                               'the time of its work') from None
+
+    with ours:
+        turn()  # one at a time: what they compile and load is not measured
+        yield functools.partial(turn, 'work')
 
 
 def measure(sides, pairs, title):
     """Lets the sides work in turns; fills their seconds and memory."""
-    pipes = []
-    for turn in tqdm(range(pairs), title, disable=None, leave=False):
-        if turn % TURNS == 0:
-            for pipe in pipes:
-                pipe.send(False)
-            pipes = [start(side) for side in sides]
-        for side, pipe in zip(sides, pipes):
-            pipe.send(True)
-            seconds, memory = pipe.recv()
-            side.seconds.append(seconds)
-            side.memory = max(side.memory, memory)
-    for pipe in pipes:
-        pipe.send(False)
+    with tqdm(total=pairs, desc=title, disable=None, leave=False) as progress:
+        for first in range(0, pairs, TURNS):
+            with contextlib.ExitStack() as processes:
+                turns = [processes.enter_context(process_of(side)) for side in sides]
+                for _ in range(min(TURNS, pairs - first)):
+                    for side, turn in zip(sides, turns):
+                        seconds, memory = turn()
+                        side.seconds.append(seconds)
+                        side.memory = max(side.memory, memory)
+                    progress.update()
 
 
 def median_interval(values):
@@ -123,11 +139,14 @@ product_peak = functools.cache(product_rate)  # measured once in a process
 
 
 def commit():
-    """The short name of the commit whose code this is: '' for a copy without git."""
+    """The short name of the commit that is checked out: '' for a copy without git."""
     if not (shutil.which('git') and (ROOT / '.git').exists()):
         return ''
     return subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True,
                           text=True).stdout.strip()
+
+
+COMMIT = commit()  # whose code this is: what is committed while it runs is other code
 
 
 def device_name(device):
@@ -139,7 +158,7 @@ def environment():
     cpus = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
     names = [line.split(':')[1].strip() for line in cpus.splitlines() if 'model name' in line]
     return {'cpu': names[0] if names else platform.processor(), 'cores': os.cpu_count(),
-            'threads': torch.get_num_threads(), 'torch': torch.__version__, 'commit': commit()}
+            'threads': torch.get_num_threads(), 'torch': torch.__version__, 'commit': COMMIT}
 
 
 def compare(title, sides, pairs, table, target=''):
@@ -181,13 +200,21 @@ def read_rows(table):
 
 
 def append(rows, table):
-    """Adds rows, dicts, to a CSV file; processes that do so at once wait for each other."""
+    """Adds rows, dicts, to a CSV file; processes that do so at once wait for each other.
+
+    Raises ValueError if the file has other columns.
+    """
     table = Path(table)
     table.parent.mkdir(parents=True, exist_ok=True)
-    with open(table, 'a', newline='') as file:
+    with open(table, 'a+', newline='') as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-        writer = csv.DictWriter(file, rows[0])
-        if file.seek(0, os.SEEK_END) == 0:
+        file.seek(0)
+        columns = next(csv.reader(file), [])
+        if columns and set(columns) != set(rows[0]):
+            raise ValueError(f'{table}: columns {", ".join(columns)}: expected '
+                             f'{", ".join(rows[0])}')
+        writer = csv.DictWriter(file, columns or rows[0])
+        if not columns:
             writer.writeheader()
         writer.writerows(rows)
 

@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import multiprocessing
 import re
 import subprocess
 import threading
@@ -41,6 +42,42 @@ def writing(path, name):
             file.write(f'{name} {os.getpid()}\n')
 
     return work
+
+
+def test_a_process_that_ends_is_one_line_and_the_others_end_too():
+    sides = [turns.Side('lasting', lasting, (), 1), turns.Side('dying', dying, (3,), 1)]
+    with pytest.raises(RuntimeError, match='^dying: its process ended with 9: expected'):
+        turns.measure(sides, 5, 'deaths')
+    assert [len(side.seconds) for side in sides] == [2, 1]
+    for child in multiprocessing.active_children():
+        child.join(60)
+    assert not multiprocessing.active_children()
+
+
+def lasting():
+    return lambda: None
+
+
+def dying(calls):
+    import os
+
+    left = [None] * calls  # two of them to warm up
+
+    def work():
+        if not left:
+            os._exit(9)
+        left.pop()
+
+    return work
+
+
+def test_rows_of_other_columns_are_not_mixed(tmp_path):
+    table = tmp_path / 'table.csv'
+    turns.append([{'who': 'first', 'n': 1}], table)
+    turns.append([{'n': 2, 'who': 'second'}], table)  # in the order of the file
+    with pytest.raises(ValueError, match='columns who, n: expected who, m'):
+        turns.append([{'who': 'third', 'm': 3}], table)
+    assert table.read_text().split() == ['who,n', 'first,1', 'second,2']
 
 
 def test_rows_wait_for_another_that_appends(tmp_path):
