@@ -1,7 +1,9 @@
 """The GPU's command, as far as a CPU can try it: its checks, its turns and its rows."""
 
 import csv
+import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +37,22 @@ def test_a_check_that_does_not_hold_is_a_row(monkeypatch, tmp_path, capsys):
     assert [row['holds'] for row in rows] == ['no', 'yes', 'no', 'failed']
     assert rows[3]['what'] == 'RuntimeError: no such kernel'
     assert rows[0]['device'] == 'CPU'
+
+
+def test_a_nan_is_never_the_smaller_difference():
+    ones, nan = torch.ones(2), torch.tensor([1.0, float('nan')])
+    assert gpu_checks.most_off({'a': ones, 'b': ones}, {'a': 2 * ones, 'b': ones}) == 0.5
+    assert math.isnan(gpu_checks.most_off({'a': ones, 'b': nan}, {'a': 2 * ones, 'b': ones}))
+
+
+def test_what_ended_before_it_was_killed_is_no_check(tmp_path, monkeypatch):
+    # an epoch is in the log before the process begins, which ends at once
+    (tmp_path / 'log.txt').write_text('json_stats: {"epoch": 1}\n')
+    monkeypatch.setattr(gpu_checks.time, 'sleep', lambda _: None)
+    ended = SimpleNamespace(poll=lambda: 0, kill=lambda: None, wait=lambda: 0)
+    monkeypatch.setattr(gpu_checks.subprocess, 'Popen', lambda *_, **__: ended)
+    with pytest.raises(RuntimeError, match='ended before it was killed'):
+        gpu_checks.killed_and_resumed(tmp_path)
 
 
 def test_resuming_is_the_same_bits(tmp_path):
