@@ -276,6 +276,7 @@ FIGURES = {
     'speedrun': speedrun,
 }
 TALL = {'versions', 'alpha-beta'}
+OF_MEASURED = {'alpha-beta', 'cost', 'int8', 'speedrun'}  # drawn from measured.csv alone
 
 
 def draw(experiment, logs):
@@ -285,6 +286,8 @@ def draw(experiment, logs):
     if not rows and not measured:
         raise ValueError(f'{folder}: no results: expected those of python -m experiments.run '
                          f'{experiment}')
+    if experiment in OF_MEASURED and not measured:
+        raise ValueError(f'{folder}: nothing measured yet: expected rows in measured.csv')
     figure = Figure((11, 7.4 if experiment in TALL else 4.2), dpi=110, layout='constrained')
     FIGURES[experiment](figure, rows, measured, logs)
     diverged = len(read(folder / 'results.csv')) - len(rows)

@@ -7,7 +7,7 @@ import torch
 import networks
 from experiments.definitions import words_of
 from training.augment import growing_sizes
-from training.options import parse_options
+from training.options import of_model, parse_options
 
 # multiply-adds a second of 2 CPU cores in bfloat16, by width: narrow layers do fewer at a time.
 # Loading and testing are in them; what was measured is in docs/results.md.
@@ -23,21 +23,25 @@ def _multiply_adds(model, sizes, pixels):
     return networks.multiply_adds(network, pixels)
 
 
-def work(training):
+def work(training, dataset):
     """Counts the multiply-adds of a training: forward and, twice that, backward."""
     opt = parse_options(words_of(training.options))
-    sizes = tuple((name, getattr(opt, name)) for name in networks.FAMILIES[opt.model].options)
-    images = DIGITS if opt.dataset == 'Digits' else CIFAR
+    sizes = tuple(of_model(opt).items())
+    images = DIGITS if dataset == 'Digits' else CIFAR
     return 3 * images * sum(_multiply_adds(opt.model, sizes, pixels)
                             for pixels in growing_sizes(opt.image_size, opt.grow, opt.epochs))
 
 
-def seconds(training):
+def seconds(training, dataset):
     """How long a training takes 2 CPU cores that do nothing else, at most: counted."""
-    width = training.options.get('width', max(RATES))  # of the speed-run's network: as wide
-    return work(training) / RATES[max((w for w in RATES if w <= width), default=min(RATES))]
+    # at any width the speed-run's network is as wide as the others are at their largest
+    wide = training.options['model'] == 'diracnet-fast'
+    width = max(RATES) if wide else training.options['width']
+    rate = RATES[max((w for w in RATES if w <= width), default=min(RATES))]
+    return work(training, dataset) / rate
 
 
-def counted(experiment, trainings):
-    """The hours of an experiment."""
-    return sum(map(seconds, trainings)) / 3600 + TIMED.get(experiment, 0)
+def hours_of(experiment, budget, trainings):
+    """How long an experiment takes them, in hours."""
+    datasets = (training.options.get('dataset', budget.dataset) for training in trainings)
+    return sum(map(seconds, trainings, datasets)) / 3600 + TIMED.get(experiment, 0)

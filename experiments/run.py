@@ -23,7 +23,7 @@ import train
 from command import Options, errors_in_one_line, print_table, say
 from experiments import figures, measures
 from experiments.definitions import BUDGETS, EXPERIMENTS, words_of
-from experiments.hours import counted, seconds, work
+from experiments.hours import hours_of, seconds, work
 from experiments.keep import write_log
 from experiments.starts import started
 from experiments.turns import ROOT, append, device_name, environment, read_rows
@@ -120,7 +120,8 @@ def row_of(training, place, ended):
         'train_acc_percent': last.get('train_acc', ''), 'train_loss': last.get('train_loss', ''),
         'epochs': len(epochs),
         'train_seconds': round(sum(stats['train_time'] for stats in epochs)),
-        'parameters': last.get('n_parameters', ''), 'multiply_adds': work(training),
+        'parameters': last.get('n_parameters', ''),
+        'multiply_adds': work(training, place.dataset_of(training)),
         'dataset': place.dataset_of(training), 'run': training.run, 'log': log,
         'device': device(), **environment(), 'dtype': last.get('dtype', ''),
     }
@@ -143,19 +144,36 @@ def is_to_train(training, experiment, place):
     return row['ended'] == 'whole' and experiment in measures.OF_PARAMETERS and not kept
 
 
+def expect_its_parameters(training, row, place):
+    """Raises ValueError if the run of a training is another one than that of its row.
+
+    What was trained again, as its parameters were gone, may be: on another machine, for one.
+    """
+    log = place.folder(training) / LOG
+    epochs = read_log(log) if log.exists() else []
+    there = [str(len(epochs)), *(str(stats['test_acc']) for stats in epochs[-1:])]
+    if there != [row['epochs'], row['test_acc_percent']]:
+        raise ValueError(
+            f'{log.parent}: epochs and accuracy {", ".join(there)}: expected '
+            f'{row["epochs"]}, {row["test_acc_percent"]}, as its row has; another --logs begins '
+            'anew')
+
+
 def finish(training, experiment, place):
     """Sees to it that a training has its row and, where they are measured, its parameters.
 
     Returns whether anything was trained.
     """
-    row, left = place.row_of_any(training), is_to_train(training, experiment, place)
-    if left:
-        ended = do(training, place)
-        row = row or row_of(training, place, ended)
+    row, to_train = place.row_of_any(training), is_to_train(training, experiment, place)
+    ended = do(training, place) if to_train else ''
+    if not row:
+        row = row_of(training, place, ended)
+    elif experiment in measures.OF_PARAMETERS and row['ended'] == 'whole':
+        expect_its_parameters(training, row, place)
     if not place.row(training, experiment):
         where = {'series': training.series, 'x': training.x, 'seed': training.seed}
         append([{**row, **where}], place.table(experiment))
-    return left
+    return to_train
 
 
 # ---------------------------------------------------------------- the command
@@ -167,13 +185,13 @@ def train_all(trainings, experiment, place):
 
     What another process trains now is left to it.
     """
-    left = [seconds(training) if is_to_train(training, experiment, place) else 0
-            for training in trainings]
+    counted = [seconds(training, place.dataset_of(training))
+               if is_to_train(training, experiment, place) else 0 for training in trainings]
     done, took = 0, 0
     for i, training in enumerate(trainings):
         pace = took / done if done else 1
         say(f'\n{experiment}: training {i + 1} of {len(trainings)}: {training.name}; '
-            f'{pace * sum(left[i:]) / 3600:.1f} h left')
+            f'{pace * sum(counted[i:]) / 3600:.1f} h left')
         begun = time.monotonic()
         folder = place.folder(training)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +206,7 @@ def train_all(trainings, experiment, place):
             trained = finish(training, experiment, place)
             measures.measure(experiment, training, place)
             if trained:
-                done, took = done + left[i], took + time.monotonic() - begun
+                done, took = done + counted[i], took + time.monotonic() - begun
 
 
 def run(experiment, trainings, place):
@@ -211,8 +229,9 @@ def run(experiment, trainings, place):
         measures.OF_UNTRAINED[experiment](trainings, place)
     path = figures.save(experiment, place.logs)
     done = sum(is_done(training, experiment, place) for training in trainings)
-    say(f'{experiment}: {done} of {len(trainings)} trainings done, drawn in {path}; '
-        f'took {(time.monotonic() - begun) / 3600:.2f} h')
+    hours = (time.monotonic() - begun) / 3600
+    say(f'{experiment}: {done} of {len(trainings)} trainings done, drawn in {path}; this command '
+        f'took {hours:.2f} h')
 
 
 def show_list(budget):
@@ -220,7 +239,8 @@ def show_list(budget):
     rows = []
     for name, define in EXPERIMENTS.items():
         trainings = define(budget)
-        rows.append([name, str(len(trainings)), f'{counted(name, trainings):.1f}', define.__doc__])
+        hours = hours_of(name, budget, trainings)
+        rows.append([name, str(len(trainings)), f'{hours:.1f}', define.__doc__])
     print_table(['experiment', 'trainings', 'hours', 'asks'], rows, left=['asks'])
     print('\nhours: of 2 CPU cores in bfloat16 that do nothing else, at most')
 

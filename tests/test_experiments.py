@@ -2,7 +2,10 @@
 
 import csv
 import functools
+import itertools
 import json
+import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -101,6 +104,42 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     assert 'plain, 10, seed 1; 0.0 h left' in capsys.readouterr().out
 
 
+def test_a_command_says_how_long_it_took(tmp_path, monkeypatch, capsys):
+    tiny('depth', tmp_path, '--only', 'plain*')
+    clock = itertools.count(0, 900)  # a quarter of an hour between two looks at it
+    monkeypatch.setattr(run, 'time', SimpleNamespace(monotonic=lambda: next(clock)))
+    tiny('depth', tmp_path, '--only', 'plain*')
+    assert capsys.readouterr().out.endswith('; this command took 0.25 h\n')
+
+
+def test_what_is_measured_is_the_training_of_the_row(tmp_path, capsys):
+    only = '--only', 'diracnet, *'
+    row, = read(tiny('delta', tmp_path, *only) / 'results.csv')
+    folder = tmp_path / 'runs' / 'Digits' / row['run']
+    shutil.rmtree(folder)  # its parameters are gone: the same training makes them again
+    table = tiny('versions', tmp_path, *only) / 'results.csv'
+    assert read(table) == [{**row, 'x': '1'}]
+    for name in ('results.csv', 'measured.csv'):
+        (table.parent / name).unlink()
+    log = folder / 'log.txt'
+    log.write_text(log.read_text().replace('"test_acc": ', '"test_acc": 1'))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        tiny('versions', tmp_path, *only)
+    error = capsys.readouterr().err
+    assert error.startswith(f'experiments.run: {folder}: epochs and accuracy 1, 1')
+    assert error.endswith(f'expected 1, {row["test_acc_percent"]}, as its row has; another --logs '
+                          'begins anew\n')
+    assert not table.exists()
+
+
+def test_nothing_is_drawn_of_what_is_not_measured_yet(tmp_path):
+    (tmp_path / 'alpha-beta').mkdir()
+    (tmp_path / 'alpha-beta' / 'results.csv').write_text('series,x,seed,ended\nwidth 1,1,1,whole\n')
+    with pytest.raises(ValueError, match='nothing measured yet: expected rows in measured.csv'):
+        figures.draw('alpha-beta', tmp_path)
+
+
 def test_what_stopped_goes_on(tmp_path, monkeypatch):
     words = []
 
@@ -161,7 +200,8 @@ def test_hours_are_counted_by_hand():
     training = Training('plain', 10, 1, {'model': 'plain', 'depth': 10, 'width': 1, 'epochs': 4})
     # 32^2 positions of 3 x 16 and twice 16 x 16; 16^2 of 16 x 32, 32 x 32; 8^2 of 32 x 64, 64 x 64
     convolutions = 9 * (1024 * (48 + 512) + 256 * (512 + 1024) + 64 * (2048 + 4096))
-    assert hours.work(training) == 3 * 200_000 * (convolutions + 640)
+    assert hours.work(training, 'Folder') == 3 * 200_000 * (convolutions + 640)
+    assert hours.work(training, 'Digits') == 3 * 4 * 1437 * (convolutions + 640)
 
 
 def test_hours_of_growing_images_are_counted_by_hand():
@@ -175,7 +215,7 @@ def test_hours_of_growing_images_are_counted_by_hand():
         return first**2 * 12 * 24 + 9 * nines + 2560
 
     counted = sum(convolutions(size) for size in (20, 24, 28, 32))
-    assert hours.work(Training('a', 4, 1, options)) == 3 * 50_000 * counted
+    assert hours.work(Training('a', 4, 1, options), 'Folder') == 3 * 50_000 * counted
 
 
 def test_options_are_words():
@@ -336,4 +376,11 @@ def test_the_list_says_hours(capsys):
 def test_seconds_are_counted_at_the_rate_of_the_width(width, rate, monkeypatch):
     monkeypatch.setattr(hours, 'RATES', {0.5: 2, 1: 5, 4: 7})
     training, = BUDGETS['tiny'].trainings('diracnet', 0, model='diracnet', depth=10, width=width)
-    assert hours.seconds(training) == hours.work(training) / rate
+    assert hours.seconds(training, 'Digits') == hours.work(training, 'Digits') / rate
+
+
+def test_the_network_of_the_speed_run_is_a_wide_one_at_any_width(monkeypatch):
+    monkeypatch.setattr(hours, 'RATES', {0.5: 2, 4: 7})
+    for options in ({}, {'width': 0.75}):
+        training = Training('a', 4, 1, {'recipe': 'speedrun', 'model': 'diracnet-fast', **options})
+        assert hours.seconds(training, 'Folder') == hours.work(training, 'Folder') / 7
