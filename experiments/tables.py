@@ -7,6 +7,7 @@ may have a folder of logs/ before it: `again/int8` is int8's table of what was t
 """
 
 import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from experiments import rates
 from experiments.claims import CLAIMS
 from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.figures import counts, grouped, mean_and_deviation, read, whole
-from experiments.hours import counted
+from experiments.hours import hours_of
 from experiments.measures import OF_PARAMETERS
 from experiments.turns import ROOT, read_rows, shown_ratio
 from hubconf import TRAINED
@@ -158,25 +159,29 @@ def again(logs):
             'minutes'], lines
 
 
-def taken(logs):
-    """The hours that are counted of each experiment, and what its trainings took, less their tests:
-    again, on two CPU cores, and on a GPU, where some are of one."""
-    lines = []
+def hours(logs):
+    """The hours that are counted for an experiment on a CPU, and those that its trainings took.
+
+    On a CPU those of logs/again/, on a GPU the first ones: of training alone, and of how many.
+    """
+    lines, budget = [], BUDGETS['small']
     for name, define in EXPERIMENTS.items():
-        trainings = define(BUDGETS['small'])
-        on_cpu = rows_of(name, logs / 'again')[0]
+        trainings = define(budget)
+        on_cpu = [row for row in rows_of(name, logs / 'again')[0] if row['device'] == 'CPU']
         on_gpu = [row for row in rows_of(name, logs)[0] if row['device'] != 'CPU']
-        lines.append([name, f'{len(trainings)}', f'{counted(name, trainings):.1f}', *(
+        lines.append([name, f'{len(trainings)}', f'{hours_of(name, budget, trainings):.1f}', *(
             f'{sum(row["train_seconds"] for row in rows) / 3600:.2f} of {len(rows)}' if rows else ''
             for rows in (on_cpu, on_gpu))])
-    return ['experiment', 'trainings', 'hours, counted', 'hours, again', 'hours, H100'], lines
+    return ['experiment', 'trainings', 'hours, counted', 'hours, CPU', 'hours, GPU'], lines
 
 
 def gpu_checks(logs):
     """What was compared on a GPU, the last time: how far off it was, and what was allowed."""
-    last = {row['what']: [row['what'], row['off'], row['at_most'], row['holds']]
-            for row in read_rows(logs / 'gpu' / 'checks.csv') if row['device'] != 'CPU'}
-    return ['what', 'off by', 'at most', 'holds'], [*last.values()]
+    rows = [row for row in read_rows(logs / 'gpu' / 'checks.csv') if row['device'] != 'CPU']
+    last = {check: [*of] for check, of in itertools.groupby(rows, lambda row: row['check'])}
+    columns = 'what', 'off', 'at_most', 'holds'
+    lines = [[row[name] for name in columns] for of in last.values() for row in of]
+    return ['what', 'off by', 'at most', 'holds'], lines
 
 
 def gpu_training(logs):
@@ -254,7 +259,7 @@ TABLES = {  # of the others: results
 WORDS = 'here', 'experiment', 'network', 'dtype', 'what', 'whose', 'change', 'holds'  # of text
 OTHERS = {  # not one line a point of an experiment
     'claims': claims, 'tried': tried, 'kept': kept, 'by-depth': by_depth, 'devices': devices,
-    'again': again, 'hours': taken, 'gpu-checks': gpu_checks, 'gpu-training': gpu_training,
+    'again': again, 'hours': hours, 'gpu-checks': gpu_checks, 'gpu-training': gpu_training,
     'gpu-inference': gpu_inference,
 }
 
@@ -274,8 +279,9 @@ def filled(page, logs):
     def fill(match):
         folder, _, name = match[1].rpartition('/')
         known = [*OTHERS, *EXPERIMENTS]
-        if name not in known:
-            raise ValueError(f'table: {name}: expected one of {", ".join(known)}')
+        if name not in known or not (logs / folder).is_dir():
+            raise ValueError(f'table: {match[1]}: expected one of {", ".join(known)}, behind a '
+                             f'folder of {logs} or none')
         return f'<!-- table: {match[1]} -->\n\n{table(name, logs / folder)}\n\n<!-- end -->'
 
     return MARKED.sub(fill, page)

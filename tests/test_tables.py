@@ -44,8 +44,9 @@ def test_a_table_between_its_marks(tmp_path):
         assert head[2].strip() == column
         assert [cell.strip() for cell in row[1:-1]] == cells + of_seeds
         assert tables.filled(filled, tmp_path) == filled
-    with pytest.raises(ValueError, match='nothing'):
-        tables.filled('<!-- table: nothing -->\n<!-- end -->', tmp_path)
+    for name in ('nothing', 'agian/width'):
+        with pytest.raises(ValueError, match=name):
+            tables.filled(f'<!-- table: {name} -->\n<!-- end -->', tmp_path)
 
 
 def test_a_point_whose_trainings_all_diverged_has_no_figures():
@@ -96,12 +97,13 @@ def test_hours_stand_beside_those_that_are_counted(tmp_path):
     head = 'series,x,seed,ended,train_seconds,device\n'
     for folder, row in (
         ('large', 'plain,0,1,whole,900,H100'), ('large', 'resnet,2,1,whole,30000,CPU'),
-        ('again/large', 'plain,0,1,whole,7200,CPU'), ('again/delta', 'diracnet,0,1,whole,360,CPU'),
+        ('again/large', 'plain,0,1,whole,7200,CPU'), ('again/large', 'plain,0,2,whole,9,H100'),
+        ('again/delta', 'diracnet,0,1,whole,360,CPU'),
     ):
         table = tmp_path / folder / 'results.csv'
         table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text((table.read_text() if table.exists() else head) + row + '\n')
-    columns, lines = tables.taken(tmp_path)
+    columns, lines = tables.hours(tmp_path)
     assert {len(line) for line in lines} == {len(columns)}
     by_name = {name: cells for name, *cells in lines}
     # three trainings each of three networks of 28 layers at width 4: 868 million multiply-adds
@@ -116,10 +118,13 @@ def test_hours_stand_beside_those_that_are_counted(tmp_path):
 def test_checks_of_a_gpu_are_shown(tmp_path):
     (tmp_path / 'gpu').mkdir()
     (tmp_path / 'gpu' / 'checks.csv').write_text(
-        'check,what,off,at_most,holds,device\nfolding,folded,1e-03,0.0001,no,H100\n'
-        'folding,folded,1e-06,0.0001,yes,H100\nfolding,folded,1e-07,0.0001,yes,CPU\n')
+        'check,what,off,at_most,holds,device\nfolding,RuntimeError: no kernel,,,failed,H100\n'
+        'onnx,ONNX,1e-03,0.0001,no,H100\nonnx,ONNX Runtime,1e-03,0.0001,no,H100\n'
+        'folding,folded,1e-06,0.0001,yes,H100\nonnx,ONNX,1e-05,0.0001,yes,H100\n'
+        'folding,folded,1e-07,0.0001,yes,CPU\n')
     assert tables.gpu_checks(tmp_path) == (
-        ['what', 'off by', 'at most', 'holds'], [['folded', '1e-06', '0.0001', 'yes']])
+        ['what', 'off by', 'at most', 'holds'], [
+            ['folded', '1e-06', '0.0001', 'yes'], ['ONNX', '1e-05', '0.0001', 'yes']])
 
 
 RATES = """\
