@@ -16,7 +16,6 @@ import argparse
 import functools
 import importlib.util
 import statistics
-from pathlib import Path
 
 import torchvision
 from torch.profiler import ProfilerActivity, profile
@@ -48,12 +47,12 @@ from experiments.sides import (
     step_of_modules,
     step_of_ordinary_convolutions,
 )
-from experiments.turns import Side, compare, draw, product_peak
+from experiments.turns import ROOT, Side, compare, draw, product_peak
 from training import data, distributed, options
 
 DEPLOYED_IMAGES = 64  # through a deployed network in one turn
 STEPS = 5  # of a training in one turn, to find what W_hat takes of it
-TABLE = Path(__file__).parent.parent / 'logs' / 'bench.csv'
+TABLE = ROOT / 'logs' / 'bench.csv'
 DEPTHS = (28, 52, 100, 202, 400)
 
 

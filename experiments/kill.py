@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 import diracfile
 from command import Options, errors_in_one_line
+from experiments.turns import ROOT
 from training import checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ['--dataset', 'Digits', '--depth', '10', '--batch_size', '64', '--epoch_step', '[3]',
            '--save_every', '0.0005']
 

@@ -24,7 +24,7 @@ from training import data
 from training.batches import make_loader
 from training.meters import Meters
 from training.optimizers import make_optimizer
-from training.run import keep_freed_memory
+from training.run import compiled, keep_freed_memory
 
 BATCH = 128
 NATIVE = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'  # what train.py computes in
@@ -186,12 +186,12 @@ def step_of_modules(depth, width):
 # ---------------------------------------------------------------- an epoch
 
 
-def epoch_of_train(depth, width, n, dtype=NATIVE, compiled=False):
+def epoch_of_train(depth, width, n, dtype=NATIVE, to_compile=False):
     """An epoch of train.py, with its meters, on n images in memory."""
     keep_freed_memory()
     network = diracnet(depth, width)
     optimizer = make_sgd(network)
-    step = make_step(torch.compile(network, dynamic=False) if compiled else network, dtype)
+    step = make_step(compiled(network, torch.device('cpu')) if to_compile else network, dtype)
     images = data.MemoryImages(*random_images(n)).augmented(pad=4)
     loader = make_loader(images, BATCH, 0, seed=0)
 

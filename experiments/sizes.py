@@ -9,6 +9,7 @@ from command import Options, print_table
 from diracfold import fold
 from diracimage import Inputs
 from diracnet import DiracNet
+from experiments.definitions import words_of
 from networks import build, multiply_adds
 from training.options import RECIPE_FOLDER
 
@@ -48,10 +49,7 @@ NETWORKS = [  # model, dataset, options, recipe
 
 def command(name, options, recipe):
     """The training command of a network."""
-    words = [f'python train.py --recipe {recipe} --model {name}']
-    for option, value in options.items():
-        words.append(f'--no-{option}' if value is False else f'--{option} {value}')
-    return ' '.join(words)
+    return ' '.join(['python train.py', *words_of({'recipe': recipe, 'model': name, **options})])
 
 
 def source(recipe):
