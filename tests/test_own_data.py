@@ -1,6 +1,7 @@
 """Images of one's own: how they are mirrored and normalised, and given from Python."""
 
 import os
+import re
 import shutil
 import signal
 
@@ -20,7 +21,7 @@ from diracimage import Inputs, normalise
 from pages import blocks
 from runs import assert_same_run, params_of, refused, run, stats_of, write_images
 from training import augment, data, options
-from training.batches import make_loader
+from training.batches import make_loader, read_batches
 from training.data import Data
 
 RNG = np.random.default_rng(0)
@@ -504,6 +505,32 @@ def test_items_of_several_sizes_end_in_one_line(pairs, tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith('train.py: item ')
     assert error.endswith(': expected (8, 8, 3), as the first')
+
+
+class Failing(Items):
+    """The items of a pair, but that the last ones raise what `kind` is."""
+
+    def __getitem__(self, i):
+        if i > len(self.labels) // 2:
+            raise self.kind
+        return self.images[i], self.labels[i]
+
+
+@pytest.mark.parametrize('error', [RuntimeError('stack expects'), EOFError('no more input')])
+def test_an_error_of_a_dataset_in_a_reading_process_stays_what_it_is(pairs, error):
+    sets = Data.of(Failing(pairs[1], error), Items(pairs[2], 'array'))
+    with pytest.raises(type(error), match=str(error)):
+        list(read_batches(make_loader(sets.train, 4, nthread=1)))
+
+
+def test_an_item_that_cannot_be_read_ends_in_one_line_after_a_save(pairs, tmp_path, capsys):
+    truncated = Failing(pairs[1], OSError('image file is truncated'))
+    with pytest.raises(SystemExit) as stopped:
+        go(Data.of(truncated, Items(pairs[2], 'array')), tmp_path, '--batch_size', 2)
+    assert stopped.value.code == 2
+    assert re.fullmatch(r'train.py: item \d+ of the Dataset: image file is truncated',
+                        capsys.readouterr().err.splitlines()[-1])
+    assert (tmp_path / 'model.pt7').exists()
 
 
 def test_data_beside_a_name_are_refused(pairs, capsys):

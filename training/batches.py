@@ -69,10 +69,11 @@ def read_batches(loader):
             signal.signal(signal.SIGCHLD, before)
         yield from reading
     except (RuntimeError, EOFError, ConnectionError) as error:
-        if 'DataLoader worker' in str(error):
+        if 'DataLoader worker (pid' in str(error):
             reason = str(error).splitlines()[0]
-        elif isinstance(error, RuntimeError) or not loader.num_workers:
-            raise
+        elif (isinstance(error, RuntimeError) or str(error).startswith('Caught ')
+              or not loader.num_workers):
+            raise  # of the data set itself
         else:  # it died while it handed a batch over, before torch saw that it is dead
             reason = f'DataLoader worker: {type(error).__name__}'
         raise WorkerError(f'a process that reads images died ({reason}): expected enough memory, '

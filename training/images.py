@@ -157,7 +157,10 @@ class DatasetImages(Images):
         return DatasetImages(items, self.num_classes, self.augmentation)
 
     def _item(self, i):
-        image, label = self.items[i]
+        try:
+            image, label = self.items[i]
+        except OSError as error:  # of a file that it reads
+            raise DataError(f'item {i} of the Dataset: {error}') from error
         try:
             image, label = _pixels(image), operator.index(label)
         except (DataError, TypeError) as error:
