@@ -23,6 +23,7 @@ from training.batches import make_loader, read_batches
 from training.distributed import over_ranks, rank, world
 from training.images import IGNORED, DatasetImages, ImageFiles, MemoryImages
 
+LEAST_PIXELS = 8  # of a side of an image
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 
 
@@ -109,9 +110,9 @@ def _given(images, num_classes):
                             f'{num_classes - 1}')
         images = MemoryImages(pixels, labels.long())
     height, width, _ = images.shape
-    if len(images) == 0 or height != width or height < 8:
+    if len(images) == 0 or height != width or height < LEAST_PIXELS:
         raise DataError(f'{len(images)} images of {height} x {width} pixels: expected square ones '
-                        'of 8 or more')
+                        f'of {LEAST_PIXELS} or more')
     return images
 
 

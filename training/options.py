@@ -19,7 +19,7 @@ from training.augment import FLIPS
 from training.optimizers import OPTIMIZERS, SCHEDULES
 
 MOST = 10_000  # of what makes a network: an error is better than a machine that swaps
-LEAST_PIXELS, MOST_PIXELS = 8, 4096  # of a side of the inputs: at most one image of 200 MB
+MOST_PIXELS = 4096  # of a side of the inputs: one image of 200 MB
 DTYPES = ('auto', 'float', 'bfloat16', 'double')
 MOST_WORKERS = 8  # by default; of more, each has little to do
 METAVARS = {'int': 'N', 'float': 'X', 'folder': 'PATH', 'list': 'LIST'}  # by type, in --help
@@ -62,7 +62,7 @@ def list_of(what, example, least):
 
 
 epoch_list = list_of('epochs', '[60,120,160]', 1)
-size_list = list_of('sizes in pixels', '[20,24,28,32]', LEAST_PIXELS)
+size_list = list_of('sizes in pixels', '[20,24,28,32]', data.LEAST_PIXELS)
 
 
 def normalisation(text):
@@ -146,7 +146,7 @@ def make_parser():
     add('--dataroot', '--imagenetpath', default='.', type=folder,
         help='folder of its files; of ImageNet with train/ and val/, of a Folder with train/CLASS/ '
              'and test/CLASS/ or val/CLASS/')
-    add('--image_size', default=None, type=at_least(LEAST_PIXELS, int, MOST_PIXELS),
+    add('--image_size', default=None, type=at_least(data.LEAST_PIXELS, int, MOST_PIXELS),
         help=f'pixels of a side, of a Folder (default: 32): {NETWORKS_BY_SIZE}')
     add('--randomcrop_pad', default=4, type=at_least(0, int), help='pixels, for small images')
     add('--grow', default='[]', type=size_list,
