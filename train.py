@@ -21,6 +21,7 @@ Going on where a run stopped (with the run's other options), and testing it:
     python train.py --evaluate --resume ./logs/mine --dataset Folder --dataroot ~/images
 """
 
+import itertools
 import os
 import shlex
 import signal
@@ -170,9 +171,14 @@ def train(run, device, signals):
         if due:
             run.save()
 
+    test_steps = itertools.count(1)
+
     def on_test_step():
-        if signals.number and world() == 1:  # several processes stop in the next training step
-            raise StoppedError(signals.number)
+        if world() > 1 and next(test_steps) % STEPS_PER_READING:
+            return
+        number, = distributed.over_ranks([signals.number], dist.ReduceOp.MAX)
+        if number:
+            raise StoppedError(int(number))
 
     if opt.compile:
         compile_time = warm_up(run, train_steps.values(), test_step)
@@ -217,7 +223,8 @@ def train_or_stop(run, device, command):
     except DivergedError as error:
         raise DivergedError(
             f'{error} of epoch {run.epoch + 1}, learning rate '
-            f'{run.optimizer.param_groups[0]["lr"]:g}; the last checkpoint stays'
+            f'{run.optimizer.param_groups[0]["lr"]:g}'
+            + '; the last checkpoint stays' * checkpoint.exists(run.opt.save)
         ) from error
     except StoppedError as stopped:
         run.save()
@@ -245,6 +252,19 @@ def test(opt, device, trained, sets):
         print(f'test_acc: {figures["test_acc"]:.2f}')
 
 
+def train_or_test(opt, begun, device, command):
+    """Does what `begun` is ready for: see `prepare` and `load_to_test`."""
+    try:
+        if opt.evaluate:
+            test(opt, device, *begun)
+        else:
+            print_beginning(begun.args, begun.network, begun.sets, device, begun.dtype)
+            train_or_stop(begun, device, command)
+    except torch.cuda.OutOfMemoryError as error:
+        reason = str(error).split('. ')[0]
+        raise OSError(f'{reason}: expected a smaller --batch_size') from error
+
+
 def main(argv=None, sets=None):
     """Does what the options say, by default those of the command line, and ends as a command does.
 
@@ -259,17 +279,16 @@ def main(argv=None, sets=None):
             if opt.gpu_id:
                 os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
             device = distributed.start(opt.deterministic)
+            if opt.gpu_id and device.type != 'cuda':
+                raise ValueError(f'--gpu_id {opt.gpu_id}: CUDA has none of this number here: '
+                                 'expected another one, or none to train on the CPU')
             if device.type == 'cpu':
                 keep_freed_memory()
             begun = load_to_test(opt, sets) if opt.evaluate else prepare(opt, device, lock, sets)
         try:
             # from here on other errors are faults of the program, and keep their traceback
             with errors_in_one_line('train.py', (DataError, DivergedError, OSError)):
-                if opt.evaluate:
-                    test(opt, device, *begun)
-                else:
-                    print_beginning(begun.args, begun.network, begun.sets, device, begun.dtype)
-                    train_or_stop(begun, device, command)
+                train_or_test(opt, begun, device, command)
         finally:
             distributed.end()
 

@@ -65,8 +65,43 @@ def test_a_run_whose_only_step_diverges_leaves_no_best(images, tmp_path, capsys)
     with pytest.raises(SystemExit) as stopped:
         run(images, tmp_path, '--lr', 1e30, '--epochs', 1, '--batch_size', 2000)
     assert stopped.value.code == 3
-    assert 'test_loss is nan after step 1 of epoch 1' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert 'test_loss is nan after step 1 of epoch 1' in error
+    assert 'checkpoint' not in error  # there is none
     assert not list(tmp_path.iterdir())
+
+
+def test_memory_of_a_gpu_that_is_too_small_is_one_line(images, tmp_path, capsys, monkeypatch):
+    def train_epoch(*arguments):
+        raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0')
+
+    monkeypatch.setattr(train, 'train_epoch', train_epoch)
+    with pytest.raises(SystemExit) as stopped:
+        run(images, tmp_path)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == (
+        'train.py: CUDA out of memory: expected a smaller --batch_size\n')
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.os, 'fsync', fsync)
+    for write in (checkpoint.append_log, checkpoint.cut_log):
+        (tmp_path / 'log.txt').write_text('json_stats: {"epoch": 2}\n')
+        with pytest.raises(OSError, match=r'log.txt cannot be written \(No space left'):
+            write(tmp_path, {'epoch': 3} if write is checkpoint.append_log else 1)
+    assert checkpoint.read_log(tmp_path / 'log.txt') == [{'epoch': 2}]  # it was not cut
+
+
+def test_a_link_in_place_of_the_new_log_is_not_followed(tmp_path):
+    (tmp_path / 'victim').write_text('mine')
+    (tmp_path / 'log.txt.tmp').symlink_to(tmp_path / 'victim')
+    checkpoint.append_log(tmp_path, {'epoch': 1})
+    checkpoint.cut_log(tmp_path, 0)
+    assert (tmp_path / 'victim').read_text() == 'mine'
+    assert (tmp_path / 'log.txt').read_text() == ''
 
 
 def test_a_second_training_in_the_same_folder_is_refused(images, tmp_path, capsys):

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from diracnet import Network, define_diracnet
 from runs import params_of, run, stats_of, write_sets
 from training import data, distributed, options
 from training.batches import make_loader
-from training.run import choose_dtype
+from training.run import choose_dtype, stored, warm_up
 
 ROOT = Path(train.__file__).parent
 
@@ -82,6 +83,19 @@ def test_bfloat16_logits_and_gradients_are_those_of_float64(digits):
     assert F.cosine_similarity(torch.cat(ours), torch.cat(exact), dim=0) > 0.98
 
 
+@pytest.mark.parametrize(('dtype', 'expected'), [
+    ('float', torch.float32), ('bfloat16', torch.bfloat16), ('double', torch.float64)])
+def test_a_step_computes_in_its_dtype(dtype, expected):
+    convolution, computed = torch.nn.Conv2d(3, 10, 32), []
+    convolution.register_forward_hook(lambda *given: computed.append(given[-1].dtype))
+    network = torch.nn.Sequential(convolution, torch.nn.Flatten()).to(stored(dtype))
+    step = train.make_step(network, Inputs.of('CIFAR10'), dtype, torch.device('cpu'))
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    loss, logits = step((images, torch.tensor([0, 1]), 2))
+    assert computed == [expected]
+    assert loss.dtype == logits.dtype == stored(dtype)
+
+
 def test_batches_are_channels_last_and_logits_the_same():
     sets = data.load('Digits')
     images, *_ = next(iter(make_loader(sets.train, 16, seed=1)))
@@ -107,6 +121,25 @@ def test_compiled_training_is_the_same_and_its_warm_up_is_logged(images, tmp_pat
     logs = stats_of(tmp_path / 'eager'), stats_of(tmp_path / 'compiled')
     assert all(s['compile_time'] > 0 for s in logs[1])
     assert not any('compile_time' in s for s in logs[0])
+
+
+def test_batches_of_every_size_are_warmed_up():
+    def images(n):
+        return data.MemoryImages(torch.zeros(n, 8, 8, 3, dtype=torch.uint8), torch.zeros(n).long())
+
+    def step_of(seen):
+        def step(batch):
+            seen.append(len(batch[0]))
+            return network(batch[0].float().mean((2, 3))).sum(), None
+        return step
+
+    network, trained, tested = torch.nn.Linear(3, 2), [], []
+    run_of = SimpleNamespace(
+        network=network, tested=('val', 'test'), opt=SimpleNamespace(batch_size=4),
+        sets=SimpleNamespace(train=images(10), val=images(7), test=images(9)),
+        optimizer=torch.optim.SGD(network.parameters(), 0.1))
+    warm_up(run_of, [step_of(trained)], step_of(tested))
+    assert (set(trained), set(tested)) == ({4, 2}, {4, 3, 1})
 
 
 # ---------------------------------------------------------------- memory

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -25,8 +26,9 @@ from damages import png_of
 from experiments.kill import attack_points, flat, survive
 from pages import text_of
 from runs import assert_same_run, params_of, refused, run, stats_of, write_images
-from training import checkpoint, options
+from training import checkpoint, distributed, meters, options
 from training.optimizers import schedule
+from training.run import expect_one_beginning
 
 ROOT = Path(train.__file__).parent
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
@@ -373,6 +375,51 @@ def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path, count):
         for name, gradient in alone.items():
             error = (gradient - shared[name]).abs().max() / gradient.abs().max().clamp_min(1e-6)
             assert error < 1e-10, name
+
+
+@pytest.mark.parametrize(('rank', 'local', 'expected'), [
+    (0, 0, 'a||||'), (1, 1, '||||a'), (2, 0, '||a||'), (3, 1, '||||a'),
+])
+def test_the_first_process_of_each_machine_downloads_alone(monkeypatch, rank, local, expected):
+    """Four on two machines; a: it downloads, or reads; |: all have come so far."""
+    done = []
+    monkeypatch.setenv('LOCAL_RANK', str(local))
+    monkeypatch.setattr(distributed, 'rank', lambda: rank)
+    monkeypatch.setattr(distributed, 'world', lambda: 4)
+    monkeypatch.setattr(distributed.dist, 'barrier', lambda: done.append('|'))
+    assert distributed.first_before_others(lambda: done.append('a') or 'read') == 'read'
+    assert ''.join(done) == expected
+
+
+def test_processes_that_begin_at_different_steps_are_refused(monkeypatch):
+    run = SimpleNamespace(epoch=2, step=7, opt=SimpleNamespace(save='run'))
+    expect_one_beginning(run)
+    monkeypatch.setattr(distributed, 'over_ranks', lambda numbers, op: (
+        [0, 0] if op == torch.distributed.ReduceOp.MIN else numbers))
+    with pytest.raises(ValueError, match='run: here 2 epochs and 7 steps are done, in another'):
+        expect_one_beginning(run)
+
+
+def test_a_process_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setenv('LOCAL_RANK', '4')
+    with pytest.raises(ValueError, match='process 4 of this machine has no GPU: .* at most 4'):
+        distributed.start()
+
+
+def test_what_is_added_up_can_be_added_up_again(monkeypatch):
+    """Two processes that saw the same: a signal in testing comes after the figures of training."""
+    monkeypatch.setattr(meters, 'over_ranks', lambda numbers: [2 * number for number in numbers])
+    measured = meters.Meters(10, 3, '', steps=0)
+    measured.on_forward({'sample': (None, torch.tensor([1, 2, 3]), 3), 'loss': torch.tensor(0.5),
+                         'output': torch.eye(10)[[1, 2, 4]]})
+    figures = measured.figures('train')
+    assert figures['train_loss'] == pytest.approx(0.5)
+    assert figures['train_acc'] == pytest.approx(200 / 3)
+    _, loss, n, right = measured.totals()
+    assert (loss, n) == (pytest.approx(3), 6)
+    assert right in (2, 4)  # two of three are wrong, or one, in each process
 
 
 def start_agents(machines, images, folder, *options):

@@ -608,6 +608,8 @@ def test_meters_weigh_every_image_alike():
     (['--save', '\ud800'], r"--save '\ud800': expected a folder that can be written"),
     (['--image_size', '48'], '--image_size 48: expected 32, of CIFAR10'),
     (['--randomcrop_pad', '32'], '--randomcrop_pad 32: expected less than the image, 32'),
+    pytest.param(['--gpu_id', '0'], '--gpu_id 0: CUDA has none of this number here: expected',
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')),
     (['--gpu_id', 'first'], "--gpu_id 'first': expected numbers of devices"),
     (['--save', '/dev/null/x'], "--save '/dev/null/x': expected a folder that can be written"),
     (['--save', ''], "--save '': expected a folder"),

@@ -76,6 +76,18 @@ def write(path, content):
         os.fsync(file.fileno())
 
 
+def _write_beside(path, content):
+    """Writes bytes into the file that is to take the place of `path`: raises OSError."""
+    try:
+        if os.path.lexists(path + '.tmp'):  # of a run that was killed; a link is not followed
+            os.remove(path + '.tmp')
+        write(path + '.tmp', content)
+    except OSError as error:
+        if os.path.exists(path + '.tmp'):
+            os.remove(path + '.tmp')
+        raise OSError(f'{path} cannot be written ({error.strerror}); the last one stays') from error
+
+
 def save(folder, checkpoint, name=MODEL):
     """Writes a checkpoint: when this returns it is on the disk, and until then the last one is.
 
@@ -85,14 +97,7 @@ def save(folder, checkpoint, name=MODEL):
     check_finite(checkpoint)
     path, written = os.path.join(folder, name), io.BytesIO()
     torch.save(checkpoint, written)  # into memory: of a full disk torch would say something else
-    try:
-        if os.path.lexists(path + '.tmp'):  # of a run that was killed; a link is not followed
-            os.remove(path + '.tmp')
-        write(path + '.tmp', written.getbuffer())
-    except OSError as error:
-        if os.path.exists(path + '.tmp'):
-            os.remove(path + '.tmp')
-        raise OSError(f'{path} cannot be written ({error.strerror}); the last one stays') from error
+    _write_beside(path, written.getbuffer())
     if name == MODEL and os.path.exists(path):
         os.replace(path, os.path.join(folder, PREVIOUS))
     os.replace(path + '.tmp', path)
@@ -159,8 +164,15 @@ def exists(folder):
 
 
 def append_log(folder, stats):
-    with open(os.path.join(folder, LOG), 'a') as log:
-        log.write(f'{MARK}{json.dumps(stats)}\n')  # one write: a line is whole or missing
+    """Adds a line to the log: when this returns it is on the disk. Raises OSError."""
+    path = os.path.join(folder, LOG)
+    try:
+        with open(path, 'a') as log:
+            log.write(f'{MARK}{json.dumps(stats)}\n')  # one write: a line is whole or missing
+            log.flush()
+            os.fsync(log.fileno())
+    except OSError as error:
+        raise OSError(f'{path} cannot be written ({error.strerror})') from error
 
 
 def read_log(path):
@@ -191,6 +203,6 @@ def cut_log(folder, epoch):
     if not os.path.exists(path):
         return
     kept = [stats for stats in read_log(path) if stats['epoch'] <= epoch]
-    with open(path + '.tmp', 'w') as log:
-        log.writelines(f'{MARK}{json.dumps(stats)}\n' for stats in kept)
+    lines = ''.join(f'{MARK}{json.dumps(stats)}\n' for stats in kept)
+    _write_beside(path, lines.encode())
     os.replace(path + '.tmp', path)

@@ -18,9 +18,12 @@ def start(deterministic=False):
     """Joins the processes of torchrun, if it started this one; returns this one's device.
 
     NCCL on CUDA, gloo on the CPU. deterministic: have CUDA add in the same order each time, where
-    it can.
+    it can. Raises ValueError where there are more processes than GPUs.
     """
-    cuda = torch.cuda.is_available()
+    cuda, local = torch.cuda.is_available(), int(os.environ.get('LOCAL_RANK', 0))
+    if cuda and local >= torch.cuda.device_count():
+        raise ValueError(f'process {local} of this machine has no GPU: expected --nproc_per_node '
+                         f'of at most {torch.cuda.device_count()}')
     torch.backends.cudnn.benchmark = cuda and not deterministic
     if deterministic and cuda:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read at its first use
@@ -37,7 +40,7 @@ def start(deterministic=False):
         if os.environ.get('OMP_NUM_THREADS') == '1':  # as torchrun sets it where nobody did
             torch.set_num_threads(cores())
         return torch.device('cpu')
-    device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+    device = torch.device('cuda', local)
     torch.cuda.set_device(device)
     return device
 
@@ -90,10 +93,15 @@ def over_ranks(numbers, op=dist.ReduceOp.SUM):
 
 
 def first_before_others(act):
-    """Calls act() in the first process, then in the others: what one downloads, all read."""
-    if rank() > 0:
+    """Calls act() in the first process of each machine, in turn, then in the others.
+
+    So what one downloads, all read, whether machines share a disk or not.
+    """
+    if world() == 1:
+        return act()
+    first, result = int(os.environ['LOCAL_RANK']) == 0, None
+    for turn in range(world()):
+        if first and rank() == turn:
+            result = act()
         dist.barrier()
-    result = act()
-    if rank() == 0 and world() > 1:
-        dist.barrier()
-    return result
+    return result if first else act()

@@ -96,9 +96,11 @@ class Meters:
     def figures(self, prefix):
         """Returns the figures of the epoch, accuracies in per cent and time in seconds."""
         seconds, *sums = self.totals()
+        of_this_process = self._sums()
         self._set_sums(sums)
         figures = {f'{prefix}_loss': self.loss.value()[0]}
         for k in self.topk:
             figures[f'{prefix}_acc' + str(k) * (k > 1)] = self.accuracy.value(k)
         figures[f'{prefix}_time'] = seconds
+        self._set_sums(of_this_process)  # to be added up again, where a signal comes in testing
         return figures

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import diracfile
 import networks
@@ -276,6 +277,15 @@ def keep_freed_memory():
         libc.mallopt(mmap_max, 0)  # blocks that are mapped one by one go back when they are freed
 
 
+def expect_one_beginning(run):
+    """Raises ValueError where processes begin at different steps, as of different checkpoints."""
+    first, last = (distributed.over_ranks([run.epoch, run.step], op)
+                   for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    if first != last:
+        raise ValueError(f'{run.opt.save}: here {run.epoch} epochs and {run.step} steps are done, '
+                         'in another process not as many: expected one --save that all share')
+
+
 def prepare(opt, device, lock, sets=None):
     """Begins a training, or goes on with the one in a checkpoint: a Run.
 
@@ -307,7 +317,7 @@ def prepare(opt, device, lock, sets=None):
     inputs = normalised(inputs, opt, sets.train, loaded['args'])
     sets = sets.to(device)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(opt.seed % 2**32)
+        seed(opt.seed)
     try:
         network = build(len(sets.classes), inputs.channels).to(device, stored(dtype))
     except RuntimeError as error:  # of memory
@@ -323,6 +333,7 @@ def prepare(opt, device, lock, sets=None):
         run.board = Board(opt.save, run.args)
     if path:
         run.restore(loaded, path)
+    expect_one_beginning(run)
     if rank() == 0 and not run.done:
         open_folder(run, lock)
     return run
@@ -357,8 +368,10 @@ def warm_up(run, train_steps, test_step):
     """
     start = time.perf_counter()
     before = {name: buffer.clone() for name, buffer in run.network.named_buffers()}
-    with torch.random.fork_rng():
-        steps = [(run.sets.train, step) for step in train_steps] + [(run.sets.test, test_step)]
+    device = next(run.network.parameters()).device
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        steps = [(run.sets.train, step) for step in train_steps]
+        steps += [(getattr(run.sets, split), test_step) for split in run.tested]
         for images, step in steps:
             training = step is not test_step
             run.network.train(training)
