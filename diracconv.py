@@ -57,10 +57,15 @@ def _least_norm(dtype):
     return max(NORM_EPS, torch.finfo(dtype).tiny)
 
 
-def _filter_norms(weight):
+def _filter_norms(weight, dtype=None):
     """Returns (out,): the L2 norm of each filter, never below the epsilon of F.normalize."""
-    norms = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+    norms = torch.linalg.vector_norm(weight.flatten(1), dim=1, dtype=dtype)
     return norms.clamp_min(_least_norm(weight.dtype))
+
+
+def _where_norms_vary(values, norms, weight):
+    """Values of each filter, but zero where its norm is the epsilon, a constant."""
+    return values.masked_fill(norms <= _least_norm(weight.dtype), 0)
 
 
 def _per_filter(values, weight):
@@ -157,7 +162,11 @@ class _DiracConv:
 
     @torch.no_grad()
     def fold(self):
-        """Returns the plain nn.Conv1d, nn.Conv2d or nn.Conv3d that has the same output."""
+        """Returns the plain nn.Conv1d, nn.Conv2d or nn.Conv3d that has the same output.
+
+        Raises ValueError for a layer of a subclass with a forward of its own.
+        """
+        check_forward(self, LAYERS[self.plain])
         conv = self.plain(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
             self.dilation, self.groups, self.bias is not None, self.padding_mode,
@@ -232,6 +241,15 @@ class DiracParametrization(nn.Module):
 
     def forward(self, weight):
         return dirac_weight(weight, self.alpha, self.beta, self.groups)
+
+
+def check_forward(layer, base):
+    """Raises ValueError for a layer of a subclass of `base` with a forward of its own."""
+    if type(layer).forward is not base.forward:
+        raise ValueError(
+            f'{type(layer).__name__} has a forward of its own: expected a {base.__name__}, or a '
+            'module that contains one'
+        )
 
 
 def is_parametrised(layer):
@@ -333,11 +351,10 @@ class _DiracWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         weight, beta = ctx.saved_tensors
-        norms = _filter_norms(weight)
-        grad = grad.contiguous()
-        grad_beta = torch.linalg.vecdot(grad.flatten(1), weight.flatten(1)) / norms
-        # below the epsilon the norm is a constant: the second term is zero
-        slope = grad_beta / norms * (norms > _least_norm(weight.dtype))
+        grad = grad.contiguous()  # of another dtype than W where W_hat is: CUDA's autocast
+        norms = _filter_norms(weight, grad.dtype)
+        grad_beta = torch.linalg.vecdot(grad.flatten(1), weight.flatten(1).to(grad.dtype)) / norms
+        slope = _where_norms_vary(grad_beta / norms, norms, weight)
         grad_weight = torch.addcmul(grad, weight, _per_filter(slope, weight), value=-1)
         taps = grad.view(ctx.groups, -1)[:, _delta_ones(weight, ctx.groups)]
         without = len(beta) // ctx.groups - taps.shape[1]  # filters of a group, at its end
@@ -350,7 +367,7 @@ class _DiracWeight(torch.autograd.Function):
         weight, beta = ctx.saved_tensors
         norms = _filter_norms(weight)
         d_norms = (d_weight * weight).flatten(1).sum(dim=1) / norms  # autocast lowers a vecdot
-        d_norms = d_norms * (norms > _least_norm(weight.dtype))
+        d_norms = _where_norms_vary(d_norms, norms, weight)
         scale = beta / norms
         d_scale = (d_beta - scale * d_norms) / norms
         d_w_hat = _per_filter(d_scale, weight) * weight + _per_filter(scale, weight) * d_weight

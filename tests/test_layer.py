@@ -207,14 +207,53 @@ def test_all_zero_filter_gives_no_nan(dtype):
 
 
 def test_the_layer_in_another_dtype_than_its_inputs():
-    """Under autocast the norms, and so W_hat, are float32 where the parameters are bfloat16."""
+    """Under autocast, which casts them to the bfloat16 of the parameters."""
     conv = DiracConv2d(4, 4, 3, dtype=torch.bfloat16)
     inputs = torch.randn(2, 4, 8, 8)
     with torch.autocast('cpu', torch.bfloat16):
         found = conv(inputs)
-    w_hat = slow_w_hat(conv.weight, conv.alpha, conv.beta, 1)
-    expected = F.conv2d(inputs.double(), w_hat, conv.bias.double())
+    names = {name: p.detach().double().requires_grad_() for name, p in conv.named_parameters()}
+    w_hat = slow_w_hat(names['weight'], names['alpha'], names['beta'], 1)
+    expected = F.conv2d(inputs.double(), w_hat, names['bias'])
     assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    grad = torch.randn(expected.shape)
+    found.backward(grad.to(found.dtype))
+    expected.backward(grad.double())
+    for name, parameter in conv.named_parameters():
+        slow = names[name].grad
+        assert (parameter.grad - slow).abs().max() < 0.02 * slow.abs().max(), name
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.script. is deprecated')  # by torch's own jvp
+def test_weights_of_half_the_precision_of_alpha_and_beta():
+    """W_hat and its gradient are float32, as those of half a precision are in CUDA's autocast."""
+    parameters = torch.randn(4, 3, 3, 3).bfloat16(), torch.randn(4), torch.randn(4)
+    found = [p.clone().requires_grad_() for p in parameters]
+    slow = [p.double().requires_grad_() for p in parameters]
+    w_hat, expected = dirac_weight(*found), slow_w_hat(*slow, groups=1)
+    grad, tangent = torch.randn(4, 3, 3, 3), torch.randn(4, 3, 3, 3)
+    w_hat.backward(grad)
+    expected.backward(grad.double())
+    for parameter, wanted in zip(found, slow):
+        assert parameter.grad.dtype == parameter.dtype
+        assert (parameter.grad - wanted.grad).abs().max() < 0.01 * wanted.grad.abs().max()
+    _, moved = torch.func.jvp(
+        lambda weight: dirac_weight(weight, *parameters[1:]), parameters[:1], (tangent.bfloat16(),))
+    wanted = torch.autograd.functional.jvp(
+        lambda weight: slow_w_hat(weight, *slow[1:], 1), slow[0], tangent.bfloat16().double())[1]
+    assert (moved - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
+def test_gradient_of_a_tiny_filter_in_float16():
+    """Its norm is below the least, 2**-14: W_hat is alpha * delta + beta * 2**14 * W there."""
+    weight = torch.full((2, 3, 3, 3), 2.0**-20, dtype=torch.float16, requires_grad=True)
+    alpha = torch.ones(2, dtype=torch.float16, requires_grad=True)
+    beta = torch.full((2,), 2.0**-10, dtype=torch.float16, requires_grad=True)
+    grad = torch.full((2, 3, 3, 3), 2.0**10, dtype=torch.float16)
+    dirac_weight(weight, alpha, beta).backward(grad)
+    assert weight.grad.unique().tolist() == [2.0 ** (10 - 10 + 14)]
+    assert alpha.grad.tolist() == [2.0**10] * 2
+    assert beta.grad.tolist() == [27 * 2.0 ** (10 - 20 + 14)] * 2
 
 
 @pytest.mark.parametrize('plain', [nn.Conv1d, nn.Conv2d, nn.Conv3d])
