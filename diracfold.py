@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.optim.swa_utils import AveragedModel
 
-from diracconv import is_parametrised
+from diracconv import check_forward, is_parametrised
 from diracnet import BN_EPS, DiracNet, Network, Topology, check_fit, init_params, is_folded, w_hats
 
 PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -49,8 +49,9 @@ def fold(what, dtype=torch.float32):
 
     The result is on the CPU for parameters, on the module's device for a module (meta included),
     and in evaluation mode. Raises ValueError for parameters that are no DiracNet's, for a Network
-    of a subclass with a forward of its own, and for a module with batch norm that torch.fx cannot
-    trace (whose forward depends on values of tensors, say): fold its parts.
+    or a DiracConv of a subclass with a forward of its own, for what a layer's `fold()` refuses, and
+    for a module with batch norm that torch.fx cannot trace (whose forward depends on values of
+    tensors, say): fold its parts.
     """
     if isinstance(what, Mapping):
         return _fold_params(what, dtype)
@@ -116,17 +117,21 @@ def _unwrapped_copy(module):
     return copy.deepcopy(module, copies)
 
 
+def has_hooks(layer):
+    """Whether hooks of a layer's own see, and may change, what goes in or comes out."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
 def _hand_on_hooks(old, new):
+    """Puts a module's hooks around those of another: the first to see inputs, the last outputs."""
     for kind in HOOKS:
         getattr(new, kind).update(getattr(old, kind))
+    for number in reversed(old._forward_pre_hooks):
+        new._forward_pre_hooks.move_to_end(number, last=False)
 
 
 def _fold_network(network):
-    if type(network).forward is not Network.forward:
-        raise ValueError(
-            f'{type(network).__name__} has a forward of its own: expected a Network, or a module '
-            'that contains one'
-        )
+    check_forward(network, Network)
     params = network.state_dict()
     return _fold_params(params, torch.float64, next(iter(params.values())).device)
 
@@ -149,7 +154,7 @@ def trace(module):
     try:
         return Tracer().trace(module)
     except Exception as error:  # the traced code may raise anything when it is given proxies
-        reason = str(error).strip().splitlines()[0]
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise ValueError(
             f'{type(module).__name__} cannot be traced ({reason}): expected a forward that '
             'does not depend on the values of tensors; fold its submodules one by one'
@@ -157,13 +162,14 @@ def trace(module):
 
 
 def _passes(layers, node, bn):
-    """Whether a node is a max-pool whose output this batch norm alone takes, and may take before.
+    """Whether a node is a max-pool, without hooks, that this batch norm alone follows and may lead.
 
     The largest of some numbers stays the largest where all are scaled by a positive one.
     """
-    pools = getattr(node, 'op', None) == 'call_module' and isinstance(
-        layers[node.target], nn.MaxPool2d) and not layers[node.target].return_indices
-    if not pools or len(node.users) > 1 or not isinstance(bn, _BatchNorm):
+    pool = layers[node.target] if getattr(node, 'op', None) == 'call_module' else None
+    if not isinstance(pool, nn.MaxPool2d) or pool.return_indices or has_hooks(pool):
+        return False
+    if len(node.users) > 1 or not isinstance(bn, _BatchNorm):
         return False
     # on the meta device there are no values: taken to be as batch norms start, positive
     return bn.weight is None or bn.weight.is_meta or bool((bn.weight > 0).all())
@@ -187,7 +193,7 @@ def _conv_bn_pairs(module):
     uses = Counter(layers[name] for name in called + read)
 
     def is_free(layer):
-        return uses[layer] == 1 and not layer._forward_hooks and not layer._forward_pre_hooks
+        return uses[layer] == 1 and not has_hooks(layer)
 
     pairs = []
     for node in graph.nodes:

@@ -1,6 +1,6 @@
 """The network that is trained, made of modules: for tools that look for layers.
 
-    network = ModularNetwork.of(params)     # of define_diracnet, diracfile.load_params or a Network
+    network = ModularNetwork.of(params)     # of define_diracnet, a file, or network.state_dict()
     logits = network(inputs)                # the numbers of Network(f, params)
 
 Hooks, torch.nn.utils.prune, SyncBatchNorm.convert_sync_batchnorm, swa_utils.update_bn and torch.ao
@@ -10,12 +10,13 @@ faster of the two to train.
 
 import re
 from collections import OrderedDict
+from itertools import zip_longest
 
 import torch
 from torch import nn
 
-from diracconv import DiracConv2d
-from diracfold import fold
+from diracconv import DiracConv2d, check_forward
+from diracfold import fold, has_hooks
 from diracnet import BN_EPS, BN_MOMENTUM, DiracNet, Topology, check_fit, init_params
 
 COUNT = '.num_batches_tracked'  # of a batch norm; the parameters of a DiracNet have none
@@ -33,7 +34,7 @@ def _layered(name):
 
 
 class ModularNetwork(nn.Sequential):
-    """A DiracNet of DiracConv2d and BatchNorm2d: (N, 3, H, W) to logits (N, num_classes).
+    """A DiracNet of DiracConv2d and BatchNorm2d: (N, C, H, W) to logits (N, num_classes).
 
     Its state dict has the flat names of `params`, as that of `diracnet.Network` has; each loads
     that of the other. Its modules, and so its named parameters, are called after the blocks:
@@ -62,8 +63,23 @@ class ModularNetwork(nn.Sequential):
         return network
 
     def fold(self):
-        """Returns the DiracNet, of plain convolutions, that has the same logits."""
-        return fold(self.state_dict(), self.fc.weight.dtype).to(self.fc.weight.device)
+        """Returns the DiracNet, of plain convolutions, that has the same logits.
+
+        Raises ValueError where the parameters alone do not tell them: for a subclass with a forward
+        of its own, for forward hooks of the modules inside, and for modules of other types than
+        `of` makes, SyncBatchNorm aside.
+        """
+        check_forward(self, ModularNetwork)
+        params = self.state_dict()
+        made = ModularNetwork.of({name: tensor.to('meta') for name, tensor in params.items()})
+        for found, expected in zip_longest(_inside(self), _inside(made)):
+            if found != expected:
+                name, kind, hooked = found or expected
+                raise ValueError(
+                    f'{name} is a {kind.__name__}{" with hooks" if hooked else ""}: expected the '
+                    'modules of ModularNetwork.of, without forward hooks'
+                )
+        return fold(params, self.fc.weight.dtype).to(self.fc.weight.device)
 
     def state_dict(self, *args, **options):
         state = super().state_dict(*args, **options)
@@ -82,6 +98,14 @@ class ModularNetwork(nn.Sequential):
                 count = torch.zeros((), dtype=torch.long, device=tensor.device)
                 state_dict.setdefault(name.removesuffix('.running_var') + COUNT, count)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _inside(network):
+    """Yields what parameters do not tell of the modules in a network: (name, type, hooked)."""
+    for name, module in network.named_modules(remove_duplicate=False):
+        kind = nn.BatchNorm2d if type(module) is nn.SyncBatchNorm else type(module)
+        if module is not network:
+            yield name, kind, has_hooks(module)
 
 
 def _batch_norm(channels):

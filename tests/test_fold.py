@@ -139,6 +139,13 @@ def test_hooks_and_forwards_of_ones_own_are_not_lost(trained, digits):
 
     with pytest.raises(ValueError, match='Calibrated has a forward of its own: expected a Netw'):
         fold(nn.Sequential(Calibrated(*trained)))
+
+    class Padded(DiracConv2d):
+        def forward(self, inputs):
+            return super().forward(F.pad(inputs, (2, 0, 2, 0)))
+
+    with pytest.raises(ValueError, match='Padded has a forward of its own: expected a DiracConv2d'):
+        fold(nn.Sequential(Padded(3, 4, 3)))
     network = Network(*trained).double().eval()
     network.register_forward_hook(_double)
     around = nn.DataParallel(nn.Sequential(network, DiracConv1d(10, 2, 1))).double()
@@ -149,6 +156,23 @@ def test_hooks_and_forwards_of_ones_own_are_not_lost(trained, digits):
         network(inputs)
         around.module[0].register_forward_hook(lambda module, args, logits: logits[..., None])
         assert relative(fold(around, torch.float64)(inputs), around(inputs)) < 1e-10
+
+
+@pytest.mark.parametrize('wrap', [nn.DataParallel, lambda net: torch.optim.swa_utils.AveragedModel(
+    nn.DataParallel(net))])
+def test_hooks_of_wrappers_are_called_first_before_and_last_after(wrap):
+    inside = nn.Sequential(nn.Identity())
+    inside.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
+    inside.register_forward_hook(_double)
+    around = wrap(inside)
+    around.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    around.register_forward_pre_hook(lambda module, args: (args[0] * args[0],))
+    around.register_forward_hook(lambda module, args, output: output + 5)
+    x = torch.tensor([1.0, 2.0])
+    expected = [2 * 3 * 4 + 5, 2 * 3 * 9 + 5]
+    assert around(x).tolist() == expected
+    assert fold(around)(x).tolist() == expected
+    assert len(inside._forward_pre_hooks) == 1
 
 
 def test_a_network_folds_where_it_is(trained):
@@ -250,6 +274,21 @@ def test_only_what_can_be_folded_is():
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
 
 
+@pytest.mark.parametrize(('hook', 'left'), [
+    (None, 0),
+    (lambda pool: pool.register_forward_hook(lambda module, args, output: output**2), 1),
+    (lambda pool: pool.register_forward_pre_hook(lambda module, args: (args[0] ** 2,)), 1),
+])
+def test_batch_norm_goes_through_a_pool_without_hooks_alone(hook, left):
+    module, inputs = settle(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4)), 2, 3, 8, 8)
+    if hook:
+        hook(module[1])
+    folded = fold(module, torch.float64)
+    assert count(folded, nn.BatchNorm2d) == left
+    assert relative(folded(inputs), module(inputs)) < 1e-12
+
+
 def test_training_mode_of_the_original_stays():
     module, inputs = settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 2, 3, 8, 8)
     expected = module(inputs)
@@ -315,6 +354,19 @@ def test_module_that_cannot_be_traced():
     folded = fold(module, torch.float64)
     assert count(folded, DiracConv2d) == 0
     assert relative(folded(inputs), module(inputs)) < 1e-12
+
+
+def test_a_trace_that_ends_without_a_message():
+    class Unfinished(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match='Unfinished cannot be traced .NotImplementedError: '):
+        fold(Unfinished())
 
 
 # ---------------------------------------------------------------- files
@@ -392,7 +444,6 @@ def test_topology_is_told_by_keys_and_shapes(arguments, width):
     depth, _, dataset, num_classes = arguments
     assert (found.depth, found.width, found.imagenet) == (depth, width, dataset == 'ImageNet')
     assert found.num_classes == params['fc.bias'].numel()
-    assert found.title == f'DiracNet-{depth}-{width:g}'
     assert found == Topology.of(folded) == topology(*arguments)
 
 

@@ -24,7 +24,6 @@ def params():
             define_diracnet(10, 0.5, 'CIFAR10')[1].items()}
 
 
-
 @pytest.mark.parametrize(('arguments', 'size'), [
     ((10, 0.5, 'CIFAR10'), 16), ((18, 0.125, 'ImageNet', 5), 32),
 ])
@@ -92,6 +91,55 @@ def test_hooks_pruning_and_synchronised_batch_norm_find_the_modules(params):
         params[name] = pruned[name]
     f, _ = define_diracnet(10, 0.5, 'CIFAR10')
     torch.testing.assert_close(modular(inputs), f(inputs, params, False))
+
+
+class Halved(ModularNetwork):
+    """A network with a forward of its own."""
+
+    def forward(self, inputs):
+        return super().forward(inputs) / 2
+
+
+def _square(module, args, output):
+    return output**2
+
+
+CHANGES = {  # what parameters do not tell of: (a change, what is said of it)
+    'hook': (lambda net: net.group1.block0.conv.register_forward_hook(_square),
+             'group1.block0.conv is a DiracConv2d with hooks: expected the modules of Modular'),
+    'hook before': (lambda net: net.fc.register_forward_pre_hook(lambda module, args: None),
+                    'fc is a Linear with hooks: expected'),
+    'another layer': (lambda net: setattr(net.group0.block1, 'relu', nn.GELU()),
+                      'group0.block1.relu is a GELU: expected'),
+    'one layer more': (lambda net: net.add_module('last', nn.Softmax(1)),
+                       'last is a Softmax: expected'),
+    'one layer less': (lambda net: delattr(net, 'group1_pool'), 'group1 is a Sequential: expected'),
+    'a layer of a subclass': (
+        lambda net: setattr(net.group0.block0.conv, '__class__', type('Mine', (DiracConv2d,), {})),
+        'group0.block0.conv is a Mine: expected'),
+    'another forward': (lambda net: setattr(net, '__class__', Halved),
+                        'Halved has a forward of its own: expected a ModularNetwork'),
+}
+
+
+@pytest.mark.parametrize('case', CHANGES)
+def test_a_changed_network_is_not_folded_into_another(params, case):
+    change, message = CHANGES[case]
+    modular = ModularNetwork.of(params).eval()
+    change(modular)
+    for folding in (modular.fold, lambda: fold(nn.Sequential(modular))):
+        with pytest.raises(ValueError, match=message):
+            folding()
+
+
+def test_what_changes_nothing_inside_is_folded(params):
+    modular = nn.SyncBatchNorm.convert_sync_batchnorm(ModularNetwork.of(params)).eval()
+    modular.register_forward_hook(_square)
+    around = fold(nn.Sequential(modular), torch.float64)
+    assert type(around[0]) is DiracNet
+    inputs = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    f, _ = define_diracnet(10, 0.5, 'CIFAR10')
+    torch.testing.assert_close(around(inputs), f(inputs, params, False) ** 2)
 
 
 def test_averaged_modules_get_batch_statistics(params):
