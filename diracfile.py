@@ -11,6 +11,7 @@ Archives are checked whole before they are read, as torch.load takes altered num
 What an exported file says of its network beside them is in diracschema.
 """
 
+import errno
 import os
 import re
 import sys
@@ -161,6 +162,17 @@ def load_file(path, required=()):
     return contents
 
 
+def _let_through(error, path):
+    """Raises OSError, naming the file, for an error that says nothing of what is in it."""
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's
+    ):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), path) from error
+    # of damaged bytes are those without a number, and EINVAL, of places before a file's start
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise OSError(error.errno, error.strerror, path) from error
+
+
 def _load_safetensors(path):
     try:
         from safetensors import SafetensorError, safe_open
@@ -193,6 +205,7 @@ def _load_pt2(path):
             contents._metadata = {METADATA: archive.read(f'{root}/extra/{METADATA}').decode()}
             return contents
     except Exception as error:  # damaged bytes make it raise almost anything
+        _let_through(error, path)
         raise ValueError(
             f'{path}: truncated, damaged or not of export.py: expected a .pt2 that says what its '
             'network is'
@@ -222,6 +235,7 @@ def _load_pickle(path):
             file.seek(0)
             return torch.load(file, map_location='cpu', weights_only=True)
         except Exception as error:  # damaged bytes make both readers raise almost anything
+            _let_through(error, path)
             code = re.search(r'GLOBAL (\S+)', str(error))
             if code:
                 raise ValueError(

@@ -18,7 +18,7 @@ MOST_VALUES, MOST_DEPTH, MOST_TEXT = 1_000_000, 20, 10_000  # beside the tensors
 MOST_JSON = 2**24  # characters
 SIZES = ('depth', 'width', 'layers', 'growth', 'reduce', 'droprate', 'image_size')  # in args
 MOST_SIZE = 10_000  # of them: what is larger would be built for ever
-TEXTS = ('model', 'block', 'dataset', 'dtype')  # in args
+TEXTS = ('model', 'block', 'activation', 'dataset', 'dtype')  # in args
 
 
 def check_bounds(contents):
@@ -74,6 +74,7 @@ def _is_totals(value):
 
 
 SCHEMA = {  # of what may stand beside `params`: what it must be, in words
+    'stats': (lambda value: isinstance(value, Mapping), 'a dict'),
     'optimizer': (lambda value: isinstance(value, Mapping), 'a dict'),
     'epoch': (_is_count, 'a count'),
     'step': (_is_count, 'a count'),
@@ -88,7 +89,7 @@ SCHEMA = {  # of what may stand beside `params`: what it must be, in words
     'exported_from': (lambda value: type(value) is str, 'a text'),
     'calibration': (_is_options, 'a dict of plain values'),
 }
-MAY_BE_NONE = {'classes', 'totals'}
+MAY_BE_NONE = {'stats', 'classes', 'totals'}
 
 
 def check_schema(contents):

@@ -380,6 +380,7 @@ NONSENSE = {  # of any command that reads the file: (a change of a checkpoint, w
     'random states': ({'rng': 3}, 'rng is 3: expected a dict'),
     'options': ({'args': {'depth': {}}}, 'args is .*: expected a dict of plain options'),
     'classes': ({'classes': [1, 2]}, r'classes is \[1, 2\]: expected a list of names'),
+    'statistics': ({'stats': [1]}, r'stats is \[1\]: expected a dict'),
 }
 PARAMS = {  # a change of its parameters
     'integers': (lambda t: t.int(), 'conv is of torch.int32: expected floating-point numbers'),

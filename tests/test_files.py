@@ -31,6 +31,7 @@ from damages import restated
 from diracfold import fold
 from diracimage import Inputs
 from runs import write_images
+from training import checkpoint
 
 ROOT = Path(__file__).parent.parent
 FORMS = ('float.onnx', 'int8.onnx', 'float.pt2', 'float.safetensors', 'float.pth')
@@ -229,6 +230,8 @@ NONSENSE = {  # what a file may say: (a change of what it says, or a text, and w
     'no deviation': ({'inputs': {**INPUTS, 'std': [0, 1, 1]}}, 'expected a number for each'),
     'infinite': ({'inputs': {**INPUTS, 'mean': [1e999] * 3}}, 'expected a number for each'),
     'calibration': ({'calibration': 3}, 'calibration is 3: expected a dict'),
+    'statistics': ({'stats': 1}, 'stats is 1: expected a dict'),
+    'activation': ({'args': {'activation': ['gelu']}}, 'args is .*: expected a dict of plain opt'),
 }
 
 
@@ -239,6 +242,70 @@ def test_nonsense_in_what_a_file_says(files, tmp_path, case):
         said = said_by(files / form)
         text = change if isinstance(change, str) else json.dumps({**said, **change})
         refused(restated(files / form, text, tmp_path), message)
+
+
+def test_statistics_that_are_no_dict(trained, tmp_path):
+    path = tmp_path / 'model.pth'
+    for stats, message in (([1], r'stats is \[1\]: expected a dict'),
+                           ({'a': 1}, "'a' is a int: expected the tensor of a parameter")):
+        torch.save({'params': trained[1], 'stats': stats}, path)
+        refused(path, message)
+    torch.save({'params': trained[1], 'stats': None}, path)
+    assert networks.load(path).title == 'DiracNet-10-0.5'
+
+
+@pytest.mark.parametrize(('args', 'params', 'message'), [
+    ({'activation': 'tanh'}, {}, "unknown activation 'tanh': expected one of relu, gelu, silu"),
+    ({}, {'fc.weight': torch.tensor(1.0)}, r'fc.weight is \(\), expected \(10, 32\)'),
+])
+def test_files_of_a_family_that_do_not_fit(tmp_path, args, params, message):
+    args = {'model': 'diracnet-fast', 'width': 0.125, 'dataset': 'CIFAR10', **args}
+    state = networks.build('diracnet-fast', 'CIFAR10', width=0.125).state_dict()
+    torch.save({'params': {**state, **params}, 'args': args}, tmp_path / 'fast.pth')
+    refused(tmp_path / 'fast.pth', message)
+
+
+def no_memory_of_torchs(*_, **__):
+    torch.empty(2**60)
+
+
+def failing(error):
+    def read(*_, **__):
+        raise error
+    return read
+
+
+@pytest.mark.parametrize(('read', 'number'), [
+    (failing(MemoryError()), errno.ENOMEM), (no_memory_of_torchs, errno.ENOMEM),
+    (failing(OSError(errno.EIO, os.strerror(errno.EIO))), errno.EIO),
+    (failing(OSError(errno.ESTALE, os.strerror(errno.ESTALE))), errno.ESTALE),
+])
+def test_a_good_file_that_cannot_be_read_now_is_not_called_damaged(
+    files, run, tmp_path, monkeypatch, read, number
+):
+    """Nor put aside by the training that would go on from it."""
+    model = tmp_path / 'model.pt7'
+    model.write_bytes((run / 'model.pt7').read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, 'load', read)
+        patch.setattr(zipfile.ZipFile, 'read', read)
+        for reading, path in ((networks.load, files / 'float.pt2'), (networks.load, model),
+                              (checkpoint.put_damaged_aside, tmp_path)):
+            with pytest.raises(OSError, match=os.strerror(number)) as caught:
+                reading(path)
+            assert caught.value.errno == number
+            assert caught.value.filename == str(path if path.is_file() else model)
+    assert os.listdir(tmp_path) == ['model.pt7']
+
+
+@pytest.mark.parametrize('error', [
+    OSError(errno.EINVAL, os.strerror(errno.EINVAL)), OSError('no place'), RuntimeError('sizes'),
+])
+def test_what_damaged_bytes_raise_is_called_damage(files, monkeypatch, error):
+    monkeypatch.setattr(torch, 'load', failing(error))
+    monkeypatch.setattr(zipfile.ZipFile, 'read', failing(error))
+    refused(files / 'float.pth', 'truncated, damaged or no weights')
+    refused(files / 'float.pt2', 'truncated, damaged or not of export.py')
 
 
 @pytest.mark.parametrize('form', ['float.onnx', 'float.pt2'])
