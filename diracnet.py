@@ -16,6 +16,7 @@ import itertools
 import re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -98,10 +99,6 @@ class Topology:
         except ValueError:
             return False
 
-    @property
-    def title(self):
-        return f'DiracNet-{self.depth}-{self.width:g}'
-
     def layers(self):
         """Yields (name, in channels, out channels) of the convolutions after the stem."""
         cin = self.channels[0]
@@ -124,6 +121,13 @@ def _shape_of(params, name, ndim):
     return params[name].shape
 
 
+def check_integers(**sizes):
+    """Raises ValueError that names a size that is no integer, as 16.0 is not."""
+    for name, value in sizes.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f'{name} {value!r}: expected an integer')
+
+
 def topology(depth, width, dataset, num_classes=None, in_channels=3):
     """Returns the Topology of a DiracNet.
 
@@ -135,6 +139,7 @@ def topology(depth, width, dataset, num_classes=None, in_channels=3):
     if dataset not in CLASSES:
         raise ValueError(f'unknown dataset {dataset!r}: expected one of {", ".join(CLASSES)}')
     num_classes = CLASSES[dataset] if num_classes is None else num_classes
+    check_integers(depth=depth, num_classes=num_classes, in_channels=in_channels)
     if num_classes < 1:
         raise ValueError(f'num_classes {num_classes}: expected at least 1')
     if in_channels < 1:
@@ -147,7 +152,7 @@ def topology(depth, width, dataset, num_classes=None, in_channels=3):
     else:
         stem, channels = CIFAR_STEM, CIFAR_CHANNELS
         if depth < 10 or depth % 6 != 4:
-            below = max(10, int((depth - 4) // 6) * 6 + 4)
+            below = max(10, (depth - 4) // 6 * 6 + 4)
             raise ValueError(
                 f'depth {depth}: DiracNets for CIFAR have depth 6n + 4; '
                 f'the nearest are {below} and {below + 6}'

@@ -26,6 +26,7 @@ from diracnet import (
     DiracNet,
     Network,
     check_fit,
+    check_integers,
     forward,
     init_params,
     is_folded,
@@ -112,6 +113,7 @@ def build(name, kind, num_classes=None, in_channels=3, **options):
             f'{name} takes no {", ".join(refused)}: expected of {", ".join(row.options)}'
         )
     num_classes = CLASSES[kind] if num_classes is None else num_classes
+    check_integers(num_classes=num_classes)
     if num_classes < 1:
         raise ValueError(f'num_classes {num_classes}: expected at least 1')
     if in_channels != 3 and 'depth' not in row.options:
@@ -275,8 +277,9 @@ def _of_family(saved, told, said):
     """The network on the meta device that fits a file: network, num_classes, sizes, Inputs."""
     name, inputs, sizes = said['model'], _inputs(told, said), _sizes(said)
     with torch.device('meta'):
-        *_, last = build(name, inputs.kind, **sizes).state_dict()  # the bias of the last layer
-        num_classes = len(saved.params.get(last, ())) or None
+        *_, last = build(name, inputs.kind, **sizes).state_dict()  # its dimension 0 is the classes
+        shape = saved.params[last].shape[:1] if last in saved.params else ()
+        num_classes = max(shape, default=0) or None
         network = build(name, inputs.kind, num_classes, inputs.channels, **sizes)
     if saved.params.keys() != network.state_dict().keys():
         folded = fold(network)

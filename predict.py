@@ -16,6 +16,7 @@ if __name__ == '__main__':  # before what takes seconds to import
     end_by_ctrl_c()
 
 import torch
+from torchvision.models import ResNet18_Weights
 
 import networks
 from command import Options, errors_in_one_line
@@ -40,10 +41,6 @@ def parse_options(argv=None):
 
 
 def imagenet_classes():
-    try:
-        from torchvision.models import ResNet18_Weights
-    except ImportError:  # labels are the numbers of the classes then
-        return None
     return ResNet18_Weights.IMAGENET1K_V1.meta['categories']
 
 

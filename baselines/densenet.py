@@ -10,6 +10,8 @@ import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from diracnet import check_integers
+
 
 def _bn_relu_conv(cin, cout, kernel_size, droprate):
     layers = OrderedDict(
@@ -122,6 +124,7 @@ def densenet(num_classes, layers, growth, reduce, bottleneck, droprate, checkpoi
     each 3x3 convolution; droprate: of dropout after each convolution, the first apart;
     checkpointing: less memory for more time, with the same results. Raises ValueError for others.
     """
+    check_integers(layers=layers, growth=growth)
     period = 6 if bottleneck else 3
     if layers < 4 + period or (layers - 4) % period:
         below = max(4 + period, (layers - 4) // period * period + 4)

@@ -47,7 +47,7 @@ def _block(cin, cout):
 
 
 def diracnet_v1(net):
-    """DiracNet v1 of a diracnet.Topology: (N, 3, H, W) to logits (N, num_classes).
+    """DiracNet v1 of a diracnet.Topology: (N, in_channels, H, W) to logits (N, num_classes).
 
     The script that trained on CIFAR has a ReLU behind the stem's batch norm, and none before the
     average pooling; in the published definition for ImageNet it is the other way round.

@@ -2,7 +2,8 @@
 
 Blocks that train as several branches and deploy as one convolution. The six transforms, section
 3.2 of the former, are functions of kernels (out, in / groups, k, k) and biases (out,); all are
-differentiable.
+differentiable. Arguments, methods and keys are named as in the published DBB; those that nothing
+here uses are kept for code and weights that were made with it.
 """
 
 from collections import OrderedDict

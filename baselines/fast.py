@@ -39,12 +39,16 @@ class FastNet(nn.Module):
     """The chain, with ordinary convolutions: (N, 3, H, W) to logits (N, num_classes).
 
     Its stem has two filters for each number of a patch: those of --whiten, with both signs.
-    activation: of ACTIVATIONS.
+    activation: of ACTIVATIONS. Raises ValueError for another, and for a width without channels.
     """
 
     def __init__(self, num_classes, width, activation):
         super().__init__()
-        if width * min(CHANNELS) < 1:
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f'unknown activation {activation!r}: expected one of {", ".join(ACTIVATIONS)}'
+            )
+        if not 1 <= width * min(CHANNELS) < float('inf'):
             raise ValueError(f'width {width}: expected at least {1 / min(CHANNELS)}')
         cin = 2 * 3 * PATCH**2
         layers = OrderedDict(
@@ -70,7 +74,7 @@ def fast(num_classes, width, block, activation):
     """The network with the blocks of `replace.with_block`: a DiracNet with 'dirac'.
 
     (N, 3, H, W) to logits (N, num_classes). With 'base' its filters start at the identity alone, as
-    in airbench. Raises ValueError for no channels, and as `with_block` does.
+    in airbench. Raises ValueError as FastNet and `with_block` do.
     """
     network = with_block(FastNet(num_classes, width, activation), block)
     for layer in network.modules():

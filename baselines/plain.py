@@ -98,7 +98,8 @@ def _dirac_block(cin, cout):
 def plain(net, block):
     """The DiracNet of a Topology with ordinary convolutions, or the blocks of `with_block`.
 
-    (N, 3, H, W) to logits (N, num_classes). Raises ValueError as `replace.with_block` does.
+    (N, in_channels, H, W) to logits (N, num_classes). Raises ValueError as `replace.with_block`
+    does.
     """
     return with_block(PlainNet(net, _kaiming_block), block)
 

@@ -44,5 +44,5 @@ def _block(cin, cout):
 
 
 def repeated_delta(net):
-    """The DiracNet of a diracnet.Topology, its delta repeated: (N, 3, H, W) to logits."""
+    """The DiracNet of a diracnet.Topology, its delta repeated: (N, in_channels, H, W) to logits."""
     return PlainNet(net, _block)

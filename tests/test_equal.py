@@ -1,5 +1,7 @@
 """Channels of like ranges: that outputs stay, ranges come together, and int8 is nearer then."""
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,8 @@ import export
 import networks
 from diracequal import LEAST, MOST, chained, equalise
 from diracfold import fold
-from test_export import run_onnx
+from runs import write_images
+from test_export import run_onnx, table_of
 
 
 @pytest.fixture
@@ -93,6 +96,25 @@ def test_int8_is_nearer_with_equal_ranges(uneven, tmp_path):
         path.write_bytes(int8)
         differences.append((run_onnx(path, inputs) - expected).square().mean().item())
     assert differences[1] < 0.7 * differences[0]
+
+
+def test_equalised_export(run_folder, tmp_path, capsys):
+    write_images(tmp_path / 'images', n=3)
+    weights = {}
+    for name in ('plain.onnx', 'equalised.onnx'):
+        options = ['--equalise'] if name == 'equalised.onnx' else []
+        path = tmp_path / name
+        export.main([str(run_folder), '--to', str(path), '--int8', str(tmp_path / 'images'),
+                     *options])
+        table = table_of(capsys.readouterr().out)
+        assert float(table['max difference']['float32'].split()[0]) < 1e-4
+        assert networks.load(path).origin['calibration'].get('equalised', False) is bool(options)
+        weights[name] = [onnx.numpy_helper.to_array(w).astype(int)
+                         for w in onnx.load(path).graph.initializer if len(w.dims) == 4]
+    moved = [np.abs(w - other).max() for w, other in zip(*weights.values(), strict=True)]
+    assert len(moved) == 7
+    assert moved[0] <= 1  # the stem's outputs alone are scaled, and each filter has a scale in int8
+    assert min(moved[1:]) > 1
 
 
 def test_equalise_is_an_option_of_int8(run_folder, tmp_path, capsys):

@@ -9,13 +9,14 @@ import re
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import diracnet
 from diracfold import fold
-from diracnet import DiracNet, Network, define_diracnet, diracnet18, topology
+from diracnet import DiracNet, Network, define_diracnet, diracnet18, init_params, topology
 from pages import text_of
 from reference import slow_w_hat
 
@@ -201,6 +202,12 @@ def test_fractional_widths_round_down():
     assert topology(18, 0.75, 'ImageNet').channels == (48, 96, 192, 384)
 
 
+def test_integers_of_numpy_are_integers():
+    net = topology(np.int64(16), 1, 'CIFAR10', np.int32(5))
+    assert net == topology(16, 1, 'CIFAR10', 5)
+    assert len(init_params(net)['fc.bias']) == 5
+
+
 @pytest.mark.parametrize(('arguments', 'message'), [
     ((17, 1, 'CIFAR10'), 'depth 17: .* 6n [+] 4; the nearest are 16 and 22'),
     ((4, 1, 'CIFAR10'), 'the nearest are 10 and 16'),
@@ -211,6 +218,11 @@ def test_fractional_widths_round_down():
     ((16, float('nan'), 'CIFAR10'), 'width nan'),
     ((16, 1, 'MNIST'), "unknown dataset 'MNIST': expected one of CIFAR10, CIFAR100, ImageNet"),
     ((16, 1, 'CIFAR10', 0), 'num_classes 0: expected at least 1'),
+    ((16.0, 1, 'CIFAR10'), 'depth 16.0: expected an integer'),
+    ((18.0, 1, 'ImageNet'), 'depth 18.0: expected an integer'),
+    (('16', 1, 'CIFAR10'), "depth '16': expected an integer"),
+    ((16, 1, 'CIFAR10', 10.0), 'num_classes 10.0: expected an integer'),
+    ((16, 1, 'CIFAR10', 5, False, 3.0), 'in_channels 3.0: expected an integer'),
     ((16, 1, 'CIFAR10', 5, False, 0), 'in_channels 0: expected at least 1'),
 ])
 def test_what_is_no_diracnet(arguments, message):
