@@ -150,10 +150,10 @@ def again(logs):
     """What was trained a second time, from nothing (logs/again/), and what it had come to."""
     lines = []
     for name in EXPERIMENTS:
-        rows, seconds = (rows_of(name, folder)[0] for folder in (logs, logs / 'again'))
-        for (series, x), cells in compared(rows, seconds):
-            minutes = sum(row['train_seconds'] for row in seconds
-                          if (row['series'], row['x']) == (series, x)) / 60
+        first, second = (read(folder / name / 'results.csv') for folder in (logs, logs / 'again'))
+        points = grouped(second, 'series', 'x')
+        for (series, x), cells in compared(first, second):
+            minutes = sum(row['train_seconds'] for row in points[series, x]) / 60
             lines.append([name, series, f'{x:g}', *cells, f'{minutes:.0f}'])
     return ['experiment', 'network', 'at', 'n', 'first, %', 'again, %', 'again - first',
             'minutes'], lines
@@ -167,8 +167,9 @@ def hours(logs):
     lines, budget = [], BUDGETS['small']
     for name, define in EXPERIMENTS.items():
         trainings = define(budget)
-        on_cpu = [row for row in rows_of(name, logs / 'again')[0] if row['device'] == 'CPU']
-        on_gpu = [row for row in rows_of(name, logs)[0] if row['device'] != 'CPU']
+        first, second = (read(folder / name / 'results.csv') for folder in (logs, logs / 'again'))
+        on_cpu = [row for row in second if row['device'] == 'CPU']
+        on_gpu = [row for row in first if row['device'] != 'CPU']
         lines.append([name, f'{len(trainings)}', f'{hours_of(name, budget, trainings):.1f}', *(
             f'{sum(row["train_seconds"] for row in rows) / 3600:.2f} of {len(rows)}' if rows else ''
             for rows in (on_cpu, on_gpu))])
