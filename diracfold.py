@@ -49,7 +49,8 @@ def fold(what, dtype=torch.float32):
 
     The result is on the CPU for parameters, on the module's device for a module (meta included),
     and in evaluation mode. Raises ValueError for parameters that are no DiracNet's, for a Network
-    or a DiracConv of a subclass with a forward of its own, for what a layer's `fold()` refuses, and
+    or a DiracConv of a subclass with a forward of its own, for what a layer's `fold()` refuses, for
+    a weight that a hook makes before each forward (with a mask of torch.nn.utils.prune, say), and
     for a module with batch norm that torch.fx cannot trace (whose forward depends on values of
     tensors, say): fold its parts.
     """
@@ -83,6 +84,7 @@ def _fold_params(params, dtype, device='cpu'):
 
 @torch.no_grad()
 def _fold_module(module, dtype):
+    _check_weights(module)
     root = nn.ModuleList([_unwrapped_copy(module)]).eval().double()  # so that all have a parent
     for layer in list(root.modules()):
         if isinstance(layer, Network):
@@ -100,6 +102,19 @@ def _fold_module(module, dtype):
         )
         _replace(root, bn, None)
     return root[0].to(dtype).eval()
+
+
+def _check_weights(module):
+    """Raises ValueError for a weight that is made before each forward: it can be no parameter."""
+    for name, layer in module.named_modules():
+        for key, value in vars(layer).items():
+            if isinstance(value, torch.Tensor) and (
+                not value.is_leaf or f'{key}_orig' in layer._parameters  # nothing requires grad
+            ):
+                raise ValueError(
+                    f'{f"{name}.{key}".lstrip(".")} is made from others before each forward: '
+                    'expected a parameter, as torch.nn.utils.prune.remove leaves it'
+                )
 
 
 def _wrapped(layer):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import networks
 from damages import DAMAGES, damaged
@@ -334,6 +334,23 @@ def test_a_single_layer_and_dtype():
     assert folded.weight.dtype == torch.bfloat16
     expected = conv.double().transform_weight()
     assert relative(folded.weight.double(), expected) < 2**-8
+
+
+@pytest.mark.parametrize('trains', [True, False])
+@pytest.mark.parametrize('kind', [nn.Conv2d, DiracConv2d])
+def test_a_mask_is_named_until_it_is_made_permanent(kind, trains):
+    module, inputs = settle(nn.Sequential(kind(3, 4, 3), nn.BatchNorm2d(4)), 2, 3, 8, 8)
+    prune.l1_unstructured(module.requires_grad_(trains)[0], 'weight', 0.5)
+    expected = module(inputs)
+    with pytest.raises(ValueError, match='^0.weight is made from others before each forward: exp'):
+        fold(module)
+    with pytest.raises(ValueError, match='^weight is made from others before each forward: exp'):
+        fold(module[0])
+    prune.remove(module[0], 'weight')
+    assert (module[0].weight == 0).sum() == module[0].weight.numel() // 2
+    folded = fold(module, torch.float64)
+    assert count(folded, nn.BatchNorm2d) == 0
+    assert relative(folded(inputs), expected) < 1e-12
 
 
 class Depends(nn.Module):
