@@ -1,4 +1,9 @@
-"""Options of the test run, and fixtures that several test modules take."""
+"""Options of the test run, and fixtures that several test modules take.
+
+The numbers that must hold are those of the CPU; `python -m experiments.gpu` checks those of a GPU.
+"""
+
+import os
 
 import pytest
 import torch
@@ -8,6 +13,8 @@ from diracimage import Inputs, normalise
 from diracnet import Network, define_diracnet
 from runs import run
 from training import data
+
+os.environ['CUDA_VISIBLE_DEVICES'] = ''  # read at the first use of CUDA, here and in subprocesses
 
 
 def pytest_addoption(parser):

@@ -1,6 +1,12 @@
-"""Small images, and small runs of train.py on them."""
+"""Small images, and small runs of train.py on them, here and in processes of their own."""
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -9,6 +15,8 @@ import torch
 
 import train
 from experiments.kill import compare
+
+ROOT = Path(train.__file__).parent
 
 
 def write_images(folder, classes=('cat', 'dog'), n=4, size=(32, 32), seed=0):
@@ -37,6 +45,39 @@ def run(images, save, *options):
         '--dataset', 'Folder', '--dataroot', str(images), '--depth', '10', '--batch_size', '12',
         '--epochs', '2', '--epoch_step', '[2]', '--save', str(save), *map(str, options),
     ])
+
+
+def wait_until(condition, seconds=120):
+    """Waits for a condition; fails where it does not come true in so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f'waited {seconds} s in vain'
+        time.sleep(0.01)
+
+
+def environment():
+    """One thread each, torch's C++ warnings left out; scripts in tests/ find the project."""
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR',
+            'PYTHONPATH': str(ROOT)}
+
+
+@contextlib.contextmanager
+def started(*command):
+    """A process of the project's, its output piped, that does not outlive the block."""
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True, env=environment(),
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:  # torchrun passes a SIGTERM on, and a training ends by it
+            os.killpg(process.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=30)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
 
 
 def params_of(folder, name='model.pt7'):

@@ -1,5 +1,6 @@
 """Nothing lost, nothing let in: trainings attacked from outside, and files made to harm."""
 
+import contextlib
 import errno
 import math
 import os
@@ -23,11 +24,21 @@ import export
 import predict
 import train
 from diracimage import DataError, read_test_image
-from runs import assert_same_run, params_of, refused, run, stats_of, write_sets
+from runs import (
+    ROOT,
+    assert_same_run,
+    environment,
+    params_of,
+    refused,
+    run,
+    started,
+    stats_of,
+    wait_until,
+    write_sets,
+)
 from training import augment, checkpoint
 from training.batches import WorkerError, read_batches
-
-ROOT = Path(train.__file__).parent
+from training.signals import Signals
 
 
 @pytest.fixture(scope='module')
@@ -180,27 +191,28 @@ def test_events_that_cannot_be_written_cost_nothing(images, tmp_path, capsys, mo
     assert torch.load(tmp_path / 'model.pt7', weights_only=True)['epoch'] == 2
 
 
-def start_reading(images, save):
-    """Starts a long training that two processes read for; returns it, and them, once it saved."""
-    training = subprocess.Popen(
-        [sys.executable, 'train.py', '--dataset', 'Folder', '--dataroot', str(images),
-         '--image_size', '70', '--depth', '18', '--width', '0.125', '--nthread', '2',
-         '--batch_size', '4', '--epochs', '1000', '--save', str(save)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-    )
-    while training.poll() is None and not (save / 'model.pt7').exists():
-        time.sleep(0.01)
-    children = Path(f'/proc/{training.pid}/task/{training.pid}/children').read_text().split()
-    readers = [int(child) for child in children
-               if b'train.py' in Path(f'/proc/{child}/cmdline').read_bytes()]
-    return training, readers
+@contextlib.contextmanager
+def reading(images, save):
+    """A long training that two processes read for: it, and them, once it saved."""
+    with started(sys.executable, 'train.py', '--dataset', 'Folder', '--dataroot', images,
+                 '--image_size', 70, '--depth', 18, '--width', 0.125, '--nthread', 2,
+                 '--batch_size', 4, '--epochs', 1000, '--save', save) as training:
+        wait_until(lambda: training.poll() is not None or (save / 'model.pt7').exists())
+        children = Path(f'/proc/{training.pid}/task/{training.pid}/children').read_text().split()
+        readers = [int(child) for child in children
+                   if b'train.py' in Path(f'/proc/{child}/cmdline').read_bytes()]
+        try:
+            yield training, readers
+        finally:
+            for reader in readers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(reader, signal.SIGCONT)  # one that is stopped never ends
 
 
 def test_a_reading_process_that_dies_costs_no_step(large_images, tmp_path):
-    training, readers = start_reading(large_images, tmp_path / 'run')
-    os.kill(readers[0], signal.SIGKILL)
-    _, errors = training.communicate(timeout=60)
+    with reading(large_images, tmp_path / 'run') as (training, readers):
+        os.kill(readers[0], signal.SIGKILL)
+        _, errors = training.communicate(timeout=60)
     assert training.returncode == 1
     assert errors.startswith('train.py: a process that reads images died (DataLoader worker')
     assert errors.count('\n') == 1
@@ -258,27 +270,28 @@ except WorkerError as error:
 
 
 def test_a_stalled_reading_process_does_not_keep_a_signal_waiting(large_images, tmp_path):
-    training, readers = start_reading(large_images, tmp_path / 'run')
-    for reader in readers:
-        os.kill(reader, signal.SIGSTOP)
-    time.sleep(2)  # until it waits for a batch
-    training.terminate()
-    time.sleep(1)
-    for reader in readers:  # so that they can end with it
-        os.kill(reader, signal.SIGCONT)
-    printed, errors = training.communicate(timeout=60)
+    with reading(large_images, tmp_path / 'run') as (training, readers):
+        for reader in readers:
+            os.kill(reader, signal.SIGSTOP)
+        time.sleep(2)  # until it waits for a batch
+        before = (tmp_path / 'run' / 'model.pt7').stat().st_mtime_ns
+        training.terminate()
+        wait_until(lambda: (tmp_path / 'run' / 'model.pt7').stat().st_mtime_ns > before, 30)
+        for reader in readers:  # so that they can end with it
+            os.kill(reader, signal.SIGCONT)
+        printed, errors = training.communicate(timeout=60)
     assert training.returncode == 128 + signal.SIGTERM, errors
     assert 'stopped by SIGTERM in epoch' in printed
 
 
 def test_a_killed_training_leaves_no_lock_behind(large_images, tmp_path):
-    training, readers = start_reading(large_images, tmp_path / 'run')
-    training.kill()
-    training.wait()
-    assert any(Path(f'/proc/{reader}').exists() for reader in readers)  # they end some time later
-    with checkpoint.Lock(tmp_path / 'run') as lock:
-        lock.take()
-    training.communicate()
+    with reading(large_images, tmp_path / 'run') as (training, readers):
+        os.kill(readers[0], signal.SIGSTOP)  # it would end some time later
+        training.kill()
+        training.wait()
+        assert Path(f'/proc/{readers[0]}').exists()
+        with checkpoint.Lock(tmp_path / 'run') as lock:
+            lock.take()
 
 
 def test_a_closed_terminal_is_a_signal_like_others(images, whole, tmp_path, monkeypatch):
@@ -301,6 +314,17 @@ def test_a_closed_terminal_is_a_signal_like_others(images, whole, tmp_path, monk
     assert_same_run(tmp_path, whole)
 
 
+def test_a_closed_terminal_stays_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.number == 0
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(('ranks', 'options'), [
     (2, ['--batch_size', 64, '--val', 1]), (2, ['--batch_size', 1, '--val', 1]),
     (3, ['--batch_size', 2]),
@@ -310,7 +334,7 @@ def test_ranks_without_a_share(images, tmp_path, ranks, options):
     done = subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', *words],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR'},
+        env=environment(),
     )
     assert done.returncode == 0, done.stderr
     (stats,) = stats_of(tmp_path / 'run')
@@ -331,7 +355,7 @@ def test_damaged_images_give_an_error_or_pixels(ending, tmp_path, request):
     good = cv2.imencode(ending, cv2.resize(pixels, (90, 80)))[1].tobytes()
     path = str(tmp_path / f'image{ending}')
 
-    @settings(max_examples=request.config.getoption('--fuzz') // 6 + 1, deadline=None,
+    @settings(max_examples=request.config.getoption('--fuzz') // 6 + 1, deadline=60_000,
               database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(st.tuples(st.integers(0, len(good) - 1) | st.integers(0, 40),
                               st.integers(1, 255)), max_size=4),
@@ -351,9 +375,7 @@ def test_damaged_images_give_an_error_or_pixels(ending, tmp_path, request):
             assert message.startswith(f'{path}: ')
             assert '\n' not in message
 
-    start = time.monotonic()
     flip_and_cut()
-    assert time.monotonic() - start < 1 + request.config.getoption('--fuzz')  # seconds: none hangs
 
 
 def nested(depth):

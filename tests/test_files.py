@@ -110,7 +110,8 @@ def test_every_file_says_what_it_is(files, images, form):
 def test_no_path_of_this_machine(files, run, images, form):
     content = (files / form).read_bytes()  # none of the formats compresses
     for place in (ROOT, Path.home(), Path.cwd(), run, images, files, sys.prefix, torch.__path__[0]):
-        assert str(place).encode() not in content, place
+        if len(Path(place).parts) > 2:  # '/' and '/data' may be in any file
+            assert str(place).encode() not in content, place
 
 
 @pytest.mark.parametrize('form', FORMS)

@@ -47,7 +47,7 @@ def test_folded_logits(train_a_little, depth, width, dataset, num_classes, size)
         assert relative(net(inputs[4]), expected) < 1e-10
         assert relative(net.float()(inputs[4].float()), expected) < 1e-4
     convs = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    assert len(convs) == depth - 1 if dataset == 'ImageNet' else depth - 3
+    assert len(convs) == (depth - 1 if dataset == 'ImageNet' else depth - 3)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
 
 
@@ -156,6 +156,24 @@ def test_hooks_and_forwards_of_ones_own_are_not_lost(trained, digits):
         network(inputs)
         around.module[0].register_forward_hook(lambda module, args, logits: logits[..., None])
         assert relative(fold(around, torch.float64)(inputs), around(inputs)) < 1e-10
+
+
+def test_hooks_with_keywords_and_those_that_are_always_called_stay_so():
+    class Fails(nn.Module):
+        def forward(self, inputs):
+            raise ArithmeticError
+
+    seen = []
+    conv, fails = DiracConv2d(3, 4, 3), Fails()
+    conv.register_forward_pre_hook(
+        lambda module, args, keywords: seen.append('before'), with_kwargs=True)
+    conv.register_forward_hook(
+        lambda module, args, keywords, output: seen.append('behind'), with_kwargs=True)
+    around = nn.DataParallel(nn.Sequential(conv, fails))
+    around.register_forward_hook(lambda *_: seen.append('always'), always_call=True)
+    with pytest.raises(ArithmeticError):
+        fold(around)(torch.zeros(1, 3, 4, 4))
+    assert seen == ['before', 'behind', 'always']
 
 
 @pytest.mark.parametrize('wrap', [nn.DataParallel, lambda net: torch.optim.swa_utils.AveragedModel(

@@ -123,7 +123,6 @@ def test_jpeg_files_are_read(tmp_path):
     assert images.float().std() > 10
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_without_a_gpu_one_line_says_so(capsys):
     with pytest.raises(SystemExit) as ending:
         gpu.main([])

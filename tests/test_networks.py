@@ -325,6 +325,7 @@ def published(tmp_path, monkeypatch):
         diracnet.MODEL_URLS, 18, f'http://127.0.0.1:{server.server_port}/{file.name}'
     )
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setenv('no_proxy', '*')
     yield file, tmp_path / 'hub' / 'checkpoints' / file.name
     server.shutdown()
     server.server_close()

@@ -2,7 +2,9 @@
 
 import re
 import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +24,7 @@ def test_every_command_is_one_of_ours():
         line = shlex.join(words)
         if 'train.py' in words:
             if '--help' not in words:
-                opt = options.parse_options(words[words.index('train.py') + 1 :])
-                assert opt.save or opt.evaluate, line
+                options.parse_options(words[words.index('train.py') + 1 :])
         elif words[:2] == ['python', '-m']:
             assert (ROOT / (words[2].replace('.', '/') + '.py')).exists(), line
             if words[2] == 'experiments.bench':
@@ -70,11 +71,12 @@ def test_files_of_the_readme_are_all_there_are():
     table = text_of('README.md').split('## Files')[1].split('## Citing')[0]
     cells = [line.split('|')[1] for line in table.splitlines() if line.startswith('| `')]
     named = {name.rstrip('/') for cell in cells for name in re.findall(r'`([^`]+)`', cell)}
-    ours = {path.name for path in ROOT.glob('*.py')} | {
-        path.name for path in ROOT.iterdir()
-        if path.is_dir() and not path.name.startswith(('.', '_')) and path.name not in
-        ('build', 'checkpoints', 'runs') and not path.name.endswith('.egg-info')
-    }
+    listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip('no repository: nothing tells our files from others')
+    paths = [Path(line) for line in listed.stdout.splitlines()]
+    ours = {path.parts[0] for path in paths if len(path.parts) > 1 or path.suffix == '.py'}
+    ours = {name for name in ours if not name.startswith('.')}
     assert named == ours | {'diracnet-export.ipynb'}
 
 

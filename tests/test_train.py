@@ -608,8 +608,7 @@ def test_meters_weigh_every_image_alike():
     (['--save', '\ud800'], r"--save '\ud800': expected a folder that can be written"),
     (['--image_size', '48'], '--image_size 48: expected 32, of CIFAR10'),
     (['--randomcrop_pad', '32'], '--randomcrop_pad 32: expected less than the image, 32'),
-    pytest.param(['--gpu_id', '0'], '--gpu_id 0: CUDA has none of this number here: expected',
-                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')),
+    (['--gpu_id', '99'], '--gpu_id 99: CUDA has none of this number here: expected'),
     (['--gpu_id', 'first'], "--gpu_id 'first': expected numbers of devices"),
     (['--save', '/dev/null/x'], "--save '/dev/null/x': expected a folder that can be written"),
     (['--save', ''], "--save '': expected a folder"),
@@ -640,7 +639,7 @@ def test_checkpoint_of_another_network(trained, images, capsys, tmp_path):
 @pytest.mark.parametrize('content', [b'', b'half a file', b'PK\x03\x04 cut'])
 def test_damaged_checkpoint(content, capsys, tmp_path):
     (tmp_path / 'model.pt7').write_bytes(content)
-    error = refused(capsys, '--resume', tmp_path)
+    error = refused(capsys, '--resume', tmp_path, '--save', tmp_path / 'run')
     assert 'truncated, damaged or no weights: expected a file that torch.load reads' in error
 
 

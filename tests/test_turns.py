@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import multiprocessing
+import os
 import re
 import subprocess
 import threading
@@ -96,7 +97,10 @@ def test_rows_wait_for_another_that_appends(tmp_path):
 
 def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     """Of a copy that lies in a repository of something else there is none, nor without git."""
-    git = ['git', '-c', 'user.name=a', '-c', 'user.email=b', '-C', str(tmp_path)]
+    for name in [name for name in os.environ if name.startswith('GIT_')]:  # as hooks of git have
+        monkeypatch.delenv(name)
+    git = ['git', '-c', 'user.name=a', '-c', 'user.email=b', '-c', 'commit.gpgsign=false', '-C',
+           str(tmp_path)]
     for words in (['init', '-q'], ['commit', '-q', '--allow-empty', '-m', 'c']):
         subprocess.run([*git, *words], check=True)
     monkeypatch.setattr(turns, 'ROOT', tmp_path)
