@@ -38,7 +38,8 @@ def fold(what, dtype=torch.float32):
     what: one of
     - the parameters of a functional DiracNet (flat name -> tensor): returns a DiracNet;
     - an nn.Module: returns a copy, in which each Network is a DiracNet, wherever it is, each layer
-      with a `fold()` (a DiracConv, say, or a block of diverse branches) is what that returns, and
+      with a method `fold()` (a DiracConv, say, or a block of diverse branches) is what that gives,
+      an nn.Module, and
       each convolution with a DiracParametrization, or whose output goes to a batch norm and nowhere
       else, is one plain convolution. Such a batch norm is gone from an nn.Sequential of named
       layers; elsewhere nn.Identity stands for it. In place of DataParallel,
@@ -89,8 +90,12 @@ def _fold_module(module, dtype):
     for layer in list(root.modules()):
         if isinstance(layer, Network):
             _replace(root, layer, _fold_network(layer))
-        elif hasattr(layer, 'fold'):
-            _replace(root, layer, layer.fold())
+        elif callable(getattr(type(layer), 'fold', None)):
+            folded = layer.fold()
+            if not isinstance(folded, nn.Module):
+                raise ValueError(f'{type(layer).__name__}.fold() gives a {type(folded).__name__}: '
+                                 'expected the nn.Module that takes its place')
+            _replace(root, layer, folded)
         elif is_parametrised(layer):
             # a class made for this layer loses the parametrization: the copy needs one of its own
             kind = type(layer)

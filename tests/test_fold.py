@@ -371,6 +371,29 @@ def test_a_mask_is_named_until_it_is_made_permanent(kind, trains):
     assert relative(folded(inputs), expected) < 1e-12
 
 
+class Patches(nn.Module):
+    """Has a layer of the name of the method."""
+
+    def __init__(self):
+        super().__init__()
+        self.fold = nn.Fold((6, 6), 3)
+
+    def forward(self, x):
+        return self.fold(x)
+
+
+class InPlace(nn.Identity):
+    def fold(self):
+        self.folded = True
+
+
+def test_what_is_called_fold_and_is_another_thing():
+    inputs = torch.randn(2, 27, 16)
+    assert torch.equal(fold(nn.Sequential(Patches()))(inputs), Patches()(inputs))
+    with pytest.raises(ValueError, match=r'InPlace.fold\(\) gives a NoneType: expected the nn.Mod'):
+        fold(nn.Sequential(InPlace()))
+
+
 class Depends(nn.Module):
     """Its forward depends on a value, which no symbolic trace can follow."""
 
