@@ -30,6 +30,7 @@ from tqdm import tqdm
 import networks
 from command import Options, errors_in_one_line, expect_packages, print_table
 from diracequal import equalise
+from diracfile import PT2_CONFIG
 from diracfold import fold
 from diracimage import normalise
 from diraconnx import OnnxNetwork
@@ -80,7 +81,11 @@ def as_pt2(net, inputs, said):
     program = torch.export.export(net, (inputs,), dynamic_shapes=({0: torch.export.Dim('N')},))
     for node in program.graph.nodes:
         node.meta.pop('stack_trace', None)  # paths of this machine
-    return in_memory(functools.partial(torch.export.save, extra_files=said), program)
+    content = in_memory(functools.partial(torch.export.save, extra_files=said), program)
+    if PT2_CONFIG.encode() not in content:
+        raise ValueError(f'.pt2 of torch {torch.__version__}: its parameters cannot be read '
+                         'without running what is in the file: expected torch 2.9 or newer')
+    return content
 
 
 def open_pt2(path, net):

@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import cv2
@@ -367,6 +368,21 @@ def test_folded_files_are_read_as_trained_ones_are(exported, run_folder, images,
         assert all(torch.equal(tensor, first[name]) for name, tensor in again.items())
         capsys.readouterr()
     assert printed[0] == printed[1] == printed[2]
+
+
+def test_a_pt2_that_nothing_here_would_read_is_not_written(
+    run_folder, tmp_path, capsys, monkeypatch
+):
+    def save(program, file, extra_files):  # as torch 2.8 does
+        with zipfile.ZipFile(file, 'w') as archive:
+            archive.writestr('archive/data/weights/model.pt', b'a pickle')
+
+    monkeypatch.setattr(torch.export, 'save', save)
+    with pytest.raises(SystemExit) as ending:
+        export.main([str(run_folder), '--to', str(tmp_path / 'net.pt2')])
+    assert ending.value.code == 2
+    assert 'expected torch 2.9 or newer' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_packages(run_folder, capsys, monkeypatch):
