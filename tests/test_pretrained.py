@@ -46,6 +46,19 @@ def test_last_layer(before, tmp_path, capsys, classes, said):
     assert all(torch.equal(after[name], old[name]) for name in learnt)
 
 
+def test_another_normalisation_is_said_and_how_to_keep_it(before, tmp_path, capsys):
+    given = '[0.5,0.25,0.125,0.5,0.25,0.125]'
+    run(before[1], tmp_path / 'a', '--epochs', 1, '--normalise', given)
+    assert 'normalised' not in capsys.readouterr().out
+    run(before[1], tmp_path / 'b', '--epochs', 1, '--pretrained', tmp_path / 'a')
+    ours = '[0.49137,0.48235,0.44667,0.24706,0.24353,0.26157]'  # 125.3 / 255 and so on
+    assert (f'--pretrained {tmp_path / "a"}: inputs were normalised by {given}, and are by {ours} '
+            f'here: --normalise {given} keeps what they were\n') in capsys.readouterr().out
+    run(before[1], tmp_path / 'c', '--epochs', 1, '--pretrained', tmp_path / 'a', '--normalise',
+        given)
+    assert 'normalised by' not in capsys.readouterr().out
+
+
 def test_last_layer_of_classes_without_names(before, tmp_path, capsys):
     torch.save(params_of(before[0]), tmp_path / 'bare.pth')
     run(before[1], tmp_path / 'run', '--epochs', 1, '--lr', 0, '--pretrained',
@@ -81,8 +94,10 @@ def test_folded_parameters_are_no_beginning(before, tmp_path, capsys):
     assert 'holds a folded network: expected the parameters it was folded from' in error
 
 
-@pytest.mark.parametrize('family', ['plain', 'densenet121', 'mobilenet'])
-def test_last_layer_of_other_families(family, tmp_path):
+@pytest.mark.parametrize(('family', 'of_last'), [
+    ('plain', 2), ('densenet121', 2), ('mobilenet', 2), ('diracnet-fast', 1),
+])
+def test_last_layer_of_other_families(family, of_last, tmp_path, capsys):
     kind = networks.FAMILIES[family].kinds[0]
     depth = {'depth': 10} if 'depth' in networks.FAMILIES[family].options else {}
     args = {'dataset': 'ImageNet' if kind == 'ImageNet' else 'CIFAR10'}
@@ -94,7 +109,11 @@ def test_last_layer_of_other_families(family, tmp_path):
     pretrained.take(large, opt, Inputs.of(args['dataset']), list('abcde'))
     taken = [torch.equal(p, q) if p.shape == q.shape else None
              for p, q in zip(small.parameters(), large.parameters())]
-    assert taken == [True] * (len(taken) - 2) + [None] * 2
+    assert taken == [True] * (len(taken) - of_last) + [None] * of_last
+    assert 'the last layer, of 3 classes, is replaced by a new one of 5' in capsys.readouterr().out
+    same = networks.build(family, kind, 3, **depth)
+    pretrained.take(same, opt, Inputs.of(args['dataset']), list('abc'))
+    assert all(map(torch.equal, small.parameters(), same.parameters()))
 
 
 def test_published_parameters_are_taken(monkeypatch):

@@ -18,11 +18,13 @@ def take(network, opt, inputs, classes):
     parameters that do not fit otherwise, OSError for published ones that cannot be had.
     """
     saved, expected = _read(opt.pretrained), network.state_dict()
-    weight, bias = [name for name, _ in network.named_parameters()][-2:]
-    before = saved.params[bias].numel() if bias in saved.params else len(classes)
+    names = [name for name, _ in network.named_parameters()]
+    layer = names[-1].rpartition('.')[0]  # with or without a bias
+    last = [name for name in names if name.rpartition('.')[0] == layer]
+    before = (len(saved.params[last[0]].flatten(1)) if last[0] in saved.params
+              else len(classes))
     kept, said = _last_layer(before, saved.classes, classes)
-    params = saved.params if kept else {**saved.params,
-                                        **{name: expected[name] for name in (weight, bias)}}
+    params = saved.params if kept else {**saved.params, **{name: expected[name] for name in last}}
     try:
         check_fit(params, expected)
     except ValueError as error:
@@ -31,6 +33,16 @@ def take(network, opt, inputs, classes):
     network.load_state_dict(params)
     if rank() == 0:
         say(f'--pretrained {saved.path}: the last layer, of {before} classes, {said}')
+        known = Inputs.of_args(saved.args) if 'dataset' in saved.args else inputs
+        was, now = _normalisation(known), _normalisation(inputs)
+        if was != now:
+            say(f'--pretrained {saved.path}: inputs were normalised by {was}, and are by {now} '
+                f'here: --normalise {was} keeps what they were')
+
+
+def _normalisation(inputs):
+    """The means and deviations of inputs, as --normalise takes them."""
+    return '[' + ','.join(f'{value:.5g}' for value in (*inputs.mean, *inputs.std)) + ']'
 
 
 def _read(source):
