@@ -17,6 +17,7 @@ PATCH = 2  # pixels of a side
 # alpha and beta as elsewhere, 1 and 0.1, leave the filters at the identity for too long; they start
 # there all the same, as W does too
 ALPHA_INIT, BETA_INIT = 0.2, 1.0
+BLOCKS = ('base', 'dirac')
 ACTIVATIONS = {'relu': nn.ReLU, 'gelu': lambda: nn.GELU('tanh'), 'silu': nn.SiLU}
 
 
@@ -49,7 +50,7 @@ class FastNet(nn.Module):
                 f'unknown activation {activation!r}: expected one of {", ".join(ACTIVATIONS)}'
             )
         if not 1 <= width * min(CHANNELS) < float('inf'):
-            raise ValueError(f'width {width}: expected at least {1 / min(CHANNELS)}')
+            raise ValueError(f'width {width}: expected a number of at least {1 / min(CHANNELS)}')
         cin = 2 * 3 * PATCH**2
         layers = OrderedDict(
             conv=nn.Conv2d(3, cin, PATCH, bias=False), act=ACTIVATIONS[activation]())
@@ -74,8 +75,11 @@ def fast(num_classes, width, block, activation):
     """The network with the blocks of `replace.with_block`: a DiracNet with 'dirac'.
 
     (N, 3, H, W) to logits (N, num_classes). With 'base' its filters start at the identity alone, as
-    in airbench. Raises ValueError as FastNet and `with_block` do.
+    in airbench. Raises ValueError for another block, and as FastNet does.
     """
+    if block not in BLOCKS:
+        raise ValueError(f'block {block!r}: expected {" or ".join(BLOCKS)}, as the first '
+                         'convolution has an even kernel')
     network = with_block(FastNet(num_classes, width, activation), block)
     for layer in network.modules():
         if isinstance(layer, DiracConv2d):
