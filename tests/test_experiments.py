@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from PIL import Image, JpegImagePlugin
 
 import networks
 import train
 from diracconv import dirac_weight
 from diracfile import load_params
-from experiments import definitions, figures, hours, measures, run, starts, turns
+from experiments import definitions, figures, hours, jpeg, measures, run, starts, turns
 from experiments.definitions import BUDGETS, EXPERIMENTS, VARIANTS, Training
 from training import data
 from training.options import parse_options
@@ -221,6 +222,28 @@ def test_hours_of_growing_images_are_counted_by_hand():
 def test_options_are_words():
     options = {'depth': 10, 'whiten': False, 'nesterov': True}
     assert definitions.words_of(options) == ['--depth', '10', '--no-whiten', '--nesterov']
+
+
+def test_jpeg_files_are_those_of_pillows_defaults(tmp_path, capsys):
+    folder = tmp_path / 'made' / 'digits'
+    jpeg.main([str(folder), '--dataset', 'Digits'])
+    assert capsys.readouterr().out == f'1,437 and 360 images written to {folder}\n'
+    digits, files = data.load('Digits'), data.load('Folder', folder)
+    assert files.classes == digits.classes
+    for written, given in ((files.train, digits.train), (files.test, digits.test)):
+        order = given.labels.sort(stable=True).indices
+        assert torch.equal(written.labels, given.labels[order])
+        differences = written.images.double() - given.images[order].double()
+        assert 0 < differences.abs().mean() < 5  # of 255: no image is another's
+        assert differences.abs().flatten(1).mean(dim=1).max() < 10
+    with Image.open(folder / 'train' / digits.classes[0] / '0000.jpg') as image:
+        # half of the first line of the standard's table K.1, which is quality 75
+        assert image.quantization[0][:8] == [8, 6, 5, 8, 12, 20, 26, 31]
+        assert JpegImagePlugin.get_sampling(image) == 2  # 4:2:0
+    with pytest.raises(SystemExit) as ending:
+        jpeg.main([str(folder), '--dataset', 'Digits'])
+    assert ending.value.code == 2
+    assert 'is there already: expected a new folder' in capsys.readouterr().err
 
 
 def test_the_recipe_of_the_speed_run_has_the_epochs_of_the_experiment():
