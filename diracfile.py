@@ -179,7 +179,7 @@ def _load_safetensors(path):
         from safetensors import torch as safetensors
     except ImportError as error:
         raise ValueError(
-            f"{path}: safetensors is missing: expected pip install 'diracnets[deploy]'"
+            f'{path}: safetensors is missing: expected pip install safetensors'
         ) from error
     try:
         contents = OrderedDict(safetensors.load_file(path))

@@ -24,7 +24,7 @@ class OnnxNetwork(nn.Module):
             import onnxruntime
         except ImportError as error:
             raise ValueError(
-                f"{path}: onnxruntime is missing: expected pip install 'diracnets[deploy]'"
+                f'{path}: onnxruntime is missing: expected pip install onnxruntime'
             ) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

@@ -384,7 +384,7 @@ def test_onnx_is_run_and_not_exported_again(files, images, tmp_path, capsys, mon
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     error = error_of(predict.main, ['x.png', '--model', path], capsys)
     assert error == (
-        f"predict.py: {path}: onnxruntime is missing: expected pip install 'diracnets[deploy]'\n"
+        f"predict.py: {path}: onnxruntime is missing: expected pip install onnxruntime\n"
     )
 
 
