@@ -268,6 +268,10 @@ def test_recipes_and_families():
     assert (opt.model, opt.dataset, opt.block, opt.batch_size) == (
         'resnet34', 'ImageNet', 'base', 256)
     assert 'depth' not in opt
+    opt = options.parse_options(['--recipe', 'diracnet-imagenet', '--model', 'plain'])
+    assert (opt.depth, opt.width, opt.block) == (18, 1, 'base')
+    opt = options.parse_options(['--recipe', 'dbb', '--model', 'resnet50'])
+    assert (opt.block, opt.epochs) == ('dbb', 120)
     for recipe in options.RECIPES:
         assert options.parse_options(['--recipe', recipe]).recipe == recipe
     assert options.parse_options(['--model', 'wide-resnet']).depth == 28
@@ -613,6 +617,7 @@ def test_meters_weigh_every_image_alike():
     (['--save', '/dev/null/x'], "--save '/dev/null/x': expected a folder that can be written"),
     (['--save', ''], "--save '': expected a folder"),
     (['--name', 'a', '--save', 'b'], '--name and --save both given'),
+    (['--whiten', '--pretrained', 'a'], '--whiten and --pretrained both given'),
     (['--recipe', 'mine'], 'mine'),
     (['--ngpu', '2'], 'start it as: torchrun --nproc_per_node=2 train.py --ngpu 2'),
     (['--colour'], '--colour'),

@@ -185,7 +185,8 @@ def make_parser():
         help='images in a step, of all processes together')
     add('--epochs', default=200, type=at_least(1, int), help='epochs in all, resumed ones counted')
     add('--optimizer', default='sgd', choices=OPTIMIZERS,
-        help='muon: of the filters, whose step is made orthogonal; AdamW has the rest')
+        help='muon: of the filters, whose step is made orthogonal, and which are scaled, so for '
+             'those of W_hat or before a batch norm; AdamW has the rest')
     add('--lr', default=0.1, type=at_least(0, float, 1e38),
         help='learning rate, the highest; of muon that of the filters')
     add('--adam_lr', default=0.01, type=at_least(0, float, 1e38),
@@ -233,10 +234,9 @@ def _with_recipe(parser, argv, recipe):
     flags = shlex.split((RECIPE_FOLDER / f'{recipe}.txt').read_text(), comments=True)
     of_recipe, given = parser.parse_args(flags), parser.parse_args(argv)
     opt = parser.parse_args(argv, argparse.Namespace(**vars(of_recipe)))
-    if opt.model != of_recipe.model:  # the sizes are those of the recipe's own network
-        for name in FAMILIES[of_recipe.model or 'diracnet'].options.keys() & vars(opt).keys():
-            if name not in given:
-                delattr(opt, name)
+    for name in FAMILIES[of_recipe.model].options.keys() - FAMILIES[opt.model].options.keys():
+        if name in opt and name not in given:  # the recipe's own network has it, this one not
+            delattr(opt, name)
     return opt
 
 
@@ -296,6 +296,9 @@ def parse_options(argv, sets=None):
     opt = parser.parse_args(argv)
     if opt.recipe:
         opt = _with_recipe(parser, argv, opt.recipe)
+    if opt.whiten and opt.pretrained:
+        parser.error('--whiten and --pretrained both given: expected one start of the first '
+                     'convolution')
     if opt.evaluate and not opt.resume:
         parser.error('--evaluate: expected --resume with a checkpoint to test')
     if opt.label_smoothing >= 1:
