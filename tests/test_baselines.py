@@ -437,6 +437,19 @@ def test_plain_starts_with_kaiming_filters():
             assert module.weight.std().item() == pytest.approx(expected, rel=0.06)
 
 
+def test_plain_starts_with_the_batch_norms_and_the_last_layer_of_a_diracnet():
+    network = networks.build('plain', 'CIFAR10', num_classes=100, depth=28, width=4)
+    drawn = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    scales = torch.cat([bn.weight for bn in drawn])
+    assert scales.min() >= 0
+    assert scales.max() < 1
+    assert scales.mean().item() == pytest.approx(1 / 2, abs=0.03)
+    assert scales.std().item() == pytest.approx(math.sqrt(1 / 12), rel=0.05)
+    assert not any(bn.bias.any() for bn in drawn)
+    assert network.fc.weight.std().item() == pytest.approx(math.sqrt(2 / 256), rel=0.05)
+    assert not network.fc.bias.any()
+
+
 def test_dirac_init_starts_at_the_identity_and_leaves_new_channels_random():
     network = networks.build('dirac-init', 'CIFAR10', depth=16, width=2)
     for name, module in network.named_modules():
@@ -472,6 +485,31 @@ def test_resnet_adds_the_input_of_each_pair_of_blocks():
         torch.testing.assert_close(network(images), expected, rtol=1e-9, atol=1e-9)
 
 
+# ---------------------------------------------------------------- MobileNet
+
+
+def test_mobilenet_layer_by_layer():
+    network = perturb(networks.build('mobilenet', 'ImageNet', 5)).double().eval()
+    state = network.state_dict()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    images, i = x, 0
+
+    def layer(x, stride=1, groups=1):
+        nonlocal i
+        weight = state[f'features.{i}.conv.weight']
+        x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2, groups=groups)
+        i += 1
+        return batch_norm(x, state, f'features.{i - 1}.bn').relu()
+
+    x = layer(x, stride=2)
+    for stride in (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1):  # table 1
+        x = layer(layer(x, stride, groups=x.shape[1]))
+    assert x.shape == (2, 1024, 2, 2)
+    expected = x.mean((2, 3)) @ state['fc.weight'].T + state['fc.bias']
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), expected, rtol=1e-9, atol=1e-9)
+
+
 # ---------------------------------------------------------------- Wide ResNet
 
 
@@ -495,6 +533,23 @@ def test_wide_resnet_is_pre_activated():
     expected = x.mean((2, 3)) @ state['fc.weight'].T + state['fc.bias']
     with torch.no_grad():
         torch.testing.assert_close(network(images), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_wide_resnet_drops_out_between_the_convolutions_of_a_block():
+    network = networks.build('wide-resnet', 'CIFAR10', depth=16, width=1, droprate=0.3)
+    block = network.features.group0.block0
+    with torch.no_grad():
+        x = torch.randn(8, 16, 16, 16)
+        for layer in (block.conv1, block.conv2):
+            nn.init.dirac_(layer.weight)
+        o = F.batch_norm(x, None, None, training=True).relu()
+        kept = F.batch_norm(o, None, None, training=True).relu()
+        passed = block.train()(x) - x
+        left = passed[kept > 0.1]
+        assert (left.abs() < 1e-5).double().mean().item() == pytest.approx(0.3, abs=0.02)
+        whole = left.abs() >= 1e-5
+        torch.testing.assert_close(left[whole], kept[kept > 0.1][whole] / 0.7, rtol=1e-3, atol=1e-3)
+        assert torch.equal(block.eval()(x), block(x))
 
 
 def test_wide_resnet_has_a_shortcut_only_where_the_channels_change():

@@ -192,6 +192,18 @@ def test_int8(run_folder, images, digits, tmp_path, capsys):
     assert os.listdir(tmp_path) == ['int8.onnx']
 
 
+def test_calibration_images_are_spread_over_the_sorted_paths(tmp_path, monkeypatch):
+    for name, count in (('ant', 5), ('bee', 7)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            (tmp_path / name / f'{i}.png').touch()
+    monkeypatch.setattr(export, 'CALIBRATION_IMAGES', 4)
+    chosen, said = export.calibration_set(str(tmp_path))
+    assert [os.path.relpath(path, tmp_path) for path in chosen] == [
+        'ant/0.png', 'ant/3.png', 'bee/1.png', 'bee/4.png']
+    assert (said['images'], said['of']) == (4, 12)
+
+
 def test_diverse_branches_are_converted_and_both_forms_evaluate(images, tmp_path, capsys):
     data = ['--dataset', 'Folder', '--dataroot', str(images)]
     flags = [*data, '--model', 'plain', '--depth', '10', '--width', '0.5', '--block', 'dbb']

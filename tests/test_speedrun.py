@@ -145,7 +145,8 @@ def test_a_whitened_convolution_has_both_signs_and_stays(images, tmp_path):
     torch.testing.assert_close(first.weight[::2], whitening_filters(inputs, 2).float())
     assert torch.equal(first.weight[1::2], -first.weight[::2])
     assert not first.weight.requires_grad
-    assert len(data.evenly(sets.train, 7)) == 7
+    spread = sets.train.images[[0, 7, 15, 23]].permute(0, 3, 1, 2)  # of 24
+    assert torch.equal(data.evenly(sets.train, 4), spread)
 
     train.main(['--dataset', 'Folder', '--dataroot', str(images), '--model', 'diracnet-fast',
                 '--width', '0.25', '--epochs', '1', '--whiten', *MUON, '--save',
@@ -210,6 +211,46 @@ def test_batch_norm_of_positive_scale_goes_through_a_max_pool():
         with torch.no_grad():
             torch.testing.assert_close(
                 folded(inputs), layers.eval()(inputs), rtol=1e-10, atol=1e-10)
+
+
+def test_the_fast_network_starts_where_it_should():
+    network = networks.build('diracnet-fast', 'CIFAR10', width=0.25)
+    for layer in network.modules():
+        if hasattr(layer, 'alpha'):
+            assert torch.equal(layer.alpha, torch.full_like(layer.alpha, 0.2))
+            assert torch.equal(layer.beta, torch.ones_like(layer.beta))
+            x = torch.randn(1, layer.in_channels, 6, 6)
+            passed = F.conv2d(x, layer.weight, padding=1)[:, : layer.in_channels]
+            assert torch.equal(passed, x[:, : layer.out_channels])
+        if isinstance(layer, nn.BatchNorm2d):
+            assert not layer.weight.requires_grad
+    assert network.fc.weight.std().item() == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize('activation', ['gelu', 'relu', 'silu'])
+def test_the_fast_network_layer_by_layer(activation):
+    network = networks.build('diracnet-fast', 'CIFAR10', width=0.125, block='base',
+                             activation=activation).double().eval()
+    state = network.state_dict()
+    for name, tensor in state.items():
+        if 'running' in name or name.endswith('bn.bias'):
+            tensor.copy_(torch.rand_like(tensor) + 0.5)
+    act = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'relu': F.relu, 'silu': F.silu}[
+        activation]
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+
+    x = act(F.conv2d(images, state['features.conv.weight']))
+    for g in range(3):
+        for b in range(2):
+            prefix = f'features.group{g}.block{b}'
+            x = F.conv2d(x, state[f'{prefix}.conv.weight'], padding=1)
+            x = F.max_pool2d(x, 2) if b == 0 else x
+            mean, var, bias = (state[f'{prefix}.bn.{name}'].view(-1, 1, 1)
+                               for name in ('running_mean', 'running_var', 'bias'))
+            x = act((x - mean) / (var + 1e-5).sqrt() + bias)
+    expected = x.amax((2, 3)) @ state['fc.weight'].T / 32
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_the_fast_network_is_airbenchs_in_size_and_dirac_parameterised():

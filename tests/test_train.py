@@ -1,21 +1,26 @@
 """One training: options, schedule, log, checkpoints, resuming and testing."""
 
 import shlex
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import export
 import networks
 import train
+import training.run
 from diracfold import fold
 from diracnet import Network, define_diracnet
 from runs import params_of, refused, run, stats_of, write_images, write_sets
-from training import options
+from training import checkpoint, options
 from training.meters import Meters
 from training.optimizers import make_optimizer, schedule, set_learning_rate
+from training.run import Run
 
 ROOT = Path(train.__file__).parent
 
@@ -257,6 +262,54 @@ def test_linear_schedule():
     opt = options.parse_options(['--lr_schedule', 'linear', '--epochs', '10'])
     shares = [schedule(opt, done) for done in (0, 1, 2, 6, 9.9, 10)]
     assert shares == pytest.approx([0, 0.5, 1, 0.5, 0.0125, 0])
+
+
+def test_the_rate_moves_within_an_epoch(images, tmp_path):
+    rates = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
+    try:
+        run(images, tmp_path, '--lr_schedule', 'linear', '--lr', 0.5)
+    finally:
+        hook.remove()
+    # two epochs of three steps: up to a fifth of them, then down to 0
+    assert rates == pytest.approx([0, 5 / 12, 5 / 12, 5 / 16, 5 / 24, 5 / 48])
+
+
+def test_minutes_between_checkpoints_are_minutes(images, tmp_path, monkeypatch):
+    clock, steps, saved = [time.monotonic()], [], []
+    save = Run.save
+
+    def pass_time(optimizer, *_):
+        steps.append(1)
+        clock[0] += 25
+
+    def counted(run, *name):
+        saved.append((len(steps), *name))
+        save(run, *name)
+
+    monkeypatch.setattr(Run, 'save', counted)
+    for module in (train, training.run):
+        monkeypatch.setattr(module, 'time', SimpleNamespace(monotonic=lambda: clock[0]))
+    hook = register_optimizer_step_pre_hook(pass_time)
+    try:
+        run(images, tmp_path, '--save_every', 1, '--batch_size', 4, '--epochs', 1)
+    finally:
+        hook.remove()
+    assert saved == [(3,), (6,), (8, 'best.pt7'), (8,)]  # steps of 25 s; of 8 is the epoch
+
+
+def test_options_of_a_family_and_of_the_optimizer_come_to_act(images, tmp_path):
+    words = ['--dataset', 'Folder', '--dataroot', str(images), '--save', str(tmp_path / 'run')]
+    for more, reflect, nesterov in (
+        (['--model', 'densenet', '--layers', '10', '--nesterov'], False, True),
+        (['--depth', '10'], True, False),
+    ):
+        opt = options.parse_options([*words, *more])
+        with checkpoint.Lock(opt.save) as lock:
+            begun = training.run.prepare(opt, torch.device('cpu'), lock)
+        assert begun.sets.train.augmentation.reflect is reflect
+        assert {group['nesterov'] for group in begun.optimizer.param_groups} == {nesterov}
 
 
 def test_recipes_and_families():
