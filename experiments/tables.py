@@ -176,6 +176,28 @@ def hours(logs):
     return ['experiment', 'trainings', 'hours, counted', 'hours, CPU', 'hours, GPU'], lines
 
 
+def bench(logs):
+    """What experiments.bench measured the last time, against the first side of each comparison.
+
+    Time and memory over depth are told beside it, as a line through them.
+    """
+    last = {(row['compared'], row['what']): row for row in read(logs / 'bench.csv')}
+    lines = []
+    for (compared,), (base, *others) in grouped(last.values(), 'compared').items():
+        for row in others if not compared.startswith('depth') else ():
+            target, share = row['target'], row['percent_of_product_peak']
+            lines.append([
+                f'{compared}: {row["what"]}', base['what'], f'{row["n"]:.0f}',
+                f'{row["images_per_second"]:,.0f}',
+                '{ratio:.3g} ({ratio_low:.3g} to {ratio_high:.3g})'.format(**row),
+                f'{share:.1f} %' if share else '',
+                f'{row["peak_memory_mb"]:.0f}, {base["peak_memory_mb"]:.0f}',
+                f'{target:g}: {"met" if row["ratio"] >= target else "not met"}' if target else '',
+            ])
+    return ['what', 'compared with', 'turns', 'images/s', 'ratio (95 %)', 'of the product peak',
+            'peak MB, both', 'target'], lines
+
+
 def gpu_checks(logs):
     """What was compared on a GPU, the last time: how far off it was, and what was allowed."""
     rows = [row for row in read_rows(logs / 'gpu' / 'checks.csv') if row['device'] != 'CPU']
@@ -257,11 +279,12 @@ TABLES = {  # of the others: results
     'init': functools.partial(results, x="times Kaiming's deviation"),
     'int8': int8, 'cost': cost, 'speedrun': speedrun,
 }
-WORDS = 'here', 'experiment', 'network', 'dtype', 'what', 'whose', 'change', 'holds'  # of text
+WORDS = (  # titles of columns of text
+    'here', 'experiment', 'network', 'dtype', 'what', 'whose', 'change', 'holds', 'compared with')
 OTHERS = {  # not one line a point of an experiment
     'claims': claims, 'tried': tried, 'kept': kept, 'by-depth': by_depth, 'devices': devices,
-    'again': again, 'hours': hours, 'gpu-checks': gpu_checks, 'gpu-training': gpu_training,
-    'gpu-inference': gpu_inference,
+    'again': again, 'hours': hours, 'bench': bench, 'gpu-checks': gpu_checks,
+    'gpu-training': gpu_training, 'gpu-inference': gpu_inference,
 }
 
 

@@ -49,6 +49,22 @@ def test_a_table_between_its_marks(tmp_path):
             tables.filled(f'<!-- table: {name} -->\n<!-- end -->', tmp_path)
 
 
+def test_a_benchmark_is_told_by_its_last_rows_against_the_first_side(tmp_path):
+    (tmp_path / 'bench.csv').write_text(
+        'compared,what,n,images_per_second,ratio,ratio_low,ratio_high,percent_of_product_peak,'
+        'target,peak_memory_mb\n'
+        'a,old,10,500,1,1,1,,,900\na,new,10,50,0.1,0.1,0.1,,3,800\n'
+        '"depth, a step",DiracNet-28-1,10,1,1,1,1,,,1\n"depth, a step",x,10,1,1,1,1,,,1\n'
+        'a,old,40,1000,1,1,1,,,910\na,new,40,2975,2.975,2.5,3.04,52.75,3,820\n'
+        'a,newer,40,12345,12.345,12,12.7,,,830\n')
+    head, lines = tables.bench(tmp_path)
+    assert lines == [
+        ['a: new', 'old', '40', '2,975', '2.98 (2.5 to 3.04)', '52.8 %', '820, 910', '3: not met'],
+        ['a: newer', 'old', '40', '12,345', '12.3 (12 to 12.7)', '', '830, 910', ''],
+    ]
+    assert len(head) == len(lines[0])
+
+
 def test_a_point_whose_trainings_all_diverged_has_no_figures():
     lost = [{**row, 'ended': 'diverged', 'test_acc_percent': ''} for row in rows(plain={100: 60})]
     (line,) = tables.results(lost, [], x='depth')[1]
