@@ -51,8 +51,8 @@ def fold(what, dtype=torch.float32):
     The result is on the CPU for parameters, on the module's device for a module (meta included),
     and in evaluation mode. Raises ValueError for parameters that are no DiracNet's, for a Network
     or a DiracConv of a subclass with a forward of its own, for what a layer's `fold()` refuses, for
-    a weight that a hook makes before each forward (with a mask of torch.nn.utils.prune, say), and
-    for a module with batch norm that torch.fx cannot trace (whose forward depends on values of
+    a tensor that is computed from others and kept (a weight that torch.nn.utils.prune masks, say),
+    and for a module with batch norm that torch.fx cannot trace (whose forward depends on values of
     tensors, say): fold its parts.
     """
     if isinstance(what, Mapping):
@@ -85,12 +85,12 @@ def _fold_params(params, dtype, device='cpu'):
 
 @torch.no_grad()
 def _fold_module(module, dtype):
-    _check_weights(module)
+    _check_tensors(module)
     root = nn.ModuleList([_unwrapped_copy(module)]).eval().double()  # so that all have a parent
     for layer in list(root.modules()):
         if isinstance(layer, Network):
             _replace(root, layer, _fold_network(layer))
-        elif callable(getattr(type(layer), 'fold', None)):
+        elif _has_fold(layer):
             folded = layer.fold()
             if not isinstance(folded, nn.Module):
                 raise ValueError(f'{type(layer).__name__}.fold() gives a {type(folded).__name__}: '
@@ -109,16 +109,24 @@ def _fold_module(module, dtype):
     return root[0].to(dtype).eval()
 
 
-def _check_weights(module):
-    """Raises ValueError for a weight that is made before each forward: it can be no parameter."""
+def _has_fold(layer):
+    return callable(getattr(type(layer), 'fold', None))
+
+
+def _check_tensors(module):
+    """Raises ValueError for a tensor that is computed from others, and so cannot be copied.
+
+    Such is a weight that torch.nn.utils.prune masks, or weight_norm and spectral_norm make. Where
+    it does not require grad it can, but not into the layer that a `fold()` gives.
+    """
     for name, layer in module.named_modules():
         for key, value in vars(layer).items():
-            if isinstance(value, torch.Tensor) and (
-                not value.is_leaf or f'{key}_orig' in layer._parameters  # nothing requires grad
-            ):
+            made = {f'{key}_orig', f'{key}_v'} & layer._parameters.keys() and _has_fold(layer)
+            if isinstance(value, torch.Tensor) and (made or not value.is_leaf):
                 raise ValueError(
-                    f'{f"{name}.{key}".lstrip(".")} is made from others before each forward: '
-                    'expected a parameter, as torch.nn.utils.prune.remove leaves it'
+                    f'{f"{name}.{key}".lstrip(".")} is computed from other tensors: expected a '
+                    'parameter, as prune.remove, remove_weight_norm and remove_spectral_norm leave '
+                    'it, or no such tensor'
                 )
 
 
