@@ -179,7 +179,7 @@ def load(path, stated=None):
         diracfile.saved_of(path, said_in(network.said, path), {}) if onnx else diracfile.read(path)
     )
     try:
-        told = _told(saved)
+        told = inputs_told(saved)
         said = _agreed(saved.args, told, stated)
         if onnx:
             num_classes, sizes, inputs = _of_onnx(network, told, said)
@@ -198,7 +198,7 @@ def load(path, stated=None):
                    num_classes, saved.classes, saved.args, saved.origin)
 
 
-def _told(saved):
+def inputs_told(saved):
     """The Inputs that a file tells, or None."""
     if saved.inputs is not None:
         return Inputs.of_fields(saved.inputs)

@@ -5,7 +5,7 @@ CIFAR-10, the paper's recipe:
 
 ImageNet, with train/ and val/ under --dataroot:
     python train.py --dataroot ~/ILSVRC2012/ --dataset ImageNet --depth 18 \
-        --save ./logs/diracnet_$RANDOM$RANDOM --batchSize 256 --epoch_step [30,60,90] \
+        --save ./logs/diracnet_$RANDOM$RANDOM --batchSize 256 --epoch_step '[30,60,90]' \
         --epochs 100 --weightDecay 0.0001 --lr_decay_ratio 0.1
 
 Your own small images, in train/CLASS/ and test/CLASS/ under --dataroot; many GPUs:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import networks
+import train
 from diracfold import fold
 from diracimage import Inputs
 from runs import params_of, refused, run, write_images
@@ -85,6 +86,27 @@ def test_another_network_is_one_line(before, tmp_path, capsys, flags, differ, ba
                     tmp_path / 'run', '--pretrained', source, *flags)
     assert error == f'train.py: --pretrained {source}: {differ}\n'
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_last_layer_of_another_shape_is_one_line(before, tmp_path, capsys):
+    torch.save({**params_of(before[0]), 'fc.weight': torch.ones(2)}, tmp_path / 'odd.pth')
+    error = refused(capsys, '--dataset', 'Folder', '--dataroot', before[1], '--depth', 10,
+                    '--save', tmp_path / 'run', '--pretrained', tmp_path / 'odd.pth')
+    assert error.startswith(f'train.py: --pretrained {tmp_path / "odd.pth"}: ')
+
+
+def test_whitening_filters_of_a_file_are_kept(before, tmp_path):
+    fast = ['--model', 'diracnet-fast', '--width', 0.25, '--whiten', '--epochs', 1]
+    words = ['--dataset', 'Folder', '--dataroot', before[1], '--batch_size', 12, *fast]
+    train.main([*map(str, words), '--save', str(tmp_path / 'a')])
+    images_of(tmp_path / 'others', 'cat', 'dog', 'emu')
+    words[3] = tmp_path / 'others'
+    words += ['--pretrained', tmp_path / 'a']
+    train.main([*map(str, words), '--save', str(tmp_path / 'b')])
+    first, second = (params_of(tmp_path / name) for name in 'ab')
+    assert torch.equal(first['features.conv.weight'], second['features.conv.weight'])
+    assert not torch.equal(first['features.group0.block0.conv.weight'],
+                           second['features.group0.block0.conv.weight'])
 
 
 def test_folded_parameters_are_no_beginning(before, tmp_path, capsys):

@@ -99,8 +99,8 @@ class MuonOfFilters:
     What torch's optimizers are to a training: `param_groups`, `state` and the methods below. Before
     its step, which is orthogonal whatever the gradient, each matrix is scaled to the norm that one
     with rows of norm 1 has, so that the rate alone says how far it turns, as airbench94_muon does.
-    In W_hat and before batch norm this scale means nothing to the network; elsewhere (the last
-    convolution of a residual block, AlexNet) it does, and its weights are not kept. A decay would
+    In W_hat and before batch norm this scale means nothing to the network; elsewhere (AlexNet, the
+    last convolution of a Wide ResNet's block) it does, and the weights are not kept. A decay would
     mean nothing here.
     """
 

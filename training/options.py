@@ -154,7 +154,8 @@ def make_parser():
              'such as [20,24,28,32]; []: whole')
     add('--whiten', default=False, action=argparse.BooleanOptionalAction,
         help='start the filters of the first convolution as those that whiten patches of the '
-             'training images, with both signs, and keep them')
+             'training images, with both signs, and keep them; with --pretrained keep the '
+             "file's")
     add('--augment', default=True, action=argparse.BooleanOptionalAction,
         help='crop and flip the training images at random, as the next two say')
     add('--crop', default=True, action=argparse.BooleanOptionalAction,
@@ -234,9 +235,12 @@ def _with_recipe(parser, argv, recipe):
     flags = shlex.split((RECIPE_FOLDER / f'{recipe}.txt').read_text(), comments=True)
     of_recipe, given = parser.parse_args(flags), parser.parse_args(argv)
     opt = parser.parse_args(argv, argparse.Namespace(**vars(of_recipe)))
-    for name in FAMILIES[of_recipe.model].options.keys() - FAMILIES[opt.model].options.keys():
-        if name in opt and name not in given:  # the recipe's own network has it, this one not
-            delattr(opt, name)
+    if opt.model != of_recipe.model:  # the sizes are those of the recipe's own network
+        other = FAMILIES[of_recipe.model or 'diracnet'].options.keys() - (
+            {'block'} & FAMILIES[opt.model].options.keys())
+        for name in other & vars(opt).keys():
+            if name not in given:
+                delattr(opt, name)
     return opt
 
 
@@ -296,9 +300,6 @@ def parse_options(argv, sets=None):
     opt = parser.parse_args(argv)
     if opt.recipe:
         opt = _with_recipe(parser, argv, opt.recipe)
-    if opt.whiten and opt.pretrained:
-        parser.error('--whiten and --pretrained both given: expected one start of the first '
-                     'convolution')
     if opt.evaluate and not opt.resume:
         parser.error('--evaluate: expected --resume with a checkpoint to test')
     if opt.label_smoothing >= 1:

@@ -1,6 +1,7 @@
 """What fine-tuning starts from: the parameters of another training, or the published ones."""
 
 import diracfile
+import networks
 from command import say
 from diracimage import MAX_SMALL, Inputs
 from diracnet import check_fit, is_folded
@@ -21,11 +22,12 @@ def take(network, opt, inputs, classes):
     names = [name for name, _ in network.named_parameters()]
     layer = names[-1].rpartition('.')[0]  # with or without a bias
     last = [name for name in names if name.rpartition('.')[0] == layer]
-    before = (len(saved.params[last[0]].flatten(1)) if last[0] in saved.params
+    before = (max(saved.params[last[0]].shape[:1], default=0) if last[0] in saved.params
               else len(classes))
     kept, said = _last_layer(before, saved.classes, classes)
     params = saved.params if kept else {**saved.params, **{name: expected[name] for name in last}}
     try:
+        told = networks.inputs_told(saved)
         check_fit(params, expected)
     except ValueError as error:
         differ = '; '.join(_differences(saved, opt, inputs))
@@ -33,8 +35,7 @@ def take(network, opt, inputs, classes):
     network.load_state_dict(params)
     if rank() == 0:
         say(f'--pretrained {saved.path}: the last layer, of {before} classes, {said}')
-        known = Inputs.of_args(saved.args) if 'dataset' in saved.args else inputs
-        was, now = _normalisation(known), _normalisation(inputs)
+        was, now = _normalisation(told or inputs), _normalisation(inputs)
         if was != now:
             say(f'--pretrained {saved.path}: inputs were normalised by {was}, and are by {now} '
                 f'here: --normalise {was} keeps what they were')
