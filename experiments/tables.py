@@ -20,7 +20,7 @@ from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.figures import counts, grouped, mean_and_deviation, read, whole
 from experiments.hours import hours_of
 from experiments.measures import OF_PARAMETERS
-from experiments.turns import ROOT, read_rows, shown_ratio
+from experiments.turns import ROOT, of_last_time, read_rows, shown_ratio
 from hubconf import TRAINED
 from training.checkpoint import LOG, read_log
 
@@ -181,9 +181,8 @@ def bench(logs):
 
     Time and memory over depth are told beside it, as a line through them.
     """
-    last = {(row['compared'], row['what']): row for row in read(logs / 'bench.csv')}
     lines = []
-    for (compared,), (base, *others) in grouped(last.values(), 'compared').items():
+    for compared, (base, *others) in of_last_time(read(logs / 'bench.csv')).items():
         for row in others if not compared.startswith('depth') else ():
             target, share = row['target'], row['percent_of_product_peak']
             lines.append([

@@ -238,15 +238,24 @@ def show(rows):
     ] for row in rows])
 
 
+def of_last_time(rows):
+    """Returns {comparison: its rows when it was last measured}, those of the first side first."""
+    last = {}
+    for row in rows:
+        if float(row['ratio_low']) == float(row['ratio_high']):  # the first side, to itself
+            last[row['compared']] = []
+        last[row['compared']].append(row)
+    return last
+
+
 def draw(table):
     """Draws the last rows of each comparison in a CSV file; returns a matplotlib Figure."""
     from matplotlib.figure import Figure
 
-    with open(table, newline='') as file:
-        last = {(row['compared'], row['what']): row for row in csv.DictReader(file)}
-    depths = [row for (title, _), row in last.items() if title.startswith('depth,')]
-    ratios = [row for (title, _), row in last.items()
-              if not title.startswith('depth') and row['ratio_low'] != row['ratio_high']]
+    last = of_last_time(read_rows(table))
+    depths = [row for title, rows in last.items() if title.startswith('depth,') for row in rows]
+    ratios = [row for title, (_, *others) in last.items() if not title.startswith('depth')
+              for row in others]
     figure = Figure((12, 0.28 * len(ratios) + 1.5), dpi=110, layout='constrained')
     bars, line = figure.subplots(1, 2, width_ratios=(3, 2))
     for y, row in enumerate(ratios):

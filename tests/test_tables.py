@@ -53,8 +53,8 @@ def test_a_benchmark_is_told_by_its_last_rows_against_the_first_side(tmp_path):
     (tmp_path / 'bench.csv').write_text(
         'compared,what,n,images_per_second,ratio,ratio_low,ratio_high,percent_of_product_peak,'
         'target,peak_memory_mb\n'
-        'a,old,10,500,1,1,1,,,900\na,new,10,50,0.1,0.1,0.1,,3,800\n'
-        '"depth, a step",DiracNet-28-1,10,1,1,1,1,,,1\n"depth, a step",x,10,1,1,1,1,,,1\n'
+        'a,older,10,500,1,1,1,,,900\na,gone,10,50,0.1,0.09,0.2,,3,800\n'
+        '"depth, a step",DiracNet-28-1,10,1,1,1,1,,,1\n"depth, a step",x,10,1,0.5,0.4,0.6,,,1\n'
         'a,old,40,1000,1,1,1,,,910\na,new,40,2975,2.975,2.5,3.04,52.75,3,820\n'
         'a,newer,40,12345,12.345,12,12.7,,,830\n')
     head, lines = tables.bench(tmp_path)
