@@ -7,6 +7,7 @@ Pillow's defaults, which are quality 75 and colours at half the resolution. Of t
 rows in logs/ are of, the quantisation tables, the sampling and the headers are the same.
 """
 
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -40,8 +41,11 @@ def main(argv=None):
         if args.folder.exists():
             raise ValueError(f'{args.folder}: is there already: expected a new folder')
         sets = data.load(args.dataset, args.dataroot)
-        write(sets.train, sets.classes, args.folder / 'train')
-        write(sets.test, sets.classes, args.folder / 'test')
+        args.folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=args.folder.parent) as beside:  # whole or not at all
+            write(sets.train, sets.classes, Path(beside, 'images', 'train'))
+            write(sets.test, sets.classes, Path(beside, 'images', 'test'))
+            Path(beside, 'images').rename(args.folder)
     print(f'{len(sets.train):,} and {len(sets.test):,} images written to {args.folder}')
 
 
