@@ -55,6 +55,10 @@ def wait_until(condition, seconds=120):
         time.sleep(0.01)
 
 
+def children_of(pid):
+    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+
 def environment():
     """One thread each, torch's C++ warnings left out; scripts in tests/ find the project."""
     return {**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_CPP_LOG_LEVEL': 'ERROR',
@@ -71,13 +75,17 @@ def started(*command):
     try:
         yield process
     finally:
-        if process.poll() is None:  # torchrun passes a SIGTERM on, and a training ends by it
+        if process.poll() is None:
             os.killpg(process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=30)
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+                process.communicate(timeout=90)  # torchrun gives its workers 30 s
+        if process.poll() is None:
+            for pid in (*children_of(process.pid), process.pid):  # each may lead a group
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+            process.wait()
+        process.stdout.close()
+        process.stderr.close()
 
 
 def params_of(folder, name='model.pt7'):

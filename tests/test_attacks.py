@@ -27,6 +27,7 @@ from diracimage import DataError, read_test_image
 from runs import (
     ROOT,
     assert_same_run,
+    children_of,
     environment,
     params_of,
     refused,
@@ -198,8 +199,7 @@ def reading(images, save):
                  '--image_size', 70, '--depth', 18, '--width', 0.125, '--nthread', 2,
                  '--batch_size', 4, '--epochs', 1000, '--save', save) as training:
         wait_until(lambda: training.poll() is not None or (save / 'model.pt7').exists())
-        children = Path(f'/proc/{training.pid}/task/{training.pid}/children').read_text().split()
-        readers = [int(child) for child in children
+        readers = [child for child in children_of(training.pid)
                    if b'train.py' in Path(f'/proc/{child}/cmdline').read_bytes()]
         try:
             yield training, readers
@@ -274,9 +274,11 @@ def test_a_stalled_reading_process_does_not_keep_a_signal_waiting(large_images, 
         for reader in readers:
             os.kill(reader, signal.SIGSTOP)
         time.sleep(2)  # until it waits for a batch
-        before = (tmp_path / 'run' / 'model.pt7').stat().st_mtime_ns
+        model = tmp_path / 'run' / 'model.pt7'
+        before = model.stat().st_mtime_ns
         training.terminate()
-        wait_until(lambda: (tmp_path / 'run' / 'model.pt7').stat().st_mtime_ns > before, 30)
+        # for a moment there is none, as the one before takes its other name
+        wait_until(lambda: model.exists() and model.stat().st_mtime_ns > before, 30)
         for reader in readers:  # so that they can end with it
             os.kill(reader, signal.SIGCONT)
         printed, errors = training.communicate(timeout=60)
@@ -286,12 +288,18 @@ def test_a_stalled_reading_process_does_not_keep_a_signal_waiting(large_images, 
 
 def test_a_killed_training_leaves_no_lock_behind(large_images, tmp_path):
     with reading(large_images, tmp_path / 'run') as (training, readers):
-        os.kill(readers[0], signal.SIGSTOP)  # it would end some time later
+        def opened(pid):
+            return [os.readlink(link) for link in Path(f'/proc/{pid}/fd').iterdir()]
+
+        assert str(tmp_path / 'run') in opened(training.pid)
+        assert len(readers) >= 2
+        for reader in readers:  # which end some time later
+            assert str(tmp_path / 'run') not in opened(reader)
         training.kill()
         training.wait()
-        assert Path(f'/proc/{readers[0]}').exists()
         with checkpoint.Lock(tmp_path / 'run') as lock:
             lock.take()
+        training.communicate(timeout=60)  # until they have ended too
 
 
 def test_a_closed_terminal_is_a_signal_like_others(images, whole, tmp_path, monkeypatch):
