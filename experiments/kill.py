@@ -157,6 +157,10 @@ def attack_together(folder):
     return differ if statuses == [0, 2] else [f'two trainings ended with {statuses}', *differ]
 
 
+def children_of(pid):
+    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+
 def attack_reader(folder):
     """Kills a process that reads images, and lets the training go on: lists what went wrong."""
     rng = np.random.default_rng(0)
@@ -175,8 +179,7 @@ def attack_reader(folder):
                                 stderr=subprocess.DEVNULL)
     while training.poll() is None and not (killed / diracfile.MODEL).exists():
         time.sleep(0.01)
-    children = Path(f'/proc/{training.pid}/task/{training.pid}/children').read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    os.kill(children_of(training.pid)[-1], signal.SIGKILL)
     status = training.wait()
     subprocess.run([*command, str(killed)], stdout=subprocess.DEVNULL, check=True)
     differ = compare(whole, killed)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -14,9 +13,8 @@ import pytest
 import torch
 
 import train
-from experiments.kill import compare
-
-ROOT = Path(train.__file__).parent
+from experiments.kill import children_of, compare
+from pages import ROOT
 
 
 def write_images(folder, classes=('cat', 'dog'), n=4, size=(32, 32), seed=0):
@@ -53,10 +51,6 @@ def wait_until(condition, seconds=120):
     while not condition():
         assert time.monotonic() < end, f'waited {seconds} s in vain'
         time.sleep(0.01)
-
-
-def children_of(pid):
-    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
 
 def environment():

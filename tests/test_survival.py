@@ -22,12 +22,10 @@ from hypothesis import strategies as st
 
 import train
 from damages import png_of
-from experiments.kill import attack_points, flat, survive
-from pages import text_of
+from experiments.kill import attack_points, children_of, flat, survive
+from pages import ROOT, text_of
 from runs import (
-    ROOT,
     assert_same_run,
-    children_of,
     environment,
     params_of,
     refused,
