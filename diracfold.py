@@ -38,11 +38,10 @@ def fold(what, dtype=torch.float32):
     what: one of
     - the parameters of a functional DiracNet (flat name -> tensor): returns a DiracNet;
     - an nn.Module: returns a copy, in which each Network is a DiracNet, wherever it is, each layer
-      with a method `fold()` (a DiracConv, say, or a block of diverse branches) is what that gives,
-      an nn.Module, and
-      each convolution with a DiracParametrization, or whose output goes to a batch norm and nowhere
-      else, is one plain convolution. Such a batch norm is gone from an nn.Sequential of named
-      layers; elsewhere nn.Identity stands for it. In place of DataParallel,
+      with a method `fold()` (a DiracConv, say, or a block of diverse branches) is the nn.Module
+      that it returns, and each convolution with a DiracParametrization, or whose output goes to a
+      batch norm and nowhere else, is one plain convolution. Such a batch norm is gone from an
+      nn.Sequential of named layers; elsewhere nn.Identity stands for it. In place of DataParallel,
       DistributedDataParallel, AveragedModel and what torch.compile returns stands what they wrap.
       Names, sharing, hooks and everything else stay; a layer with hooks, or with another
       parametrization, keeps its batch norm, and so does one that is used twice.
@@ -121,8 +120,9 @@ def _check_tensors(module):
     """
     for name, layer in module.named_modules():
         for key, value in vars(layer).items():
-            made = {f'{key}_orig', f'{key}_v'} & layer._parameters.keys() and _has_fold(layer)
-            if isinstance(value, torch.Tensor) and (made or not value.is_leaf):
+            if isinstance(value, torch.Tensor) and (not value.is_leaf or (
+                _has_fold(layer) and {f'{key}_orig', f'{key}_v'} & layer._parameters.keys()
+            )):
                 raise ValueError(
                     f'{f"{name}.{key}".lstrip(".")} is computed from other tensors: expected a '
                     'parameter, as prune.remove, remove_weight_norm and remove_spectral_norm leave '

@@ -20,7 +20,7 @@ from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.figures import counts, grouped, mean_and_deviation, read, whole
 from experiments.hours import hours_of
 from experiments.measures import OF_PARAMETERS
-from experiments.turns import ROOT, of_last_time, read_rows, shown_ratio
+from experiments.turns import ROOT, against_the_first, read_rows, shown_ratio
 from hubconf import TRAINED
 from training.checkpoint import LOG, read_log
 
@@ -146,11 +146,16 @@ def devices(logs):
     return ['network', 'n', 'CPU, %', 'GPU, %', 'GPU - CPU'], lines
 
 
+def both_times(experiment, logs):
+    """The rows of an experiment's trainings: the first ones, and those done again (logs/again/)."""
+    return (read(folder / experiment / 'results.csv') for folder in (logs, logs / 'again'))
+
+
 def again(logs):
     """What was trained a second time, from nothing (logs/again/), and what it had come to."""
     lines = []
     for name in EXPERIMENTS:
-        first, second = (read(folder / name / 'results.csv') for folder in (logs, logs / 'again'))
+        first, second = both_times(name, logs)
         points = grouped(second, 'series', 'x')
         for (series, x), cells in compared(first, second):
             minutes = sum(row['train_seconds'] for row in points[series, x]) / 60
@@ -167,7 +172,7 @@ def hours(logs):
     lines, budget = [], BUDGETS['small']
     for name, define in EXPERIMENTS.items():
         trainings = define(budget)
-        first, second = (read(folder / name / 'results.csv') for folder in (logs, logs / 'again'))
+        first, second = both_times(name, logs)
         on_cpu = [row for row in second if row['device'] == 'CPU']
         on_gpu = [row for row in first if row['device'] != 'CPU']
         lines.append([name, f'{len(trainings)}', f'{hours_of(name, budget, trainings):.1f}', *(
@@ -182,17 +187,16 @@ def bench(logs):
     Time and memory over depth are told beside it, as a line through them.
     """
     lines = []
-    for compared, (base, *others) in of_last_time(read(logs / 'bench.csv')).items():
-        for row in others if not compared.startswith('depth') else ():
-            target, share = row['target'], row['percent_of_product_peak']
-            lines.append([
-                f'{compared}: {row["what"]}', base['what'], f'{row["n"]:.0f}',
-                f'{row["images_per_second"]:,.0f}',
-                '{ratio:.3g} ({ratio_low:.3g} to {ratio_high:.3g})'.format(**row),
-                f'{share:.1f} %' if share else '',
-                f'{row["peak_memory_mb"]:.0f}, {base["peak_memory_mb"]:.0f}',
-                f'{target:g}: {"met" if row["ratio"] >= target else "not met"}' if target else '',
-            ])
+    for first, row in against_the_first(read(logs / 'bench.csv')):
+        target, share = row['target'], row['percent_of_product_peak']
+        lines.append([
+            f'{row["compared"]}: {row["what"]}', first['what'], f'{row["n"]:.0f}',
+            f'{row["images_per_second"]:,.0f}',
+            '{ratio:.3g} ({ratio_low:.3g} to {ratio_high:.3g})'.format(**row),
+            f'{share:.1f} %' if share else '',
+            f'{row["peak_memory_mb"]:.0f}, {first["peak_memory_mb"]:.0f}',
+            f'{target:g}: {"met" if row["ratio"] >= target else "not met"}' if target else '',
+        ])
     return ['what', 'compared with', 'turns', 'images/s', 'ratio (95 %)', 'of the product peak',
             'peak MB, both', 'target'], lines
 

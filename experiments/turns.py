@@ -248,14 +248,24 @@ def of_last_time(rows):
     return last
 
 
+def against_the_first(rows):
+    """Yields (row of the first side, row of another) of each comparison, of the last time.
+
+    Those over depth are left out: they are a line, and no ratios.
+    """
+    for title, (first, *others) in of_last_time(rows).items():
+        for row in others if not title.startswith('depth') else ():
+            yield first, row
+
+
 def draw(table):
     """Draws the last rows of each comparison in a CSV file; returns a matplotlib Figure."""
     from matplotlib.figure import Figure
 
-    last = of_last_time(read_rows(table))
-    depths = [row for title, rows in last.items() if title.startswith('depth,') for row in rows]
-    ratios = [row for title, (_, *others) in last.items() if not title.startswith('depth')
-              for row in others]
+    rows = read_rows(table)
+    depths = [row for title, sides in of_last_time(rows).items() if title.startswith('depth,')
+              for row in sides]
+    ratios = [row for _, row in against_the_first(rows)]
     figure = Figure((12, 0.28 * len(ratios) + 1.5), dpi=110, layout='constrained')
     bars, line = figure.subplots(1, 2, width_ratios=(3, 2))
     for y, row in enumerate(ratios):
