@@ -11,7 +11,7 @@ convolutions of a network.
 
     conv = DiracConv2d(64, 64, kernel_size=3, padding=1)
     plain = conv.fold()                     # nn.Conv2d with the same output
-    network = dirac(network)                # diracfold.fold undoes it
+    network = dirac(network)                # diracnets.fold undoes it
 """
 
 from numbers import Integral
@@ -252,7 +252,7 @@ def check_forward(layer, base):
         )
 
 
-def is_parametrised(layer):
+def is_parametrized(layer):
     """Tells whether a layer has a DiracParametrization of its weight."""
     return parametrize.is_parametrized(layer, 'weight') and any(
         isinstance(p, DiracParametrization) for p in layer.parametrizations.weight
@@ -294,7 +294,7 @@ def dirac(network, which=None):
     So does the arithmetic of a module that reads the weight of a convolution and never calls it.
 
     As W is normalised, the outputs change, also of a trained network, unless alpha is set to 0 and
-    beta to the norms of the filters, where W_hat is W. `diracfold.fold` makes plain convolutions of
+    beta to the norms of the filters, where W_hat is W. `diracnets.fold` makes plain convolutions of
     them again. Raises ValueError, and changes nothing, if a lazy convolution, whose weight is not
     there yet, is among them, or if none is: neither new nor already Dirac-parameterised.
     """
@@ -310,7 +310,7 @@ def dirac(network, which=None):
         )
     added_to = {
         conv: DiracParametrization(conv).requires_grad_(conv.weight.requires_grad)
-        for conv in convs if not (isinstance(conv, _DiracConv) or is_parametrised(conv))
+        for conv in convs if not (isinstance(conv, _DiracConv) or is_parametrized(conv))
     }
     for conv, added in added_to.items():
         if type(conv) in LAYERS:

@@ -12,11 +12,13 @@ and the Dirac term folded into plain convolutions, with published weights for Im
 """
 
 import functools
+import hashlib
 import itertools
 import re
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from numbers import Integral
+from os.path import basename, exists, join
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diracconv import ALPHA_INIT, BETA_INIT, dirac_weight
-from diracpublished import load_published
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 CIFAR_STEM, CIFAR_CHANNELS = 3, (16, 32, 64)  # kernel of the stem; channels of groups at width 1
@@ -49,11 +50,11 @@ class Topology:
     in_channels: int = 3
 
     @classmethod
-    def of(cls, params):
+    def from_params(cls, params):
         """Reads the Topology of a DiracNet off its parameters, functional or folded, by shape.
 
         params: flat name -> tensor. Raises ValueError for those of no DiracNet; whether all of
-        them are there is for `check_fit` to say.
+        them are there is for `check_params` to say.
         """
         stem = _shape_of(params, 'features.conv.weight' if is_folded(params) else 'conv', 4)
         num_classes, channels = _shape_of(params, 'fc.weight', 2)
@@ -69,7 +70,7 @@ class Topology:
             counted = ', '.join(map(str, blocks)) or 'no'
             raise ValueError(f'holds groups of {counted} blocks: expected {expected}')
         sizes = cls(stem[-1], (channels,), blocks, num_classes)
-        return topology(sizes.depth, sizes.width, sizes.kind, num_classes, stem[1])
+        return make_topology(sizes.depth, sizes.width, sizes.kind, num_classes, stem[1])
 
     @property
     def imagenet(self):
@@ -91,10 +92,10 @@ class Topology:
         """The factor on the numbers of channels."""
         return self.channels[-1] / (IMAGENET_CHANNELS if self.imagenet else CIFAR_CHANNELS)[-1]
 
-    def is_of(self, depth, width):
+    def matches(self, depth, width):
         """Whether it is that of a depth and width, which may round down to the same channels."""
         try:
-            net = topology(depth, width, self.kind, self.num_classes, self.in_channels)
+            net = make_topology(depth, width, self.kind, self.num_classes, self.in_channels)
             return net == self
         except ValueError:
             return False
@@ -128,7 +129,7 @@ def check_integers(**sizes):
             raise ValueError(f'{name} {value!r}: expected an integer')
 
 
-def topology(depth, width, dataset, num_classes=None, in_channels=3):
+def make_topology(depth, width, dataset, num_classes=None, in_channels=3):
     """Returns the Topology of a DiracNet.
 
     depth: 6n + 4 for the CIFAR networks, 18 or 34 for ImageNet; width: the factor on the numbers of
@@ -164,7 +165,7 @@ def topology(depth, width, dataset, num_classes=None, in_channels=3):
     return Topology(stem, channels, blocks, num_classes, in_channels)
 
 
-def check_fit(params, expected):
+def check_params(params, expected):
     """Raises ValueError naming the keys and shapes in which parameters differ from `expected`."""
     differ = [f'{name} is missing' for name in expected.keys() - params.keys()]
     differ += [f'{name} is unknown' for name in params.keys() - expected.keys()]
@@ -222,7 +223,7 @@ def _batch_norm(x, params, prefix, mode, tracked=True):
     )
 
 
-def w_hats(params, names, dtype=None):
+def dirac_weights(params, names, dtype=None):
     """Computes W_hat (eq. 3) of the blocks of these names: a dict of the names of W in `params`.
 
     Neighbours of one shape are computed together, as if they were the groups of one convolution.
@@ -262,7 +263,7 @@ def _checkpointed_group(x, params, names, mode, dirac):
         def blocks(x, names=names[start : start + length], first=first):
             # a batch counts once in the running statistics, though it passes twice
             tracked = next(first, False)
-            filters = w_hats(params, names if dirac else [])
+            filters = dirac_weights(params, names if dirac else [])
             return _group(x, {**params, **filters}, names, mode, tracked)
 
         if start > 0:
@@ -289,7 +290,7 @@ def forward(net, inputs, params, mode, checkpointing=False, dirac=True):
         # all at once: the many small steps to W_hat take five times as long between convolutions,
         # which leave nothing of it in the caches
         # and cast at once too, to what autocast has made of x
-        params = {**params, **w_hats(params, [name for name, _, _ in net.layers()], x.dtype)}
+        params = {**params, **dirac_weights(params, [name for name, _, _ in net.layers()], x.dtype)}
     for g, blocks in enumerate(net.blocks):
         if g > 0:
             x = F.max_pool2d(x, kernel_size=2)
@@ -309,7 +310,7 @@ def define_diracnet(
     (N, num_classes); mode=True is training. checkpointing: less memory in training for more time,
     with the same results. The other arguments and the errors are those of `topology`.
     """
-    net = topology(depth, width, dataset, num_classes, in_channels)
+    net = make_topology(depth, width, dataset, num_classes, in_channels)
     return functools.partial(forward, net, checkpointing=checkpointing), init_params(net)
 
 
@@ -352,7 +353,7 @@ class DiracNet(nn.Module):
 
     def __init__(self, depth=18, width=1, dataset='ImageNet', num_classes=None, in_channels=3):
         super().__init__()
-        net = topology(depth, width, dataset, num_classes, in_channels)
+        net = make_topology(depth, width, dataset, num_classes, in_channels)
         conv = nn.Conv2d(
             in_channels, net.channels[0], net.stem, 1 + net.imagenet, padding=net.stem // 2
         )
@@ -373,18 +374,69 @@ class DiracNet(nn.Module):
         self.fc = nn.Linear(net.channels[-1], net.num_classes)
 
     @classmethod
-    def of(cls, net):
+    def from_topology(cls, net):
         return cls(net.depth, net.width, net.kind, net.num_classes, net.in_channels)
 
     def forward(self, inputs):
         return self.fc(self.features(inputs).flatten(1))
 
 
+# ---------------------------------------------------------------- published weights
+
+
+def check_finite(params):
+    """Raises ValueError naming a tensor of flat parameters with NaN or an infinity in it."""
+    for name, tensor in params.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f'{name} holds NaN or an infinity: expected finite numbers')
+
+
+def sha256(path):
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_hash(path, expected):
+    """Raises ValueError for a file whose SHA-256 begins otherwise than expected."""
+    found = sha256(path)[: len(expected)]
+    if found != expected:
+        raise ValueError(f'its SHA-256 begins with {found}, expected {expected}')
+
+
+def load_published(url, params_of):
+    """Loads the parameters in a published file through torch.hub's cache, on the CPU.
+
+    params_of: from what the file holds to a flat dict of them; raises ValueError for those of
+    another network. Where the file's name ends in the start of its SHA-256, that is checked each
+    time. Raises RuntimeError that says which file to put where if they cannot be had, or hold NaN.
+    """
+    path = join(torch.hub.get_dir(), 'checkpoints', basename(url))
+    try:
+        named = re.search(r'-([0-9a-f]+)\.\w+$', path)
+        if named and exists(path):  # torch.hub checks what it fetches, and that alone
+            check_hash(path, named[1])
+        contents = torch.hub.load_state_dict_from_url(
+            url, map_location='cpu', check_hash=True, weights_only=True
+        )
+        params = params_of(contents)
+        check_finite(params)
+        return params
+    except Exception as error:  # damaged bytes make torch.load raise almost anything
+        reason = f'{type(error).__name__}: {error}'.splitlines()[0]
+        raise RuntimeError(
+            f'cannot load {url} ({reason}): put the file from there at {path}'
+        ) from error
+
+
 def _diracnet(depth, pretrained):
     net = DiracNet(depth)
     if pretrained:
         def params_of(contents):
-            check_fit(contents, net.state_dict())
+            check_params(contents, net.state_dict())
             return contents
 
         net.load_state_dict(load_published(MODEL_URLS[depth], params_of))

@@ -20,29 +20,30 @@ import time
 from pathlib import Path
 
 if __name__ == '__main__':  # before what takes seconds to import
-    from command import end_by_ctrl_c
+    from cli import exit_on_ctrl_c
 
-    end_by_ctrl_c()
+    exit_on_ctrl_c()
 
 import torch
 from tqdm import tqdm
 
-import networks
-from command import Options, errors_in_one_line, expect_packages, print_table
-from diracequal import equalise
-from diracfile import PT2_CONFIG
-from diracfold import fold
-from diracimage import normalise
-from diraconnx import OnnxNetwork
+import diracnets
+from cli import ArgumentParser, exit_on_error, print_table, require_packages
+from diracnets.checkpoint import PT2_CONFIG
+from diracnets.fold import fold
+from diracnets.loading import check_classes
+from diracnets.onnx import OnnxModel
+from diracnets.preprocessing import normalize
+from diracnets.quantization import equalize
 from training import data
-from training.batches import make_loader
 from training.checkpoint import write
+from training.loader import make_loader
 from training.options import DATASETS
 
 BATCH = 16  # images, in verifying and measuring
 ROUNDS = 10
 CALIBRATION_IMAGES = 256
-ROOM = 5  # float32 files, of which int8 takes four on its way
+DISK_HEADROOM = 5  # float32 files, of which int8 takes four on its way
 TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of the largest logit
 
 
@@ -63,10 +64,10 @@ def as_onnx(net, inputs, said):
     )
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces: paths of this machine
-    return saying(program.model_proto, said)
+    return add_metadata(program.model_proto, said)
 
 
-def saying(model, said):
+def add_metadata(model, said):
     """Returns the bytes of an ONNX model that says this of itself, beside what it says already."""
     for name, text in said.items():
         model.metadata_props.add(key=name, value=text)
@@ -74,7 +75,7 @@ def saying(model, said):
 
 
 def open_onnx(path, net):
-    return OnnxNetwork(path)
+    return OnnxModel(path)
 
 
 def as_pt2(net, inputs, said):
@@ -142,12 +143,12 @@ class Calibration:
         return None if inputs is None else {'inputs': inputs[None].numpy()}
 
 
-def check_room(folder, content):
-    """Raises OSError where ROOM files of this content do not fit into a temporary folder.
+def check_disk_space(folder, content):
+    """Raises OSError where DISK_HEADROOM files of this content do not fit into a temporary folder.
 
     ONNX Runtime itself would print a traceback, and read again what it could not write.
     """
-    files = [Path(folder, f'room-{i}') for i in range(ROOM)]
+    files = [Path(folder, f'room-{i}') for i in range(DISK_HEADROOM)]
     with errors_that_name(tempfile.gettempdir()):
         for file in files:
             file.write_bytes(content)
@@ -155,7 +156,7 @@ def check_room(folder, content):
         file.unlink()
 
 
-def quantise(content, paths, transform, said):
+def quantize(content, paths, transform, said):
     """Makes int8 of the bytes of a float32 ONNX file: activations per tensor, filters per channel.
 
     paths: of the images to calibrate on, which transform makes inputs of; said: what the int8 file
@@ -167,14 +168,14 @@ def quantise(content, paths, transform, said):
 
     with tempfile.TemporaryDirectory() as folder:  # ONNX Runtime goes by files, here and within
         float32, int8 = (Path(folder, name) for name in ('float32.onnx', 'int8.onnx'))
-        check_room(folder, content)
+        check_disk_space(folder, content)
         float32.write_bytes(content)
         # all shapes but the batch's are numbers: in symbols, some networks' cannot be inferred
         quant_pre_process(float32, float32, skip_symbolic_shape=True)
         quantize_static(float32, int8, Calibration(paths, transform), per_channel=True)
         model = onnx.load(int8)
         del model.metadata_props[:]  # what the float32 file said
-        return float32.read_bytes(), saying(model, said)
+        return float32.read_bytes(), add_metadata(model, said)
 
 
 # ---------------------------------------------------------------- inputs
@@ -190,7 +191,7 @@ def calibration_set(folder):
         os.path.join(parent, file)
         for parent, _, files in os.walk(folder)
         for file in files
-        if file.lower().endswith(data.IMAGE_ENDINGS)
+        if file.lower().endswith(data.IMAGE_EXTENSIONS)
     )
     if not paths:
         raise ValueError(f'--int8 {folder}: no image in it: expected images to calibrate on')
@@ -203,21 +204,21 @@ def calibration_set(folder):
 
 def load_test_set(opt, trained):
     """Loads the test set of --dataset; raises ValueError if it is not what the network knows."""
-    sets = data.load(opt.dataset, opt.dataroot, trained.inputs, training=False)
-    networks.check_classes(trained.path, trained.num_classes, trained.classes, sets.classes)
+    sets = data.load_splits(opt.dataset, opt.dataroot, trained.preprocess, training=False)
+    check_classes(trained.path, trained.num_classes, trained.classes, sets.classes)
     return sets
 
 
 def verification_inputs(trained, sets, paths):
     """Returns (inputs (BATCH, C, S, S), what they are): test images, calibration ones or noise."""
     if sets:
-        images = data.evenly(sets.test, BATCH)
-        return normalise(images, trained.inputs), f'{BATCH} test images'
+        images = data.sample_evenly(sets.test, BATCH)
+        return normalize(images, trained.preprocess), f'{BATCH} test images'
     if paths:
         paths = paths[:: -(-len(paths) // BATCH)]
-        inputs = torch.stack(list(map(trained.inputs.read, paths)))
+        inputs = torch.stack(list(map(trained.preprocess, paths)))
         return inputs, f'{len(inputs)} calibration images'
-    shape, generator = (BATCH, *trained.inputs.shape), torch.Generator().manual_seed(0)
+    shape, generator = (BATCH, *trained.preprocess.shape), torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator), f'{BATCH} random inputs'
 
 
@@ -246,7 +247,7 @@ def top1(network, test, inputs, title):
     """Returns the accuracy on the test set in per cent."""
     loader = make_loader(test, BATCH)
     right = sum(
-        (network(normalise(images, inputs)).argmax(1) == labels).sum().item()
+        (network(normalize(images, inputs)).argmax(1) == labels).sum().item()
         for images, labels, _ in tqdm(loader, f'top-1, {title}', disable=None, leave=False)
     )
     return 100 * right / len(test)
@@ -256,11 +257,11 @@ def describe(opt, trained, verified_on):
     """Prints what goes in, and how the figures that follow are taken."""
     mean, std = (
         ', '.join(f'{v:.4f}' for v in values)
-        for values in (trained.inputs.mean, trained.inputs.std)
+        for values in (trained.preprocess.mean, trained.preprocess.std)
     )
-    colours = 'RGB in [0, 1], ' if trained.inputs.channels == 3 else ''
+    colours = 'RGB in [0, 1], ' if trained.preprocess.channels == 3 else ''
     print(f'{opt.checkpoint}: {trained.title}, {trained.num_classes} classes')
-    shape = ', '.join(map(str, trained.inputs.shape))
+    shape = ', '.join(map(str, trained.preprocess.shape))
     print(f'inputs: (N, {shape}), {colours}less ({mean}), over ({std})')
     print(f'max difference: of logits, over the largest, on {verified_on}; from the unfolded '
           'network in float64')
@@ -272,7 +273,7 @@ def describe(opt, trained, verified_on):
 
 
 def parse_options(argv=None):
-    parser = Options(
+    parser = ArgumentParser(
         prog='export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
@@ -294,18 +295,18 @@ def parse_options(argv=None):
         parser.error('--equalise without --int8: expected a folder of images to calibrate on')
     if os.path.realpath(opt.to) == os.path.realpath(opt.checkpoint):
         parser.error(f'--to {opt.to} is the checkpoint itself: expected another name')
-    expect_packages('export.py', 'deploy', *FORMATS[opt.ending][2])
+    require_packages('export.py', 'deploy', *FORMATS[opt.ending][2])
     return opt
 
 
 def make(opt, net, trained, paths, calibration):
     """Makes files of the folded network: {title: (bytes, tolerance)}, that of --to last."""
-    name, zeros = os.path.basename(opt.to), torch.zeros(2, *trained.inputs.shape)
+    name, zeros = os.path.basename(opt.to), torch.zeros(2, *trained.preprocess.shape)
     content = FORMATS[opt.ending][0](net, zeros, trained.metadata())
     if not opt.int8:
         return {name: (content, TOLERANCE)}
     said = trained.metadata(calibration=calibration)
-    float32, int8 = quantise(content, paths, trained.inputs.read, said)
+    float32, int8 = quantize(content, paths, trained.preprocess, said)
     return {'float32': (float32, TOLERANCE), name: (int8, INT8_TOLERANCE)}
 
 
@@ -353,16 +354,16 @@ def verify(networks, tolerances, inputs, expected):
 @torch.no_grad()
 def export(opt):
     """Loads, folds, writes, verifies and measures; --to appears when all of it went well."""
-    trained = networks.load(opt.checkpoint)
-    if isinstance(trained.network, OnnxNetwork):
+    trained = diracnets.load(opt.checkpoint)
+    if isinstance(trained.model, OnnxModel):
         raise ValueError(f'{trained.path}: ONNX, which is run and not written again: expected the '
                          'run, or another file that was exported from it')
     paths, calibration = calibration_set(opt.int8) if opt.int8 else ([], None)
     sets = load_test_set(opt, trained) if opt.dataset else None
     inputs, described = verification_inputs(trained, sets, paths)
-    unfolded, net = trained.network.float(), fold(trained.network).requires_grad_(False)
+    unfolded, net = trained.model.float(), fold(trained.model).requires_grad_(False)
     if opt.equalise:
-        net = equalise(net, torch.stack([*map(trained.inputs.read, paths)]))
+        net = equalize(net, torch.stack([*map(trained.preprocess, paths)]))
         calibration['equalised'] = True
     describe(opt, trained, described)
     made = make(opt, net, trained, paths, calibration)
@@ -388,7 +389,7 @@ def export(opt):
         }
         if sets:
             rows['top-1, %'] = [
-                f'{top1(network, sets.test, trained.inputs, title):.2f}'
+                f'{top1(network, sets.test, trained.preprocess, title):.2f}'
                 for title, network in forms.items()
             ]
         with errors_that_name(opt.to):
@@ -399,7 +400,7 @@ def export(opt):
 
 def main(argv=None):
     opt = parse_options(argv)
-    with errors_in_one_line('export.py'):
+    with exit_on_error('export.py'):
         export(opt)
 
 

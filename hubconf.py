@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import diracnet
-from diracpublished import check_hash
+from diracnet import check_hash
 
 dependencies = ['torch']
 TRAINED = {  # in logs/, with its card; the SHA-256 of its model.pt7
@@ -22,7 +22,7 @@ def diracnet18(pretrained=False):
 
     Inputs (N, 3, 224, 224): RGB in [0, 1], the middle of images whose shorter side OpenCV resized
     to 256 (cubic), less mean (0.485, 0.456, 0.406), over deviation (0.229, 0.224, 0.225);
-    `diracimage.preprocess()` makes them of files. Outputs: logits of the 1000 classes of
+    `diracnets.preprocess()` makes them of files. Outputs: logits of the 1000 classes of
     ILSVRC2012, in the order of their WordNet numbers.
 
     pretrained: with the weights that the authors published (fetched once, hash checked each
@@ -37,7 +37,7 @@ def diracnet34(pretrained=False):
 
     Inputs (N, 3, 224, 224): RGB in [0, 1], the middle of images whose shorter side OpenCV resized
     to 256 (cubic), less mean (0.485, 0.456, 0.406), over deviation (0.229, 0.224, 0.225);
-    `diracimage.preprocess()` makes them of files. Outputs: logits of the 1000 classes of
+    `diracnets.preprocess()` makes them of files. Outputs: logits of the 1000 classes of
     ILSVRC2012, in the order of their WordNet numbers.
 
     pretrained: with the weights that the authors published (fetched once, hash checked each
@@ -48,7 +48,7 @@ def diracnet34(pretrained=False):
 
 
 def diracnet_cifar(depth=28, width=2, num_classes=10, pretrained=False):
-    """DiracNet for CIFAR-like images; `diracfold.fold` makes it plain.
+    """DiracNet for CIFAR-like images; `diracnets.fold` makes it plain.
 
     depth: 6n + 4; width: the factor on 16, 32, 64 channels; num_classes: 10 for CIFAR-10, 100 for
     CIFAR-100. Inputs (N, 3, 32, 32), or any square of 4 pixels or more: RGB in [0, 1], less mean

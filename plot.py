@@ -13,10 +13,10 @@ import math
 from pathlib import Path
 
 if __name__ == '__main__':  # before what takes seconds to import
-    from command import end_by_ctrl_c, expect_packages
+    from cli import exit_on_ctrl_c, require_packages
 
-    end_by_ctrl_c()
-    expect_packages('plot.py', 'plot', 'matplotlib')
+    exit_on_ctrl_c()
+    require_packages('plot.py', 'plot', 'matplotlib')
 
 from matplotlib import colormaps
 from matplotlib.backend_bases import FigureCanvasBase
@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from command import Options, errors_in_one_line
-from training.checkpoint import MARK, read_log
+from cli import ArgumentParser, exit_on_error
+from training.checkpoint import LOG_PREFIX, read_log
 
 FORMATS = sorted(FigureCanvasBase.filetypes)  # by the ending of a file
 STYLES = {'train': {'linestyle': '--', 'linewidth': 1.1, 'alpha': 0.75},
@@ -50,7 +50,7 @@ def read_logs(files):
     logs = dict(zip(names(files), map(read_log, files)))
     for path, epochs in zip(files, logs.values()):
         if not epochs:
-            raise ValueError(f'{path}: no epochs, expected lines of {MARK}{{...}}')
+            raise ValueError(f'{path}: no epochs, expected lines of {LOG_PREFIX}{{...}}')
     return logs
 
 
@@ -132,7 +132,7 @@ def plot_filters(weight, title):
 
 
 def main(argv=None):
-    parser = Options(prog='plot.py', description=__doc__,
+    parser = ArgumentParser(prog='plot.py', description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('logs', nargs='+', metavar='LOG',
                         help='log.txt of a training, or the folder of its run')
@@ -143,7 +143,7 @@ def main(argv=None):
     ending = Path(opt.save).suffix.lower().removeprefix('.')
     if ending not in FORMATS:
         parser.error(f'--save {opt.save}: expected a name that ends in .{", .".join(FORMATS)}')
-    with errors_in_one_line('plot.py'):
+    with exit_on_error('plot.py'):
         logs = read_logs([log_file(log) for log in opt.logs])
         draw(logs).savefig(opt.save, format=ending)
     print(f'{len(logs)} training{"s" * (len(logs) > 1)} drawn in {opt.save}')

@@ -11,24 +11,24 @@ import argparse
 import sys
 
 if __name__ == '__main__':  # before what takes seconds to import
-    from command import end_by_ctrl_c
+    from cli import exit_on_ctrl_c
 
-    end_by_ctrl_c()
+    exit_on_ctrl_c()
 
 import torch
 from torchvision.models import ResNet18_Weights
 
-import networks
-from command import Options, errors_in_one_line
-from diracfold import fold
-from diracimage import DataError, Inputs
+import diracnets
+from cli import ArgumentParser, exit_on_error
 from diracnet import diracnet18, diracnet34
+from diracnets.fold import fold
+from diracnets.preprocessing import DataError, Preprocessing
 
 PUBLISHED = {'diracnet18': diracnet18, 'diracnet34': diracnet34}
 
 
 def parse_options(argv=None):
-    parser = Options(
+    parser = ArgumentParser(
         prog='predict.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
@@ -45,14 +45,14 @@ def imagenet_classes():
 
 
 def load(model):
-    """Returns (folded network, Inputs, class names or None) of a name or file."""
+    """Returns (folded network, Preprocessing, class names or None) of a name or file."""
     if model in PUBLISHED:
-        return PUBLISHED[model](pretrained=True).eval(), Inputs.of('ImageNet'), imagenet_classes()
-    trained = networks.load(model)
+        return PUBLISHED[model](pretrained=True).eval(), Preprocessing.for_dataset('ImageNet'), imagenet_classes()
+    trained = diracnets.load(model)
     classes = trained.classes
-    if classes is None and (trained.inputs.kind, trained.num_classes) == ('ImageNet', 1000):
+    if classes is None and (trained.preprocess.kind, trained.num_classes) == ('ImageNet', 1000):
         classes = imagenet_classes()
-    return fold(trained.network), trained.inputs, classes
+    return fold(trained.model), trained.preprocess, classes
 
 
 @torch.inference_mode()
@@ -62,7 +62,7 @@ def predict(opt):
     unreadable = 0
     for path in opt.images:
         try:
-            image = inputs.read(path)
+            image = inputs(path)
         except DataError as error:
             print(f'predict.py: {error}', file=sys.stderr)
             unreadable += 1
@@ -79,7 +79,7 @@ def predict(opt):
 
 def main(argv=None):
     opt = parse_options(argv)
-    with errors_in_one_line('predict.py'):
+    with exit_on_error('predict.py'):
         unreadable = predict(opt)
     if unreadable:
         sys.exit(2)

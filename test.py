@@ -11,14 +11,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from command import Options, expect_packages
+from cli import ArgumentParser, require_packages
 
 
 def main():
-    parser = Options(prog='test.py', usage='%(prog)s [ARGUMENT ...]', description=__doc__,
+    parser = ArgumentParser(prog='test.py', usage='%(prog)s [ARGUMENT ...]', description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     _, arguments = parser.parse_known_args()
-    expect_packages('test.py', 'test', 'pytest')
+    require_packages('test.py', 'test', 'pytest')
     import pytest
 
     sys.exit(pytest.main([str(Path(__file__).parent / 'tests'), *arguments]))

@@ -29,9 +29,9 @@ import sys
 import time
 
 if __name__ == '__main__':  # before what takes seconds to import
-    from command import end_by_ctrl_c
+    from cli import exit_on_ctrl_c
 
-    end_by_ctrl_c()
+    exit_on_ctrl_c()
 
 import torch
 import torch.distributed as dist
@@ -39,23 +39,23 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torchnet.engine import Engine
 
-from command import errors_in_one_line, say
-from diracimage import DataError, normalise
+from cli import exit_on_error, say
+from diracnets.preprocessing import DataError, normalize
 from training import checkpoint, distributed, options
-from training.augment import growing_sizes
-from training.batches import WorkerError, make_loader, read_batches
+from training.augmentation import progressive_sizes
 from training.checkpoint import DivergedError
-from training.distributed import rank, world
-from training.images import IGNORED
+from training.datasets import IGNORED
+from training.distributed import rank, world_size
+from training.loader import WorkerError, iterate_batches, make_loader
 from training.meters import STEPS_PER_READING, Meters
-from training.optimizers import schedule, set_learning_rate
+from training.optimizers import lr_factor, set_learning_rate
 from training.run import (
     choose_dtype,
-    compiled,
+    compile_model,
     keep_freed_memory,
-    load_to_test,
+    load_for_evaluation,
+    param_dtype,
     prepare,
-    stored,
     warm_up,
 )
 from training.signals import Signals, StoppedError
@@ -69,12 +69,12 @@ def make_step(network, inputs, dtype, device, label_smoothing=0.0, size=None):
     share of this process in the mean over the whole batch, times the number of processes, as
     DistributedDataParallel takes the mean of their gradients.
     """
-    precision = stored(dtype)
+    precision = param_dtype(dtype)
 
     def step(batch):
         images, labels, whole = batch
         images, labels = (t.to(device, non_blocking=True) for t in (images, labels))
-        pixels = normalise(images, inputs, precision)
+        pixels = normalize(images, inputs, precision)
         if size not in (None, inputs.size):
             pixels = F.interpolate(pixels, (size, size), mode='bilinear', antialias=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == 'bfloat16'):
@@ -82,7 +82,7 @@ def make_step(network, inputs, dtype, device, label_smoothing=0.0, size=None):
         logits = logits.to(precision)
         loss = F.cross_entropy(logits, labels, reduction='sum', ignore_index=IGNORED,
                                label_smoothing=label_smoothing)
-        return loss * (world() / whole), logits
+        return loss * (world_size() / whole), logits
 
     return step
 
@@ -117,55 +117,55 @@ def print_beginning(what, network, sets, device, dtype):
           for name, tensor in params.items()],
         f'  {"total":<60}{sum(p.numel() for p in params.values()):>12,}\n',
         f'{sets.name or "given"}: {training}{len(sets.test)} test images, {len(sets.classes)} '
-        f'classes; computing on {world()} x {device.type} in {dtype}',
+        f'classes; computing on {world_size()} x {device.type} in {dtype}',
     )
 
 
 def train_epoch(run, step, loader, title, on_step, signals):
     """Trains the steps of the next epoch that are not done yet: returns its figures."""
     loader.sampler.set_epoch(run.epoch + 1, run.step)
-    run.network.train()
+    run.model.train()
     run.meters = Meters(len(run.sets.classes), len(run.sets.train), title, run.totals, run.step)
     run_epoch(step, signals.batches(loader), run.meters, on_step, run.optimizer)
     figures = run.meters.figures('train')
     rate = len(run.sets.train) / figures['train_time']
-    lr = run.opt.lr * schedule(run.opt, run.epoch)  # that of its first step
+    lr = run.opt.lr * lr_factor(run.opt, run.epoch)  # that of its first step
     return {'epoch': run.epoch + 1, 'epoch_lr': lr, **figures, 'images_per_second': rate}
 
 
-def evaluate(network, step, images, meters, opt, on_step=lambda: None, batches=read_batches):
+def evaluate(network, step, images, meters, opt, on_step=lambda: None, batches=iterate_batches):
     """Tests the network on images; `meters` has the figures then."""
-    if world() > 1:  # each has batch statistics of its own: those of the first are saved
+    if world_size() > 1:  # each has batch statistics of its own: those of the first are saved
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
     network.eval()
-    loader = make_loader(images, opt.batch_size, opt.nthread, rank=rank(), world=world())
+    loader = make_loader(images, opt.batch_size, opt.nthread, rank=rank(), world_size=world_size())
     run_epoch(step, batches(loader), meters, on_step)
 
 
 def train(run, device, signals):
     """Runs the epochs that are left; writes log.txt and checkpoints into opt.save."""
     opt, sets = run.opt, run.sets
-    wrapped = DistributedDataParallel(run.network) if world() > 1 else run.network
-    tested = run.network
+    wrapped = DistributedDataParallel(run.model) if world_size() > 1 else run.model
+    tested = run.model
     if opt.compile:
-        wrapped, tested = (compiled(n, device) for n in (wrapped, tested))
-    sizes = growing_sizes(run.inputs.size, opt.grow, opt.epochs)
-    train_steps = {size: make_step(wrapped, run.inputs, run.dtype, device, opt.label_smoothing,
+        wrapped, tested = (compile_model(n, device) for n in (wrapped, tested))
+    sizes = progressive_sizes(run.preprocess.size, opt.grow, opt.epochs)
+    train_steps = {size: make_step(wrapped, run.preprocess, run.dtype, device, opt.label_smoothing,
                                    size) for size in set(sizes[run.epoch:])}
-    test_step = make_step(tested, run.inputs, run.dtype, device)
-    loader = make_loader(sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world())
+    test_step = make_step(tested, run.preprocess, run.dtype, device)
+    loader = make_loader(sets.train, opt.batch_size, opt.nthread, opt.seed, rank(), world_size())
 
     def set_rate():
-        set_learning_rate(run.optimizer, schedule(opt, run.epoch + run.step / len(loader)))
+        set_learning_rate(run.optimizer, lr_factor(opt, run.epoch + run.step / len(loader)))
 
     def on_train_step():
         run.step += 1
         set_rate()
-        if world() > 1 and run.step % STEPS_PER_READING and run.step < len(loader):
+        if world_size() > 1 and run.step % STEPS_PER_READING and run.step < len(loader):
             return  # several processes agree, which takes time, once in so many steps
         due = opt.save_every and time.monotonic() - run.saved >= 60 * opt.save_every
-        number, due = distributed.over_ranks([signals.number, bool(due)], dist.ReduceOp.MAX)
+        number, due = distributed.all_reduce([signals.number, bool(due)], dist.ReduceOp.MAX)
         if number:
             raise StoppedError(int(number))
         if due:
@@ -174,9 +174,9 @@ def train(run, device, signals):
     test_steps = itertools.count(1)
 
     def on_test_step():
-        if world() > 1 and next(test_steps) % STEPS_PER_READING:
+        if world_size() > 1 and next(test_steps) % STEPS_PER_READING:
             return
-        number, = distributed.over_ranks([signals.number], dist.ReduceOp.MAX)
+        number, = distributed.all_reduce([signals.number], dist.ReduceOp.MAX)
         if number:
             raise StoppedError(int(number))
 
@@ -196,12 +196,12 @@ def train(run, device, signals):
         for split in run.tested:
             images = getattr(sets, split)
             meters = Meters(len(sets.classes), len(images), f'{title}, {split}')
-            evaluate(run.network, test_step, images, meters, opt, on_test_step, signals.batches)
+            evaluate(run.model, test_step, images, meters, opt, on_test_step, signals.batches)
             stats.update(meters.figures(split))
         if opt.compile:
             stats['compile_time'] = compile_time
         stats['num_classes'] = len(sets.classes)
-        stats['n_parameters'] = sum(p.numel() for p in run.network.parameters())
+        stats['n_parameters'] = sum(p.numel() for p in run.model.parameters())
 
         run.end_epoch(stats)
     if rank() == 0:
@@ -217,7 +217,7 @@ def train_or_stop(run, device, command):
         with Signals() as signals:
             train(run, device, signals)
     except (DataError, WorkerError):  # an image that is read only now, and cannot be
-        if run.meters and world() == 1:
+        if run.meters and world_size() == 1:
             run.save()
         raise
     except DivergedError as error:
@@ -230,7 +230,7 @@ def train_or_stop(run, device, command):
         run.save()
         number = signal.Signals(stopped.args[0])
         if rank() == 0:
-            launcher = 'python' if world() == 1 else 'torchrun ...'
+            launcher = 'python' if world_size() == 1 else 'torchrun ...'
             say(f'stopped by {number.name} in epoch {run.epoch + 1} after {run.step} steps, and '
                 f'saved; go on with: {launcher} {command}')
         sys.exit(128 + number)
@@ -239,11 +239,11 @@ def train_or_stop(run, device, command):
 def test(opt, device, trained, sets):
     """Prints the loss and accuracy of a trained network on a test set."""
     dtype = choose_dtype(opt.dtype, device, trained.args)
-    network = trained.network.to(device, stored(dtype))
-    tested = {'file': trained.path, 'network': trained.title, 'image_size': trained.inputs.size,
+    network = trained.model.to(device, param_dtype(dtype))
+    tested = {'file': trained.path, 'network': trained.title, 'image_size': trained.preprocess.size,
               'batch_size': opt.batch_size, 'nthread': opt.nthread}
     print_beginning(tested, network, sets, device, dtype)
-    step = make_step(network, trained.inputs, dtype, device)
+    step = make_step(network, trained.preprocess, dtype, device)
     meters = Meters(trained.num_classes, len(sets.test), 'test')
     evaluate(network, step, sets.test, meters, opt)
     figures = meters.figures('test')
@@ -253,12 +253,12 @@ def test(opt, device, trained, sets):
 
 
 def train_or_test(opt, begun, device, command):
-    """Does what `begun` is ready for: see `prepare` and `load_to_test`."""
+    """Does what `begun` is ready for: see `prepare` and `load_for_evaluation`."""
     try:
         if opt.evaluate:
             test(opt, device, *begun)
         else:
-            print_beginning(begun.args, begun.network, begun.sets, device, begun.dtype)
+            print_beginning(begun.args, begun.model, begun.sets, device, begun.dtype)
             train_or_stop(begun, device, command)
     except torch.cuda.OutOfMemoryError as error:
         reason = str(error).split('. ')[0]
@@ -275,7 +275,7 @@ def main(argv=None, sets=None):
     going_on = argv if opt.resume == 'auto' else [*argv, '--resume', 'auto']
     command = f'{"SCRIPT, its options" if sets else "train.py"} {shlex.join(going_on)}'
     with checkpoint.Lock(opt.save) as lock:
-        with errors_in_one_line('train.py', (ValueError, OSError)):
+        with exit_on_error('train.py', (ValueError, OSError)):
             if opt.gpu_id:
                 os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read at the first use of CUDA
             device = distributed.start(opt.deterministic)
@@ -284,10 +284,10 @@ def main(argv=None, sets=None):
                                  'expected another one, or none to train on the CPU')
             if device.type == 'cpu':
                 keep_freed_memory()
-            begun = load_to_test(opt, sets) if opt.evaluate else prepare(opt, device, lock, sets)
+            begun = load_for_evaluation(opt, sets) if opt.evaluate else prepare(opt, device, lock, sets)
         try:
             # from here on other errors are faults of the program, and keep their traceback
-            with errors_in_one_line('train.py', (DataError, DivergedError, OSError)):
+            with exit_on_error('train.py', (DataError, DivergedError, OSError)):
                 train_or_test(opt, begun, device, command)
         finally:
             distributed.end()

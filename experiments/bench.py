@@ -20,10 +20,11 @@ import statistics
 import torchvision
 from torch.profiler import ProfilerActivity, profile
 
-import networks
-from command import Options, errors_in_one_line
+import diracnets
+from cli import ArgumentParser, exit_on_error
 from diracnet import DiracNet
-from experiments.sides import (
+from experiments.interleaved import ROOT, Variant, compare, draw, product_peak
+from experiments.variants import (
     BATCH,
     NATIVE,
     by_pil,
@@ -47,7 +48,6 @@ from experiments.sides import (
     step_of_modules,
     step_of_ordinary_convolutions,
 )
-from experiments.turns import ROOT, Side, compare, draw, product_peak
 from training import data, distributed, options
 
 DEPLOYED_IMAGES = 64  # through a deployed network in one turn
@@ -65,18 +65,18 @@ def bench_train(args):
         work = 3 * multiply_adds(diracnet, depth, width)  # forward and, twice that, backward
         sizes = depth, width, n
         sides = [
-            Side('float32, NCHW, images by PIL', epoch_with_pil, sizes, n, work),
-            Side('train.py', epoch_of_train, sizes, n, work, NATIVE),
+            Variant('float32, NCHW, images by PIL', epoch_with_pil, sizes, n, work),
+            Variant('train.py', epoch_of_train, sizes, n, work, NATIVE),
         ]
         if (depth, width) == (28, 1):
             sides += [
-                Side('train.py --dtype float', epoch_of_train, (*sizes, 'float32'), n, work),
-                Side('train.py --compile', epoch_of_train, (*sizes, NATIVE, True), n, work, NATIVE),
+                Variant('train.py --dtype float', epoch_of_train, (*sizes, 'float32'), n, work),
+                Variant('train.py --compile', epoch_of_train, (*sizes, NATIVE, True), n, work, NATIVE),
             ]
         compare(f'train {depth}-{width}', sides, args.pairs, TABLE, target)
         compare(f'freed memory {depth}-{width}', [
-            Side('given back', epoch_giving_memory_back, sizes, n, work, NATIVE),
-            Side('kept, as train.py does', epoch_of_train, sizes, n, work, NATIVE),
+            Variant('given back', epoch_giving_memory_back, sizes, n, work, NATIVE),
+            Variant('kept, as train.py does', epoch_of_train, sizes, n, work, NATIVE),
         ], args.pairs, TABLE)
 
 
@@ -86,18 +86,18 @@ def bench_train(args):
 def bench_data(args):
     n = 10_000
     compare('32 x 32 images', [
-        Side('PIL, one at a time, 4 workers', by_pil, (n,), n),
-        Side('a gather for each batch', gathered, (n,), n),
+        Variant('PIL, one at a time, 4 workers', by_pil, (n,), n),
+        Variant('a gather for each batch', gathered, (n,), n),
     ], args.pairs, TABLE)
     if not args.images:
         print('JPEG files: left out, as there is no --images FOLDER')
         return
-    workers = min(distributed.cores(), options.MOST_WORKERS)
+    workers = min(distributed.available_cores(), options.MAX_WORKERS)
     n = 3 * len(data.list_images(args.images)[0])
     compare('JPEG files', [
-        Side(f'ImageFolder with PIL, {workers} workers', jpegs_by_pil,
+        Variant(f'ImageFolder with PIL, {workers} workers', jpegs_by_pil,
              (args.images, 3, workers), n),
-        Side(f'OpenCV, {workers} workers', jpegs_by_opencv, (args.images, 3, workers), n),
+        Variant(f'OpenCV, {workers} workers', jpegs_by_opencv, (args.images, 3, workers), n),
     ], args.pairs, TABLE, 1.5)
 
 
@@ -110,7 +110,7 @@ def bench_infer(args):
     for batch in (16, 1):
 
         def side(name, prepare, work=work, dtype=NATIVE, batch=batch):
-            return Side(name, repeated, (DEPLOYED_IMAGES // batch, prepare, batch),
+            return Variant(name, repeated, (DEPLOYED_IMAGES // batch, prepare, batch),
                         DEPLOYED_IMAGES, work, dtype)
 
         sides = [
@@ -134,7 +134,7 @@ def bench_infer(args):
 
 def bench_depth(args):
     rows = compare('depth, a step of 128 images', [
-        Side(f'DiracNet-{depth}-1', step, (depth, 1), BATCH,
+        Variant(f'DiracNet-{depth}-1', step, (depth, 1), BATCH,
              3 * multiply_adds(diracnet, depth, 1), NATIVE)
         for depth in DEPTHS
     ], args.pairs, TABLE)
@@ -145,7 +145,7 @@ def bench_depth(args):
         print(f'{name} = {base:.0f} + {slope:.2f} x depth, in {unit}; residuals: '
               + ', '.join(f'{100 * r:+.1f} %' for r in residuals))
     compare('depth 1000 with --checkpointing', [
-        Side('DiracNet-1000-1', checkpointed_step, (1000,), BATCH,
+        Variant('DiracNet-1000-1', checkpointed_step, (1000,), BATCH,
              3 * multiply_adds(diracnet, 1000, 1), NATIVE)
     ], args.pairs, TABLE)
 
@@ -154,10 +154,10 @@ def bench_overhead(args):
     for depth, width in ((28, 1), (34, 2)):
         work = 3 * multiply_adds(diracnet, depth, width)
         compare(f'W_hat {depth}-{width}', [
-            Side('ordinary convolutions', repeated,
+            Variant('ordinary convolutions', repeated,
                  (STEPS, step_of_ordinary_convolutions, depth, width), STEPS * BATCH, work, NATIVE),
-            Side('W_hat', repeated, (STEPS, step, depth, width), STEPS * BATCH, work, NATIVE),
-            Side('W_hat, in modules', repeated, (STEPS, step_of_modules, depth, width),
+            Variant('W_hat', repeated, (STEPS, step, depth, width), STEPS * BATCH, work, NATIVE),
+            Variant('W_hat, in modules', repeated, (STEPS, step_of_modules, depth, width),
                  STEPS * BATCH, work, NATIVE),
         ], 4 * args.pairs, TABLE)
 
@@ -165,7 +165,7 @@ def bench_overhead(args):
 def bench_profile(args):
     recipe = options.parse_options(['--recipe', 'speedrun'])
     fast = functools.partial(
-        networks.build, recipe.model, 'CIFAR10', **options.of_model(recipe))
+        diracnets.create_model, recipe.model, 'CIFAR10', **options.model_options(recipe))
     for title, one, images, make in (
         ('DiracNet-28-1', step(28, 1), BATCH, functools.partial(diracnet, 28, 1)),
         ('the speed-run', step_of(recipe, fast()), recipe.batch_size, fast),
@@ -203,15 +203,15 @@ BENCHES = {'train': bench_train, 'data': bench_data, 'infer': bench_infer, 'dept
 
 
 def main(argv=None):
-    parser = Options(prog='experiments.bench', description=__doc__,
+    parser = ArgumentParser(prog='experiments.bench', description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=BENCHES, help='what to measure, or plot')
     parser.add_argument('--pairs', type=options.at_least(10, int), default=10,
                         help='turns of each side (default: %(default)s)')
-    parser.add_argument('--images', default='', type=options.folder,
+    parser.add_argument('--images', default='', type=options.expand_path,
                         help='folder of class folders of JPEG files, for data')
     args = parser.parse_args(argv)
-    with errors_in_one_line('experiments.bench'):
+    with exit_on_error('experiments.bench'):
         BENCHES[args.what](args)
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from experiments import rates
+from experiments import gpu_results
 from experiments.figures import grouped, mean_and_deviation
 
 SAME = 1.0  # points of accuracy that count as no difference
@@ -118,9 +118,9 @@ def _training_cost(rows, measured):
 
 
 def _training_cost_on_a_gpu(rows, measured):
-    trainings = rates.trainings(measured).values()
-    eager, compiled = ([rates.more_for_w_hat(sides, form)[0] for sides in trainings]
-                       for form in rates.FORMS)
+    trainings = gpu_results.trainings(measured).values()
+    eager, compiled = ([gpu_results.more_for_w_hat(sides, form)[0] for sides in trainings]
+                       for form in gpu_results.FORMS)
     said = [f'{min(of):+.1f} to {max(of):+.1f} %' for of in (eager, compiled)]
     device = next(row['device'] for sides in trainings for row in sides.values())
     found = (f'time of a step {said[0]}, with --compile {said[1]} (bfloat16, {len(trainings)} '

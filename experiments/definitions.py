@@ -7,11 +7,11 @@ experiments.figures` draws what came out.
 
 from dataclasses import dataclass, field
 
-MODELS = ('plain', 'dirac-init', 'diracnet', 'resnet')
+COMPARED_MODELS = ('plain', 'dirac-init', 'diracnet', 'resnet')
 
 
 @dataclass(frozen=True)
-class Training:
+class RunSpec:
     """One training: a point of a figure, for one seed."""
 
     series: str  # the line of the figure that it belongs to
@@ -67,7 +67,7 @@ class Budget:
 
     def trainings(self, series, x, start='', seeds=None, **options):
         options = {'width': 1, 'epochs': self.epochs, **self.options, **options}
-        return [Training(series, x, seed, options, start)
+        return [RunSpec(series, x, seed, options, start)
                 for seed in range(1, 1 + min(self.seeds, seeds or self.seeds))]
 
 
@@ -101,7 +101,7 @@ VARIANTS = {  # of the recipe of the speed-run: one thing changed at a time
 def depth(budget):
     """Do plain networks get worse with depth, and DiracNets not?"""
     trainings = [
-        training for layers in budget.depths for model in MODELS
+        training for layers in budget.depths for model in COMPARED_MODELS
         for training in budget.trainings(model, layers, model=model, depth=layers)
     ]
     for layers in budget.deeper:
@@ -184,7 +184,7 @@ def thousand(budget):
 def speedrun(budget):
     """What makes a network accurate in few epochs?"""
     return [
-        Training(series, epochs, seed, {
+        RunSpec(series, epochs, seed, {
             'recipe': 'speedrun', 'model': 'diracnet-fast', **VARIANTS[series], 'epochs': epochs})
         for epochs, chosen, seeds in budget.speedrun
         for series in list(VARIANTS)[chosen] for seed in range(1, 1 + seeds)

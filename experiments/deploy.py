@@ -6,11 +6,11 @@
 import torch
 from tqdm import tqdm
 
-import networks
-from command import Options, errors_in_one_line
-from diracdeploy import deploy
-from diracfold import fold
-from diracimage import normalise
+import diracnets
+from cli import ArgumentParser, exit_on_error
+from diracnets.deploy import deploy
+from diracnets.fold import fold
+from diracnets.preprocessing import normalize
 from training import data
 from training.options import DATASETS
 
@@ -19,15 +19,15 @@ BATCH = 500
 
 @torch.no_grad()
 def compare(args):
-    trained = networks.load(args.run)
-    size = trained.inputs.size
-    test = data.load(args.dataset, args.dataroot, trained.inputs, training=False).test
-    network = fold(trained.network)
+    trained = diracnets.load(args.run)
+    size = trained.preprocess.size
+    test = data.load_splits(args.dataset, args.dataroot, trained.preprocess, training=False).test
+    network = fold(trained.model)
     run = deploy(network, (BATCH, 3, size, size))
     plain, deployed, labels = [], [], []
     for batch in tqdm(torch.arange(len(test)).split(BATCH), 'testing', disable=None, leave=False):
         images, truth, _ = test[batch, None, torch.arange(len(batch))]
-        inputs = normalise(images, trained.inputs)
+        inputs = normalize(images, trained.preprocess)
         plain.append(network(inputs))
         filled = inputs.new_zeros(BATCH, *inputs.shape[1:])  # as the last batch may be smaller
         filled[: len(inputs)] = inputs
@@ -43,14 +43,14 @@ def compare(args):
 
 
 def main():
-    parser = Options(prog='experiments.deploy', description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog='experiments.deploy', description=__doc__.splitlines()[0])
     parser.add_argument('run', help='folder of a run of train.py, or a checkpoint')
     parser.add_argument('--dataset', choices=DATASETS, default='CIFAR10',
                         help='whose test images (default: %(default)s)')
     parser.add_argument('--dataroot', default='.',
                         help='folder of its files (default: %(default)s)')
     args = parser.parse_args()
-    with errors_in_one_line('experiments.deploy'):
+    with exit_on_error('experiments.deploy'):
         compare(args)
 
 

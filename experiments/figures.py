@@ -15,10 +15,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from command import Options, errors_in_one_line
+from cli import ArgumentParser, exit_on_error
 from experiments.definitions import EXPERIMENTS
+from experiments.interleaved import ROOT, read_rows
 from experiments.layers import SHOWN
-from experiments.turns import ROOT, read_rows
 from training.checkpoint import read_log
 
 STYLES = [  # of the series of a figure, in order; hollow markers show what is under them
@@ -305,13 +305,13 @@ def save(experiment, logs):
 
 
 def main(argv=None):
-    parser = Options(prog='experiments.figures', description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog='experiments.figures', description=__doc__.splitlines()[0])
     parser.add_argument('experiments', nargs='*', help='which ones (default: all with results)')
     parser.add_argument('--logs', default=ROOT / 'logs', type=Path,
                         help='folder of the tables (default: logs)')
     opt = parser.parse_args(argv)
     there = [name for name in EXPERIMENTS if list((opt.logs / name).glob('*.csv'))]
-    with errors_in_one_line('experiments.figures'):
+    with exit_on_error('experiments.figures'):
         for name in opt.experiments or there:
             print(save(name, opt.logs))
 

@@ -6,7 +6,7 @@
     python -m experiments.gpu --device cpu    # tries the command itself, on small networks
 
 Needs no network and no files: images are random, or scikit-learn's digits. Rows are appended to
-logs/gpu/checks.csv and logs/gpu/rates.csv. The status is 1 where a check does not hold.
+logs/gpu/checks.csv and logs/gpu/gpu_results.csv. The status is 1 where a check does not hold.
 """
 
 import argparse
@@ -25,19 +25,18 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-import networks
+import diracnets
 import train
-from command import Options, errors_in_one_line, print_table, say
-from diracdeploy import deploy
-from diracfold import fold
-from diracimage import Inputs
+from cli import ArgumentParser, exit_on_error, print_table, say
 from diracnet import DiracNet
-from experiments import rates
+from diracnets.deploy import deploy
+from diracnets.fold import fold
+from diracnets.preprocessing import Preprocessing
+from experiments import gpu_results
 from experiments.gpu_checks import check_all
-from experiments.sides import diracnet, jpegs_by_opencv, make_sgd, multiply_adds, one_step
-from experiments.turns import (
+from experiments.interleaved import (
     ROOT,
-    Side,
+    Variant,
     append,
     device_name,
     environment,
@@ -46,9 +45,10 @@ from experiments.turns import (
     shown_ratio,
     wait,
 )
+from experiments.variants import diracnet, jpegs_by_opencv, make_sgd, multiply_adds, one_step
 from training import data, distributed
 from training.options import at_least
-from training.run import compiled
+from training.run import compile_model
 
 LEAST, MOST = 5, 20  # turns
 TURN = 0.2  # seconds of work in a turn, at least
@@ -59,11 +59,11 @@ TURN = 0.2  # seconds of work in a turn, at least
 
 def training_step(make, kind, batch, form, device):
     """A step of train.py on random images, in the form that `form` names, of what make() makes."""
-    inputs = Inputs.of(kind)
-    eager = form == rates.EAGER
+    inputs = Preprocessing.for_dataset(kind)
+    eager = form == gpu_results.EAGER
     network = make().to(device)
     optimizer = make_sgd(network, fused=device.type == 'cuda' and not eager)
-    run = network if form != rates.COMPILED else compiled(network, device)
+    run = network if form != gpu_results.COMPILED else compile_model(network, device)
     step = train.make_step(run, inputs, 'float' if eager else 'bfloat16', device)
     images = torch.randint(256, (batch, inputs.size, inputs.size, 3), dtype=torch.uint8,
                            device=device).permute(0, 3, 1, 2)
@@ -96,14 +96,14 @@ def of_training(depth, width, kind, batch, device, rival, target=''):
 
     rival: (its name, a function that makes it).
     """
-    size = Inputs.of(kind).size
+    size = Preprocessing.for_dataset(kind).size
     make = functools.partial(diracnet, depth, width, kind)
-    forms = [(form, make, form) for form in (*rates.FORMS, rates.EAGER)]
-    forms += [(rates.ordinary(form), functools.partial(make, dirac=False), form)
-              for form in rates.FORMS]
-    forms += [(f'{rival[0]}, {form}', rival[1], form) for form in rates.FORMS]
+    forms = [(form, make, form) for form in (*gpu_results.FORMS, gpu_results.EAGER)]
+    forms += [(gpu_results.ordinary(form), functools.partial(make, dirac=False), form)
+              for form in gpu_results.FORMS]
+    forms += [(f'{rival[0]}, {form}', rival[1], form) for form in gpu_results.FORMS]
     sides = [
-        Side(name, training_step, (make, kind, batch, form, device), batch,
+        Variant(name, training_step, (make, kind, batch, form, device), batch,
              3 * multiply_adds(make, pixels=size))
         for name, make, form in forms
     ]
@@ -116,9 +116,9 @@ def of_inference(depth, batch, device, target=''):
     makers = {f'DiracNet-{depth}': lambda: DiracNet(depth),
               f'resnet{depth}, folded': lambda: fold(resnet().eval())}
     sides = [
-        Side(f'{name}, {form}', inference, (make, batch, form, device), batch,
+        Variant(f'{name}, {form}', inference, (make, batch, form, device), batch,
              multiply_adds(make, pixels=224))
-        for form in ('deploy()', rates.EAGER) for name, make in makers.items()
+        for form in ('deploy()', gpu_results.EAGER) for name, make in makers.items()
     ]
     return Comparison(f'inference {depth}, batch {batch}', sides, target)
 
@@ -136,8 +136,8 @@ def write_jpegs(folder, n=64):
 def of_files(folder, repeats):
     """What decoding gives by worker processes: a training at 224 needs as many images/s."""
     n = repeats * len(data.list_images(folder)[0])
-    workers = [w for w in (1, 2, 4, 8, 16) if w <= distributed.cores()]
-    sides = [Side(f'{w} workers', jpegs_by_opencv, (folder, repeats, w, 64), n) for w in workers]
+    workers = [w for w in (1, 2, 4, 8, 16) if w <= distributed.available_cores()]
+    sides = [Variant(f'{w} workers', jpegs_by_opencv, (folder, repeats, w, 64), n) for w in workers]
     return Comparison('JPEG files', sides)
 
 
@@ -145,7 +145,7 @@ def comparisons(device, folder):
     """Yields what is compared, the most wanted first. folder: of JPEG files."""
 
     def resnet(depth, width):
-        return 'resnet', lambda: networks.build('resnet', 'CIFAR10', depth=depth, width=width)
+        return 'resnet', lambda: diracnets.create_model('resnet', 'CIFAR10', depth=depth, width=width)
 
     if device.type == 'cpu':
         yield of_training(10, 1, 'CIFAR10', 8, device, resnet(10, 1))
@@ -226,7 +226,7 @@ def rows_of(comparison, product, where):
     rows, measured = [], [side for side in comparison.sides if len(side.seconds) >= LEAST]
     by_name = {side.name: side for side in measured}
     for side in measured:
-        base = by_name.get(rates.PAIRED.get(side.name), measured[0])
+        base = by_name.get(gpu_results.PAIRED.get(side.name), measured[0])
         rate = side.images / statistics.median(side.seconds)
         tflops = 2e-12 * side.multiply_adds * rate
         rows.append({
@@ -304,7 +304,7 @@ def time_in_order(comparisons, product, device, table, where, deadline):
 
 
 def main(argv=None):
-    parser = Options(prog='experiments.gpu', description=__doc__,
+    parser = ArgumentParser(prog='experiments.gpu', description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--minutes', type=at_least(0, float), default=8,
                         help='after which nothing new is begun (default: %(default)s)')
@@ -318,14 +318,14 @@ def main(argv=None):
                         help='folder of the tables (default: logs/gpu)')
     opt = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * opt.minutes
-    with errors_in_one_line('experiments.gpu'):
+    with exit_on_error('experiments.gpu'):
         if opt.device == 'cuda' and not torch.cuda.is_available():
             raise ValueError('no CUDA GPU here: expected one, or --device cpu to try the command')
         device = torch.device(opt.device)
         torch.backends.cudnn.benchmark = opt.device == 'cuda'  # as train.py has it
         where = here(device)
         holds = not opt.checks or check(device, opt.logs / 'checks.csv', where)
-        time_all(device, opt.logs / 'rates.csv', where, deadline, opt.compile)
+        time_all(device, opt.logs / 'gpu_results.csv', where, deadline, opt.compile)
     if not holds:
         sys.exit(1)
 

@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.nn.functional as F
 
-from diracdeploy import deploy
-from diracfold import fold
 from diracnet import Network, define_diracnet
-from experiments.turns import ROOT
+from diracnets.deploy import deploy
+from diracnets.fold import fold
+from experiments.interleaved import ROOT
 from export import as_onnx
 from training import data
-from training.checkpoint import LOG, read_log
+from training.checkpoint import LOG_FILE, read_log
 
 DEPTH, IMAGES = 16, 64
 DIGITS = ('--dataset', 'Digits', '--depth', '10', '--batch_size', '64', '--lr', '0.02')
@@ -130,7 +130,7 @@ def onnx(device):
 
 def augmentation(device):
     """A batch that the GPU makes against the CPU's of the same seed: pixels and labels."""
-    sets = data.load('Digits', pad=4, flip='all', cutout=8)
+    sets = data.load_splits('Digits', pad=4, flip='all', cutout=8)
     batch = torch.arange(IMAGES), 1, torch.arange(IMAGES)
     expected, found = sets.train[batch], sets.train.to(device)[batch]
     return [(f'{what} that differ', int((a != b.cpu()).sum()), 0)
@@ -174,7 +174,7 @@ def killed_and_resumed(folder, *options):
     process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + PATIENCE
-    while not ((folder / LOG).exists() and read_log(folder / LOG)):
+    while not ((folder / LOG_FILE).exists() and read_log(folder / LOG_FILE)):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             process.wait()
@@ -221,7 +221,7 @@ def carrying(device, folder):
         ("points between GPU and CPU, the GPU's checkpoint", abs(here - there), 0.6),
         ("points between GPU and CPU, the CPU's checkpoint", abs(of_cpu - on_gpu), 0.6),
         ('torchrun: epochs missing in its log',
-         2 - len(read_log(folder / 'launched' / LOG)), 0),
+         2 - len(read_log(folder / 'launched' / LOG_FILE)), 0),
     ]
 
 

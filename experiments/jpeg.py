@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from command import Options, errors_in_one_line
+from cli import ArgumentParser, exit_on_error
 from training import data
 
 
@@ -31,16 +31,16 @@ def write(images, classes, folder):
 
 
 def main(argv=None):
-    parser = Options(prog='experiments.jpeg', description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog='experiments.jpeg', description=__doc__.splitlines()[0])
     parser.add_argument('folder', type=Path, help='to write, which is not there yet')
     parser.add_argument('--dataset', choices=('CIFAR10', 'CIFAR100', 'Digits'), default='CIFAR10',
                         help='what to write (default: %(default)s)')
     parser.add_argument('--dataroot', default='.', help='folder of its files (default: .)')
     args = parser.parse_args(argv)
-    with errors_in_one_line('experiments.jpeg', (ValueError, OSError)):
+    with exit_on_error('experiments.jpeg', (ValueError, OSError)):
         if args.folder.exists():
             raise ValueError(f'{args.folder}: is there already: expected a new folder')
-        sets = data.load(args.dataset, args.dataroot)
+        sets = data.load_splits(args.dataset, args.dataroot)
         args.folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=args.folder.parent) as beside:  # whole or not at all
             write(sets.train, sets.classes, Path(beside, 'images', 'train'))

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import diracfile
-from command import Options, errors_in_one_line
-from experiments.turns import ROOT
+from cli import ArgumentParser, exit_on_error
+from diracnets.checkpoint import MODEL_FILE
+from experiments.interleaved import ROOT
 from training import checkpoint
 
 OPTIONS = ['--dataset', 'Digits', '--depth', '10', '--batch_size', '64', '--epoch_step', '[3]',
@@ -45,7 +45,7 @@ def start(save, epochs):
 
 def kill_once(process, save, rng, during_save):
     """Kills the process at a random moment after its first new checkpoint: True if it was alive."""
-    newest = save / diracfile.MODEL
+    newest = save / MODEL_FILE
 
     def written():
         return newest.stat().st_mtime_ns if newest.exists() else 0
@@ -55,7 +55,7 @@ def kill_once(process, save, rng, during_save):
         time.sleep(0.001)
     delay = rng.uniform(0, 1.0)
     time.sleep(delay)
-    temporary = save / (diracfile.MODEL + '.tmp')
+    temporary = save / (MODEL_FILE + '.tmp')
     while during_save and process.poll() is None and not temporary.exists():
         pass
     process.kill()
@@ -83,7 +83,7 @@ def compare(whole, killed):
         one, other = (end[name] for end in ends)
         same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
         differ += [] if same else [name]
-    logs = [checkpoint.read_log(str(folder / checkpoint.LOG)) for folder in (whole, killed)]
+    logs = [checkpoint.read_log(str(folder / checkpoint.LOG_FILE)) for folder in (whole, killed)]
     for name in ('epoch', 'epoch_lr', 'train_loss', 'train_acc', 'test_loss', 'test_acc'):
         one, other = ([stats[name] for stats in log] for log in logs)
         differ += [] if one == other else [f'{name} in the logs: {one} and {other}']
@@ -101,7 +101,7 @@ def survive(folder, kills, epochs, seed):
         process = start(killed, epochs)
         if kill_once(process, killed, rng, during_save=i % 4 == 3):
             alive += 1
-            in_save += (killed / (diracfile.MODEL + '.tmp')).exists()
+            in_save += (killed / (MODEL_FILE + '.tmp')).exists()
     if start(killed, epochs).wait() != 0:
         raise RuntimeError('the training did not go on after it was killed')
     return alive, in_save, compare(whole, killed)
@@ -177,7 +177,7 @@ def attack_reader(folder):
     subprocess.run([*command, str(whole)], stdout=subprocess.DEVNULL, check=True)
     training = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL,
                                 stderr=subprocess.DEVNULL)
-    while training.poll() is None and not (killed / diracfile.MODEL).exists():
+    while training.poll() is None and not (killed / MODEL_FILE).exists():
         time.sleep(0.01)
     os.kill(children_of(training.pid)[-1], signal.SIGKILL)
     status = training.wait()
@@ -187,7 +187,7 @@ def attack_reader(folder):
 
 
 def main():
-    parser = Options(prog='experiments.kill', description=__doc__,
+    parser = ArgumentParser(prog='experiments.kill', description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=int, default=20,
                         help='how often a training is killed (default: 20)')
@@ -195,7 +195,7 @@ def main():
     parser.add_argument('--points', action='store_true',
                         help='attack at each point of the disk, not at random moments')
     args = parser.parse_args()
-    with errors_in_one_line('experiments.kill'), tempfile.TemporaryDirectory() as folder:
+    with exit_on_error('experiments.kill'), tempfile.TemporaryDirectory() as folder:
         folder = Path(folder).resolve()
         if args.points:
             count, differ = attack_points(folder)

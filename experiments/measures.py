@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import diracnets
 import export
-import networks
-from baselines.diracnet_v1 import NCReLU
-from command import say
-from diracequal import equalise
-from diracfile import load_params
-from diracfold import fold
-from diracimage import Inputs, normalise
+from cli import say
+from diracnets.checkpoint import load_params
+from diracnets.fold import fold
+from diracnets.models.diracnet_v1 import NCReLU
+from diracnets.preprocessing import Preprocessing, normalize
+from diracnets.quantization import equalize
+from experiments.interleaved import Variant, append, compare, product_rate, read_rows
 from experiments.layers import layers_of
-from experiments.sides import BATCH, NATIVE, repeated, step, step_of_ordinary_convolutions
-from experiments.turns import Side, append, compare, product_rate, read_rows
+from experiments.variants import BATCH, NATIVE, repeated, step, step_of_ordinary_convolutions
 from training import data
-from training.checkpoint import LOG, read_log
+from training.checkpoint import LOG_FILE, read_log
 from training.run import keep_freed_memory
 
 TABLE = 'measured.csv'
@@ -32,7 +32,7 @@ GRADIENT_IMAGES = 16  # digits, of which the first gradients are
 
 
 def load_test_images(training, place, inputs):
-    return data.load(place.dataset_of(training), place.dataroot, inputs, training=False).test
+    return data.load_splits(place.dataset_of(training), place.dataroot, inputs, training=False).test
 
 
 # ---------------------------------------------------------------- alpha and beta
@@ -41,7 +41,7 @@ def load_test_images(training, place, inputs):
 def alpha_beta(training, place):
     """The rows of each layer, at the start (epoch 0) and after each epoch that was kept."""
     sizes = {name: training.options[name] for name in ('depth', 'width')}
-    states = {0: networks.build('diracnet', 'CIFAR10', **sizes).state_dict()}
+    states = {0: diracnets.create_model('diracnet', 'CIFAR10', **sizes).state_dict()}
     for path in place.folder(training).glob('epoch-*.pt7'):
         states[int(path.stem.partition('-')[2])] = load_params(path)
     return [{'epoch': epoch, **row}
@@ -54,10 +54,10 @@ def alpha_beta(training, place):
 @torch.no_grad()
 def activations(training, place):
     """Rows of the histograms behind the first, the middle and the last ReLU or NCReLU."""
-    trained = networks.load(str(place.folder(training)))
-    network, test = fold(trained.network), load_test_images(training, place, trained.inputs)
+    trained = diracnets.load(str(place.folder(training)))
+    network, test = fold(trained.model), load_test_images(training, place, trained.preprocess)
     layers = [module for module in network.modules() if isinstance(module, (nn.ReLU, NCReLU))]
-    images = data.evenly(test, min(IMAGES, len(test)))  # of all classes
+    images = data.sample_evenly(test, min(IMAGES, len(test)))  # of all classes
     rows = []
 
     def count(layer, module, inputs, output):
@@ -72,7 +72,7 @@ def activations(training, place):
 
     for number in (0, len(layers) // 2, len(layers) - 1):
         layers[number].register_forward_hook(functools.partial(count, number + 1))
-    network(normalise(images, trained.inputs))
+    network(normalize(images, trained.preprocess))
     return rows
 
 
@@ -82,21 +82,21 @@ def activations(training, place):
 @torch.no_grad()
 def int8(training, place):
     """The row of a network in float32, in int8, and in int8 with equalised channels: accuracies."""
-    trained = networks.load(str(place.folder(training)))
-    test = load_test_images(training, place, trained.inputs)
-    net = fold(trained.network)
+    trained = diracnets.load(str(place.folder(training)))
+    test = load_test_images(training, place, trained.preprocess)
+    net = fold(trained.model)
     paths, _ = export.calibration_set(os.path.join(place.dataroot, 'train'))
-    equalised = equalise(net, torch.stack([*map(trained.inputs.read, paths)]))
+    equalised = equalize(net, torch.stack([*map(trained.preprocess, paths)]))
     row = {'calibration_images': len(paths)}
     with tempfile.TemporaryDirectory() as folder:
         for form, names in ((net, ('float32', 'int8')),
                             (equalised, ('equalised_float32', 'equalised_int8'))):
-            content = export.as_onnx(form, torch.zeros(2, *trained.inputs.shape), {})
-            files = export.quantise(content, paths, trained.inputs.read, {})
+            content = export.as_onnx(form, torch.zeros(2, *trained.preprocess.shape), {})
+            files = export.quantize(content, paths, trained.preprocess, {})
             for name, content in zip(names, files):
                 path = Path(folder, f'{name}.onnx')
                 path.write_bytes(content)
-                accuracy = export.top1(export.open_onnx(path, form), test, trained.inputs, name)
+                accuracy = export.top1(export.open_onnx(path, form), test, trained.preprocess, name)
                 row[f'{name}_test_acc_percent'] = accuracy
     return [row]
 
@@ -125,12 +125,12 @@ def speedrun(training, place):
     """
     rate = product_rate(NATIVE)  # emulated, a product of bfloat16 takes minutes
     folder = place.folder(training)
-    seconds = sum(stats['train_time'] for stats in read_log(folder / LOG))
-    trained = networks.load(str(folder))
-    test = load_test_images(training, place, trained.inputs)
-    network = trained.network.eval().to(memory_format=torch.channels_last)
+    seconds = sum(stats['train_time'] for stats in read_log(folder / LOG_FILE))
+    trained = diracnets.load(str(folder))
+    test = load_test_images(training, place, trained.preprocess)
+    network = trained.model.eval().to(memory_format=torch.channels_last)
     with torch.autocast('cpu', torch.bfloat16, enabled=trained.args['dtype'] == 'bfloat16'):
-        one, six = (export.top1(form, test, trained.inputs, name) for form, name in (
+        one, six = (export.top1(form, test, trained.preprocess, name) for form, name in (
             (network, 'one view'), (functools.partial(six_views, network), 'six views')))
     return [{
         'test_acc_percent': round(one, 2), 'six_views_test_acc_percent': round(six, 2),
@@ -143,7 +143,7 @@ def speedrun(training, place):
 
 
 def by_name(model, depth, width):
-    return networks.build(model, 'CIFAR10', depth=depth, width=width)
+    return diracnets.create_model(model, 'CIFAR10', depth=depth, width=width)
 
 
 def inference_of(model, depth, folded):
@@ -167,7 +167,7 @@ def cost(trainings, place):
     depth, images = 28, STEPS * BATCH
 
     def side(name, prepare, *arguments):
-        return Side(name, repeated, (STEPS, prepare, *arguments), images, dtype=NATIVE)
+        return Variant(name, repeated, (STEPS, prepare, *arguments), images, dtype=NATIVE)
 
     done = {row['compared'] for row in read_rows(table)}
     both = {'a training step, 28-1': [
@@ -207,8 +207,8 @@ def gradients(trainings, place):
     table = place.logs / 'thousand' / TABLE
     done = {(row['series'], float(row['x'])) for row in read_rows(table)}
     first = torch.arange(GRADIENT_IMAGES)
-    pixels, labels, _ = data.load('Digits').train[first, None, first]  # no seed: not augmented
-    images = normalise(pixels, Inputs.of('Digits')).double()
+    pixels, labels, _ = data.load_splits('Digits').train[first, None, first]  # no seed: not augmented
+    images = normalize(pixels, Preprocessing.for_dataset('Digits')).double()
     left = {(model, training.x): training.options['depth']
             for training in trainings for model in ('diracnet', 'plain')}
     for (model, x), depth in left.items():

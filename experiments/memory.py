@@ -11,15 +11,15 @@ import time
 import torch
 import torch.nn.functional as F
 
-import networks
-from command import Options
+import diracnets
+from cli import ArgumentParser
 
 BATCH = 64  # images of 32 x 32, float32
 
 
 def measure(checkpointing):
     """Trains two steps: peak resident memory of this process in MB, seconds a step."""
-    network = networks.build('densenet', 'CIFAR10', checkpointing=checkpointing)
+    network = diracnets.create_model('densenet', 'CIFAR10', checkpointing=checkpointing)
     inputs, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
     start = time.perf_counter()
     for _ in range(2):
@@ -29,7 +29,7 @@ def measure(checkpointing):
 
 
 def main():
-    parser = Options(prog='experiments.memory', description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog='experiments.memory', description=__doc__.splitlines()[0])
     parser.add_argument('form', nargs='?', choices=('without', 'with'),
                         help='measure this one, in this process (default: both, in one each)')
     form = parser.parse_args().form

@@ -17,22 +17,22 @@ from pathlib import Path
 
 import torch
 
-import diracfile
-import networks
+import diracnets
 import train
-from command import Options, errors_in_one_line, print_table, say
+from cli import ArgumentParser, exit_on_error, print_table, say
+from diracnets.checkpoint import MODEL_FILE
 from experiments import figures, measures
+from experiments.cost_estimate import hours_of, seconds, work
 from experiments.definitions import BUDGETS, EXPERIMENTS, words_of
-from experiments.hours import hours_of, seconds, work
-from experiments.keep import write_log
-from experiments.starts import started
-from experiments.turns import ROOT, append, device_name, environment, read_rows
-from training.checkpoint import LOG, DivergedError, Lock, read_log
-from training.options import DATASETS, folder
+from experiments.init import started
+from experiments.interleaved import ROOT, append, device_name, environment, read_rows
+from experiments.release import write_log
+from training.checkpoint import LOG_FILE, DivergedError, Lock, read_log
+from training.options import DATASETS, expand_path
 
 
 @dataclass(frozen=True)
-class Place:
+class Paths:
     """Where trainings find their images, and leave what they make."""
 
     logs: Path  # tables, logs and figures, which git keeps
@@ -43,7 +43,7 @@ class Place:
     def dataset_of(self, training):
         return training.options.get('dataset', self.dataset)
 
-    def folder(self, training):
+    def expand_path(self, training):
         """Where the run of a training is, or will be."""
         return self.runs / self.dataset_of(training) / training.run
 
@@ -68,11 +68,11 @@ def write_start(training, path):
     """Writes the parameters that a training starts from: those of its seed, then changed."""
     torch.manual_seed(training.seed)
     sizes = {name: training.options[name] for name in ('depth', 'width')}
-    network = networks.build(training.options['model'], 'CIFAR10', **sizes)
+    network = diracnets.create_model(training.options['model'], 'CIFAR10', **sizes)
     torch.save(started(network, training.start).state_dict(), path)
 
 
-def do(training, place):
+def train_one(training, place):
     """Trains, or goes on; returns how it ended: 'whole', or 'diverged'."""
     words = words_of({
         'dataset': place.dataset, 'dataroot': place.dataroot, **training.options,
@@ -100,7 +100,7 @@ def keep_log(training, place):
 
     Those of a GPU have a folder of their own, as the same training may have been done on a CPU.
     """
-    log = place.folder(training) / LOG
+    log = place.folder(training) / LOG_FILE
     gpu = [] if device() == 'CPU' else [device().replace(' ', '-')]
     kept = Path('trainings', place.dataset_of(training), *gpu, f'{training.run}.txt')
     if not log.exists():  # it diverged in its first epoch
@@ -140,7 +140,7 @@ def is_to_train(training, experiment, place):
     row = place.row_of_any(training)
     if not row:
         return True
-    kept = (place.folder(training) / diracfile.MODEL).exists()
+    kept = (place.folder(training) / MODEL_FILE).exists()
     return row['ended'] == 'whole' and experiment in measures.OF_PARAMETERS and not kept
 
 
@@ -149,7 +149,7 @@ def expect_its_parameters(training, row, place):
 
     What was trained again, as its parameters were gone, may be: on another machine, for one.
     """
-    log = place.folder(training) / LOG
+    log = place.folder(training) / LOG_FILE
     epochs = read_log(log) if log.exists() else []
     there = [str(len(epochs)), *(str(stats['test_acc']) for stats in epochs[-1:])]
     if there != [row['epochs'], row['test_acc_percent']]:
@@ -165,7 +165,7 @@ def finish(training, experiment, place):
     Returns whether anything was trained.
     """
     row, to_train = place.row_of_any(training), is_to_train(training, experiment, place)
-    ended = do(training, place) if to_train else ''
+    ended = train_one(training, place) if to_train else ''
     if not row:
         row = row_of(training, place, ended)
     elif experiment in measures.OF_PARAMETERS and row['ended'] == 'whole':
@@ -199,7 +199,7 @@ def train_all(trainings, experiment, place):
         lock_file.touch()
         with Lock(lock_file) as lock:
             try:
-                lock.take()
+                lock.acquire()
             except ValueError:
                 say('left out: another process trains it')
                 continue
@@ -246,7 +246,7 @@ def show_list(budget):
 
 
 def parse_options(argv):
-    parser = Options(prog='experiments.run', description=__doc__,
+    parser = ArgumentParser(prog='experiments.run', description=__doc__,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('experiment', nargs='?', choices=EXPERIMENTS, help='which one')
@@ -257,7 +257,7 @@ def parse_options(argv):
     add('--only', default='*', metavar='PATTERN',
         help="of the trainings, such as 'plain*' or '*seed 1' (default: all)")
     add('--dataset', choices=DATASETS, help="data set (default: Folder; tiny's is Digits)")
-    add('--dataroot', default='.', type=folder,
+    add('--dataroot', default='.', type=expand_path,
         help='folder of its files: train/CLASS and test/CLASS of a Folder (default: .)')
     add('--logs', type=Path,
         help='folder of the tables (default: logs, logs/paper for that budget)')
@@ -278,8 +278,8 @@ def main(argv=None):
     trainings = [training for training in EXPERIMENTS[opt.experiment](budget)
                  if fnmatch.fnmatch(training.name, opt.only)]
     logs = opt.logs or ROOT / 'logs' / ('' if opt.budget == 'small' else opt.budget)
-    place = Place(logs, opt.runs, opt.dataset or budget.dataset, opt.dataroot)
-    with errors_in_one_line('experiments.run'):
+    place = Paths(logs, opt.runs, opt.dataset or budget.dataset, opt.dataroot)
+    with exit_on_error('experiments.run'):
         if not trainings and opt.only != '*':
             raise ValueError(f'--only {opt.only}: no training of {opt.experiment} is called so: '
                              "expected a pattern such as '*, seed 1'")

@@ -5,12 +5,12 @@
 
 import torch
 
-from command import Options, print_table
-from diracfold import fold
-from diracimage import Inputs
+from cli import ArgumentParser, print_table
 from diracnet import DiracNet
+from diracnets.fold import fold
+from diracnets.models.registry import count_multiply_adds, create_model
+from diracnets.preprocessing import Preprocessing
 from experiments.definitions import words_of
-from networks import build, multiply_adds
 from training.options import RECIPE_FOLDER
 
 NETWORKS = [  # model, dataset, options, recipe
@@ -61,14 +61,14 @@ def source(recipe):
 def row(name, dataset, options, recipe):
     """One network's cells: sizes in training and deployed, source of its recipe, command."""
     with torch.device('meta'):
-        network = build(name, dataset, **options)
+        network = create_model(name, dataset, **options)
         # the functional form folds into this; the others are networks of modules
         deployed = DiracNet(dataset=dataset, **options) if name == 'diracnet' else fold(network)
     parameters, deployed_parameters = (
         f'{sum(p.numel() for p in form.parameters()):,}' for form in (network, deployed)
     )
     multiplications, deployed_multiplications = (
-        f'{multiply_adds(form, Inputs.of(dataset).size) / 1e6:,.1f}' for form in (network, deployed)
+        f'{count_multiply_adds(form, Preprocessing.for_dataset(dataset).size) / 1e6:,.1f}' for form in (network, deployed)
     )
     title = ', '.join([name, *(f'{option} {value}' for option, value in options.items())])
     return (title, dataset, parameters, multiplications, deployed_parameters,
@@ -76,7 +76,7 @@ def row(name, dataset, options, recipe):
 
 
 def main():
-    Options(prog='experiments.sizes', description=__doc__.splitlines()[0]).parse_args()
+    ArgumentParser(prog='experiments.sizes', description=__doc__.splitlines()[0]).parse_args()
     head = ['model', 'images', 'parameters', 'multiply-adds (M)', 'parameters deployed',
             'multiply-adds deployed (M)', 'source of the recipe', 'command']
     left = {'images', 'source of the recipe', 'command'}

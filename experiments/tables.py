@@ -11,18 +11,18 @@ import itertools
 import re
 from pathlib import Path
 
-import command
-import diracfile
-from command import Options, errors_in_one_line
-from experiments import rates
+import cli
+from cli import ArgumentParser, exit_on_error
+from diracnets.checkpoint import MODEL_FILE
+from experiments import gpu_results
 from experiments.claims import CLAIMS
+from experiments.cost_estimate import hours_of
 from experiments.definitions import BUDGETS, EXPERIMENTS
 from experiments.figures import counts, grouped, mean_and_deviation, read, whole
-from experiments.hours import hours_of
+from experiments.interleaved import ROOT, against_the_first, read_rows, shown_ratio
 from experiments.measures import OF_PARAMETERS
-from experiments.turns import ROOT, against_the_first, read_rows, shown_ratio
 from hubconf import TRAINED
-from training.checkpoint import LOG, read_log
+from training.checkpoint import LOG_FILE, read_log
 
 PAGES = [ROOT / name for name in (
     'README.md', 'docs/results.md', 'docs/speed.md', 'docs/speedrun.md')]
@@ -93,8 +93,8 @@ def kept(logs):
     """
     lines = []
     for name in TRAINED:
-        epochs = read_log(logs / name / LOG)
-        last, size = epochs[-1], (logs / name / diracfile.MODEL).stat().st_size
+        epochs = read_log(logs / name / LOG_FILE)
+        last, size = epochs[-1], (logs / name / MODEL_FILE).stat().st_size
         seeds = [read_log(log)[-1]['test_acc'] for log in sorted((logs / name).glob('*log.txt'))]
         images = read_rows(logs / name / 'seen' / 'predictions.csv')
         right = sum(image['class'] == image['labelled'] for image in images)
@@ -213,18 +213,18 @@ def gpu_checks(logs):
 def gpu_training(logs):
     """Rates of a training step on a GPU: as train.py runs it, and compiled."""
     lines = []
-    for of, sides in rates.trainings(rows_of('gpu', logs)[1]).items():
-        compiled = sides[rates.COMPILED]
-        shown_rates = [sides[rates.EAGER], *map(sides.get, rates.FORMS),
-                       rates.resnet(sides, rates.COMPILED)]
+    for of, sides in gpu_results.trainings(rows_of('gpu', logs)[1]).items():
+        compiled = sides[gpu_results.COMPILED]
+        shown_rates = [sides[gpu_results.EAGER], *map(sides.get, gpu_results.FORMS),
+                       gpu_results.resnet(sides, gpu_results.COMPILED)]
         lines.append([
             of, f'{compiled["n"]:.0f}',
             *(f'{row["images_per_second"]:,.0f}' for row in shown_rates),
             f'{compiled["percent_of_product"]:.0f} %', f'{compiled["peak_memory_mb"]:,.0f}',
-            *('{:+.0f} ({:+.0f} to {:+.0f})'.format(*rates.more_for_w_hat(sides, form))
-              for form in rates.FORMS),
+            *('{:+.0f} ({:+.0f} to {:+.0f})'.format(*gpu_results.more_for_w_hat(sides, form))
+              for form in gpu_results.FORMS),
         ])
-    return ['network', 'n', 'float32, NCHW', *rates.FORMS, 'ResNet, --compile', 'of a product',
+    return ['network', 'n', 'float32, NCHW', *gpu_results.FORMS, 'ResNet, --compile', 'of a product',
             'peak MB', 'W_hat, %', 'W_hat, --compile, %'], lines
 
 
@@ -232,7 +232,7 @@ def gpu_inference(logs):
     """Rates of a folded DiracNet on a GPU, and of the ResNet of its depth treated alike."""
     lines = [[of, row['what'], f'{row["n"]:.0f}', f'{row["images_per_second"]:,.0f}',
               shown_ratio(row), f'{row["percent_of_product"]:.0f} %']
-             for of, sides in rates.of_last_gpu(rows_of('gpu', logs)[1], 'inference').items()
+             for of, sides in gpu_results.of_last_gpu(rows_of('gpu', logs)[1], 'inference').items()
              for row in sides.values()]
     return ['network', 'what', 'n', 'images/s', 'ratio (95 %)', 'of a product'], lines
 
@@ -255,7 +255,7 @@ def claims(logs):
 def unfinished(experiment, rows, measured):
     """Says what is missing of an experiment of the small budget: nothing where it is finished."""
     if experiment == 'gpu':
-        return '' if rates.trainings(measured) else 'not run yet'
+        return '' if gpu_results.trainings(measured) else 'not run yet'
     trainings = EXPERIMENTS[experiment](BUDGETS['small'])
     done = {(row['series'], row['x'], row['seed']) for row in rows}
     there = sum((t.series, t.x, t.seed) in done for t in trainings)
@@ -273,7 +273,7 @@ def unfinished(experiment, rows, measured):
 
 def rows_of(experiment, logs):
     """The rows of an experiment, or of `gpu`, and what was measured beside them."""
-    measured = 'rates.csv' if experiment == 'gpu' else 'measured.csv'
+    measured = 'gpu_results.csv' if experiment == 'gpu' else 'measured.csv'
     return read(logs / experiment / 'results.csv'), read(logs / experiment / measured)
 
 
@@ -297,7 +297,7 @@ def table(name, logs):
         head, lines = OTHERS[name](logs)
     else:
         head, lines = TABLES.get(name, results)(*rows_of(name, logs))
-    return '\n'.join(command.table(head, lines, left=WORDS))
+    return '\n'.join(cli.table(head, lines, left=WORDS))
 
 
 def filled(page, logs):
@@ -315,11 +315,11 @@ def filled(page, logs):
 
 
 def main(argv=None):
-    parser = Options(prog='experiments.tables', description=__doc__.splitlines()[0])
+    parser = ArgumentParser(prog='experiments.tables', description=__doc__.splitlines()[0])
     parser.add_argument('--logs', default=ROOT / 'logs', type=Path,
                         help='folder of the CSV files (default: logs)')
     opt = parser.parse_args(argv)
-    with errors_in_one_line('experiments.tables'):
+    with exit_on_error('experiments.tables'):
         for page in PAGES:
             page.write_text(filled(page.read_text(), opt.logs))
             print(page)

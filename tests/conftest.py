@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diracimage import Inputs, normalise
 from diracnet import Network, define_diracnet
+from diracnets.preprocessing import Preprocessing, normalize
 from runs import run
 from training import data
 
@@ -46,9 +46,9 @@ def train_a_little():
 @pytest.fixture(scope='session')
 def digits():
     """All 1,797 digits as inputs (N, 3, 32, 32), and their labels."""
-    sets = data.load('Digits')
+    sets = data.load_splits('Digits')
     images = torch.cat([sets.train.images, sets.test.images]).permute(0, 3, 1, 2)
-    return normalise(images, Inputs.of('CIFAR10')), torch.cat([sets.train.labels, sets.test.labels])
+    return normalize(images, Preprocessing.for_dataset('CIFAR10')), torch.cat([sets.train.labels, sets.test.labels])
 
 
 @pytest.fixture(scope='session')

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import train
 from training import checkpoint, distributed, options
-from training.batches import make_loader
+from training.loader import make_loader
 from training.run import prepare
 
 
@@ -19,17 +19,17 @@ def main():
                                   '--save', sys.argv[1] + '.run'])
     device = distributed.start()
     run = prepare(opt, device, checkpoint.Lock(opt.save))
-    run.network.eval()
-    network = DistributedDataParallel(run.network) if distributed.world() > 1 else run.network
-    step = train.make_step(network, run.inputs, run.dtype, device)
+    run.model.eval()
+    network = DistributedDataParallel(run.model) if distributed.world_size() > 1 else run.model
+    step = train.make_step(network, run.preprocess, run.dtype, device)
     # 49 = 3 * 16 + 1: in the last batch, of one image, the other ranks have none
     images = run.sets.train.subset(torch.arange(49)).augmented(pad=4, flip='none')
-    loader = make_loader(images, 16, 0, 1, distributed.rank(), distributed.world())
+    loader = make_loader(images, 16, 0, 1, distributed.rank(), distributed.world_size())
     gradients = []
     for batch in loader:
         run.optimizer.zero_grad()
         step(batch)[0].backward()
-        gradients.append({name: p.grad.clone() for name, p in run.network.named_parameters()})
+        gradients.append({name: p.grad.clone() for name, p in run.model.named_parameters()})
         run.optimizer.step()
     if distributed.rank() == 0:
         torch.save(gradients, sys.argv[1])

@@ -19,11 +19,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import diracfile
 import export
 import predict
 import train
-from diracimage import DataError, read_test_image
+from diracnets.checkpoint import load_dict, load_dict_file
+from diracnets.preprocessing import DataError, read_test_image
 from experiments.kill import children_of
 from pages import ROOT
 from runs import (
@@ -37,8 +37,8 @@ from runs import (
     wait_until,
     write_sets,
 )
-from training import augment, checkpoint
-from training.batches import WorkerError, read_batches
+from training import augmentation, checkpoint
+from training.loader import WorkerError, iterate_batches
 from training.signals import Signals
 
 
@@ -100,7 +100,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint.os, 'fsync', fsync)
-    for write in (checkpoint.append_log, checkpoint.cut_log):
+    for write in (checkpoint.append_log, checkpoint.truncate_log):
         (tmp_path / 'log.txt').write_text('json_stats: {"epoch": 2}\n')
         with pytest.raises(OSError, match=r'log.txt cannot be written \(No space left'):
             write(tmp_path, {'epoch': 3} if write is checkpoint.append_log else 1)
@@ -111,14 +111,14 @@ def test_a_link_in_place_of_the_new_log_is_not_followed(tmp_path):
     (tmp_path / 'victim').write_text('mine')
     (tmp_path / 'log.txt.tmp').symlink_to(tmp_path / 'victim')
     checkpoint.append_log(tmp_path, {'epoch': 1})
-    checkpoint.cut_log(tmp_path, 0)
+    checkpoint.truncate_log(tmp_path, 0)
     assert (tmp_path / 'victim').read_text() == 'mine'
     assert (tmp_path / 'log.txt').read_text() == ''
 
 
 def test_a_second_training_in_the_same_folder_is_refused(images, tmp_path, capsys):
     with checkpoint.Lock(tmp_path) as lock:
-        lock.take()
+        lock.acquire()
         error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10,
                         '--save', tmp_path, '--resume', 'auto')
     assert f'{tmp_path}: another training writes there: expected another --save' in error
@@ -150,16 +150,16 @@ def test_a_damaged_file_never_takes_the_place_of_a_good_one(
 
     def checked(source, target):
         replace(source, target)
-        diracfile.load(str(tmp_path))  # whenever it is killed there is one that loads
+        load_dict(str(tmp_path))  # whenever it is killed there is one that loads
 
     monkeypatch.setattr(os, 'replace', checked)
     run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
     assert f'taking {tmp_path}/previous.pt7' in capsys.readouterr().err
     monkeypatch.undo()
     assert_same_run(tmp_path, whole)
-    assert diracfile.load_file(str(tmp_path / 'previous.pt7'))
+    assert load_dict_file(str(tmp_path / 'previous.pt7'))
     with pytest.raises(ValueError, match='damaged'):
-        diracfile.load_file(str(tmp_path / 'damaged.pt7'))
+        load_dict_file(str(tmp_path / 'damaged.pt7'))
 
 
 def small_run(images, save, *more):
@@ -230,13 +230,13 @@ def test_a_reading_process_that_dies_while_it_hands_a_batch_over(error):
             raise error
 
     loader = Loader()
-    batches = read_batches(loader)
+    batches = iterate_batches(loader)
     assert next(batches) == 'a batch'
     with pytest.raises(WorkerError, match=rf'died \(DataLoader worker: {type(error).__name__}\)'):
         next(batches)
     loader.num_workers = 0  # the error is of the data set itself
     with pytest.raises(type(error)) as raised:
-        list(read_batches(loader))
+        list(iterate_batches(loader))
     assert raised.value is error
 
 
@@ -244,12 +244,12 @@ def test_a_reading_process_that_dies_breaks_no_step(large_images):
     # in a process of its own, in which torch has not answered the signal before
     script = f'''
 import multiprocessing, time
-from diracimage import Inputs
+from diracnets.preprocessing import Preprocessing
 from training import data
-from training.batches import WorkerError, make_loader, read_batches
+from training.loader import WorkerError, make_loader, iterate_batches
 
-sets = data.load('Folder', {str(large_images)!r}, inputs=Inputs.of('Folder', image_size=70))
-batches = read_batches(make_loader(sets.train, 1, nthread=2, seed=1))
+sets = data.load_splits('Folder', {str(large_images)!r}, preprocess=Preprocessing.for_dataset('Folder', image_size=70))
+batches = iterate_batches(make_loader(sets.train, 1, nthread=2, seed=1))
 next(batches)
 workers = multiprocessing.active_children()
 for worker in workers:
@@ -298,7 +298,7 @@ def test_a_killed_training_leaves_no_lock_behind(large_images, tmp_path):
         training.kill()
         training.wait()
         with checkpoint.Lock(tmp_path / 'run') as lock:
-            lock.take()
+            lock.acquire()
         training.communicate(timeout=60)  # until they have ended too
 
 
@@ -373,7 +373,7 @@ def test_damaged_images_give_an_error_or_pixels(ending, tmp_path, request):
         for position, change in flips:
             content[position] ^= change
         Path(path).write_bytes(content[: len(content) - cut])
-        for read in (read_test_image, augment.read_random_crop):
+        for read in (read_test_image, augmentation.read_random_crop):
             message, shape = f'{path}: ', (70, 70, 3)
             try:
                 shape = read(path, 70).shape

@@ -10,14 +10,15 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-import networks
-from baselines import densenet, diracnet_v1, diverse_branch
-from baselines.diverse_branch import ACBlock, DiverseBranchBlock
-from baselines.plain import PlainNet
-from baselines.replace import BLOCKS
+import diracnets
 from diracconv import DiracConv2d
-from diracfold import fold
 from diracnet import DiracNet, define_diracnet
+from diracnets.fold import fold
+from diracnets.models import densenet, diracnet_v1, diverse_branch
+from diracnets.models.blocks import BLOCKS
+from diracnets.models.diverse_branch import ACBlock, DiverseBranchBlock
+from diracnets.models.plain import PlainNet
+from diracnets.models.registry import ARCHITECTURES, count_multiply_adds
 from experiments.sizes import NETWORKS, row
 from pages import text_of
 from training.options import RECIPE_FOLDER
@@ -32,7 +33,7 @@ def _seed():
 
 def build_on_meta(name, dataset, **options):
     with torch.device('meta'):
-        return networks.build(name, dataset, **options)
+        return diracnets.create_model(name, dataset, **options)
 
 
 def count(network):
@@ -100,7 +101,7 @@ def test_parameters_with_w_hat_are_two_more_for_each_filter(name, filters):
 
 
 def test_plain_with_w_hat_is_a_diracnet():
-    network = perturb(networks.build('plain', 'CIFAR10', depth=10, width=0.5, block='dirac'))
+    network = perturb(diracnets.create_model('plain', 'CIFAR10', depth=10, width=0.5, block='dirac'))
     f, params = define_diracnet(10, 0.5, 'CIFAR10')
     state = {
         name.removeprefix('features.').replace('conv.weight', 'conv').replace('conv.alpha', 'alpha')
@@ -135,17 +136,17 @@ def test_topology_variants_have_the_parameters_of_a_diracnet_less_alpha_and_beta
     ('densenet121', torchvision.models.DenseNet121_Weights),
 ])
 def test_multiply_adds_are_those_that_torchvision_publishes(name, weights):
-    measured = networks.multiply_adds(build_on_meta(name, 'ImageNet'), 224)
+    measured = count_multiply_adds(build_on_meta(name, 'ImageNet'), 224)
     assert round(measured / 1e9, 3) == weights.DEFAULT.meta['_ops']
 
 
 def test_multiply_adds_of_mobilenet_are_the_papers():
-    measured = networks.multiply_adds(build_on_meta('mobilenet', 'ImageNet'), 224)
+    measured = count_multiply_adds(build_on_meta('mobilenet', 'ImageNet'), 224)
     assert round(measured / 1e6) == 569  # table 4 of arXiv 1704.04861
 
 
 def test_table_of_the_docs_has_a_row_for_every_family():
-    assert {name for name, *_ in NETWORKS} == networks.FAMILIES.keys()
+    assert {name for name, *_ in NETWORKS} == ARCHITECTURES.keys()
     cells = row('resnet18', 'ImageNet', {'block': 'dbb'}, 'dbb')
     assert cells[2] == '26,288,296'
     assert cells[4:6] == ('11,684,712', '1,814.1')
@@ -184,13 +185,13 @@ def test_table_of_the_docs_has_a_row_for_every_family():
 ])
 def test_refuses_with_what_was_expected(arguments, options, expected):
     with pytest.raises(ValueError, match='.') as refusal:
-        networks.build(*arguments, **options)
+        diracnets.create_model(*arguments, **options)
     assert expected in str(refusal.value)
 
 
 def test_differences_in_training_are_in_the_table():
-    assert [n for n, family in networks.FAMILIES.items() if family.decay_all] == ['diracnet-v1']
-    zeros = [n for n, family in networks.FAMILIES.items() if family.crop_padding == 'constant']
+    assert [n for n, family in ARCHITECTURES.items() if family.decay_all] == ['diracnet-v1']
+    zeros = [n for n, family in ARCHITECTURES.items() if family.crop_padding == 'constant']
     assert zeros == ['densenet']
 
 
@@ -203,7 +204,7 @@ def test_every_line_of_a_recipe_is_a_flag_and_its_source(path):
     assert all(len(words) <= 2 for words in flags)
     assert len({words[0] for words in flags}) == len(flags)
     given = {words[0][2:]: words[1] for words in flags if len(words) > 1}
-    family = networks.FAMILIES[given['model']]
+    family = ARCHITECTURES[given['model']]
     assert given['dataset'] in family.kinds
     options = {
         name: type(default)(given[name])
@@ -242,7 +243,7 @@ SMALLEST = [
 
 @pytest.mark.parametrize(('name', 'dataset', 'options'), SMALLEST)
 def test_trains_then_deploys_with_the_same_logits(name, dataset, options):
-    network = networks.build(name, dataset, num_classes=5, **options)
+    network = diracnets.create_model(name, dataset, num_classes=5, **options)
     size, n = (64, 4) if dataset == 'ImageNet' else (16, 64)
     images, labels = torch.randn(n, 3, size, size), torch.randint(5, (n,))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.02)
@@ -268,7 +269,7 @@ def test_trains_then_deploys_with_the_same_logits(name, dataset, options):
     assert difference <= 1e-9 * logits.abs().max()
     assert not deployed.training
     assert all(torch.equal(tensor, state[key]) for key, tensor in network.state_dict().items())
-    again = networks.build(name, dataset, num_classes=5, **options)
+    again = diracnets.create_model(name, dataset, num_classes=5, **options)
     again.load_state_dict(network.state_dict())
     fold(again).load_state_dict(deployed.state_dict())
 
@@ -357,7 +358,7 @@ def v1_by_definition(images, state, blocks, imagenet, mode):
     ('CIFAR10', 10, (2, 2, 2)), ('ImageNet', 18, (4, 4, 4, 4)),
 ])
 def test_v1_is_the_definition_of_2017(dataset, depth, blocks):
-    network = networks.build('diracnet-v1', dataset, depth=depth, width=0.25)
+    network = diracnets.create_model('diracnet-v1', dataset, depth=depth, width=0.25)
     network = perturb(network).double()
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -399,7 +400,7 @@ def test_folded_v1_is_the_published_chain():
 
 @pytest.mark.parametrize(('dataset', 'depth'), [('CIFAR10', 16), ('ImageNet', 18)])
 def test_plain_is_a_diracnet_without_the_parameterisation(dataset, depth):
-    network = perturb(networks.build('plain', dataset, depth=depth, width=0.5)).double().eval()
+    network = perturb(diracnets.create_model('plain', dataset, depth=depth, width=0.5)).double().eval()
     f, params = define_diracnet(depth, 0.5, dataset)
     state = network.state_dict()
     for name, tensor in params.items():
@@ -421,7 +422,7 @@ def test_plain_is_a_diracnet_without_the_parameterisation(dataset, depth):
     ('plain', 'CIFAR10', 16), ('dirac-init', 'CIFAR10', 16), ('plain', 'ImageNet', 18),
 ])
 def test_folded_plain_networks_load_into_a_diracnet(name, dataset, depth):
-    network = perturb(networks.build(name, dataset, depth=depth, width=0.5)).double().eval()
+    network = perturb(diracnets.create_model(name, dataset, depth=depth, width=0.5)).double().eval()
     folded = DiracNet(depth, 0.5, dataset).double().eval()
     folded.load_state_dict(fold(network, torch.float64).state_dict())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -430,7 +431,7 @@ def test_folded_plain_networks_load_into_a_diracnet(name, dataset, depth):
 
 
 def test_plain_starts_with_kaiming_filters():
-    network = networks.build('plain', 'CIFAR10', depth=16, width=4)
+    network = diracnets.create_model('plain', 'CIFAR10', depth=16, width=4)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             expected = math.sqrt(2 / (9 * module.in_channels))
@@ -438,7 +439,7 @@ def test_plain_starts_with_kaiming_filters():
 
 
 def test_plain_starts_with_the_batch_norms_and_the_last_layer_of_a_diracnet():
-    network = networks.build('plain', 'CIFAR10', num_classes=100, depth=28, width=4)
+    network = diracnets.create_model('plain', 'CIFAR10', num_classes=100, depth=28, width=4)
     drawn = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     scales = torch.cat([bn.weight for bn in drawn])
     assert scales.min() >= 0
@@ -451,7 +452,7 @@ def test_plain_starts_with_the_batch_norms_and_the_last_layer_of_a_diracnet():
 
 
 def test_dirac_init_starts_at_the_identity_and_leaves_new_channels_random():
-    network = networks.build('dirac-init', 'CIFAR10', depth=16, width=2)
+    network = diracnets.create_model('dirac-init', 'CIFAR10', depth=16, width=2)
     for name, module in network.named_modules():
         if not (isinstance(module, nn.Conv2d) and 'block' in name):
             continue
@@ -466,7 +467,7 @@ def test_dirac_init_starts_at_the_identity_and_leaves_new_channels_random():
 
 
 def test_resnet_adds_the_input_of_each_pair_of_blocks():
-    network = perturb(networks.build('resnet', 'CIFAR10', depth=16, width=0.5)).double().eval()
+    network = perturb(diracnets.create_model('resnet', 'CIFAR10', depth=16, width=0.5)).double().eval()
     state = network.state_dict()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
 
@@ -489,7 +490,7 @@ def test_resnet_adds_the_input_of_each_pair_of_blocks():
 
 
 def test_mobilenet_layer_by_layer():
-    network = perturb(networks.build('mobilenet', 'ImageNet', 5)).double().eval()
+    network = perturb(diracnets.create_model('mobilenet', 'ImageNet', 5)).double().eval()
     state = network.state_dict()
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     images, i = x, 0
@@ -514,7 +515,7 @@ def test_mobilenet_layer_by_layer():
 
 
 def test_wide_resnet_is_pre_activated():
-    network = perturb(networks.build('wide-resnet', 'CIFAR10', depth=16, width=1))
+    network = perturb(diracnets.create_model('wide-resnet', 'CIFAR10', depth=16, width=1))
     network = network.double().eval()
     state = network.state_dict()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
@@ -536,7 +537,7 @@ def test_wide_resnet_is_pre_activated():
 
 
 def test_wide_resnet_drops_out_between_the_convolutions_of_a_block():
-    network = networks.build('wide-resnet', 'CIFAR10', depth=16, width=1, droprate=0.3)
+    network = diracnets.create_model('wide-resnet', 'CIFAR10', depth=16, width=1, droprate=0.3)
     block = network.features.group0.block0
     with torch.no_grad():
         x = torch.randn(8, 16, 16, 16)
@@ -563,7 +564,7 @@ def test_wide_resnet_has_a_shortcut_only_where_the_channels_change():
 
 @pytest.mark.parametrize(('bottleneck', 'layers'), [(True, 16), (False, 10)])
 def test_densenet_concatenates(bottleneck, layers):
-    network = networks.build('densenet', 'CIFAR10', layers=layers, growth=5, reduce=0.55,
+    network = diracnets.create_model('densenet', 'CIFAR10', layers=layers, growth=5, reduce=0.55,
                               bottleneck=bottleneck)
     network = perturb(network).double().eval()
     state = network.state_dict()
@@ -592,7 +593,7 @@ def test_densenet_concatenates(bottleneck, layers):
 
 
 def test_densenet_starts_with_variance_2_over_k_k_out():
-    network = networks.build('densenet', 'CIFAR10', layers=22, growth=32)
+    network = diracnets.create_model('densenet', 'CIFAR10', layers=22, growth=32)
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
@@ -603,7 +604,7 @@ def test_densenet_starts_with_variance_2_over_k_k_out():
 
 
 def test_dropout_follows_each_convolution_but_the_first():
-    network = networks.build('densenet', 'CIFAR10', layers=16, growth=4, droprate=0.2)
+    network = diracnets.create_model('densenet', 'CIFAR10', layers=16, growth=4, droprate=0.2)
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     dropouts = [m for m in network.modules() if isinstance(m, nn.Dropout)]
     assert len(dropouts) == len(convolutions) - 1
@@ -615,9 +616,9 @@ def test_checkpointing_changes_memory_and_not_results(droprate):
     kept, results = [], []
     images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
     options = {'layers': 22, 'growth': 8, 'droprate': droprate}
-    start = networks.build('densenet', 'CIFAR10', **options).state_dict()
+    start = diracnets.create_model('densenet', 'CIFAR10', **options).state_dict()
     for checkpointing in (False, True):
-        network = networks.build('densenet', 'CIFAR10', checkpointing=checkpointing, **options)
+        network = diracnets.create_model('densenet', 'CIFAR10', checkpointing=checkpointing, **options)
         network.load_state_dict(start)
         torch.manual_seed(1)
         sizes = []
@@ -904,7 +905,7 @@ def test_blocks_replace_only_kernels_between_1_and_7():
 
 
 def test_table_of_the_docs():
-    lines = text_of('docs/networks.md').splitlines()
+    lines = text_of('docs/diracnets.md').splitlines()
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
     for network in NETWORKS:
         assert list(row(*network)) in cells

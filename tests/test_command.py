@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import command
+import cli
 
-ROOT = Path(command.__file__).parent
+ROOT = Path(cli.__file__).parent
 INTERRUPT = 'import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nprint("still here")\n'
 
 
@@ -37,7 +37,7 @@ def test_ctrl_c_while_it_imports(tmp_path, script, imported):
 def test_ctrl_c_in_main_can_be_answered(tmp_path):
     (tmp_path / 'interrupt.py').write_text(INTERRUPT)
     text = '\n'.join([
-        'import command', 'command.end_by_ctrl_c()', 'with command.errors_in_one_line("x.py"):',
+        'import cli', 'cli.exit_on_ctrl_c()', 'with cli.exit_on_error("x.py"):',
         '    try:', '        import interrupt', '    finally:', '        print("answered")',
     ])
     environment = {**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{tmp_path}'}

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import dirachead
-import diracimage
-from damages import TURNED, jpeg_parts, jpeg_segment, png_of
-from diracimage import Inputs
+from corruption import TURNED, jpeg_parts, jpeg_segment, png_of
+from diracnets import image_headers, preprocessing
+from diracnets.preprocessing import Preprocessing
 from runs import write_images
-from training import augment, data
-from training.batches import make_loader
-from training.images import IGNORED
+from training import augmentation, data
+from training.datasets import IGNORED
+from training.loader import make_loader
 
 
 @pytest.fixture
@@ -35,9 +34,9 @@ def test_normalise():
         ('ImageNet', np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])),
     ]:
         expected = (images / 255 - mean[:, None, None]) / std[:, None, None]
-        inputs = diracimage.normalise(torch.from_numpy(images), Inputs.of(kind), torch.float64)
+        inputs = preprocessing.normalize(torch.from_numpy(images), Preprocessing.for_dataset(kind), torch.float64)
         np.testing.assert_allclose(inputs.numpy(), expected, rtol=1e-6, atol=1e-6)
-        inputs = diracimage.normalise(torch.from_numpy(images), Inputs.of(kind))
+        inputs = preprocessing.normalize(torch.from_numpy(images), Preprocessing.for_dataset(kind))
         assert inputs.dtype == torch.float32
 
 
@@ -181,24 +180,24 @@ def test_steps_that_are_done_are_left_out(memory):
 
 def test_inputs_of_data_sets():
     names = ('CIFAR10', 'CIFAR100', 'Digits', 'ImageNet', 'Folder')
-    assert [(i.kind, i.size) for i in map(Inputs.of, names)] == [
+    assert [(i.kind, i.size) for i in map(Preprocessing.for_dataset, names)] == [
         ('CIFAR10', 32), ('CIFAR100', 32), ('CIFAR10', 32), ('ImageNet', 224), ('CIFAR10', 32)
     ]
-    folders = [Inputs.of('Folder', size) for size in (64, 65)]
+    folders = [Preprocessing.for_dataset('Folder', size) for size in (64, 65)]
     assert [(i.kind, i.size) for i in folders] == [('CIFAR10', 64), ('ImageNet', 65)]
     assert folders[1].mean == (0.485, 0.456, 0.406)
     # what older checkpoints say of data sets that have a size of their own
-    assert Inputs.of_args({'dataset': 'ImageNet', 'image_size': 32}) == Inputs.of('ImageNet')
+    assert Preprocessing.from_args({'dataset': 'ImageNet', 'image_size': 32}) == Preprocessing.for_dataset('ImageNet')
     for arguments in (('ImageNet', 32), ('CIFAR10', 48), ('Folder', -3), ('Folder', 0)):
         with pytest.raises(ValueError, match=f'image_size {arguments[1]}: expected'):
-            Inputs.of(*arguments)
+            Preprocessing.for_dataset(*arguments)
     with pytest.raises(ValueError, match="'MNIST': expected one of CIFAR10, .*, Folder"):
-        Inputs.of('MNIST')
+        Preprocessing.for_dataset('MNIST')
 
 
 def test_images_that_come_in_one_size():
     with pytest.raises(data.DataError, match='Digits has images of 32 pixels: expected 48'):
-        data.load('Digits', inputs=Inputs.of('Folder', 48))
+        data.load_splits('Digits', preprocess=Preprocessing.for_dataset('Folder', 48))
 
 
 def test_test_batches_come_in_order(memory):
@@ -210,7 +209,7 @@ def test_test_batches_come_in_order(memory):
 
 
 def test_digits():
-    sets = data.load('Digits', pad=0)
+    sets = data.load_splits('Digits', pad=0)
     assert (len(sets.train), len(sets.test), len(sets.classes)) == (1437, 360, 10)
     assert sets.train.augmentation.flip == 'none'
     images = torch.cat([sets.train.images, sets.test.images])
@@ -225,7 +224,7 @@ def test_digits():
     assert np.abs(means - ours).max() < 6
     labels = torch.cat([sets.train.labels, sets.test.labels])
     assert labels.bincount().tolist() == np.bincount(load_digits().target).tolist()
-    again = data.load('Digits', training=False)
+    again = data.load_splits('Digits', training=False)
     assert again.train is None
     assert torch.equal(sets.test.images, again.test.images)
 
@@ -235,7 +234,7 @@ def test_folder_of_small_images(tmp_path, test_folder):
     train = write_images(tmp_path / 'train', n=3)
     test = write_images(tmp_path / test_folder, n=2, seed=1)
     (tmp_path / 'train' / 'cat' / 'notes.txt').write_text('not an image')
-    sets = data.load('Folder', str(tmp_path), pad=4)
+    sets = data.load_splits('Folder', str(tmp_path), pad=4)
     assert sets.classes == ['cat', 'dog']
     assert sets.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert (sets.train.augmentation.pad, sets.train.augmentation.flip) == (4, 'horizontal')
@@ -246,11 +245,11 @@ def test_folder_of_small_images(tmp_path, test_folder):
 def test_other_sizes_are_resized_and_cropped(tmp_path):
     columns = np.repeat(np.arange(0, 240, 6, dtype=np.uint8), 2)  # 80 wide, 40 high: a ramp
     image = np.broadcast_to(columns[None, :, None], (40, 80, 3))
-    resized = diracimage.resize_and_crop(image, 20, 20)
+    resized = preprocessing.resize_and_crop(image, 20, 20)
     assert resized.shape == (20, 20, 3)
     # half the size, and of its 40 columns the middle 20
     np.testing.assert_allclose(resized[0, :, 0], np.arange(0, 240, 6)[10:30], atol=3)
-    untouched = diracimage.resize_and_crop(image, 40, 30)
+    untouched = preprocessing.resize_and_crop(image, 40, 30)
     np.testing.assert_array_equal(untouched, image[5:35, 25:55])
 
 
@@ -270,13 +269,13 @@ def test_interpolation_is_cubic():
     row = np.array([90, 100, 180, 60, 110, 120, 40, 90], np.uint8)
     image = np.broadcast_to(row[None, :, None], (8, 8, 3))
     expected = slow_cubic(row, 12)
-    np.testing.assert_allclose(diracimage.resize_and_crop(image, 12, 12)[0, :, 0], expected, atol=1)
+    np.testing.assert_allclose(preprocessing.resize_and_crop(image, 12, 12)[0, :, 0], expected, atol=1)
 
 
 def test_large_images_are_read_as_needed(tmp_path):
     write_images(tmp_path / 'train', n=5, size=(80, 100))
     test = write_images(tmp_path / 'val', n=2, size=(80, 80))
-    sets = data.load('Folder', str(tmp_path), Inputs.of('Folder', 70))
+    sets = data.load_splits('Folder', str(tmp_path), Preprocessing.for_dataset('Folder', 70))
     images, labels, _ = sets.test[torch.tensor([3, 0]), None, torch.arange(2)]
     assert images.shape == (2, 3, 70, 70)
     pixels = np.stack([list(test.values())[i][5:75, 5:75] for i in (3, 0)])  # 80 = 70 * 256 // 224
@@ -297,7 +296,7 @@ def test_large_images_are_read_as_needed(tmp_path):
 def test_random_crop_of_a_flat_image_is_flat(tmp_path):
     path = str(tmp_path / 'flat.png')
     cv2.imwrite(path, np.full((50, 60, 3), (30, 20, 10), np.uint8))
-    crop = augment.read_random_crop(path, 24)
+    crop = augmentation.read_random_crop(path, 24)
     assert crop.shape == (24, 24, 3)
     assert (crop == (10, 20, 30)).all()
 
@@ -307,7 +306,7 @@ def test_random_crops_flip_half(tmp_path):
     path = str(tmp_path / 'ramp.png')
     cv2.imwrite(path, ramp)
     torch.manual_seed(0)
-    crops = [augment.flip_one(augment.read_random_crop(path, 32), 'horizontal', 0, 0)
+    crops = [augmentation.flip_image(augmentation.read_random_crop(path, 32), 'horizontal', 0, 0)
              [0, :, 0].astype(int) for _ in range(400)]
     rising = np.mean([crop[-1] > crop[0] for crop in crops])
     assert rising == pytest.approx(0.5, abs=0.08)
@@ -329,14 +328,14 @@ def photograph(tmp_path):
 def test_crops_of_reduced_images_have_the_pixels_of_whole_ones(photograph, size, monkeypatch):
     def crops():
         torch.manual_seed(1)
-        read = [augment.read_random_crop(photograph, size) for _ in range(30)]
+        read = [augmentation.read_random_crop(photograph, size) for _ in range(30)]
         return np.stack(read).astype(float)
 
-    used, decode = [], augment.decode
-    monkeypatch.setattr(augment, 'decode',
+    used, decode = [], augmentation.decode_image
+    monkeypatch.setattr(augmentation, 'decode_image',
                         lambda *args: used.append((*args, 1)[2]) or decode(*args))
     reduced = crops()
-    monkeypatch.setattr(augment, 'jpeg_size', lambda content: None)  # which decodes the whole image
+    monkeypatch.setattr(augmentation, 'jpeg_size', lambda content: None)  # which decodes the whole image
     difference = np.abs(reduced - crops())
     largest = {32: 8, 70: 4, 140: 2, 300: 1}[size]
     assert max(used[:30]) == largest  # the smaller side is 402: 402 // 32 = 12, 402 // 70 = 5, ...
@@ -350,13 +349,13 @@ def test_crops_of_reduced_images_have_the_pixels_of_whole_ones(photograph, size,
 
 def test_size_in_the_head_of_a_jpeg_file(photograph, tmp_path):
     content = np.fromfile(photograph, np.uint8)
-    assert dirachead.jpeg_size(content) == (402, 603)
+    assert image_headers.jpeg_size(content) == (402, 603)
     exif = bytes([0xFF, 0xD8, 0xFF, 0xE1, 0, 4, 0, 0])  # which may say that the image is turned
-    assert dirachead.jpeg_size(np.frombuffer(exif + content.tobytes()[2:], np.uint8)) is None
+    assert image_headers.jpeg_size(np.frombuffer(exif + content.tobytes()[2:], np.uint8)) is None
     cv2.imwrite(str(tmp_path / 'image.png'), np.zeros((4, 5, 3), np.uint8))
-    assert dirachead.jpeg_size(np.fromfile(tmp_path / 'image.png', np.uint8)) is None
+    assert image_headers.jpeg_size(np.fromfile(tmp_path / 'image.png', np.uint8)) is None
     for length in range(200):
-        assert dirachead.jpeg_size(content[:length]) in (None, (402, 603))
+        assert image_headers.jpeg_size(content[:length]) in (None, (402, 603))
 
 
 def test_skipped_files_are_counted_aloud(tmp_path, capsys):
@@ -369,7 +368,7 @@ def test_skipped_files_are_counted_aloud(tmp_path, capsys):
     assert (sorted(images), ['cat', 'dog']) == (paths, classes)
     assert capsys.readouterr().err == (
         f'{tmp_path}: 7 skipped (2 .ipynb_checkpoints, 2 .gif, 1 ._d.png, 1 README, 1 .avif): '
-        f'expected {", ".join(data.IMAGE_ENDINGS)}\n')
+        f'expected {", ".join(data.IMAGE_EXTENSIONS)}\n')
     for path in images:
         if 'cat' in path:
             os.remove(path)
@@ -385,32 +384,32 @@ def test_nothing_skipped_is_nothing_said(tmp_path, capfd):
 
 def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(data.DataError, match='train: no such folder'):
-        data.load('Folder', str(tmp_path))
+        data.load_splits('Folder', str(tmp_path))
     write_images(tmp_path / 'train')
     with pytest.raises(data.DataError, match='val: no such folder'):
-        data.load('ImageNet', str(tmp_path))
+        data.load_splits('ImageNet', str(tmp_path))
     write_images(tmp_path / 'test', classes=('cat', 'eel'))
     with pytest.raises(data.DataError, match='class folders differ: dog, eel'):
-        data.load('Folder', str(tmp_path))
+        data.load_splits('Folder', str(tmp_path))
     (tmp_path / 'test' / 'eel').rename(tmp_path / 'test' / 'dog')
     broken = tmp_path / 'train' / 'dog' / '1.png'
     broken.write_bytes(broken.read_bytes()[:40])
     with pytest.raises(data.DataError, match=f'{broken}: not a readable image'):
-        data.load('Folder', str(tmp_path))
+        data.load_splits('Folder', str(tmp_path))
     cv2.imwrite(str(broken.with_suffix('.jpg')), np.full((32, 32, 3), 90, np.uint8))
     broken.unlink()
     broken = broken.with_suffix('.jpg')
-    data.load('Folder', str(tmp_path))
+    data.load_splits('Folder', str(tmp_path))
     broken.write_bytes(broken.read_bytes()[:-60])  # OpenCV would make grey rows of what is missing
     with pytest.raises(data.DataError, match=f'{broken}: not a readable image'):
-        data.load('Folder', str(tmp_path))
+        data.load_splits('Folder', str(tmp_path))
     for image in (tmp_path / 'train' / 'dog').iterdir():
         image.unlink()
     with pytest.raises(data.DataError, match='train/dog: a class folder without an image'):
-        data.load('Folder', str(tmp_path))
+        data.load_splits('Folder', str(tmp_path))
     (tmp_path / 'train' / 'dog').rmdir()
     with pytest.raises(data.DataError, match='1 class folders, expected two or more'):
-        data.load('Folder', str(tmp_path))
+        data.load_splits('Folder', str(tmp_path))
 
 
 SMOOTH = cv2.resize(
@@ -448,7 +447,7 @@ def test_a_faulty_image_is_a_data_error_that_names_it(tmp_path, capfd, kind):
     content, message = faulty(kind)
     path = tmp_path / 'faulty'
     path.write_bytes(content)
-    readers = [diracimage.read_test_image, augment.read_random_crop]
+    readers = [preprocessing.read_test_image, augmentation.read_random_crop]
     for read in readers[: 1 if kind == 'long JPEG' else 2]:  # a crop of it is small
         with pytest.raises(data.DataError, match=f'^{path}: .*{message}') as refused:
             read(str(path), 224)
@@ -462,15 +461,15 @@ def test_sizes_are_known_before_pixels(tmp_path, monkeypatch, ending):
                     'webp': [(), (cv2.IMWRITE_WEBP_QUALITY, 80)]}.get(ending, [()]):
         image = SMOOTH[..., 0] if ending == 'pgm' else SMOOTH
         content = np.frombuffer(encoded(ending, image, *options), np.uint8)
-        assert dirachead.size_in_head(content) == (90, 120)
-        assert diracimage.decode(content, 'image').shape == (90, 120, 3)
+        assert image_headers.size_in_head(content) == (90, 120)
+        assert preprocessing.decode_image(content, 'image').shape == (90, 120, 3)
         for length in range(64):
-            assert dirachead.size_in_head(content[:length]) in (None, (90, 120))
+            assert image_headers.size_in_head(content[:length]) in (None, (90, 120))
         with monkeypatch.context() as patch:
-            patch.setattr(diracimage, 'MAX_PIXELS', 90 * 120 - 1)
+            patch.setattr(preprocessing, 'MAX_PIXELS', 90 * 120 - 1)
             patch.setattr(cv2, 'imdecode', None)  # is not called
             with pytest.raises(data.DataError, match='image: 120 x 90 pixels: expected at most'):
-                diracimage.decode(content, 'image')
+                preprocessing.decode_image(content, 'image')
 
 
 def test_sizes_in_the_heads_of_rarer_files():
@@ -481,7 +480,7 @@ def test_sizes_in_the_heads_of_rarer_files():
     ppm = b'P6 # of a camera\n# 1 2\n120\t90\n255\n'
     for head, size in [(webp, (100_000, 70_000)), (old_bmp, (90, 4464)), (down_bmp, (90, 120)),
                        (tiff, (90, 120)), (ppm, (90, 120)), (b'nothing', None), (b'', None)]:
-        assert dirachead.size_in_head(np.frombuffer(head, np.uint8)) == size
+        assert image_headers.size_in_head(np.frombuffer(head, np.uint8)) == size
 
 
 def test_jpegs_that_are_whole_and_that_are_cut(tmp_path, capfd):
@@ -491,7 +490,7 @@ def test_jpegs_that_are_whole_and_that_are_cut(tmp_path, capfd):
 
     def read(content):
         path.write_bytes(content)
-        return diracimage.read_image(str(path))
+        return preprocessing.read_image(str(path))
 
     whole = read(before + frame + tables + scan)
     progressive = encoded('jpg', SMOOTH, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
@@ -511,8 +510,8 @@ def test_jpegs_that_are_whole_and_that_are_cut(tmp_path, capfd):
 def test_exif_data_behind_the_head_of_the_frame_turn_too(tmp_path):
     before, frame, tables, scan = jpeg_parts(encoded('jpg'))
     content = np.frombuffer(before + frame + TURNED + tables + scan, np.uint8)
-    assert diracimage.decode(content, 'image').shape == (120, 90, 3)
-    assert dirachead.jpeg_size(content) is None  # which of the sides is the height it does not say
+    assert preprocessing.decode_image(content, 'image').shape == (120, 90, 3)
+    assert image_headers.jpeg_size(content) is None  # which of the sides is the height it does not say
 
 
 @pytest.mark.parametrize('ending', ['png', 'bmp', 'ppm', 'webp', 'tif', 'gif'])
@@ -520,7 +519,7 @@ def test_cut_files_are_refused_without_a_line_of_opencv(tmp_path, capfd, ending)
     content = encoded(ending)
     for length in (20, len(content) // 2, len(content) - 20):
         with pytest.raises(data.DataError, match='^image: not a readable image'):
-            diracimage.decode(np.frombuffer(content[:length], np.uint8), 'image')
+            preprocessing.decode_image(np.frombuffer(content[:length], np.uint8), 'image')
     assert capfd.readouterr().err == ''
 
 
@@ -530,7 +529,7 @@ def test_only_ordinary_files_of_some_size_are_read(tmp_path, monkeypatch):
 
     def read(path):
         try:
-            diracimage.read_test_image(str(path), 32)
+            preprocessing.read_test_image(str(path), 32)
         except data.DataError as error:
             said.append(str(error))
 
@@ -543,10 +542,10 @@ def test_only_ordinary_files_of_some_size_are_read(tmp_path, monkeypatch):
     link = tmp_path / 'link.png'
     link.symlink_to(tmp_path / 'image.png')
     (tmp_path / 'image.png').write_bytes(encoded('png'))
-    assert diracimage.read_image(str(link)).shape == (90, 120, 3)
-    monkeypatch.setattr(diracimage, 'MAX_BYTES', 1000)
+    assert preprocessing.read_image(str(link)).shape == (90, 120, 3)
+    monkeypatch.setattr(preprocessing, 'MAX_BYTES', 1000)
     with pytest.raises(data.DataError, match=r'bytes: expected at most 1,000 \(MAX_BYTES\)'):
-        diracimage.read_image(str(link))
+        preprocessing.read_image(str(link))
 
 
 def test_no_thread_reads_on_when_an_image_is_faulty(tmp_path, monkeypatch):
@@ -562,7 +561,7 @@ def test_no_thread_reads_on_when_an_image_is_faulty(tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'read_test_image', slow)
     before = set(threading.enumerate())
     with pytest.raises(data.DataError, match='cat/0.png'):
-        data.load('Folder', str(tmp_path))
+        data.load_splits('Folder', str(tmp_path))
     assert set(threading.enumerate()) <= before
 
 
@@ -571,7 +570,7 @@ def test_cifar_that_cannot_be_downloaded(tmp_path, name, monkeypatch):
     dataset = getattr(data.torchvision.datasets, name)
     monkeypatch.setattr(dataset, 'url', 'http://127.0.0.1:9/nothing')
     with pytest.raises(data.DataError, match=f'{name} is not in .* put {dataset.filename}'):
-        data.load(name, str(tmp_path))
+        data.load_splits(name, str(tmp_path))
 
 
 def test_cifar(tmp_path, monkeypatch):
@@ -585,15 +584,15 @@ def test_cifar(tmp_path, monkeypatch):
             self.targets = [0, 1] * (2 if train else 1)
 
     monkeypatch.setattr(data.torchvision.datasets, 'CIFAR100', Few)
-    sets = data.load('CIFAR100', str(tmp_path), pad=2)
+    sets = data.load_splits('CIFAR100', str(tmp_path), pad=2)
     assert (sets.classes, sets.train.augmentation.pad) == (['cat', 'dog'], 2)
     assert (sets.train.augmentation.flip, sets.test.labels.tolist()) == ('horizontal', [0, 1])
-    sets = data.load('CIFAR100', str(tmp_path), training=False)
+    sets = data.load_splits('CIFAR100', str(tmp_path), training=False)
     assert (sets.train, sets.test.labels.tolist()) == (None, [0, 1])
 
 
 def test_a_device_makes_the_same_batches():
-    sets = data.load('Digits', pad=4, flip='all')
+    sets = data.load_splits('Digits', pad=4, flip='all')
     moved = sets.train.to(torch.device('cpu'))
     batch = torch.tensor([5, 3, 900, 7]), 11, torch.tensor([0, 3])
     for found, expected in zip(moved[batch], sets.train[batch]):
@@ -606,5 +605,5 @@ def test_images_lie_in_the_memory_of_a_gpu_where_they_fit(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free[-1], 80e9))
     for free_bytes, expected in ((400, True), (399, False)):
         free.append(free_bytes)
-        assert data.fits(100, torch.device('cuda')) is expected
-    assert not data.fits(0, torch.device('cpu'))
+        assert data.fits_in_memory(100, torch.device('cuda')) is expected
+    assert not data.fits_in_memory(0, torch.device('cpu'))

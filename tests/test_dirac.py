@@ -11,8 +11,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization, dirac
-from diracfold import fold
+from diracconv import (
+    DiracConv1d,
+    DiracConv2d,
+    DiracConv3d,
+    DiracParametrization,
+    dirac,
+)
+from diracnets.fold import fold
 from reference import slow_w_hat
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

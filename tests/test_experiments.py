@@ -14,12 +14,12 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, JpegImagePlugin
 
-import networks
+import diracnets
 import train
 from diracconv import dirac_weight
-from diracfile import load_params
-from experiments import definitions, figures, hours, jpeg, measures, run, starts, turns
-from experiments.definitions import BUDGETS, EXPERIMENTS, VARIANTS, Training
+from diracnets.checkpoint import load_params
+from experiments import cost_estimate, definitions, figures, init, interleaved, jpeg, measures, run
+from experiments.definitions import BUDGETS, EXPERIMENTS, VARIANTS, RunSpec
 from training import data
 from training.options import parse_options
 
@@ -39,7 +39,7 @@ def place(tmp_path_factory):
 def digit_files(tmp_path_factory):
     """Some of the digits as a Folder: image files to calibrate on."""
     folder = tmp_path_factory.mktemp('digits')
-    sets = data.load('Digits')
+    sets = data.load_splits('Digits')
     for split, images in (('train', sets.train), ('test', sets.test)):
         for i in range(200):
             name = folder / split / str(int(images.labels[i]))
@@ -56,7 +56,7 @@ def tiny(experiment, place, *options):
 
 @pytest.mark.parametrize('experiment', [e for e in EXPERIMENTS if e not in ('cost', 'int8')])
 def test_a_tiny_budget_goes_to_its_figure(experiment, place, monkeypatch):
-    small = functools.partial(turns.product_rate, size=256)  # of 4096 it takes most of a minute
+    small = functools.partial(interleaved.product_rate, size=256)  # of 4096 it takes most of a minute
     monkeypatch.setattr(measures, 'product_rate', small)
     folder = tiny(experiment, place)
     trainings = EXPERIMENTS[experiment](BUDGETS['tiny'])
@@ -99,7 +99,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     tiny('init', tmp_path, '--only', 'plain, 1, *')
     assert read(table) == before
     # the same training in another experiment: its row, in that one's place, and no time left
-    monkeypatch.setattr(hours, 'RATES', {1: 1})
+    monkeypatch.setattr(cost_estimate, 'RATES', {1: 1})
     row, = read(tiny('depth', tmp_path, '--only', 'plain*') / 'results.csv')
     assert row == {**before[0], 'x': '10'}
     assert 'plain, 10, seed 1; 0.0 h left' in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_a_diverged_training_is_a_row_without_figures(tmp_path, monkeypatch):
 
 def test_the_log_of_a_gpu_does_not_replace_that_of_a_cpu(tmp_path, monkeypatch):
     training = EXPERIMENTS['depth'](BUDGETS['tiny'])[0]
-    place = run.Place(tmp_path / 'logs', tmp_path / 'runs', 'Digits', '.')
+    place = run.Paths(tmp_path / 'logs', tmp_path / 'runs', 'Digits', '.')
     place.folder(training).mkdir(parents=True)
     kept = []
     for device, accuracy in (('CPU', 70.0), ('NVIDIA H100 80GB HBM3', 71.0)):
@@ -198,11 +198,11 @@ def test_two_processes_share_trainings(tmp_path, capsys):
 
 
 def test_hours_are_counted_by_hand():
-    training = Training('plain', 10, 1, {'model': 'plain', 'depth': 10, 'width': 1, 'epochs': 4})
+    training = RunSpec('plain', 10, 1, {'model': 'plain', 'depth': 10, 'width': 1, 'epochs': 4})
     # 32^2 positions of 3 x 16 and twice 16 x 16; 16^2 of 16 x 32, 32 x 32; 8^2 of 32 x 64, 64 x 64
     convolutions = 9 * (1024 * (48 + 512) + 256 * (512 + 1024) + 64 * (2048 + 4096))
-    assert hours.work(training, 'Folder') == 3 * 200_000 * (convolutions + 640)
-    assert hours.work(training, 'Digits') == 3 * 4 * 1437 * (convolutions + 640)
+    assert cost_estimate.work(training, 'Folder') == 3 * 200_000 * (convolutions + 640)
+    assert cost_estimate.work(training, 'Digits') == 3 * 4 * 1437 * (convolutions + 640)
 
 
 def test_hours_of_growing_images_are_counted_by_hand():
@@ -216,7 +216,7 @@ def test_hours_of_growing_images_are_counted_by_hand():
         return first**2 * 12 * 24 + 9 * nines + 2560
 
     counted = sum(convolutions(size) for size in (20, 24, 28, 32))
-    assert hours.work(Training('a', 4, 1, options), 'Folder') == 3 * 50_000 * counted
+    assert cost_estimate.work(RunSpec('a', 4, 1, options), 'Folder') == 3 * 50_000 * counted
 
 
 def test_options_are_words():
@@ -228,7 +228,7 @@ def test_jpeg_files_are_those_of_pillows_defaults(tmp_path, capsys):
     folder = tmp_path / 'made' / 'digits'
     jpeg.main([str(folder), '--dataset', 'Digits'])
     assert capsys.readouterr().out == f'1,437 and 360 images written to {folder}\n'
-    digits, files = data.load('Digits'), data.load('Folder', folder)
+    digits, files = data.load_splits('Digits'), data.load_splits('Folder', folder)
     assert files.classes == digits.classes
     for written, given in ((files.train, digits.train), (files.test, digits.test)):
         order = given.labels.sort(stable=True).indices
@@ -280,17 +280,17 @@ def test_a_speed_run_is_measured(place):
 
 def test_starts():
     torch.manual_seed(0)
-    drawn = networks.build('plain', 'CIFAR10', depth=10, width=1)
+    drawn = diracnets.create_model('plain', 'CIFAR10', depth=10, width=1)
     before = {name: p.clone() for name, p in drawn.named_parameters()}
-    for name, p in starts.started(drawn, 'scaled-0.1').named_parameters():
+    for name, p in init.started(drawn, 'scaled-0.1').named_parameters():
         torch.testing.assert_close(p, before[name] * (0.1 if p.dim() == 4 else 1))
-    weight = starts.started(drawn, 'delta-orthogonal').features.group1.block0.conv.weight
+    weight = init.started(drawn, 'delta-orthogonal').features.group1.block0.conv.weight
     assert weight.shape == (32, 16, 3, 3)
     middle = weight[:, :, 1, 1]
     torch.testing.assert_close(middle.T @ middle, torch.eye(16), atol=1e-5, rtol=0)
     assert weight.count_nonzero() == middle.count_nonzero()
     with pytest.raises(ValueError, match='sideways'):
-        starts.started(drawn, 'sideways')
+        init.started(drawn, 'sideways')
 
 
 def test_alpha_beta_measures_the_two_parts_of_w_hat(place):
@@ -392,18 +392,18 @@ def test_the_list_says_hours(capsys):
     # three DiracNets-28-1 and three that repeat delta, of 200,000 images each: 54.8e6 multiply-adds
     delta = next(line.split('|') for line in out.splitlines() if line.startswith('| delta '))
     assert float(delta[3]) == pytest.approx(
-        6 * 200_000 * 3 * 54.8e6 / hours.RATES[1] / 3600, abs=0.06)
+        6 * 200_000 * 3 * 54.8e6 / cost_estimate.RATES[1] / 3600, abs=0.06)
 
 
 @pytest.mark.parametrize(('width', 'rate'), [(0.25, 2), (0.5, 2), (1, 5), (1.5, 5), (10, 7)])
 def test_seconds_are_counted_at_the_rate_of_the_width(width, rate, monkeypatch):
-    monkeypatch.setattr(hours, 'RATES', {0.5: 2, 1: 5, 4: 7})
+    monkeypatch.setattr(cost_estimate, 'RATES', {0.5: 2, 1: 5, 4: 7})
     training, = BUDGETS['tiny'].trainings('diracnet', 0, model='diracnet', depth=10, width=width)
-    assert hours.seconds(training, 'Digits') == hours.work(training, 'Digits') / rate
+    assert cost_estimate.seconds(training, 'Digits') == cost_estimate.work(training, 'Digits') / rate
 
 
 def test_the_network_of_the_speed_run_is_a_wide_one_at_any_width(monkeypatch):
-    monkeypatch.setattr(hours, 'RATES', {0.5: 2, 4: 7})
+    monkeypatch.setattr(cost_estimate, 'RATES', {0.5: 2, 4: 7})
     for options in ({}, {'width': 0.75}):
-        training = Training('a', 4, 1, {'recipe': 'speedrun', 'model': 'diracnet-fast', **options})
-        assert hours.seconds(training, 'Folder') == hours.work(training, 'Folder') / 7
+        training = RunSpec('a', 4, 1, {'recipe': 'speedrun', 'model': 'diracnet-fast', **options})
+        assert cost_estimate.seconds(training, 'Folder') == cost_estimate.work(training, 'Folder') / 7

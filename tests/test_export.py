@@ -23,12 +23,12 @@ import torch
 from safetensors.torch import load_file
 
 import diracnet
+import diracnets
 import export
 import hubconf
-import networks
 import predict
 import train
-from damages import DAMAGES, damaged
+from corruption import DAMAGES, damaged
 from diracnet import DiracNet, define_diracnet
 from pages import blocks
 
@@ -235,7 +235,7 @@ def test_int8_of_the_speedruns_network(images, tmp_path, capsys):
     """Its last pool makes maps of one pixel, whose shape ONNX Runtime cannot tell in symbols."""
     folder, path = tmp_path / 'run', str(tmp_path / 'int8.onnx')
     torch.manual_seed(0)
-    network = networks.build('diracnet-fast', 'CIFAR10', 3, width=0.125)
+    network = diracnets.create_model('diracnet-fast', 'CIFAR10', 3, width=0.125)
     args = {'model': 'diracnet-fast', 'width': 0.125, 'dataset': 'CIFAR10'}
     folder.mkdir()
     torch.save({'params': network.state_dict(), 'args': args}, folder / 'model.pt7')
@@ -266,10 +266,10 @@ def test_a_network_for_grey_images_is_exported_and_asks_for_such(images, tmp_pat
         assert 'inputs: (N, 1, 32, 32), less (0.0000), over (1.0000)\n' in capsys.readouterr().out
     torch.testing.assert_close(
         run_onnx(str(tmp_path / 'grey.onnx'), inputs), expected, rtol=1e-4, atol=1e-5)
-    folded = networks.load(tmp_path / 'folded.pth').network
+    folded = diracnets.load(tmp_path / 'folded.pth').model
     torch.testing.assert_close(folded(inputs), expected, rtol=1e-4, atol=1e-5)
     image = next(str(path) for path in images.glob('*/*/*.png'))
-    pixels = networks.load(tmp_path / 'folded.pth').inputs.read(image)  # a file of colours is read
+    pixels = diracnets.load(tmp_path / 'folded.pth').preprocess(image)  # a file of colours is read
     seen = cv2.imread(image, cv2.IMREAD_COLOR).astype(float) @ [0.114, 0.587, 0.299]  # of BGR
     assert pixels.shape == (1, 32, 32)
     torch.testing.assert_close(pixels[0].double(), torch.from_numpy(seen / 255),

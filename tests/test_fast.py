@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 import train
-from diracdeploy import deploy, native_bfloat16
-from diracfold import fold
-from diracimage import Inputs, normalise
 from diracnet import Network, define_diracnet
+from diracnets.deploy import deploy, native_bfloat16
+from diracnets.fold import fold
+from diracnets.preprocessing import Preprocessing, normalize
 from runs import params_of, run, stats_of, write_sets
 from training import data, distributed, options
-from training.batches import make_loader
-from training.run import choose_dtype, stored, warm_up
+from training.loader import make_loader
+from training.run import choose_dtype, param_dtype, warm_up
 
 ROOT = Path(train.__file__).parent
 
@@ -88,18 +88,18 @@ def test_bfloat16_logits_and_gradients_are_those_of_float64(digits):
 def test_a_step_computes_in_its_dtype(dtype, expected):
     convolution, computed = torch.nn.Conv2d(3, 10, 32), []
     convolution.register_forward_hook(lambda *given: computed.append(given[-1].dtype))
-    network = torch.nn.Sequential(convolution, torch.nn.Flatten()).to(stored(dtype))
-    step = train.make_step(network, Inputs.of('CIFAR10'), dtype, torch.device('cpu'))
+    network = torch.nn.Sequential(convolution, torch.nn.Flatten()).to(param_dtype(dtype))
+    step = train.make_step(network, Preprocessing.for_dataset('CIFAR10'), dtype, torch.device('cpu'))
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     loss, logits = step((images, torch.tensor([0, 1]), 2))
     assert computed == [expected]
-    assert loss.dtype == logits.dtype == stored(dtype)
+    assert loss.dtype == logits.dtype == param_dtype(dtype)
 
 
 def test_batches_are_channels_last_and_logits_the_same():
-    sets = data.load('Digits')
+    sets = data.load_splits('Digits')
     images, *_ = next(iter(make_loader(sets.train, 16, seed=1)))
-    inputs = normalise(images, Inputs.of('CIFAR10'), torch.float64)
+    inputs = normalize(images, Preprocessing.for_dataset('CIFAR10'), torch.float64)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     f, params = define_diracnet(10, 1, 'CIFAR10')
     params = {name: p.double() for name, p in params.items()}
@@ -278,7 +278,7 @@ def test_cores_are_shared_among_the_processes_of_a_machine(monkeypatch):
     for allowed, processes, expected in ((2, 1, 2), (2, 3, 1), (128, 1, 128), (128, 8, 16)):
         monkeypatch.setattr(os, 'sched_getaffinity', lambda _, n=allowed: set(range(n)))
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
-        assert distributed.cores() == expected
+        assert distributed.available_cores() == expected
         assert options.parse_options([]).nthread == min(expected, 8)
 
 

@@ -23,13 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+import diracnets
 import export
-import networks
 import predict
 import train
-from damages import restated
-from diracfold import fold
-from diracimage import Inputs
+from corruption import restated
+from diracnets.fold import fold
+from diracnets.preprocessing import Preprocessing
 from runs import write_images
 from training import checkpoint
 
@@ -123,11 +123,11 @@ def test_ordinary_permissions(files, form):
 
 @pytest.mark.parametrize('form', FORMS)
 def test_one_loader_reads_them_all(files, run, trained, form):
-    loaded, expected = networks.load(files / form), networks.load(run)
-    assert (loaded.title, loaded.inputs, loaded.classes, loaded.num_classes) == (
-        expected.title, expected.inputs, expected.classes, expected.num_classes)
+    loaded, expected = diracnets.load(files / form), diracnets.load(run)
+    assert (loaded.title, loaded.preprocess, loaded.classes, loaded.num_classes) == (
+        expected.title, expected.preprocess, expected.classes, expected.num_classes)
     inputs = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
-    logits = fold(loaded.network)(inputs)
+    logits = fold(loaded.model)(inputs)
     with torch.no_grad():
         wanted = trained[0](inputs.double(), {k: t.double() for k, t in trained[1].items()}, False)
     within = 0.5 if form == 'int8.onnx' else 1e-4
@@ -178,10 +178,10 @@ def test_files_of_older_versions(files, trained, tmp_path):
     said = {'args': {'model': 'diracnet', 'depth': 10, 'width': 0.5, 'dataset': 'Folder',
                      'image_size': SIZE}, 'classes': CLASSES}
     path = restated(files / 'float.pth', json.dumps(said), tmp_path)
-    loaded = networks.load(path)
-    assert (loaded.inputs, loaded.classes) == (Inputs.of('Folder', SIZE), CLASSES)
+    loaded = diracnets.load(path)
+    assert (loaded.preprocess, loaded.classes) == (Preprocessing.for_dataset('Folder', SIZE), CLASSES)
     torch.save(trained[1], tmp_path / 'bare.pth')
-    assert networks.load(tmp_path / 'bare.pth').inputs == Inputs.of('CIFAR10')
+    assert diracnets.load(tmp_path / 'bare.pth').preprocess == Preprocessing.for_dataset('CIFAR10')
 
 
 # ---------------------------------------------------------------- predict.py
@@ -207,7 +207,7 @@ def test_predict_goes_on_after_what_it_cannot_read(files, images, tmp_path):
 
 def refused(path, message):
     with pytest.raises(ValueError, match=message) as caught:
-        networks.load(path)
+        diracnets.load(path)
     assert str(caught.value).startswith(f'{path}: ')
     assert '\n' not in str(caught.value)
     assert len(str(caught.value)) < 500 + len(str(path))
@@ -252,7 +252,7 @@ def test_statistics_that_are_no_dict(trained, tmp_path):
         torch.save({'params': trained[1], 'stats': stats}, path)
         refused(path, message)
     torch.save({'params': trained[1], 'stats': None}, path)
-    assert networks.load(path).title == 'DiracNet-10-0.5'
+    assert diracnets.load(path).title == 'DiracNet-10-0.5'
 
 
 @pytest.mark.parametrize(('args', 'params', 'message'), [
@@ -261,7 +261,7 @@ def test_statistics_that_are_no_dict(trained, tmp_path):
 ])
 def test_files_of_a_family_that_do_not_fit(tmp_path, args, params, message):
     args = {'model': 'diracnet-fast', 'width': 0.125, 'dataset': 'CIFAR10', **args}
-    state = networks.build('diracnet-fast', 'CIFAR10', width=0.125).state_dict()
+    state = diracnets.create_model('diracnet-fast', 'CIFAR10', width=0.125).state_dict()
     torch.save({'params': {**state, **params}, 'args': args}, tmp_path / 'fast.pth')
     refused(tmp_path / 'fast.pth', message)
 
@@ -290,8 +290,8 @@ def test_a_good_file_that_cannot_be_read_now_is_not_called_damaged(
     with monkeypatch.context() as patch:
         patch.setattr(torch, 'load', read)
         patch.setattr(zipfile.ZipFile, 'read', read)
-        for reading, path in ((networks.load, files / 'float.pt2'), (networks.load, model),
-                              (checkpoint.put_damaged_aside, tmp_path)):
+        for reading, path in ((diracnets.load, files / 'float.pt2'), (diracnets.load, model),
+                              (checkpoint.quarantine, tmp_path)):
             with pytest.raises(OSError, match=os.strerror(number)) as caught:
                 reading(path)
             assert caught.value.errno == number
@@ -337,7 +337,7 @@ def test_a_program_that_would_run_code(files, tmp_path):
 @pytest.mark.parametrize('form', FORMS)
 def test_damaged_files_give_an_error_or_a_network(files, tmp_path, request, form):
     good, path = (files / form).read_bytes(), tmp_path / form
-    expected = dict(networks.load(files / form).network.state_dict())
+    expected = dict(diracnets.load(files / form).model.state_dict())
 
     @settings(max_examples=request.config.getoption('--fuzz') // 2, deadline=None, database=None,
               derandomize=True, suppress_health_check=list(HealthCheck))
@@ -350,20 +350,20 @@ def test_damaged_files_give_an_error_or_a_network(files, tmp_path, request, form
         path.write_bytes(content[: len(content) - cut])
         loaded, message = None, f'{path}: '
         try:
-            loaded = networks.load(path)
+            loaded = diracnets.load(path)
         except ValueError as error:
             message = str(error)
         assert message.startswith(f'{path}: ')
         assert '\n' not in message
         if loaded is None:
             return
-        state = loaded.network.state_dict()
+        state = loaded.model.state_dict()
         assert state.keys() == expected.keys()
         if path.suffix in ('.pt2', '.pth'):  # the others have no sums to check
             assert loaded.classes == CLASSES
             assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
         with contextlib.suppress(RuntimeError):  # of a graph that cannot be computed
-            loaded.network(torch.zeros(1, 3, SIZE, SIZE))
+            loaded.model(torch.zeros(1, 3, SIZE, SIZE))
 
     flip_and_cut()
 
@@ -406,7 +406,7 @@ def test_a_full_temporary_folder_is_named(files, tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
     try:
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as caught:
-            export.quantise(content, [], None, {})
+            export.quantize(content, [], None, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert caught.value.filename == str(tmp_path)
@@ -424,11 +424,11 @@ def test_paths_pil_images_and_arrays_are_the_same_input(tmp_path):
     for mode in ('RGB', 'RGBA', 'L', 'P'):
         path = tmp_path / f'{mode}.png'
         image_of.fromarray(pixels).convert(mode).save(path, exif=exif)
-        for inputs in (Inputs.of('CIFAR10'), Inputs.of('ImageNet')):
-            assert torch.equal(inputs.read(str(path)), inputs.read(image_of.open(path)))
+        for inputs in (Preprocessing.for_dataset('CIFAR10'), Preprocessing.for_dataset('ImageNet')):
+            assert torch.equal(inputs(str(path)), inputs(image_of.open(path)))
             if mode == 'RGB':
-                assert torch.equal(inputs.read(path), inputs.read(np.rot90(pixels, -1)))
-    read = Inputs.of('ImageNet').read
+                assert torch.equal(inputs(path), inputs(np.rot90(pixels, -1)))
+    read = Preprocessing.for_dataset('ImageNet')
     for wrong, message in (
         (pixels / 255, r'an image of float64 \(90, 130, 3\): expected a path, a PIL image or an'),
         (pixels[:, :, 0], r'an image of uint8 \(90, 130\): expected a path'),
@@ -441,6 +441,6 @@ def test_paths_pil_images_and_arrays_are_the_same_input(tmp_path):
 
 def test_pil_is_not_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, 'PIL', None)
-    monkeypatch.delitem(sys.modules, 'diracimage')
-    fresh = importlib.import_module('diracimage')
+    monkeypatch.delitem(sys.modules, 'diracnets.preprocessing')
+    fresh = importlib.import_module('diracnets.preprocessing')
     assert fresh.preprocess()(np.zeros((9, 9, 3), np.uint8)).shape == (3, 224, 224)

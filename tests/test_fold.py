@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-import networks
-from damages import DAMAGES, damaged
+import diracnets
+from corruption import DAMAGES, damaged
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization
-from diracfile import checkpoint_path, load_params, pretrained_params
-from diracfold import fold
-from diracimage import preprocess
-from diracnet import DiracNet, Network, Topology, define_diracnet, topology
+from diracnet import DiracNet, Network, Topology, define_diracnet, make_topology
+from diracnets.checkpoint import checkpoint_path, load_params, pretrained_params
+from diracnets.fold import fold
+from diracnets.preprocessing import preprocess
 
 
 def relative(a, b):
@@ -495,10 +495,10 @@ def test_formats_round_trip(trained, digits, tmp_path, name):
 
 
 def test_folder_of_a_run_with_what_it_says(run_folder):
-    trained = networks.load(str(run_folder))
-    assert (trained.title, trained.inputs.kind) == ('DiracNet-10-0.5', 'CIFAR10')
+    trained = diracnets.load(str(run_folder))
+    assert (trained.title, trained.preprocess.kind) == ('DiracNet-10-0.5', 'CIFAR10')
     assert trained.num_classes == 10
-    assert trained.inputs.size == 32
+    assert trained.preprocess.size == 32
     assert trained.classes[3] == 'digit 3'
 
 
@@ -511,11 +511,11 @@ def test_folder_of_a_run_with_what_it_says(run_folder):
 def test_topology_is_told_by_keys_and_shapes(arguments, width):
     with torch.device('meta'):
         params, folded = define_diracnet(*arguments)[1], DiracNet(*arguments).state_dict()
-    found = Topology.of(params)
+    found = Topology.from_params(params)
     depth, _, dataset, num_classes = arguments
     assert (found.depth, found.width, found.imagenet) == (depth, width, dataset == 'ImageNet')
     assert found.num_classes == params['fc.bias'].numel()
-    assert found == Topology.of(folded) == topology(*arguments)
+    assert found == Topology.from_params(folded) == make_topology(*arguments)
 
 
 @pytest.mark.parametrize('kind', DAMAGES)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from experiments import gpu, gpu_checks
-from experiments.gpu import Comparison, Side
-from training.batches import make_loader
+from experiments.gpu import Comparison, Variant
+from training.loader import make_loader
 
 CPU = torch.device('cpu')
 
@@ -63,16 +63,16 @@ def test_resuming_is_the_same_bits(tmp_path):
 def test_sides_work_in_turns(monkeypatch):
     monkeypatch.setattr(gpu, 'TURN', 0)
     done = []
-    sides = [Side(name, lambda name: lambda: done.append(name), (name,), 10) for name in 'ab']
+    sides = [Variant(name, lambda name: lambda: done.append(name), (name,), 10) for name in 'ab']
     gpu.measure(Comparison('two', sides), CPU, time.monotonic() + 600)
     assert ''.join(done[-2 * gpu.MOST:]) == 'ab' * gpu.MOST
     assert all(len(side.seconds) == gpu.MOST for side in sides)
 
 
 def test_rates_and_ratios():
-    sides = [Side('long', None, (), 10, 0, seconds=[0.02] * 5),
-             Side('short', None, (), 10, 5e8, seconds=[0.01, 0.01, 0.01, 0.02, 0.005]),
-             Side('too few', None, (), 10, 5e8, seconds=[1] * 4)]
+    sides = [Variant('long', None, (), 10, 0, seconds=[0.02] * 5),
+             Variant('short', None, (), 10, 5e8, seconds=[0.01, 0.01, 0.01, 0.02, 0.005]),
+             Variant('too few', None, (), 10, 5e8, seconds=[1] * 4)]
     long, short = gpu.rows_of(Comparison('naps', sides), 2.0, gpu.here(CPU))
     assert (long['n'], long['ratio'], long['images_per_second']) == (5, 1, 500)
     assert (short['ratio'], short['images_per_second'], short['milliseconds']) == (2, 1000, 10)
@@ -82,7 +82,7 @@ def test_rates_and_ratios():
 
 def test_w_hat_is_told_from_ordinary_convolutions_in_the_same_form():
     names = 'train.py', 'train.py --compile', 'ordinary convolutions, train.py --compile', 'resnet'
-    sides = [Side(name, None, (), 10, seconds=[seconds] * 5)
+    sides = [Variant(name, None, (), 10, seconds=[seconds] * 5)
              for name, seconds in zip(names, (0.6, 0.2, 0.16, 0.3))]
     rows = gpu.rows_of(Comparison('training', sides), 2.0, gpu.here(CPU))
     assert [(row['ratio'], row['ratio_to']) for row in rows] == [
@@ -90,7 +90,7 @@ def test_w_hat_is_told_from_ordinary_convolutions_in_the_same_form():
 
 
 def test_nothing_new_is_begun_when_the_time_is_over(capsys, tmp_path):
-    comparison = Comparison('late', [Side('side', lambda: pytest.fail('begun'), (), 1)])
+    comparison = Comparison('late', [Variant('side', lambda: pytest.fail('begun'), (), 1)])
     gpu.time_in_order([comparison], 1.0, CPU, tmp_path / 'rates.csv', {}, time.monotonic() - 1)
     assert 'left out, as the time is over: late' in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -98,7 +98,7 @@ def test_nothing_new_is_begun_when_the_time_is_over(capsys, tmp_path):
 
 def test_what_is_compiled_can_be_left_out():
     names = 'train.py', 'resnet, train.py --compile', 'eager'
-    sides = [Side(name, None, (), 10) for name in names]
+    sides = [Variant(name, None, (), 10) for name in names]
     comparison, = gpu.without_compile([Comparison('two', sides, 'fast')])
     assert [side.name for side in comparison.sides] == ['train.py', 'eager']
     assert (comparison.title, comparison.target) == ('two', 'fast')

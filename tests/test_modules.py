@@ -11,9 +11,9 @@ from torch.nn.utils import prune
 from torch.optim import swa_utils
 
 from diracconv import DiracConv2d
-from diracfold import fold
-from diracmodules import ModularNetwork
 from diracnet import DiracNet, Network, define_diracnet
+from diracnets.fold import fold
+from diracnets.modular import ModularNetwork
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def params():
 def test_modules_train_bit_by_bit_as_the_function_does(arguments, size):
     f, params = define_diracnet(*arguments)
     network = Network(f, {name: p.clone() for name, p in params.items()})
-    modular = ModularNetwork.of({name: p.clone() for name, p in params.items()})
+    modular = ModularNetwork.from_params({name: p.clone() for name, p in params.items()})
     assert list(modular.state_dict()) == list(network.state_dict()) == list(params)
     inputs, labels = torch.randn(4, 3, size, size), torch.arange(4)
     for _ in range(2):
@@ -46,7 +46,7 @@ def test_modules_train_bit_by_bit_as_the_function_does(arguments, size):
 
 def test_modules_share_files_with_the_network(params):
     f, other = define_diracnet(10, 0.5, 'CIFAR10')
-    modular, other = ModularNetwork.of(params), Network(f, other)
+    modular, other = ModularNetwork.from_params(params), Network(f, other)
     assert modular.group0.block0.conv.weight.data_ptr() == params['group0.block0.conv'].data_ptr()
     file = io.BytesIO()
     torch.save(nn.DataParallel(other).state_dict(), file)
@@ -63,11 +63,11 @@ def test_modules_share_files_with_the_network(params):
     with pytest.raises(RuntimeError, match='group0.block0.conv.weight'):
         modular.load_state_dict({n: t for n, t in params.items() if n != 'group0.block0.conv'})
     with pytest.raises(ValueError, match='group0.block0.alpha is missing'):
-        ModularNetwork.of({n: t for n, t in params.items() if n != 'group0.block0.alpha'})
+        ModularNetwork.from_params({n: t for n, t in params.items() if n != 'group0.block0.alpha'})
 
 
 def test_hooks_pruning_and_synchronised_batch_norm_find_the_modules(params):
-    modular = ModularNetwork.of({name: p.clone() for name, p in params.items()}).eval()
+    modular = ModularNetwork.from_params({name: p.clone() for name, p in params.items()}).eval()
     inputs = torch.randn(4, 3, 16, 16, dtype=torch.float64)
     convs = {n: m for n, m in modular.named_modules() if isinstance(m, DiracConv2d)}
     assert len(convs) == 6
@@ -125,7 +125,7 @@ CHANGES = {  # what parameters do not tell of: (a change, what is said of it)
 @pytest.mark.parametrize('case', CHANGES)
 def test_a_changed_network_is_not_folded_into_another(params, case):
     change, message = CHANGES[case]
-    modular = ModularNetwork.of(params).eval()
+    modular = ModularNetwork.from_params(params).eval()
     change(modular)
     for folding in (modular.fold, lambda: fold(nn.Sequential(modular))):
         with pytest.raises(ValueError, match=message):
@@ -133,7 +133,7 @@ def test_a_changed_network_is_not_folded_into_another(params, case):
 
 
 def test_what_changes_nothing_inside_is_folded(params):
-    modular = nn.SyncBatchNorm.convert_sync_batchnorm(ModularNetwork.of(params)).eval()
+    modular = nn.SyncBatchNorm.convert_sync_batchnorm(ModularNetwork.from_params(params)).eval()
     modular.register_forward_hook(_square)
     around = fold(nn.Sequential(modular), torch.float64)
     assert type(around[0]) is DiracNet
@@ -143,7 +143,7 @@ def test_what_changes_nothing_inside_is_folded(params):
 
 
 def test_averaged_modules_get_batch_statistics(params):
-    modular = ModularNetwork.of(params)
+    modular = ModularNetwork.from_params(params)
     inputs = torch.randn(8, 3, 16, 16, dtype=torch.float64)
     averaged = swa_utils.AveragedModel(modular)
     averaged.update_parameters(modular)

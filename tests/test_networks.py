@@ -15,8 +15,15 @@ import torch
 import torch.nn.functional as F
 
 import diracnet
-from diracfold import fold
-from diracnet import DiracNet, Network, define_diracnet, diracnet18, init_params, topology
+from diracnet import (
+    DiracNet,
+    Network,
+    define_diracnet,
+    diracnet18,
+    init_params,
+    make_topology,
+)
+from diracnets.fold import fold
 from pages import text_of
 from reference import slow_w_hat
 
@@ -194,17 +201,17 @@ def test_other_channels_than_three(depth, dataset, size, channels):
     net.load_state_dict(fold_by_hand(params))
     torch.testing.assert_close(net(inputs), expected, rtol=1e-4, atol=1e-5)
     for names in (params, folded.state_dict()):
-        assert topology(depth, 0.25, dataset, 5, channels) == diracnet.Topology.of(names)
+        assert make_topology(depth, 0.25, dataset, 5, channels) == diracnet.Topology.from_params(names)
 
 
 def test_fractional_widths_round_down():
-    assert topology(16, 0.3, 'CIFAR10').channels == (4, 9, 19)
-    assert topology(18, 0.75, 'ImageNet').channels == (48, 96, 192, 384)
+    assert make_topology(16, 0.3, 'CIFAR10').channels == (4, 9, 19)
+    assert make_topology(18, 0.75, 'ImageNet').channels == (48, 96, 192, 384)
 
 
 def test_integers_of_numpy_are_integers():
-    net = topology(np.int64(16), 1, 'CIFAR10', np.int32(5))
-    assert net == topology(16, 1, 'CIFAR10', 5)
+    net = make_topology(np.int64(16), 1, 'CIFAR10', np.int32(5))
+    assert net == make_topology(16, 1, 'CIFAR10', 5)
     assert len(init_params(net)['fc.bias']) == 5
 
 

@@ -12,17 +12,17 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import functional
 
+import diracnets
 import export
-import networks
 import predict
 import train
-from diracfold import fold
-from diracimage import Inputs, normalise
+from diracnets.fold import fold
+from diracnets.preprocessing import Preprocessing, normalize
 from pages import blocks
 from runs import assert_same_run, params_of, refused, run, stats_of, write_images
-from training import augment, data, options
-from training.batches import make_loader, read_batches
-from training.data import Data
+from training import augmentation, data, options
+from training.data import DataSplits
+from training.loader import iterate_batches, make_loader
 
 RNG = np.random.default_rng(0)
 MEAN, STD = (0.2, 0.4, 0.6), (0.1, 0.2, 0.3)
@@ -82,9 +82,9 @@ def test_turned_crops_are_those_of_the_padded_image(reflect):
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), **mode)
     found = set()
     for seed in range(60):
-        how, every = augment.Augmentation(pad=2, flip='all', reflect=reflect), torch.arange(20)
-        draws = augment.draw(every, every, how, seed)
-        taken = augment.augment(torch.from_numpy(images), every, draws, how)
+        how, every = augmentation.Augmentation(pad=2, flip='all', reflect=reflect), torch.arange(20)
+        draws = augmentation.sample_aug_params(every, every, how, seed)
+        taken = augmentation.augment(torch.from_numpy(images), every, draws, how)
         for whole, crop in zip(padded, taken.numpy()):
             lying = {way: k for k, way in enumerate(eight_ways(crop))}
             places = [(top, left, lying[place]) for top in range(5) for left in range(5)
@@ -161,7 +161,7 @@ def test_a_square_is_cut_out_of_each_image(side, kind):
 def test_cutting_out_draws_nothing_else():
     """What a seed crops and mirrors is the same with --cutout as without."""
     every = torch.arange(30)
-    plain, cut = (augment.draw(every, every, augment.Augmentation(pad=4, cutout=side), 5)
+    plain, cut = (augmentation.sample_aug_params(every, every, augmentation.Augmentation(pad=4, cutout=side), 5)
                   for side in (0, 8))
     generator = torch.Generator().manual_seed(5)  # as it was drawn before there was --cutout
     shifts = torch.randint(-4, 5, (2, 30, 1), generator=generator)
@@ -197,7 +197,7 @@ def test_a_run_is_flipped_and_cropped_as_asked(pairs, tmp_path):
     half = np.concatenate([half, half[:, ::-1]], axis=1)
     images = np.concatenate([half, half[:, :, ::-1]], axis=2)
     images = (images // 2 + images.swapaxes(1, 2) // 2).astype(np.uint8)
-    sets = Data.of((images, np.arange(24) % 2), (images[:6], np.arange(6) % 2))
+    sets = DataSplits.from_arrays((images, np.arange(24) % 2), (images[:6], np.arange(6) % 2))
     for name, options_ in {'plain': ['--no-augment'], 'flips': ['--no-crop', '--flip', 'all'],
                            'crops': ['--flip', 'none'], 'squares': ['--no-crop', '--cutout', '4'],
                            }.items():
@@ -220,7 +220,7 @@ def test_older_runs_go_on_as_they_were_augmented(by_folder, pairs, tmp_path, cap
         run(pairs[0], tmp_path / 'new', '--cutout', 4, '--epochs', 3, '--resume', tmp_path)
     assert 'cutout was 0, is 4: expected the same' in capsys.readouterr().err
     run(pairs[0], tmp_path / 'new', '--epochs', 3, '--resume', tmp_path)
-    assert networks.load(tmp_path).inputs == Inputs.of('Folder', 32)
+    assert diracnets.load(tmp_path).preprocess == Preprocessing.for_dataset('Folder', 32)
 
 
 # ---------------------------------------------------------------- mean and deviation
@@ -232,10 +232,10 @@ def test_measured_mean_and_deviation(tmp_path, size):
     for path in (tmp_path / 'train').rglob('*.png'):  # channels that differ
         cv2.imwrite(str(path), (cv2.imread(str(path)) * [0.3, 0.6, 0.9] + 20).astype(np.uint8))
     shutil.copytree(tmp_path / 'train', tmp_path / 'test')
-    inputs = Inputs.of('Folder', size)
-    sets = data.load('Folder', str(tmp_path), inputs)
+    inputs = Preprocessing.for_dataset('Folder', size)
+    sets = data.load_splits('Folder', str(tmp_path), inputs)
     whole = sets.train[torch.arange(18), None, torch.arange(18)][0].double().numpy() / 255
-    mean, std = data.measure(sets.train, nthread=2)
+    mean, std = data.measure_normalization(sets.train, nthread=2)
     assert mean == pytest.approx(whole.mean((0, 2, 3)), abs=1e-6)
     assert std == pytest.approx(whole.std((0, 2, 3)), abs=1e-6)
 
@@ -245,37 +245,37 @@ def test_channels_of_arrays(channels):
     images = RNG.integers(0, 200, (30, 8, 8, channels), dtype=np.uint8)
     labels = np.arange(30) % 3
     given = images[..., 0] if channels == 1 else images
-    sets = Data.of((given, labels), (given[:6], labels[:6]))
+    sets = DataSplits.from_arrays((given, labels), (given[:6], labels[:6]))
     assert (sets.train.shape, sets.classes) == ((8, 8, channels), ['0', '1', '2'])
     opt = options.parse_options(['--normalise', 'measured'], sets)
     assert options.parse_options([], sets) == opt  # there is no other for such images
-    mean, std = data.measure(sets.train, 0)
-    inputs = Inputs.of('Folder', 8, mean, std)
+    mean, std = data.measure_normalization(sets.train, 0)
+    inputs = Preprocessing.for_dataset('Folder', 8, mean, std)
     assert inputs.channels == channels
     batch, _, _ = sets.test[torch.tensor([4, 2]), None, torch.arange(2)]
     expected = (images[[4, 2]] / 255 - images.mean((0, 1, 2)) / 255) / (
         images.std((0, 1, 2)) / 255)
     np.testing.assert_allclose(data_inputs(batch, inputs), expected, atol=2e-5)
     with pytest.raises(ValueError, match=f'images of {channels} channels: expected 3'):
-        data_inputs(batch, Inputs.of('Folder', 8))
+        data_inputs(batch, Preprocessing.for_dataset('Folder', 8))
 
 
 def data_inputs(batch, inputs):
-    return normalise(batch, inputs, torch.float64).permute(0, 2, 3, 1).numpy()
+    return normalize(batch, inputs, torch.float64).permute(0, 2, 3, 1).numpy()
 
 
 def test_files_know_their_mean_and_deviation(pairs, tmp_path, capsys):
     root = pairs[0]
     numbers = f'[{",".join(map(str, MEAN + STD))}]'
     run(root, tmp_path / 'run', '--normalise', numbers, '--dtype', 'float', '--epochs', 1)
-    trained = networks.load(tmp_path / 'run')
-    assert (trained.inputs.mean, trained.inputs.std) == (MEAN, STD)
+    trained = diracnets.load(tmp_path / 'run')
+    assert (trained.preprocess.mean, trained.preprocess.std) == (MEAN, STD)
 
     path = root / 'test' / 'dog' / '3.png'
     pixels = cv2.imread(str(path))[:, :, ::-1].astype(float) / 255
     expected = torch.from_numpy((pixels - MEAN) / STD).permute(2, 0, 1)
     net, inputs, _ = predict.load(str(tmp_path / 'run'))
-    torch.testing.assert_close(inputs.read(str(path)).double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(inputs(str(path)).double(), expected, rtol=0, atol=1e-5)
     export.main([str(tmp_path / 'run'), '--to', str(tmp_path / 'net.pth')])
     assert predict.load(str(tmp_path / 'net.pth'))[1] == inputs
     assert '(0.2000, 0.4000, 0.6000), over (0.1000, 0.2000, 0.3000)' in capsys.readouterr().out
@@ -344,9 +344,9 @@ class Items(Dataset):
 def test_given_data_train_as_the_same_images_in_a_folder(pairs, by_folder, tmp_path, kind):
     _, *given = pairs
     if kind == 'arrays':
-        sets = Data.of(*given, classes=['cat', 'dog'])
+        sets = DataSplits.from_arrays(*given, classes=['cat', 'dog'])
     else:
-        sets = Data.of(*(Items(pair, kind) for pair in given))
+        sets = DataSplits.from_arrays(*(Items(pair, kind) for pair in given))
     workers = {'PIL': 2}.get(kind, 0)
     go(sets, tmp_path / 'run', '--flip', 'all', '--nthread', workers)
     assert_same_run(tmp_path / 'run', by_folder)
@@ -372,29 +372,29 @@ def test_the_lines_of_the_docs(tmp_path, monkeypatch, capsys):
 
     cv2.imwrite('digit.png', names['images'][1600])
     batch, _, _ = names['sets'].test[torch.tensor([100]), None, torch.arange(1)]
-    trained = networks.load('runs/mine')
-    given = normalise(batch, trained.inputs)
+    trained = diracnets.load('runs/mine')
+    given = normalize(batch, trained.preprocess)
     assert given.shape == (1, 1, 8, 8)
     with torch.no_grad():
-        logits = trained.network(given)
+        logits = trained.model(given)
         for name in ('net.pth', 'net.onnx'):
             export.main(['runs/mine', '--to', name])
             network, inputs, *_ = predict.load(name)
-            torch.testing.assert_close(inputs.read('digit.png')[None], given)
+            torch.testing.assert_close(inputs('digit.png')[None], given)
             torch.testing.assert_close(network(given), logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('model', ['diracnet-v1', 'plain', 'resnet', 'wide-resnet'])
 def test_any_channels_in_networks_with_a_depth(model, tmp_path):
     images = RNG.integers(0, 256, (30, 8, 8, 5), dtype=np.uint8)
-    sets = Data.of(*[(images, np.arange(30) % 3)] * 2)
+    sets = DataSplits.from_arrays(*[(images, np.arange(30) % 3)] * 2)
     go(sets, tmp_path, '--model', model, '--width', 1, '--epochs', 1)
-    assert networks.load(tmp_path).inputs.channels == 5
+    assert diracnets.load(tmp_path).preprocess.channels == 5
 
 
 def test_other_networks_take_three_channels(tmp_path, capsys):
     images = RNG.integers(0, 256, (30, 8, 8, 5), dtype=np.uint8)
-    sets = Data.of(*[(images, np.arange(30) % 3)] * 2)
+    sets = DataSplits.from_arrays(*[(images, np.arange(30) % 3)] * 2)
     with pytest.raises(SystemExit):
         train.main(['--model', 'densenet', '--save', str(tmp_path / 'run')], sets)
     assert 'densenet takes images of 3 channels, not 5' in capsys.readouterr().err
@@ -411,11 +411,11 @@ def test_given_data_are_held_out_and_stopped_and_go_on(pairs, tmp_path, capsys):
             return super().__getitem__(i)
 
     _, train_pair, test_pair = pairs
-    arrays = Data.of(train_pair, test_pair, ['cat', 'dog'])
+    arrays = DataSplits.from_arrays(train_pair, test_pair, ['cat', 'dog'])
     more = ['--val', 8, '--nthread', 0]
     go(arrays, tmp_path / 'whole', *more)
     with pytest.raises(SystemExit) as stopped:
-        go(Data.of(Stopping(train_pair, 'array'), Items(test_pair, 'array')), tmp_path / 'run',
+        go(DataSplits.from_arrays(Stopping(train_pair, 'array'), Items(test_pair, 'array')), tmp_path / 'run',
            *more)
     assert stopped.value.code == 143
     assert 'saved; go on with: python SCRIPT, its options --depth 10' in capsys.readouterr().out
@@ -436,14 +436,14 @@ def test_a_run_goes_on_with_its_own_data_alone(pairs, tmp_path, capsys):
         assert error.count('\n') == 1
         return error
 
-    go(Data.of((images, labels), test_pair, names), tmp_path, '--epochs', 1)
+    go(DataSplits.from_arrays((images, labels), test_pair, names), tmp_path, '--epochs', 1)
     capsys.readouterr()
-    fewer = Data.of((images[4:], labels[4:]), test_pair, names)
+    fewer = DataSplits.from_arrays((images[4:], labels[4:]), test_pair, names)
     assert ('given was 32 + 10 images (32, 32, 3), is 28 + 10 images (32, 32, 3): expected the '
             'same, or --force') in refusal(fewer)
-    small = Data.of((images[:, :16, :16], labels), (test_pair[0][:, :16, :16], test_pair[1]), names)
+    small = DataSplits.from_arrays((images[:, :16, :16], labels), (test_pair[0][:, :16, :16], test_pair[1]), names)
     assert 'image_size was 32, is 16; ' in refusal(small)
-    others = Data.of((images, labels), test_pair, ['owl', 'yak'])
+    others = DataSplits.from_arrays((images, labels), test_pair, ['owl', 'yak'])
     assert 'of other classes than the data set, which has 2, owl to yak: expected 2, cat' in (
         refusal(others))
     with pytest.raises(SystemExit):
@@ -459,7 +459,7 @@ def test_random_transforms_of_a_dataset_follow_the_seed(pairs, tmp_path):
             return torch.where(torch.rand(32, 32) < 0.1, 0, image), label
 
     def epoch(workers):
-        sets = Data.of(Noisy(pairs[1], 'tensor'), Items(pairs[2], 'tensor'))
+        sets = DataSplits.from_arrays(Noisy(pairs[1], 'tensor'), Items(pairs[2], 'tensor'))
         return torch.cat([images for images, *_ in make_loader(sets.train, 12, workers, seed=1)])
 
     assert torch.equal(epoch(0), epoch(2))
@@ -490,7 +490,7 @@ def arrays(n=6, shape=(8, 8, 3), dtype=np.uint8, labels=None):
 ])
 def test_what_cannot_be_trained_on(given, message):
     with pytest.raises(data.DataError, match=message):
-        Data.of(*given)
+        DataSplits.from_arrays(*given)
 
 
 def test_items_of_several_sizes_end_in_one_line(pairs, tmp_path, capsys):
@@ -498,7 +498,7 @@ def test_items_of_several_sizes_end_in_one_line(pairs, tmp_path, capsys):
         def __getitem__(self, i):
             return np.zeros((8 + i, 8 + i, 3), np.uint8), self.labels[i]
 
-    sets = Data.of(Growing(pairs[1], ''), Growing(pairs[2], ''))
+    sets = DataSplits.from_arrays(Growing(pairs[1], ''), Growing(pairs[2], ''))
     with pytest.raises(SystemExit) as stopped:
         go(sets, tmp_path, '--nthread', 1)
     assert stopped.value.code == 2
@@ -518,15 +518,15 @@ class Failing(Items):
 
 @pytest.mark.parametrize('error', [RuntimeError('stack expects'), EOFError('no more input')])
 def test_an_error_of_a_dataset_in_a_reading_process_stays_what_it_is(pairs, error):
-    sets = Data.of(Failing(pairs[1], error), Items(pairs[2], 'array'))
+    sets = DataSplits.from_arrays(Failing(pairs[1], error), Items(pairs[2], 'array'))
     with pytest.raises(type(error), match=str(error)):
-        list(read_batches(make_loader(sets.train, 4, nthread=1)))
+        list(iterate_batches(make_loader(sets.train, 4, nthread=1)))
 
 
 def test_an_item_that_cannot_be_read_ends_in_one_line_after_a_save(pairs, tmp_path, capsys):
     truncated = Failing(pairs[1], OSError('image file is truncated'))
     with pytest.raises(SystemExit) as stopped:
-        go(Data.of(truncated, Items(pairs[2], 'array')), tmp_path, '--batch_size', 2)
+        go(DataSplits.from_arrays(truncated, Items(pairs[2], 'array')), tmp_path, '--batch_size', 2)
     assert stopped.value.code == 2
     assert re.fullmatch(r'train.py: item \d+ of the Dataset: image file is truncated',
                         capsys.readouterr().err.splitlines()[-1])
@@ -534,26 +534,26 @@ def test_an_item_that_cannot_be_read_ends_in_one_line_after_a_save(pairs, tmp_pa
 
 
 def test_data_beside_a_name_are_refused(pairs, capsys):
-    sets = Data.of(*pairs[1:])
+    sets = DataSplits.from_arrays(*pairs[1:])
     for flags in (['--dataset', 'CIFAR10'], ['--image_size', '32']):
         with pytest.raises(SystemExit):
             train.main(flags, sets)
         assert 'and data from Python: expected one of them' in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        train.main([], Data.of(None, pairs[2]))
+        train.main([], DataSplits.from_arrays(None, pairs[2]))
     assert 'no training images: expected some, or --evaluate' in capsys.readouterr().err
 
 
 def test_folded_network_of_given_data(pairs, by_folder):
     """What was folded takes the inputs of the run, whose file alone is read."""
-    trained = networks.load(by_folder)
+    trained = diracnets.load(by_folder)
     batch = torch.from_numpy(pairs[2][0]).permute(0, 3, 1, 2)
-    inputs = torch.from_numpy(data_inputs(batch, trained.inputs)).permute(0, 3, 1, 2)
-    network, folded = trained.network.double(), fold(trained.network, torch.float64)
+    inputs = torch.from_numpy(data_inputs(batch, trained.preprocess)).permute(0, 3, 1, 2)
+    network, folded = trained.model.double(), fold(trained.model, torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(folded(inputs), network(inputs))
 
 
 def test_tensors_number_their_classes():
     images, labels = torch.zeros(6, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 0, 1, 2])
-    assert Data.of((images, labels), (images, labels)).classes == ['0', '1', '2']
+    assert DataSplits.from_arrays((images, labels), (images, labels)).classes == ['0', '1', '2']

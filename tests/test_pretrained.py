@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-import networks
+import diracnets
 import train
-from diracfold import fold
-from diracimage import Inputs
+from diracnets.fold import fold
+from diracnets.models.registry import ARCHITECTURES
+from diracnets.preprocessing import Preprocessing
 from runs import params_of, refused, run, write_images
 from training import options, pretrained
 
@@ -110,7 +111,7 @@ def test_whitening_filters_of_a_file_are_kept(before, tmp_path):
 
 
 def test_folded_parameters_are_no_beginning(before, tmp_path, capsys):
-    torch.save(fold(networks.load(before[0]).network).state_dict(), tmp_path / 'folded.pth')
+    torch.save(fold(diracnets.load(before[0]).model).state_dict(), tmp_path / 'folded.pth')
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', before[1], '--depth', 10,
                     '--save', tmp_path / 'run', '--pretrained', tmp_path / 'folded.pth')
     assert 'holds a folded network: expected the parameters it was folded from' in error
@@ -120,30 +121,30 @@ def test_folded_parameters_are_no_beginning(before, tmp_path, capsys):
     ('plain', 2), ('densenet121', 2), ('mobilenet', 2), ('diracnet-fast', 1),
 ])
 def test_last_layer_of_other_families(family, of_last, tmp_path, capsys):
-    kind = networks.FAMILIES[family].kinds[0]
-    depth = {'depth': 10} if 'depth' in networks.FAMILIES[family].options else {}
+    kind = ARCHITECTURES[family].kinds[0]
+    depth = {'depth': 10} if 'depth' in ARCHITECTURES[family].options else {}
     args = {'dataset': 'ImageNet' if kind == 'ImageNet' else 'CIFAR10'}
     opt = options.parse_options(
         ['--model', family, '--dataset', args['dataset'], '--pretrained', str(tmp_path / 'f.pth'),
          *(['--depth', '10'] if depth else [])])
-    small, large = (networks.build(family, kind, n, **depth) for n in (3, 5))
+    small, large = (diracnets.create_model(family, kind, n, **depth) for n in (3, 5))
     torch.save(small.state_dict(), tmp_path / 'f.pth')
-    pretrained.take(large, opt, Inputs.of(args['dataset']), list('abcde'))
+    pretrained.load_pretrained(large, opt, Preprocessing.for_dataset(args['dataset']), list('abcde'))
     taken = [torch.equal(p, q) if p.shape == q.shape else None
              for p, q in zip(small.parameters(), large.parameters())]
     assert taken == [True] * (len(taken) - of_last) + [None] * of_last
     assert 'the last layer, of 3 classes, is replaced by a new one of 5' in capsys.readouterr().out
-    same = networks.build(family, kind, 3, **depth)
-    pretrained.take(same, opt, Inputs.of(args['dataset']), list('abc'))
+    same = diracnets.create_model(family, kind, 3, **depth)
+    pretrained.load_pretrained(same, opt, Preprocessing.for_dataset(args['dataset']), list('abc'))
     assert all(map(torch.equal, small.parameters(), same.parameters()))
 
 
 def test_published_parameters_are_taken(monkeypatch):
-    published = networks.build('diracnet', 'ImageNet', depth=18).state_dict()
-    monkeypatch.setattr(pretrained.diracfile, 'pretrained_params', lambda depth: published)
-    network = networks.build('diracnet', 'ImageNet', 3, depth=18)
+    published = diracnets.create_model('diracnet', 'ImageNet', depth=18).state_dict()
+    monkeypatch.setattr(pretrained, 'pretrained_params', lambda depth: published)
+    network = diracnets.create_model('diracnet', 'ImageNet', 3, depth=18)
     opt = options.parse_options(['--depth', '18', '--dataset', 'ImageNet', '--pretrained', '18'])
-    pretrained.take(network, opt, Inputs.of('ImageNet'), ['cat', 'dog', 'emu'])
+    pretrained.load_pretrained(network, opt, Preprocessing.for_dataset('ImageNet'), ['cat', 'dog', 'emu'])
     taken = network.state_dict()
     assert len(taken['fc.bias']) == 3
     assert all(torch.equal(taken[name], tensor) for name, tensor in published.items()

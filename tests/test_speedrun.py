@@ -7,12 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import networks
+import diracnets
 import train
-from diracfold import fold
+from diracnets.fold import fold
+from diracnets.models.registry import count_multiply_adds
 from runs import params_of, refused, run, write_sets
 from training import data, options
-from training.augment import growing_sizes
+from training.augmentation import progressive_sizes
 from training.optimizers import make_optimizer
 from training.whitening import whiten, whitening_filters
 
@@ -137,8 +138,8 @@ def test_whitened_patches_are_uncorrelated():
 
 
 def test_a_whitened_convolution_has_both_signs_and_stays(images, tmp_path):
-    sets = data.load('Folder', images)
-    network = networks.build('diracnet-fast', 'CIFAR10', 2, width=0.25)
+    sets = data.load_splits('Folder', images)
+    network = diracnets.create_model('diracnet-fast', 'CIFAR10', 2, width=0.25)
     inputs = torch.randn(20, 3, 32, 32)
     whiten(network, inputs)
     first = network.features.conv
@@ -146,7 +147,7 @@ def test_a_whitened_convolution_has_both_signs_and_stays(images, tmp_path):
     assert torch.equal(first.weight[1::2], -first.weight[::2])
     assert not first.weight.requires_grad
     spread = sets.train.images[[0, 7, 15, 23]].permute(0, 3, 1, 2)  # of 24
-    assert torch.equal(data.evenly(sets.train, 4), spread)
+    assert torch.equal(data.sample_evenly(sets.train, 4), spread)
 
     train.main(['--dataset', 'Folder', '--dataroot', str(images), '--model', 'diracnet-fast',
                 '--width', '0.25', '--epochs', '1', '--whiten', *MUON, '--save',
@@ -165,11 +166,11 @@ def test_too_many_filters_are_refused(images, tmp_path, capsys):
 
 
 def test_sizes_share_the_epochs():
-    assert growing_sizes(32, [20, 24, 28, 32], 8) == [20, 20, 24, 24, 28, 28, 32, 32]
-    assert growing_sizes(32, [], 3) == [32, 32, 32]
-    assert growing_sizes(32, [20, 24, 32], 2) == [24, 32]
-    assert growing_sizes(32, [20, 24], 5) == [20, 20, 24, 24, 24]
-    assert growing_sizes(32, [20, 24, 28, 32], 1) == [32]
+    assert progressive_sizes(32, [20, 24, 28, 32], 8) == [20, 20, 24, 24, 28, 28, 32, 32]
+    assert progressive_sizes(32, [], 3) == [32, 32, 32]
+    assert progressive_sizes(32, [20, 24, 32], 2) == [24, 32]
+    assert progressive_sizes(32, [20, 24], 5) == [20, 20, 24, 24, 24]
+    assert progressive_sizes(32, [20, 24, 28, 32], 1) == [32]
 
 
 def test_shrunk_images_train_and_resume(images, tmp_path):
@@ -214,7 +215,7 @@ def test_batch_norm_of_positive_scale_goes_through_a_max_pool():
 
 
 def test_the_fast_network_starts_where_it_should():
-    network = networks.build('diracnet-fast', 'CIFAR10', width=0.25)
+    network = diracnets.create_model('diracnet-fast', 'CIFAR10', width=0.25)
     for layer in network.modules():
         if hasattr(layer, 'alpha'):
             assert torch.equal(layer.alpha, torch.full_like(layer.alpha, 0.2))
@@ -229,7 +230,7 @@ def test_the_fast_network_starts_where_it_should():
 
 @pytest.mark.parametrize('activation', ['gelu', 'relu', 'silu'])
 def test_the_fast_network_layer_by_layer(activation):
-    network = networks.build('diracnet-fast', 'CIFAR10', width=0.125, block='base',
+    network = diracnets.create_model('diracnet-fast', 'CIFAR10', width=0.125, block='base',
                              activation=activation).double().eval()
     state = network.state_dict()
     for name, tensor in state.items():
@@ -254,10 +255,10 @@ def test_the_fast_network_layer_by_layer(activation):
 
 
 def test_the_fast_network_is_airbenchs_in_size_and_dirac_parameterised():
-    network = networks.build('diracnet-fast', 'CIFAR10')
+    network = diracnets.create_model('diracnet-fast', 'CIFAR10')
     # 24 to 64 at 31 x 31; 64 to 64 to 256 at 15 x 15; 256 to 256 twice at 7 x 7, once at 3 x 3
     convolutions = 9 * (24 * 64 * 31**2 + (64 * 64 + 64 * 256) * 15**2 + 256**2 * (2 * 7**2 + 9))
-    assert networks.multiply_adds(network, 32) == convolutions + 12 * 24 * 31**2 + 2560
+    assert count_multiply_adds(network, 32) == convolutions + 12 * 24 * 31**2 + 2560
     with_w_hat = [layer for layer in network.modules() if hasattr(layer, 'alpha')]
     assert [layer.out_channels for layer in with_w_hat] == [64, 64, 256, 256, 256, 256]
     assert not [layer for layer in fold(network).modules() if hasattr(layer, 'alpha')

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import train
-from damages import png_of
+from corruption import png_of
 from experiments.kill import attack_points, children_of, flat, survive
 from pages import ROOT, text_of
 from runs import (
@@ -36,8 +36,8 @@ from runs import (
     write_images,
 )
 from training import checkpoint, distributed, meters, options
-from training.optimizers import schedule
-from training.run import expect_one_beginning
+from training.optimizers import lr_factor
+from training.run import check_ranks_agree
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 SMALL = ['--dataset', 'Folder', '--depth', '10', '--width', '1', '--batch_size', '13']
@@ -336,7 +336,7 @@ def test_nonsense_in_options_gives_one_line(request, capsys):
             assert re.fullmatch('train.py: [^\n]+\n', capsys.readouterr().err)
             return
         assert opt.batch_size >= 1
-        rates = [opt.lr * schedule(opt, part * opt.epochs) for part in (0, 0.5, 1)]
+        rates = [opt.lr * lr_factor(opt, part * opt.epochs) for part in (0, 0.5, 1)]
         assert all(0 <= rate < float('inf') for rate in rates)
         assert all(isinstance(epoch, int) for epoch in opt.epoch_step)
 
@@ -374,19 +374,19 @@ def test_the_first_process_of_each_machine_downloads_alone(monkeypatch, rank, lo
     done = []
     monkeypatch.setenv('LOCAL_RANK', str(local))
     monkeypatch.setattr(distributed, 'rank', lambda: rank)
-    monkeypatch.setattr(distributed, 'world', lambda: 4)
+    monkeypatch.setattr(distributed, 'world_size', lambda: 4)
     monkeypatch.setattr(distributed.dist, 'barrier', lambda: done.append('|'))
-    assert distributed.first_before_others(lambda: done.append('a') or 'read') == 'read'
+    assert distributed.rank_zero_first(lambda: done.append('a') or 'read') == 'read'
     assert ''.join(done) == expected
 
 
 def test_processes_that_begin_at_different_steps_are_refused(monkeypatch):
     run = SimpleNamespace(epoch=2, step=7, opt=SimpleNamespace(save='run'))
-    expect_one_beginning(run)
-    monkeypatch.setattr(distributed, 'over_ranks', lambda numbers, op: (
+    check_ranks_agree(run)
+    monkeypatch.setattr(distributed, 'all_reduce', lambda numbers, op: (
         [0, 0] if op == torch.distributed.ReduceOp.MIN else numbers))
     with pytest.raises(ValueError, match='run: here 2 epochs and 7 steps are done, in another'):
-        expect_one_beginning(run)
+        check_ranks_agree(run)
 
 
 def test_a_process_without_a_gpu_is_refused(monkeypatch):
@@ -399,7 +399,7 @@ def test_a_process_without_a_gpu_is_refused(monkeypatch):
 
 def test_what_is_added_up_can_be_added_up_again(monkeypatch):
     """Two processes that saw the same: a signal in testing comes after the figures of training."""
-    monkeypatch.setattr(meters, 'over_ranks', lambda numbers: [2 * number for number in numbers])
+    monkeypatch.setattr(meters, 'all_reduce', lambda numbers: [2 * number for number in numbers])
     measured = meters.Meters(10, 3, '', steps=0)
     measured.on_forward({'sample': (None, torch.tensor([1, 2, 3]), 3), 'loss': torch.tensor(0.5),
                          'output': torch.eye(10)[[1, 2, 4]]})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import claims, hours, tables
+from experiments import claims, cost_estimate, tables
 
 
 def rows(**series):
@@ -125,7 +125,7 @@ def test_hours_stand_beside_those_that_are_counted(tmp_path):
     # three trainings each of three networks of 28 layers at width 4: 868 million multiply-adds
     assert by_name['large'][0] == '9'
     assert float(by_name['large'][1]) == pytest.approx(
-        9 * 3 * 200_000 * 868e6 / hours.RATES[4] / 3600, rel=0.01)
+        9 * 3 * 200_000 * 868e6 / cost_estimate.RATES[4] / 3600, rel=0.01)
     assert by_name['large'][2:] == ['2.00 of 1', '0.25 of 1']
     assert by_name['delta'][2:] == ['0.10 of 1', '']
     assert by_name['width'][2:] == ['', '']

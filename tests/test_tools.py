@@ -15,9 +15,15 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.nn.utils import parametrize
 
 import diracconv
-from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization, dirac_weight
-from diracfold import fold
+from diracconv import (
+    DiracConv1d,
+    DiracConv2d,
+    DiracConv3d,
+    DiracParametrization,
+    dirac_weight,
+)
 from diracnet import Network, define_diracnet
+from diracnets.fold import fold
 from reference import slow_w_hat
 
 

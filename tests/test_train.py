@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+import diracnets
 import export
-import networks
 import train
 import training.run
-from diracfold import fold
 from diracnet import Network, define_diracnet
+from diracnets.fold import fold
+from diracnets.models.registry import ARCHITECTURES
 from runs import params_of, refused, run, stats_of, write_images, write_sets
 from training import checkpoint, options
 from training.meters import Meters
-from training.optimizers import make_optimizer, schedule, set_learning_rate
+from training.optimizers import lr_factor, make_optimizer, set_learning_rate
 from training.run import Run
 
 ROOT = Path(train.__file__).parent
@@ -234,7 +235,7 @@ def test_learning_rate_and_momentum():
     weight.grad = torch.ones(2, 2)
     optimizer.step()
     momentum = optimizer.state[weight]['momentum_buffer'].clone()
-    shares = [schedule(opt, done) for done in (0, 0.9, 1, 2.9, 3, 4)]
+    shares = [lr_factor(opt, done) for done in (0, 0.9, 1, 2.9, 3, 4)]
     assert shares == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
     set_learning_rate(optimizer, shares[-1])
     assert {group['lr'] for group in optimizer.param_groups} == {0.5 * shares[-1]}
@@ -252,7 +253,7 @@ def test_schedules_are_those_of_torch():
                 optimizer, 0.5, total_steps=101, pct_start=31 / 101, cycle_momentum=False
             )
         for step in range(100):
-            rate = 0.5 * schedule(opt, step / 10)
+            rate = 0.5 * lr_factor(opt, step / 10)
             assert rate == pytest.approx(optimizer.param_groups[0]['lr'], abs=1e-9), (name, step)
             optimizer.step()
             of_torch.step()
@@ -260,7 +261,7 @@ def test_schedules_are_those_of_torch():
 
 def test_linear_schedule():
     opt = options.parse_options(['--lr_schedule', 'linear', '--epochs', '10'])
-    shares = [schedule(opt, done) for done in (0, 1, 2, 6, 9.9, 10)]
+    shares = [lr_factor(opt, done) for done in (0, 1, 2, 6, 9.9, 10)]
     assert shares == pytest.approx([0, 0.5, 1, 0.5, 0.0125, 0])
 
 
@@ -424,22 +425,22 @@ def test_every_family_trains_resumes_and_folds(family, tmp_path):
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert [s['epoch'] for s in stats_of(tmp_path / 'run')] == [1, 2]
 
-    trained = networks.load(tmp_path / 'run')
-    network, folded = trained.network.double(), fold(trained.network, torch.float64)
+    trained = diracnets.load(tmp_path / 'run')
+    network, folded = trained.model.double(), fold(trained.model, torch.float64)
     inputs = torch.randn(2, 3, *size, dtype=torch.float64)
     with torch.no_grad():
         logits = network(inputs)
         assert (folded(inputs) - logits).abs().max() <= 1e-9 * logits.abs().max()
         # a folded file knows what it is of: by keys and shapes alone a resnet would be a DiracNet
         (tmp_path / 'folded.pth').write_bytes(export.as_pth(folded, None, trained.metadata()))
-        again = networks.load(tmp_path / 'folded.pth')
-        assert torch.equal(again.network(inputs), folded(inputs))
-    assert (again.title, again.inputs, again.classes) == (
-        trained.title, trained.inputs, trained.classes)
+        again = diracnets.load(tmp_path / 'folded.pth')
+        assert torch.equal(again.model(inputs), folded(inputs))
+    assert (again.title, again.preprocess, again.classes) == (
+        trained.title, trained.preprocess, trained.classes)
 
 
 def test_every_family_is_in_the_test():
-    assert {family.split(',')[0] for family in FAMILIES} == set(networks.FAMILIES)
+    assert {family.split(',')[0] for family in FAMILIES} == set(ARCHITECTURES)
 
 
 def test_another_run_is_not_overwritten_by_a_resumed_one(trained, images, tmp_path, capsys):
@@ -540,7 +541,7 @@ def test_older_checkpoint_of_images_with_a_size_of_their_own_goes_on(tmp_path):
     assert saved['args']['image_size'] == 224
     saved['args']['image_size'] = 32
     torch.save(saved, tmp_path / 'run' / 'model.pt7')
-    assert networks.load(tmp_path / 'run').inputs.size == 224
+    assert diracnets.load(tmp_path / 'run').preprocess.size == 224
     train.main([*line, '--epochs', '2', '--resume', 'auto'])
     assert [s['epoch'] for s in stats_of(tmp_path / 'run')] == [1, 2]
 
@@ -555,7 +556,7 @@ def test_evaluate_of_other_files(images, tmp_path, capsys):
         params = loaded['params']
         files = {
             'ddp.pt7': {**loaded, 'params': {f'module.{k}': v for k, v in params.items()}},
-            'folded.pth': fold(networks.load(tmp_path / folder).network).state_dict(),
+            'folded.pth': fold(diracnets.load(tmp_path / folder).model).state_dict(),
         }
         if folder == 'dirac':
             eye = torch.eye(16).view(16, 16, 1, 1)

@@ -18,11 +18,10 @@ SCRIPT = """if True:
               if importlib.util.find_spec(name) is None]
     import torch
     from torch import nn
-    import diracdeploy, diracimage
+    import diracnets
     from diracconv import DiracConv2d, dirac
-    from diracfile import load_params
-    from diracfold import fold
     from diracnet import Network, define_diracnet, diracnet18
+    from diracnets import fold, load_params
 
     def check(module, *shape):
         x = torch.randn(shape)
@@ -38,7 +37,7 @@ SCRIPT = """if True:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
     check(dirac(plain), 2, 3, 8, 8)
     try:
-        diracimage.preprocess()('cat.jpg')
+        diracnets.preprocess()('cat.jpg')
     except ValueError as error:
         print(error)
     print(*absent)
@@ -52,6 +51,7 @@ def wheel(tmp_path_factory):
     for pattern in ('*.py', 'pyproject.toml', 'README.md', 'LICENSE'):
         for path in ROOT.glob(pattern):
             shutil.copy(path, source)
+    shutil.copytree(ROOT / 'diracnets', source / 'diracnets')
     build = 'import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])'
     subprocess.run([sys.executable, '-c', build, str(folder)], cwd=source, check=True,
                    capture_output=True)

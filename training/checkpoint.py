@@ -17,13 +17,12 @@ import sys
 import numpy as np
 import torch
 
-import diracfile
-from diracfile import MODEL, PREVIOUS
+from diracnets.checkpoint import MODEL_FILE, PREVIOUS_FILE, load_dict, load_dict_file
 from training.optimizers import moments
 
-LOG = 'log.txt'
-MARK = 'json_stats: '  # before each record of the log
-DAMAGED = 'damaged.pt7'  # a model.pt7 in whose place the one before it served
+LOG_FILE = 'log.txt'
+LOG_PREFIX = 'json_stats: '  # before each record of the log
+QUARANTINED_FILE = 'damaged.pt7'  # a model.pt7 in whose place the one before it served
 REQUIRED = ('params', 'optimizer', 'epoch', 'args')
 
 
@@ -88,7 +87,7 @@ def _write_beside(path, content):
         raise OSError(f'{path} cannot be written ({error.strerror}); the last one stays') from error
 
 
-def save(folder, checkpoint, name=MODEL):
+def save(folder, checkpoint, name=MODEL_FILE):
     """Writes a checkpoint: when this returns it is on the disk, and until then the last one is.
 
     Raises DivergedError, and writes nothing, if it holds numbers that are not finite; OSError if it
@@ -98,22 +97,22 @@ def save(folder, checkpoint, name=MODEL):
     path, written = os.path.join(folder, name), io.BytesIO()
     torch.save(checkpoint, written)  # into memory: of a full disk torch would say something else
     _write_beside(path, written.getbuffer())
-    if name == MODEL and os.path.exists(path):
-        os.replace(path, os.path.join(folder, PREVIOUS))
+    if name == MODEL_FILE and os.path.exists(path):
+        os.replace(path, os.path.join(folder, PREVIOUS_FILE))
     os.replace(path + '.tmp', path)
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)  # of the folder: the new names are on the disk too
     os.close(descriptor)
 
 
-def put_damaged_aside(folder):
+def quarantine(folder):
     """Renames a model.pt7 that cannot be read, so that no later save puts it in previous.pt7."""
-    path = os.path.join(folder, MODEL)
+    path = os.path.join(folder, MODEL_FILE)
     try:
         if os.path.exists(path):
-            diracfile.load_file(path, REQUIRED)
+            load_dict_file(path, REQUIRED)
     except ValueError:
-        os.replace(path, os.path.join(folder, DAMAGED))
+        os.replace(path, os.path.join(folder, QUARANTINED_FILE))
 
 
 class Lock:
@@ -126,7 +125,7 @@ class Lock:
     def __init__(self, folder):
         self.folder, self.descriptor = folder, None
 
-    def take(self):
+    def acquire(self):
         """Raises ValueError if another process has it."""
         if self.descriptor is not None:
             return
@@ -155,20 +154,20 @@ class Lock:
 
 
 def load(path):
-    """Loads what a training goes on from: path and errors are those of `diracfile.load`."""
-    return diracfile.load(path, REQUIRED)
+    """Loads what a training goes on from: path and errors are those of `load_dict`."""
+    return load_dict(path, REQUIRED)
 
 
 def exists(folder):
-    return any(os.path.exists(os.path.join(folder, name)) for name in (MODEL, PREVIOUS))
+    return any(os.path.exists(os.path.join(folder, name)) for name in (MODEL_FILE, PREVIOUS_FILE))
 
 
 def append_log(folder, stats):
     """Adds a line to the log: when this returns it is on the disk. Raises OSError."""
-    path = os.path.join(folder, LOG)
+    path = os.path.join(folder, LOG_FILE)
     try:
         with open(path, 'a') as log:
-            log.write(f'{MARK}{json.dumps(stats)}\n')  # one write: a line is whole or missing
+            log.write(f'{LOG_PREFIX}{json.dumps(stats)}\n')  # one write: a line is whole or missing
             log.flush()
             os.fsync(log.fileno())
     except OSError as error:
@@ -184,7 +183,7 @@ def read_log(path):
     """
     epochs = {}
     with open(path, encoding='utf-8', errors='replace') as log:
-        records = log.read().split(MARK)[1:]
+        records = log.read().split(LOG_PREFIX)[1:]
     for record in records:
         try:
             stats, _ = json.JSONDecoder().raw_decode(record)
@@ -197,12 +196,12 @@ def read_log(path):
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
-def cut_log(folder, epoch):
+def truncate_log(folder, epoch):
     """Leaves the epochs up to `epoch` in the log: those after it are about to run again."""
-    path = os.path.join(folder, LOG)
+    path = os.path.join(folder, LOG_FILE)
     if not os.path.exists(path):
         return
     kept = [stats for stats in read_log(path) if stats['epoch'] <= epoch]
-    lines = ''.join(f'{MARK}{json.dumps(stats)}\n' for stats in kept)
+    lines = ''.join(f'{LOG_PREFIX}{json.dumps(stats)}\n' for stats in kept)
     _write_beside(path, lines.encode())
     os.replace(path + '.tmp', path)

@@ -1,7 +1,7 @@
 """From files and arrays to data sets: uint8 images (N, C, H, W), of files RGB, and labels (N,).
 
-`load` gives a training and a test set by name, `Data.of` those that Python has; training/batches.py
-makes batches of one of them. `diracimage.normalise` is the last step, on the device that trains.
+`load` gives a training and a test set by name, `DataSplits.from_arrays` those that Python has; training/batches.py
+makes batches of one of them. `diracnets.preprocessing.normalise` is the last step, on the device that trains.
 """
 
 import os
@@ -18,22 +18,28 @@ import torchvision
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from diracimage import MAX_SMALL, SIZES, DataError, Inputs, read_test_image
-from training.batches import make_loader, read_batches
-from training.distributed import over_ranks, rank, world
-from training.images import IGNORED, DatasetImages, ImageFiles, MemoryImages
+from diracnets.preprocessing import (
+    IMAGE_SIZES,
+    MAX_SMALL,
+    DataError,
+    Preprocessing,
+    read_test_image,
+)
+from training.datasets import IGNORED, DatasetImages, ImageFiles, MemoryImages
+from training.distributed import all_reduce, rank, world_size
+from training.loader import iterate_batches, make_loader
 
-LEAST_PIXELS = 8  # of a side of an image
-IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
+MIN_PIXELS = 8  # of a side of an image
+IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 
 
-def flip(name):
+def default_flip(name):
     """How the training images of a data set are mirrored by default, one of augment.FLIPS."""
     return 'none' if name == 'Digits' else 'horizontal'  # a 2 is no 5
 
 
 @dataclass
-class Data:
+class DataSplits:
     """A training and a test set, their class names, and a validation set if one is held out."""
 
     train: Dataset  # None where there is only testing to be done
@@ -43,8 +49,8 @@ class Data:
     name: str = ''  # by which `load` was asked for it; of images that Python has, none
 
     @classmethod
-    def of(cls, train, test, classes=None):
-        """Data of one's own, for train.main: each of train and test is a pair or a Dataset.
+    def from_arrays(cls, train, test, classes=None):
+        """DataSplits of one's own, for train.main: each of train and test is a pair or a Dataset.
 
         A pair is of images, uint8 (N, S, S) or (N, S, S, C), and labels (N,), counted from 0, as
         arrays or tensors. Of a torch Dataset see DatasetImages. train: None, to test only;
@@ -73,7 +79,7 @@ class Data:
         moved = {}
         for split in ('train', 'val', 'test'):
             images = getattr(self, split)
-            if isinstance(images, MemoryImages) and fits(images.images.nbytes, device):
+            if isinstance(images, MemoryImages) and fits_in_memory(images.images.nbytes, device):
                 moved[split] = images.to(device)
         return replace(self, **moved)
 
@@ -110,13 +116,13 @@ def _given(images, num_classes):
                             f'{num_classes - 1}')
         images = MemoryImages(pixels, labels.long())
     height, width, _ = images.shape
-    if len(images) == 0 or height != width or height < LEAST_PIXELS:
+    if len(images) == 0 or height != width or height < MIN_PIXELS:
         raise DataError(f'{len(images)} images of {height} x {width} pixels: expected square ones '
-                        f'of {LEAST_PIXELS} or more')
+                        f'of {MIN_PIXELS} or more')
     return images
 
 
-def fits(nbytes, device):
+def fits_in_memory(nbytes, device):
     """Whether so many bytes of images leave room for a training in the memory of a GPU."""
     if device.type != 'cuda':
         return False
@@ -145,17 +151,17 @@ def list_images(folder):
     for label, name in enumerate(classes):
         there = sorted(os.listdir(os.path.join(folder, name)))
         files = [file for file in there
-                 if file.lower().endswith(IMAGE_ENDINGS) and not file.startswith('.')]
+                 if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith('.')]
         others = sorted({*there} - {*files})
         if not files:
-            held = f': {_kinds(others)}; expected {", ".join(IMAGE_ENDINGS)}' if others else ''
+            held = f': {_kinds(others)}; expected {", ".join(IMAGE_EXTENSIONS)}' if others else ''
             raise DataError(f'{os.path.join(folder, name)}: a class folder without an image{held}')
         paths += [os.path.join(folder, name, file) for file in files]
         labels += [label] * len(files)
         skipped += others
     if skipped and rank() == 0:
         print(f'{folder}: {len(skipped)} skipped ({_kinds(skipped)}): expected '
-              f'{", ".join(IMAGE_ENDINGS)}', file=sys.stderr)
+              f'{", ".join(IMAGE_EXTENSIONS)}', file=sys.stderr)
     return paths, labels, classes
 
 
@@ -202,14 +208,14 @@ def _load_folder(root, test_folders, training, size, nthread):
 
     if not training:
         *test, classes = list_images(test_folder)
-        return Data(None, images(test_folder, *test), classes)
+        return DataSplits(None, images(test_folder, *test), classes)
     train_folder = os.path.join(root, 'train')
     *train, classes = list_images(train_folder)
     *test, test_classes = list_images(test_folder)
     if test_classes != classes:
         differ = ', '.join(sorted(set(classes) ^ set(test_classes))[:5])
         raise DataError(f'{train_folder} and {test_folder}: the class folders differ: {differ}')
-    return Data(images(train_folder, *train), images(test_folder, *test), classes)
+    return DataSplits(images(train_folder, *train), images(test_folder, *test), classes)
 
 
 def _load_cifar(name, root, training):
@@ -224,7 +230,7 @@ def _load_cifar(name, root, training):
             f'put {dataset.filename} or its folder {dataset.base_folder}/ there'
         ) from error
     train = MemoryImages(train.data, train.targets) if training else None
-    return Data(train, MemoryImages(test.data, test.targets), test.classes)
+    return DataSplits(train, MemoryImages(test.data, test.targets), test.classes)
 
 
 def _load_digits(training):
@@ -239,37 +245,37 @@ def _load_digits(training):
     images = np.round(np.stack([grey] * 3, axis=-1) * 255).astype(np.uint8)
     order = np.random.RandomState(0).permutation(len(images))
     train, test = np.split(order, [len(order) * 4 // 5])
-    return Data(
+    return DataSplits(
         MemoryImages(images[train], digits.target[train]) if training else None,
         MemoryImages(images[test], digits.target[test]),
         [str(name) for name in digits.target_names],
     )
 
 
-def load(name, root='.', inputs=None, nthread=4, training=True, **augmentation):
+def load_splits(name, root='.', preprocess=None, nthread=4, training=True, **augmentation):
     """Loads a data set by name; without `training` its test set alone.
 
     name: CIFAR10, CIFAR100, Digits, ImageNet (train/ and val/) or Folder (train/ and test/ or
-    val/); root: the folder with the files; inputs: the Inputs that the images are for, by default
+    val/); root: the folder with the files; preprocess: the Preprocessing that the images are for, by default
     the data set's own; nthread: threads that read small images; augmentation: of the training
     images, as `Images.augmented` has it, but `flip` by default the data set's own. Raises DataError
     for what is wrong with the files, naming the path, and for other sizes or channels than those of
     images that come in one.
     """
-    inputs = inputs or Inputs.of(name)
-    if inputs.channels != 3:
-        raise DataError(f'{name} has images of 3 channels: expected {inputs.channels}, those of '
+    preprocess = preprocess or Preprocessing.for_dataset(name)
+    if preprocess.channels != 3:
+        raise DataError(f'{name} has images of 3 channels: expected {preprocess.channels}, those of '
                         'the network')
     if name in ('ImageNet', 'Folder'):
         test_folders = ('val',) if name == 'ImageNet' else ('test', 'val')
-        sets = _load_folder(root, test_folders, training, inputs.size, nthread)
-    elif inputs.size != SIZES[name]:
-        raise DataError(f'{name} has images of {SIZES[name]} pixels: expected {inputs.size}')
+        sets = _load_folder(root, test_folders, training, preprocess.size, nthread)
+    elif preprocess.size != IMAGE_SIZES[name]:
+        raise DataError(f'{name} has images of {IMAGE_SIZES[name]} pixels: expected {preprocess.size}')
     elif name == 'Digits':
         sets = _load_digits(training)
     else:
         sets = _load_cifar(name, root, training)
-    return replace(sets, name=name).augmented(**{'flip': flip(name), **augmentation})
+    return replace(sets, name=name).augmented(**{'flip': default_flip(name), **augmentation})
 
 
 def hold_out(dataset, n, seed=0):
@@ -283,25 +289,25 @@ def hold_out(dataset, n, seed=0):
     return dataset.subset(order[:-n]), dataset.subset(order[-n:])
 
 
-def evenly(dataset, n):
+def sample_evenly(dataset, n):
     """n images of a set, evenly over its order, as they are in testing: uint8 (n, C, S, S)."""
     chosen = torch.linspace(0, len(dataset) - 1, n).long()
     images, _, _ = dataset[chosen, None, torch.arange(n)]
     return images
 
 
-def measure(images, nthread):
+def measure_normalization(images, nthread):
     """Measures each channel over all pixels of a set of images: (means, deviations), in [0, 1].
 
     The images are as in testing; several processes share them. Raises DataError for a channel that
     has one value everywhere, which nothing can be divided by.
     """
     counts = torch.zeros(images.shape[-1], 256, dtype=torch.int64)  # of each value
-    loader = make_loader(images, 256, nthread, rank=rank(), world=world())
-    for pixels, labels, _ in read_batches(loader):
+    loader = make_loader(images, 256, nthread, rank=rank(), world_size=world_size())
+    for pixels, labels, _ in iterate_batches(loader):
         channels = pixels[labels != IGNORED].transpose(0, 1).flatten(1)
         counts += torch.stack([channel.bincount(minlength=256) for channel in channels])
-    counts = torch.tensor(over_ranks(counts.flatten().tolist()), dtype=torch.float64)
+    counts = torch.tensor(all_reduce(counts.flatten().tolist()), dtype=torch.float64)
     shares = counts.view(-1, 256) / len(images) / images.shape[0] ** 2
     values = torch.arange(256, dtype=torch.float64) / 255
     means = shares @ values

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 
-def cores():
+def available_cores():
     """The CPU cores that fall to this process, of those that torchrun's here may use."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return max(1, allowed // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
@@ -38,14 +38,14 @@ def start(deterministic=False):
     )
     if not cuda:
         if os.environ.get('OMP_NUM_THREADS') == '1':  # as torchrun sets it where nobody did
-            torch.set_num_threads(cores())
+            torch.set_num_threads(available_cores())
         return torch.device('cpu')
     device = torch.device('cuda', local)
     torch.cuda.set_device(device)
     return device
 
 
-def _fresh_store(store, rank, world):
+def _fresh_store(store, rank, world_size):
     """Returns the part of torchrun's store that these processes, and none before them, write to.
 
     torchrun keeps its store when it starts processes again, with the addresses of the dead ones: a
@@ -59,7 +59,7 @@ def _fresh_store(store, rank, world):
         name = store.get(f'answer/{caller}').decode()  # waits for it
         store.set(f'{name}/heard/{rank}', '')
         return dist.PrefixStore(name, store)
-    name, silent = uuid.uuid4().hex, set(range(1, world))
+    name, silent = uuid.uuid4().hex, set(range(1, world_size))
     while silent:
         for other in silent:
             if store.check([f'call/{other}']):
@@ -78,13 +78,13 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world():
+def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def over_ranks(numbers, op=dist.ReduceOp.SUM):
+def all_reduce(numbers, op=dist.ReduceOp.SUM):
     """Combines a list of numbers over all processes."""
-    if world() == 1:
+    if world_size() == 1:
         return numbers
     device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
     numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -92,15 +92,15 @@ def over_ranks(numbers, op=dist.ReduceOp.SUM):
     return numbers.tolist()
 
 
-def first_before_others(act):
+def rank_zero_first(act):
     """Calls act() in the first process of each machine, in turn, then in the others.
 
     So what one downloads, all read, whether machines share a disk or not.
     """
-    if world() == 1:
+    if world_size() == 1:
         return act()
     first, result = int(os.environ['LOCAL_RANK']) == 0, None
-    for turn in range(world()):
+    for turn in range(world_size()):
         if first and rank() == turn:
             result = act()
         dist.barrier()

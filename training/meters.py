@@ -7,8 +7,8 @@ from torchnet.meter import AverageValueMeter, ClassErrorMeter
 from tqdm import tqdm
 
 from training.checkpoint import DivergedError
-from training.distributed import over_ranks, rank, world
-from training.images import IGNORED
+from training.datasets import IGNORED
+from training.distributed import all_reduce, rank, world_size
 
 STEPS_PER_READING = 20  # meters are read, which waits for a GPU, once in so many steps
 SECONDS_PER_READING = 1  # or after so long: a bar of few, long steps shows its loss too
@@ -52,7 +52,7 @@ class Meters:
 
     def on_forward(self, state):
         _, labels, whole = state['sample']
-        loss = state['loss'].detach() * (whole / world())  # the sum over this process' images
+        loss = state['loss'].detach() * (whole / world_size())  # the sum over this process' images
         self.unread.append((loss, state['output'].detach(), labels))
         waited = time.perf_counter() - self.last_reading
         if len(self.unread) >= STEPS_PER_READING or waited >= SECONDS_PER_READING:
@@ -91,7 +91,7 @@ class Meters:
 
     def totals(self):
         self.read()
-        return [time.perf_counter() - self.start, *over_ranks(self._sums())]
+        return [time.perf_counter() - self.start, *all_reduce(self._sums())]
 
     def figures(self, prefix):
         """Returns the figures of the epoch, accuracies in per cent and time in seconds."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from networks import FAMILIES
+from diracnets.models.registry import ARCHITECTURES
 
 OPTIMIZERS = ('sgd', 'muon')
 SCHEDULES = ('step', 'cosine', 'onecycle', 'linear')
@@ -22,7 +22,7 @@ WARM_UP = 0.2  # share of a linear schedule
 # ---------------------------------------------------------------- over time
 
 
-def schedule(opt, done):
+def lr_factor(opt, done):
     """The share of the highest learning rate when `done` epochs, or parts of one, are done.
 
     `step` drops it at the start of the epochs of --epoch_step, counted from 1. `cosine` lowers it
@@ -75,7 +75,7 @@ def _sgd(params, opt):
 
     Except in the families whose papers decay them all.
     """
-    decayed = [p.dim() > 1 or FAMILIES[opt.model].decay_all for p in params]
+    decayed = [p.dim() > 1 or ARCHITECTURES[opt.model].decay_all for p in params]
     groups = [
         {'params': [p for p, d in zip(params, decayed) if d], 'weight_decay': opt.weight_decay},
         {'params': [p for p, d in zip(params, decayed) if not d], 'weight_decay': 0.0},
@@ -87,13 +87,13 @@ def _sgd(params, opt):
 def _muon(params, opt):
     if not hasattr(torch.optim, 'Muon'):
         raise ValueError(f'--optimizer muon with torch {torch.__version__}: expected 2.9 or newer')
-    return MuonOfFilters(
+    return FilterMuon(
         [p for p in params if p.dim() > 2], [p for p in params if p.dim() <= 2],
         opt.lr, opt.adam_lr,
     )
 
 
-class MuonOfFilters:
+class FilterMuon:
     """torch's Muon on filters, of which each is a row of a matrix, and AdamW on all else.
 
     What torch's optimizers are to a training: `param_groups`, `state` and the methods below. Before

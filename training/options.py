@@ -9,26 +9,26 @@ import re
 import shlex
 from pathlib import Path
 
-from baselines.fast import ACTIVATIONS
-from baselines.replace import BLOCKS
-from command import Options
-from diracimage import MAX_SMALL, SIZES, Inputs
-from networks import FAMILIES
+from cli import ArgumentParser
+from diracnets.models.blocks import BLOCKS
+from diracnets.models.diracnet_fast import ACTIVATIONS
+from diracnets.models.registry import ARCHITECTURES
+from diracnets.preprocessing import IMAGE_SIZES, MAX_SMALL, Preprocessing
 from training import data, distributed
-from training.augment import FLIPS
+from training.augmentation import FLIPS
 from training.optimizers import OPTIMIZERS, SCHEDULES
 
-MOST = 10_000  # of what makes a network: an error is better than a machine that swaps
-MOST_PIXELS = 4096  # of a side of the inputs: one image of 200 MB
+MAX_SIZE = 10_000  # of what makes a network: an error is better than a machine that swaps
+MAX_PIXELS_PER_SIDE = 4096  # of a side of the inputs: one image of 200 MB
 DTYPES = ('auto', 'float', 'bfloat16', 'double')
-MOST_WORKERS = 8  # by default; of more, each has little to do
-METAVARS = {'int': 'N', 'float': 'X', 'folder': 'PATH', 'list': 'LIST'}  # by type, in --help
+MAX_WORKERS = 8  # by default; of more, each has little to do
+METAVARS = {'int': 'N', 'float': 'X', 'expand_path': 'PATH', 'list': 'LIST'}  # by type, in --help
 RECIPE_FOLDER = Path(__file__).parent.parent / 'recipes'
 RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
 NETWORKS_BY_SIZE = (f'images of up to {MAX_SMALL} pixels take the CIFAR networks, larger ones the '
                     'ImageNet networks')
-MODEL_OPTIONS = sorted({name for row in FAMILIES.values() for name in row.options})
-DATASETS = (*SIZES, 'Folder')
+MODEL_OPTIONS = sorted({name for row in ARCHITECTURES.values() for name in row.options})
+DATASETS = (*IMAGE_SIZES, 'Folder')
 # what may differ when a run goes on; every other option changes its result
 FREE_ON_RESUME = {
     'checkpointing', 'dataroot', 'deterministic', 'epochs', 'evaluate', 'force', 'gpu_id',
@@ -62,15 +62,15 @@ def list_of(what, example, least):
 
 
 epoch_list = list_of('epochs', '[60,120,160]', 1)
-size_list = list_of('sizes in pixels', '[20,24,28,32]', data.LEAST_PIXELS)
+size_list = list_of('sizes in pixels', '[20,24,28,32]', data.MIN_PIXELS)
 
 
-def normalisation(text):
+def normalization(text):
     if text in ('', 'measured'):
         return text
     with contextlib.suppress(ValueError, RecursionError):
         numbers = json.loads(text)
-        if isinstance(numbers, list) and Inputs.of('Folder', None, *mean_and_std(numbers)):
+        if isinstance(numbers, list) and Preprocessing.for_dataset('Folder', None, *mean_and_std(numbers)):
             return numbers
     raise argparse.ArgumentTypeError(
         f'{text!r}: expected measured, or a list of the mean of each channel, then the deviation '
@@ -84,20 +84,20 @@ def mean_and_std(numbers):
     return numbers[:middle], numbers[middle:]
 
 
-def folder(text):
+def expand_path(text):
     return os.path.expanduser(text)
 
 
 def _families():
-    small, large = ([name for name, row in FAMILIES.items() if ('ImageNet' in row.kinds) == large
+    small, large = ([name for name, row in ARCHITECTURES.items() if ('ImageNet' in row.kinds) == large
                      and len(row.kinds) < 3] for large in (False, True))
-    every = [name for name, row in FAMILIES.items() if name not in small + large]
+    every = [name for name, row in ARCHITECTURES.items() if name not in small + large]
     return (f'family of networks: {", ".join(every)}; for images of up to {MAX_SMALL} pixels alone '
             f'{", ".join(small)}; above, {", ".join(large)} (default: diracnet)')
 
 
 def make_parser():
-    parser = Options(
+    parser = ArgumentParser(
         prog='train.py', usage='%(prog)s [--dataset NAME] [--save FOLDER] [options]',
         description='Trains a network, or tests a trained one, with the figures of each epoch in '
                     'log.txt and its checkpoints in the folder of --save.',
@@ -114,7 +114,7 @@ def make_parser():
 
     def add_model(name, help, **kwargs):  # without a default: each family has its own
         families = {}
-        for family, row in FAMILIES.items():
+        for family, row in ARCHITECTURES.items():
             if name in row.options:
                 families.setdefault(str(row.options[name]), []).append(family)
         own = '; '.join(f'{value} for {", ".join(names)}' for value, names in families.items())
@@ -122,16 +122,16 @@ def make_parser():
 
     group = parser.add_argument_group('the network')
     add('--recipe', default='', choices=RECIPES, help="a paper's settings; other flags given win")
-    add('--model', default=None, choices=FAMILIES, metavar='NAME', help=_families())
+    add('--model', default=None, choices=ARCHITECTURES, metavar='NAME', help=_families())
     add_model('depth', f'layers: 6n + 4 or, for images above {MAX_SMALL} pixels, 18 or 34',
-              type=at_least(1, int, MOST))
-    add_model('width', 'factor on the numbers of channels', type=at_least(0, float, MOST))
+              type=at_least(1, int, MAX_SIZE))
+    add_model('width', 'factor on the numbers of channels', type=at_least(0, float, MAX_SIZE))
     add_model('block', 'what a convolution is in training: itself, or a diverse branch block or an '
                        'asymmetric one, which fold into it', choices=list(BLOCKS))
     add_model('activation', 'behind each convolution', choices=list(ACTIVATIONS))
-    add_model('layers', 'of a DenseNet', type=at_least(1, int, MOST))
+    add_model('layers', 'of a DenseNet', type=at_least(1, int, MAX_SIZE))
     add_model('growth', 'channels that each layer of a DenseNet adds',
-              type=at_least(1, int, MOST))
+              type=at_least(1, int, MAX_SIZE))
     add_model('reduce', 'share of the channels that pass a transition', type=at_least(0, float, 1))
     add_model('bottleneck', 'a 1x1 convolution before each 3x3 of a DenseNet',
               action=argparse.BooleanOptionalAction)
@@ -143,10 +143,10 @@ def make_parser():
     group = parser.add_argument_group('the images')
     add('--dataset', default=None, choices=DATASETS,
         help='what to train on (default: CIFAR10) or, as that of the run, to test on')
-    add('--dataroot', '--imagenetpath', default='.', type=folder,
+    add('--dataroot', '--imagenetpath', default='.', type=expand_path,
         help='folder of its files; of ImageNet with train/ and val/, of a Folder with train/CLASS/ '
              'and test/CLASS/ or val/CLASS/')
-    add('--image_size', default=None, type=at_least(data.LEAST_PIXELS, int, MOST_PIXELS),
+    add('--image_size', default=None, type=at_least(data.MIN_PIXELS, int, MAX_PIXELS_PER_SIDE),
         help=f'pixels of a side, of a Folder (default: 32): {NETWORKS_BY_SIZE}')
     add('--randomcrop_pad', default=4, type=at_least(0, int), help='pixels, for small images')
     add('--grow', default='[]', type=size_list,
@@ -168,12 +168,12 @@ def make_parser():
     add('--cutout', default=0, type=at_least(0, int),
         help='pixels of a side of the square that is made grey in each training image, at a random '
              'place; 0: none; not for files above 64')
-    add('--normalise', default='', type=normalisation,
+    add('--normalise', default='', type=normalization,
         help='mean and deviation of the channels in [0, 1]: measured, of the training images, or a '
              'list [MEAN,...,STD,...] (default: of CIFAR-10 or, above 64 pixels, of ImageNet)')
     add('--val', default=0, type=at_least(0, int),
         help='training images to hold out; best.pt7 is then chosen by them, not by the test set')
-    add('--nthread', default=min(distributed.cores(), MOST_WORKERS), type=at_least(0, int),
+    add('--nthread', default=min(distributed.available_cores(), MAX_WORKERS), type=at_least(0, int),
         help='threads or processes that read images')
 
     group = parser.add_argument_group('computing and learning')
@@ -207,15 +207,15 @@ def make_parser():
     add('--seed', default=1, type=at_least(0, int), help='of parameters, order and augmentation')
 
     group = parser.add_argument_group('the run')
-    add('--save', default='checkpoints', type=folder, help='folder for checkpoints and log')
+    add('--save', default='checkpoints', type=expand_path, help='folder for checkpoints and log')
     add('--name', default='', metavar='NAME', help='short for --save runs/NAME')
     add('--save_every', default=0, type=at_least(0, float),
         help='minutes between checkpoints within an epoch; 0: at its end only')
     add('--keep_every', default=0, type=at_least(0, int),
         help='epochs between checkpoints that stay, as epoch-N.pt7; 0: none')
-    add('--resume', default='', type=folder,
+    add('--resume', default='', type=expand_path,
         help='checkpoint, or its folder, to go on from; auto: that of --save, if there is one')
-    add('--pretrained', default='', type=folder,
+    add('--pretrained', default='', type=expand_path,
         help='parameters to start from: a file, a run, or 18 or 34 for the published ones; where '
              'the classes are others the last layer is a new one')
     add('--force', default=False, action='store_true',
@@ -236,8 +236,8 @@ def _with_recipe(parser, argv, recipe):
     of_recipe, given = parser.parse_args(flags), parser.parse_args(argv)
     opt = parser.parse_args(argv, argparse.Namespace(**vars(of_recipe)))
     if opt.model != of_recipe.model:  # the sizes are those of the recipe's own network
-        other = FAMILIES[of_recipe.model or 'diracnet'].options.keys() - (
-            {'block'} & FAMILIES[opt.model].options.keys())
+        other = ARCHITECTURES[of_recipe.model or 'diracnet'].options.keys() - (
+            {'block'} & ARCHITECTURES[opt.model].options.keys())
         for name in other & vars(opt).keys():
             if name not in given:
                 delattr(opt, name)
@@ -259,14 +259,14 @@ def _with_sizes(parser, opt, sets):
         given = {name: value for name, value in vars(opt).items() if value is not None}
         return argparse.Namespace(**given)
     model = opt.model or 'diracnet'
-    family = FAMILIES[model].options
+    family = ARCHITECTURES[model].options
     unknown = [f'--{name}' for name in MODEL_OPTIONS if name in opt and name not in family]
     if unknown:
         taken = ', '.join(f'--{name}' for name in family)
         parser.error(f'--model {model} takes no {", ".join(unknown)}: expected of {taken}')
     name = 'Folder' if sets else opt.dataset or 'CIFAR10'
     try:
-        inputs = Inputs.of(name, sets.test.shape[0] if sets else opt.image_size)
+        inputs = Preprocessing.for_dataset(name, sets.test.shape[0] if sets else opt.image_size)
     except ValueError as error:
         parser.error(f'--{error}')
     if max(opt.grow, default=0) > inputs.size:
@@ -282,7 +282,7 @@ def _with_sizes(parser, opt, sets):
         parser.error(f'--randomcrop_pad {opt.randomcrop_pad}: expected less than the image, '
                      f'{inputs.size}')
     filled_in = {**family, **vars(opt), 'model': model, 'dataset': name, 'image_size': inputs.size,
-                 'flip': opt.flip or data.flip(name)}
+                 'flip': opt.flip or data.default_flip(name)}
     if sets:  # what a run that goes on can know them by
         filled_in['given'] = str(sets)
         if sets.test.shape[-1] != 3:
@@ -332,12 +332,12 @@ def _can_be_made(path):
     return there.is_dir() and os.access(there, os.W_OK)
 
 
-def of_model(opt):
+def model_options(opt):
     """The options that size the network, of its family; with --evaluate, those that are given."""
     return {name: value for name, value in vars(opt).items() if name in MODEL_OPTIONS}
 
 
-def differences(now, before):
+def changed_options(now, before):
     """Lists the options that change a run's result and are not those it began with.
 
     now, before: what a checkpoint of either has as `args`.
@@ -346,9 +346,9 @@ def differences(now, before):
     if now['lr_schedule'] != 'step' or now['grow']:
         free -= {'epochs'}  # the other schedules, and images that grow, stretch over all of them
     if 'dataset' in before:  # what older ones do not say, or say otherwise
-        older = {'crop': True, 'flip': data.flip(before['dataset']), 'normalise': '',
+        older = {'crop': True, 'flip': data.default_flip(before['dataset']), 'normalise': '',
                  'optimizer': 'sgd', 'grow': [], 'whiten': False, 'cutout': 0}
-        before = {**older, **before, 'image_size': Inputs.of_args(before).size}
+        before = {**older, **before, 'image_size': Preprocessing.from_args(before).size}
         # data from Python is told by one side alone where the other has a data set by name
         now, before = ({**args, 'given': args.get('given')} for args in (now, before))
     return [

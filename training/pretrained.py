@@ -1,17 +1,17 @@
 """What fine-tuning starts from: the parameters of another training, or the published ones."""
 
-import diracfile
-import networks
-from command import say
-from diracimage import MAX_SMALL, Inputs
-from diracnet import check_fit, is_folded
+from cli import say
+from diracnet import check_params, is_folded
+from diracnets.checkpoint import make_contents, pretrained_params, read_checkpoint
+from diracnets.loading import file_preprocessing
+from diracnets.preprocessing import MAX_SMALL, Preprocessing
 from training import options
 from training.distributed import rank
 
 NO_PARAMETERS = {'checkpointing', 'droprate'}  # options of a network that add none
 
 
-def take(network, opt, inputs, classes):
+def load_pretrained(network, opt, inputs, classes):
     """Starts the network from --pretrained, and prints what becomes of its last layer.
 
     It is kept for the same classes, and for as many where the file does not name them; for others
@@ -27,8 +27,8 @@ def take(network, opt, inputs, classes):
     kept, said = _last_layer(before, saved.classes, classes)
     params = saved.params if kept else {**saved.params, **{name: expected[name] for name in last}}
     try:
-        told = networks.inputs_told(saved)
-        check_fit(params, expected)
+        told = file_preprocessing(saved)
+        check_params(params, expected)
     except ValueError as error:
         differ = '; '.join(_differences(saved, opt, inputs))
         raise ValueError(f'--pretrained {saved.path}: {differ or error}') from error
@@ -48,13 +48,13 @@ def _normalisation(inputs):
 
 def _read(source):
     if source not in ('18', '34'):
-        return diracfile.read(source)
+        return read_checkpoint(source)
     try:
-        params = diracfile.pretrained_params(int(source))
+        params = pretrained_params(int(source))
     except RuntimeError as error:
         raise OSError(str(error)) from error
     args = {'model': 'diracnet', 'depth': int(source), 'width': 1, 'dataset': 'ImageNet'}
-    return diracfile.saved_of(source, {'args': args}, params)
+    return make_contents(source, {'args': args}, params)
 
 
 def _last_layer(before, known, names):
@@ -76,8 +76,8 @@ def _differences(saved, opt, inputs):
     """Lists in what the network of a file, as far as that is known, is another than is trained."""
     if is_folded(saved.params):
         return ['holds a folded network: expected the parameters it was folded from']
-    found, asked = dict(saved.args), {'model': opt.model, **options.of_model(opt)}
-    kind = Inputs.of_args(found).kind if 'dataset' in found else None
+    found, asked = dict(saved.args), {'model': opt.model, **options.model_options(opt)}
+    kind = Preprocessing.from_args(found).kind if 'dataset' in found else None
     if found.get('model', 'diracnet') == 'diracnet':
         try:
             net = saved.topology()

@@ -14,18 +14,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import diracfile
-import networks
-from command import say
-from diracdeploy import native_bfloat16
-from diracimage import Inputs, normalise
-from diracnet import check_fit
+import diracnets
+from cli import say
+from diracnet import check_params
+from diracnets.checkpoint import BEST_FILE, MODEL_FILE
+from diracnets.deploy import native_bfloat16
+from diracnets.loading import check_classes
+from diracnets.models.registry import ARCHITECTURES
+from diracnets.preprocessing import Preprocessing, normalize
 from training import checkpoint, data, distributed, options, pretrained
-from training.board import Board
 from training.checkpoint import DivergedError
-from training.distributed import rank, world
+from training.distributed import rank, world_size
 from training.meters import Meters, topk
 from training.optimizers import check_state, make_optimizer
+from training.tensorboard import TensorBoardWriter
 from training.whitening import PIXELS, whiten
 
 
@@ -34,25 +36,25 @@ class Run:
     """One training: its network and optimizer, and how far it has come."""
 
     opt: Namespace  # what was asked
-    inputs: Inputs
+    preprocess: Preprocessing
     dtype: str  # 'float', 'bfloat16' or 'double', also where --dtype is auto
-    sets: data.Data
-    network: torch.nn.Module
+    sets: data.DataSplits
+    model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     epoch: int = 0  # finished ones
     step: int = 0  # finished ones of the next epoch
     totals: list = None  # of the meters in these steps, where another run did them
     meters: Meters = None  # of the training in this epoch
     best: float = 0.0  # the best accuracy yet, in per cent, on the first of `tested`
-    begun: str = ''  # the checkpoint that it goes on from, or its folder
-    board: Board = None  # for TensorBoard
+    resumed_from: str = ''  # the checkpoint that it goes on from, or its folder
+    board: TensorBoardWriter = None  # for TensorBoard
     saved: float = field(default_factory=time.monotonic)  # when, in seconds
 
     @property
     def args(self):
         """The options, and what they came to, as checkpoints and the log have them."""
-        return {**vars(self.opt), 'dtype': self.dtype, 'mean': list(self.inputs.mean),
-                'std': list(self.inputs.std)}
+        return {**vars(self.opt), 'dtype': self.dtype, 'mean': list(self.preprocess.mean),
+                'std': list(self.preprocess.std)}
 
     @property
     def tested(self):
@@ -68,19 +70,19 @@ class Run:
         best = f'best {self.tested[0]}_acc {self.best:.2f}'
         if self.meters:
             return f'{best}; log and checkpoints in {self.opt.save}'
-        return (f'nothing was left to train, and nothing was written: {self.begun} has '
+        return (f'nothing was left to train, and nothing was written: {self.resumed_from} has '
                 f'{self.epoch} epochs, --epochs is {self.opt.epochs}; {best}')
 
     def contents(self):
         """What a checkpoint of this moment holds: see training/checkpoint.py."""
         return {
-            'params': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'params': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'epoch': self.epoch, 'step': self.step, 'best': self.best,
             'rng': checkpoint.rng_state(), 'classes': self.sets.classes, 'args': self.args,
             'versions': checkpoint.versions(), 'launcher': os.getppid(),
         }
 
-    def save(self, name=diracfile.MODEL):
+    def save(self, name=MODEL_FILE):
         """Writes a checkpoint into opt.save: the first process does, once all have called this.
 
         Raises DivergedError, and writes nothing, if the loss or what was learnt is no number any
@@ -111,18 +113,18 @@ class Run:
         improved = judged >= self.best
         self.best = max(self.best, judged)
         if improved:
-            self.save(diracfile.BEST)
+            self.save(BEST_FILE)
         self.save()
         if rank() == 0:
             figures = ', '.join(f'{name}: {value:.2f}' for name, value in accuracies.items())
             say(f'==> id: {self.opt.save} ({self.epoch}/{self.opt.epochs}), {figures}')
             if self.board:
-                self.board.write(stats, self.network)
+                self.board.write(stats, self.model)
 
     def restore(self, loaded, path):
         """Takes over what a checkpoint holds. Raises ValueError if it cannot be this run's."""
         names, known = self.sets.classes, loaded.get('classes')
-        networks.check_classes(path, len(known or names), known, names)
+        check_classes(path, len(known or names), known, names)
         try:
             self._take(loaded)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
@@ -131,8 +133,8 @@ class Run:
             raise ValueError(f'{path}: not a checkpoint of this run: {reason}') from error
 
     def _take(self, loaded):
-        check_fit(loaded['params'], self.network.state_dict())
-        self.network.load_state_dict(loaded['params'])
+        check_params(loaded['params'], self.model.state_dict())
+        self.model.load_state_dict(loaded['params'])
         # of the optimizer only the momentum: its settings are the options'
         groups = self.optimizer.state_dict()['param_groups']
         self.optimizer.load_state_dict({**loaded['optimizer'], 'param_groups': groups})
@@ -161,7 +163,7 @@ def find_checkpoint(opt):
 
     Raises ValueError for a run that would be overwritten.
     """
-    own, log = checkpoint.exists(opt.save), os.path.join(opt.save, checkpoint.LOG)
+    own, log = checkpoint.exists(opt.save), os.path.join(opt.save, checkpoint.LOG_FILE)
     epochs = len(checkpoint.read_log(log)) if os.path.exists(log) else 0
     path = opt.resume
     # torchrun starts all processes again when one died: they go on with what they began
@@ -178,23 +180,23 @@ def find_checkpoint(opt):
     return path
 
 
-def open_folder(run, lock):
+def prepare_folder(run, lock):
     """Makes --save, and makes it ready to be written to by this training alone.
 
     Raises ValueError if another one came first.
     """
     folder = run.opt.save
     os.makedirs(folder, exist_ok=True)
-    lock.take()
+    lock.acquire()
     if not run.epoch and not run.step:
         find_checkpoint(run.opt)  # another may have come and gone while this one was made ready
-    checkpoint.put_damaged_aside(folder)
-    checkpoint.cut_log(folder, run.epoch)
+    checkpoint.quarantine(folder)
+    checkpoint.truncate_log(folder, run.epoch)
 
 
 def check_options(path, now, before):
     """Raises ValueError if a checkpoint was made with other options, now and before."""
-    differences = options.differences(now, before)
+    differences = options.changed_options(now, before)
     if differences:
         raise ValueError(f'{path}: {"; ".join(differences)}: expected the same, or --force')
 
@@ -212,7 +214,7 @@ def choose_dtype(asked, device, args):
     return dtype
 
 
-def compiled(network, device):
+def compile_model(network, device):
     """Returns the network as a compiled function, which compiles once for each size of batch.
 
     On CUDA each is one graph of kernels: a step of a deep, narrow network is some hundreds of small
@@ -229,7 +231,7 @@ def compiled(network, device):
     return run
 
 
-def stored(dtype):
+def param_dtype(dtype):
     """The torch dtype of parameters: bfloat16 is autocast from float32."""
     return torch.float64 if dtype == 'double' else torch.float32
 
@@ -237,13 +239,13 @@ def stored(dtype):
 def load_sets(opt, name, inputs, training=True, **augmentation):
     """Loads a data set by name; what one process downloads, the others read."""
     load = functools.partial(
-        data.load, name, opt.dataroot, inputs, opt.nthread, training, **augmentation
+        data.load_splits, name, opt.dataroot, inputs, opt.nthread, training, **augmentation
     )
-    return distributed.first_before_others(load) if name.startswith('CIFAR') else load()
+    return distributed.rank_zero_first(load) if name.startswith('CIFAR') else load()
 
 
-def normalised(inputs, opt, images, before):
-    """The Inputs that --normalise makes of these: as asked, or as the training images have them.
+def resolve_normalization(inputs, opt, images, before):
+    """The Preprocessing that --normalise makes of these: as asked, or as the training images have them.
 
     before: the options of the run that goes on, which has measured them. Raises ValueError for
     other channels than those of the images.
@@ -252,12 +254,12 @@ def normalised(inputs, opt, images, before):
     if opt.normalise == 'measured' and known:
         mean, std = before['mean'], before['std']
     elif opt.normalise == 'measured':
-        mean, std = data.measure(images, opt.nthread)
+        mean, std = data.measure_normalization(images, opt.nthread)
     elif opt.normalise:
         mean, std = options.mean_and_std(opt.normalise)
     else:
         mean, std = inputs.mean, inputs.std
-    inputs = Inputs.of(opt.dataset, opt.image_size, mean, std)
+    inputs = Preprocessing.for_dataset(opt.dataset, opt.image_size, mean, std)
     if inputs.channels != images.shape[-1]:
         raise ValueError(f'--normalise of {inputs.channels} channels: expected '
                          f'{images.shape[-1]}, of the images')
@@ -277,9 +279,9 @@ def keep_freed_memory():
         libc.mallopt(mmap_max, 0)  # blocks that are mapped one by one go back when they are freed
 
 
-def expect_one_beginning(run):
+def check_ranks_agree(run):
     """Raises ValueError where processes begin at different steps, as of different checkpoints."""
-    first, last = (distributed.over_ranks([run.epoch, run.step], op)
+    first, last = (distributed.all_reduce([run.epoch, run.step], op)
                    for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
     if first != last:
         raise ValueError(f'{run.opt.save}: here {run.epoch} epochs and {run.step} steps are done, '
@@ -292,8 +294,8 @@ def prepare(opt, device, lock, sets=None):
     lock: of --save, taken before anything there is read; sets: the Data to train on, in place of
     those that --dataset names. Raises ValueError or OSError.
     """
-    inputs = Inputs.of(opt.dataset, opt.image_size)
-    build = functools.partial(networks.build, opt.model, inputs.kind, **options.of_model(opt))
+    inputs = Preprocessing.for_dataset(opt.dataset, opt.image_size)
+    build = functools.partial(diracnets.create_model, opt.model, inputs.kind, **options.model_options(opt))
     try:
         with torch.device('meta'):
             build()  # depth, width and the like are checked before anything is read
@@ -301,7 +303,7 @@ def prepare(opt, device, lock, sets=None):
         which = f'image_size {inputs.size}: {options.NETWORKS_BY_SIZE}'
         raise ValueError(f'{error} ({which})') from error
     if rank() == 0 and os.path.isdir(opt.save):
-        lock.take()
+        lock.acquire()
     path = find_checkpoint(opt)
     loaded = checkpoint.load(path) if path else {'args': {}}
     dtype = choose_dtype(opt.dtype, device, loaded['args'])
@@ -309,37 +311,37 @@ def prepare(opt, device, lock, sets=None):
         check_options(path, {**vars(opt), 'dtype': dtype}, loaded['args'])
     augmentation = {'crop': opt.augment and opt.crop, 'pad': opt.randomcrop_pad,
                     'flip': opt.flip if opt.augment else 'none', 'cutout': opt.cutout,
-                    'reflect': networks.FAMILIES[opt.model].crop_padding == 'reflect'}
+                    'reflect': ARCHITECTURES[opt.model].crop_padding == 'reflect'}
     sets = (sets.augmented(**augmentation) if sets
             else load_sets(opt, opt.dataset, inputs, **augmentation))
     if opt.val:
         sets.train, sets.val = data.hold_out(sets.train, opt.val)
-    inputs = normalised(inputs, opt, sets.train, loaded['args'])
+    inputs = resolve_normalization(inputs, opt, sets.train, loaded['args'])
     sets = sets.to(device)
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(opt.seed)
     try:
-        network = build(len(sets.classes), inputs.channels).to(device, stored(dtype))
+        network = build(len(sets.classes), inputs.channels).to(device, param_dtype(dtype))
     except RuntimeError as error:  # of memory
         raise ValueError(f'the network cannot be made: {str(error).splitlines()[0]}') from error
     torch.manual_seed(opt.seed + rank())  # the same network, but dropout of its own
     if opt.whiten:
         n = min(len(sets.train), max(1, PIXELS // inputs.size**2))
-        whiten(network, normalise(data.evenly(sets.train, n).cpu(), inputs))
+        whiten(network, normalize(data.sample_evenly(sets.train, n).cpu(), inputs))
     if opt.pretrained and not path:
-        pretrained.take(network, opt, inputs, sets.classes)
-    run = Run(opt, inputs, dtype, sets, network, make_optimizer(network, opt), begun=path)
+        pretrained.load_pretrained(network, opt, inputs, sets.classes)
+    run = Run(opt, inputs, dtype, sets, network, make_optimizer(network, opt), resumed_from=path)
     if opt.tensorboard:
-        run.board = Board(opt.save, run.args)
+        run.board = TensorBoardWriter(opt.save, run.args)
     if path:
         run.restore(loaded, path)
-    expect_one_beginning(run)
+    check_ranks_agree(run)
     if rank() == 0 and not run.done:
-        open_folder(run, lock)
+        prepare_folder(run, lock)
     return run
 
 
-def load_to_test(opt, sets=None):
+def load_for_evaluation(opt, sets=None):
     """Loads the network of --resume and the test set it is asked for: (Trained, Data).
 
     sets: the Data to test on, if they are given. Raises ValueError or OSError for what the user can
@@ -349,15 +351,15 @@ def load_to_test(opt, sets=None):
     stated = {name: value for name, value in vars(opt).items() if name in names}
     if opt.normalise:
         stated |= zip(('mean', 'std'), options.mean_and_std(opt.normalise))
-    trained = networks.load(opt.save if opt.resume == 'auto' else opt.resume, stated)
+    trained = diracnets.load(opt.save if opt.resume == 'auto' else opt.resume, stated)
     name = stated.get('dataset') or trained.args.get('dataset', 'CIFAR10')
-    sets = sets or load_sets(opt, name, trained.inputs, training=False)
-    expected = (trained.inputs.size, trained.inputs.size, trained.inputs.channels)
+    sets = sets or load_sets(opt, name, trained.preprocess, training=False)
+    expected = (trained.preprocess.size, trained.preprocess.size, trained.preprocess.channels)
     if sets.test.shape != expected:
         raise ValueError(f'test images are {sets.test.shape}: expected {expected}, as those of '
                          f'{trained.path}')
     known = None if opt.force else trained.classes
-    networks.check_classes(trained.path, trained.num_classes, known, sets.classes)
+    check_classes(trained.path, trained.num_classes, known, sets.classes)
     return trained, sets
 
 
@@ -367,16 +369,16 @@ def warm_up(run, train_steps, test_step):
     Leaves the network, the optimizer and the random numbers as they were.
     """
     start = time.perf_counter()
-    before = {name: buffer.clone() for name, buffer in run.network.named_buffers()}
-    device = next(run.network.parameters()).device
+    before = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+    device = next(run.model.parameters()).device
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         steps = [(run.sets.train, step) for step in train_steps]
         steps += [(getattr(run.sets, split), test_step) for split in run.tested]
         for images, step in steps:
             training = step is not test_step
-            run.network.train(training)
+            run.model.train(training)
             for size in {min(run.opt.batch_size, len(images)), len(images) % run.opt.batch_size}:
-                share = torch.arange(size).tensor_split(world())[rank()]
+                share = torch.arange(size).tensor_split(world_size())[rank()]
                 if size == 0:
                     continue
                 with torch.set_grad_enabled(training):
@@ -384,5 +386,5 @@ def warm_up(run, train_steps, test_step):
                 if training:
                     loss.backward()
     run.optimizer.zero_grad()
-    run.network.load_state_dict(before, strict=False)
+    run.model.load_state_dict(before, strict=False)
     return time.perf_counter() - start

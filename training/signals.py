@@ -2,8 +2,8 @@
 
 import signal
 
-from training.batches import read_batches
-from training.distributed import world
+from training.distributed import world_size
+from training.loader import iterate_batches
 
 
 class StoppedError(Exception):
@@ -26,13 +26,13 @@ class Signals:
     def take(self, number, frame):
         self.number = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.waiting and world() == 1:
+        if self.waiting and world_size() == 1:
             self.waiting = False
             raise StoppedError(number)
 
     def batches(self, loader):
-        """Yields the batches of a loader, as `read_batches` does."""
-        batches, batch = read_batches(loader), True
+        """Yields the batches of a loader, as `iterate_batches` does."""
+        batches, batch = iterate_batches(loader), True
         while batch:
             self.waiting = True
             batch = next(batches, None)

@@ -1,0 +1,129 @@
+"""Files that must be refused, and what is said of them."""
+
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+
+import onnx
+import torch
+from safetensors.torch import load_file, save_file
+
+from diracnets.fold import fold
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def damaged(kind, params, tmp_path):
+    """Writes one of the files that must be refused: returns its path."""
+    path = tmp_path / f'{kind}.pt7'
+    params = dict(params)
+    if kind.startswith('pickle'):
+        contents = {'params': Evil(str(tmp_path / 'ran'))}
+        path.write_bytes(pickle.dumps(contents, protocol=2 if kind == 'pickle' else None))
+        return str(path)
+    if kind == 'truncated.safetensors':
+        path = tmp_path / kind
+        save_file(params, path)
+    contents = {'params': params, 'args': {'depth': 10, 'width': 0.5}}
+    if kind == 'malicious':
+        contents['optimizer'] = Evil(str(tmp_path / 'ran'))
+    if kind == 'missing':
+        del params['group1.block0.conv']
+    if kind == 'shape':
+        params['group1.block0.alpha'] = torch.ones(3)
+    if kind == 'unknown':
+        params['group1.block0.gamma'] = torch.ones(3)
+    if kind == 'depth':
+        contents['args']['depth'] = 16
+    if kind == 'blocks':
+        contents['params'] = {k: t for k, t in params.items() if 'group2.block1' not in k}
+    if kind == 'folded':
+        contents = fold(params).state_dict()
+    if kind == 'list':
+        contents = [1, 2]
+    if kind == 'other':
+        contents = {'weight': torch.ones(2)}
+    if not kind.endswith('.safetensors'):
+        torch.save(contents, path)
+    if kind.startswith('truncated'):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if kind == 'altered':
+        number = params['fc.bias'].numpy().tobytes()
+        path.write_bytes(path.read_bytes().replace(number, bytes(len(number))))
+    return str(path)
+
+
+DAMAGES = {
+    'malicious': r'refused, its pickle would run \S*mkdir: expected tensors',
+    'pickle': r'refused, its pickle would run \S*mkdir: expected tensors',
+    'pickle of today': 'no weights: expected a file that torch.load reads with weights_only',
+    'truncated': 'truncated, damaged or no weights: expected',
+    'altered': 'truncated, damaged or no weights: expected',
+    'truncated.safetensors': 'truncated, or not a safetensors file',
+    'missing': 'group1.block0.conv is missing',
+    'shape': r'group1.block0.alpha is \(3,\), expected \(16,\)',
+    'unknown': 'group1.block0.gamma is unknown',
+    'depth': 'say depth 16, width 0.5: expected those of its parameters, depth 10, width 0.5',
+    'blocks': 'groups of 2, 2, 1 blocks: expected three groups of the same even number',
+    'folded': 'holds a folded network: expected',
+    'list': 'holds a list: expected a dict',
+    'other': 'conv is missing: expected',
+}
+
+
+def restated(path, text, tmp_path):
+    """Copies an exported file that says `text`, or nothing, of its network: returns its path."""
+    to = tmp_path / f'restated-{path.name}'
+    said = {} if text is None else {'diracnets': text}
+    if path.suffix == '.onnx':
+        model = onnx.load(path)
+        onnx.helper.set_model_props(model, said)
+        onnx.save(model, to)
+    elif path.suffix == '.pt2':
+        with zipfile.ZipFile(path) as good, zipfile.ZipFile(to, 'w') as copy:
+            for name in good.namelist():
+                mine = name.endswith('extra/diracnets')
+                if not mine or said:
+                    copy.writestr(name, text if mine else good.read(name))
+    elif path.suffix == '.safetensors':
+        save_file(load_file(path), to, said)
+    else:
+        state = torch.load(path, weights_only=True)
+        state._metadata.update(said)
+        torch.save(state, to)
+    return to
+
+
+def png_of(width, height):
+    """A PNG file of 69 bytes whose head declares these sides, and that has no pixels."""
+    head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    chunks = [(b'IHDR', head), (b'IDAT', bytes(12)), (b'IEND', b'')]
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(content)) + kind + content
+        + struct.pack('>I', zlib.crc32(kind + content)) for kind, content in chunks
+    )
+
+
+def jpeg_segment(kind, content):
+    return bytes([0xFF, kind]) + struct.pack('>H', len(content) + 2) + content
+
+
+def jpeg_parts(jpeg):
+    """Cuts a JPEG file before its frame's head, behind it, and before its (first) scan."""
+    frame = min(at for at in map(jpeg.find, (b'\xff\xc0', b'\xff\xc2')) if at > 0)
+    behind = frame + 2 + struct.unpack_from('>H', jpeg, frame + 2)[0]
+    scan = jpeg.index(b'\xff\xda')
+    return jpeg[:frame], jpeg[frame:behind], jpeg[behind:scan], jpeg[scan:]
+
+
+# Exif data by which an image is turned by a quarter
+TURNED = jpeg_segment(0xE1, b'Exif\0\0MM\0*\0\0\0\x08\0\x01' + struct.pack(
+    '>HHIHHI', 0x112, 3, 1, 6, 0, 0))

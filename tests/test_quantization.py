@@ -1,0 +1,124 @@
+"""Channels of like ranges: that outputs stay, ranges come together, and int8 is nearer then."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import diracnets
+import export
+from diracnets.fold import fold
+from diracnets.quantization import MAX_SCALE, MIN_RANGE, conv_pairs, equalize
+from runs import write_images
+from test_export import run_onnx, table_of
+
+
+@pytest.fixture
+def uneven():
+    """A folded DiracNet some of whose channels are much larger than others, and one is dead."""
+    torch.manual_seed(0)
+    net = fold(diracnets.create_model('diracnet', 'CIFAR10', depth=10, width=0.5)).double()
+    with torch.no_grad():
+        for first, second in conv_pairs(net):
+            scale = 2 ** torch.empty(first.out_channels, dtype=torch.double).uniform_(-2, 2)
+            first.weight *= scale[:, None, None, None]
+            first.bias.normal_(0, 0.1).mul_(scale)
+            second.weight /= scale[:, None, None]
+        first.weight[3] = 0
+        first.bias[3] = -1
+    return net
+
+
+def ranges(net, inputs):
+    """The largest activation of each channel that a convolution takes, but for the first one."""
+    seen = []
+    hooks = [second.register_forward_pre_hook(lambda conv, i: seen.append(i[0].amax((0, 2, 3))))
+             for _, second in conv_pairs(net)]
+    net(inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def test_outputs_stay_and_ranges_come_together(uneven):
+    inputs = torch.randn(20, 3, 32, 32, dtype=torch.double)
+    before = {name: tensor.clone() for name, tensor in uneven.state_dict().items()}
+    equalised = equalize(uneven, inputs)
+    torch.testing.assert_close(equalised(inputs), uneven(inputs), rtol=1e-12, atol=1e-12)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in uneven.state_dict().items())
+    assert len(conv_pairs(uneven)) == 6
+    for old, new in zip(ranges(uneven, inputs), ranges(equalised, inputs)):
+        live = old > MIN_RANGE * old.max()
+        spread = [(channels[live].max() / channels[live].min()).item() for channels in (old, new)]
+        assert spread[1] < max(1.001, spread[0] / 2)
+    dead = list(conv_pairs(uneven))[-1][0], list(conv_pairs(equalised))[-1][0]
+    assert torch.equal(*(conv.weight[3] for conv in dead))
+    assert torch.equal(*(conv.bias[3] for conv in dead))
+
+
+@torch.no_grad()
+def test_no_channel_is_scaled_by_more_than_the_limit():
+    net = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), nn.ReLU(), nn.Conv2d(3, 1, 1)).eval()
+    net[0].weight[:] = torch.tensor([1.0, 1000.0, 30.0]).view(3, 1, 1, 1)
+    equalised = equalize(net, torch.ones(1, 1, 2, 2))
+    # 1 is noise beside 1000; the mean of the two others is sqrt(30 * 1000)
+    expected = torch.tensor([1.0, 1000 / MAX_SCALE, 30 * MAX_SCALE])
+    torch.testing.assert_close(equalised[0].weight.flatten(), expected)
+    torch.testing.assert_close(equalised[2].weight.flatten() * expected,
+                               net[2].weight.flatten() * net[0].weight.flatten())
+
+
+def test_only_what_passes_a_scale_on_may_stand_between():
+    def pairs(*between, channels=4):
+        return len(conv_pairs(nn.Sequential(
+            nn.Conv2d(2, channels, 3), *between, nn.Conv2d(channels, 2, 3))))
+
+    assert pairs(nn.ReLU(), nn.MaxPool2d(2)) == 1
+    assert pairs(nn.AvgPool2d(2), nn.ReLU()) == 1
+    assert pairs(nn.GELU()) == pairs(nn.BatchNorm2d(4)) == pairs(nn.Sigmoid()) == 0
+    shared = nn.Conv2d(2, 2, 3)
+    assert conv_pairs(nn.Sequential(shared, nn.ReLU(), shared)) == []
+    # a skip-connection sees the first one's output too
+    resnet = fold(diracnets.create_model('resnet', 'CIFAR10', depth=10, width=0.5))
+    assert len(conv_pairs(resnet)) < len([m for m in resnet.modules() if isinstance(m, nn.Conv2d)]) - 1
+
+
+def test_int8_is_nearer_with_equal_ranges(uneven, tmp_path):
+    inputs = torch.randn(16, 3, 32, 32)
+    net, images = uneven.float(), dict(enumerate(inputs))
+    expected, differences = net(inputs), []
+    for form in (net, equalize(net, inputs)):
+        content = export.as_onnx(form, inputs[:2], {})
+        _, int8 = export.quantize(content, list(images), images.get, {})
+        path = tmp_path / 'int8.onnx'
+        path.write_bytes(int8)
+        differences.append((run_onnx(path, inputs) - expected).square().mean().item())
+    assert differences[1] < 0.7 * differences[0]
+
+
+def test_equalised_export(run_folder, tmp_path, capsys):
+    write_images(tmp_path / 'images', n=3)
+    weights = {}
+    for name in ('plain.onnx', 'equalised.onnx'):
+        options = ['--equalise'] if name == 'equalised.onnx' else []
+        path = tmp_path / name
+        export.main([str(run_folder), '--to', str(path), '--int8', str(tmp_path / 'images'),
+                     *options])
+        table = table_of(capsys.readouterr().out)
+        assert float(table['max difference']['float32'].split()[0]) < 1e-4
+        assert diracnets.load(path).origin['calibration'].get('equalised', False) is bool(options)
+        weights[name] = [onnx.numpy_helper.to_array(w).astype(int)
+                         for w in onnx.load(path).graph.initializer if len(w.dims) == 4]
+    moved = [np.abs(w - other).max() for w, other in zip(*weights.values(), strict=True)]
+    assert len(moved) == 7
+    assert moved[0] <= 1  # the stem's outputs alone are scaled, and each filter has a scale in int8
+    assert min(moved[1:]) > 1
+
+
+def test_equalise_is_an_option_of_int8(run_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ending:
+        export.main([str(run_folder), '--to', str(tmp_path / 'a.onnx'), '--equalise'])
+    assert ending.value.code == 2
+    assert '--equalise without --int8' in capsys.readouterr().err

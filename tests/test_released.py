@@ -1,0 +1,89 @@
+"""The trained networks in logs/: that they are whole, what they hold, and how they are kept."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import diracnets
+import hubconf
+from diracnet import check_hash
+from diracnets.checkpoint import load_params
+from experiments import release, tables
+from runs import params_of, run, stats_of, write_sets
+from training.checkpoint import read_log
+
+LOGS = Path(__file__).parent.parent / 'logs'
+
+
+@pytest.mark.parametrize('name', hubconf.TRAINED)
+def test_a_kept_network_is_what_its_card_says(name):
+    _, depth, width = name.split('-')
+    network = torch.hub.load(str(LOGS.parent), 'diracnet_cifar', source='local',
+                             depth=int(depth), width=int(width), pretrained=True)
+    params = load_params(LOGS / name)
+    assert all(torch.equal(t, params[key]) and t.dtype == torch.float32
+               for key, t in network.state_dict().items())
+    trained = diracnets.load(LOGS / name)
+    assert (len(trained.classes), trained.classes) == (10, sorted(trained.classes))
+    last = read_log(LOGS / name / 'log.txt')[-1]
+    assert last['epoch'] == last['epochs']
+    seeds = [read_log(log)[-1] for log in (LOGS / name).glob('*log.txt')]
+    assert len({stats['seed'] for stats in seeds}) == len(seeds)
+    assert len({stats['epochs'] for stats in seeds}) == 1
+    assert last['n_parameters'] == sum(p.numel() for p in network.parameters())
+    columns, lines = tables.kept(LOGS)
+    row = next(dict(zip(columns, cells)) for cells in lines if f'[{name}]' in cells[0])
+    assert float(row['test accuracy, %']) == pytest.approx(last['test_acc'], abs=0.2)  # bfloat16
+    figures = [row[column] for column in (
+        'parameters', 'epochs', 'seeds', 'hours', 'test accuracy, %')]
+    expected = '| {} | 50,000 | {} | {} | {} | {} |'.format(*figures)
+    assert expected in (LOGS / name / 'README.md').read_text()
+
+
+def test_others_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r'^no trained diracnet-22-1 of 10 classes: expected 10'):
+        hubconf.diracnet_cifar(22, 1, pretrained=True)
+    name = next(iter(hubconf.TRAINED))
+    _, depth, width = name.split('-')
+    with pytest.raises(ValueError, match='of 100 classes'):
+        hubconf.diracnet_cifar(int(depth), int(width), 100, pretrained=True)
+    monkeypatch.setitem(hubconf.TRAINED, name, '0' * 64)
+    with pytest.raises(ValueError, match=r'model\.pt7: its SHA-256 begins with .*, expected 0000'):
+        hubconf.diracnet_cifar(int(depth), int(width), pretrained=True)
+
+
+def test_keeping_a_run(tmp_path, capsys):
+    images = write_sets(tmp_path / 'images', 4, 4)
+    run(images, tmp_path / 'run')
+    capsys.readouterr()
+    release.main([str(tmp_path / 'run'), '--to', str(tmp_path / 'kept')])
+    path, said = capsys.readouterr().out.strip().rsplit(': SHA-256 ', 1)
+    check_hash(path, said)
+    contents = torch.load(path, weights_only=True)
+    assert 'optimizer' not in contents
+    assert str(tmp_path) not in (tmp_path / 'kept' / 'log.txt').read_text() + str(contents['args'])
+    before, after = params_of(tmp_path / 'run'), params_of(tmp_path / 'kept')
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    for epoch, kept in zip(stats_of(tmp_path / 'run'), stats_of(tmp_path / 'kept')):
+        assert {n: v for n, v in epoch.items() if kept[n] != v}.keys() == {'dataroot', 'save'}
+    assert diracnets.load(tmp_path / 'kept').classes == ['cat', 'dog']
+
+
+def test_what_is_not_kept(tmp_path, capsys):
+    run(write_sets(tmp_path / 'images', 4, 4), tmp_path / 'run')
+    folder, whole = tmp_path / 'run', torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
+    for change, to, said in (
+        ({}, folder, f'--to {folder} is the run itself'),
+        ({'step': 1}, tmp_path / 'kept', f'{folder}: 2 epochs in its checkpoint, 2 in its log'),
+        ({'epoch': 1}, tmp_path / 'kept', f'{folder}: 1 epochs in its checkpoint, 2 in its log'),
+    ):
+        torch.save({**whole, **change}, folder / 'model.pt7')
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            release.main([str(folder), '--to', str(to)])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f'experiments.keep: {said}')
+        assert error.count('\n') == 1
+    assert not (tmp_path / 'kept').exists()

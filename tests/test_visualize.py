@@ -1,0 +1,84 @@
+"""What a trained network sees: its confusions and surest mistakes, in numbers and drawn."""
+
+import cv2
+import pytest
+import torch
+
+import diracnets
+from diracnets.preprocessing import normalize
+from experiments import layers, visualize
+from experiments.interleaved import read_rows
+from runs import run, write_sets
+from training import data
+
+PICTURES = ('confusion.png', 'filters.png', 'layers.png', 'mistakes.png')
+
+
+@pytest.fixture(scope='module')
+def seen_folder(tmp_path_factory):
+    """(folder of images, of a run, of what it sees)."""
+    root = tmp_path_factory.mktemp('seen')
+    images = write_sets(root / 'images', 12, 30)
+    run(images, root / 'run', '--epochs', 1)
+    visualize.main([str(root / 'run'), '--dataroot', str(images), '--save', str(root / 'seen')])
+    return images, root / 'run', root / 'seen'
+
+
+def test_predictions_are_those_of_the_unfolded_network(seen_folder):
+    images, folder, drawn = seen_folder
+    trained = diracnets.load(str(folder))
+    test = data.load_splits('Folder', images, trained.preprocess, training=False).test
+    rows = read_rows(drawn / 'predictions.csv')
+    assert len(rows) == len(test)
+    network = trained.model.double().eval()
+    for number, row in enumerate(rows):
+        pixels, labels, _ = test[torch.tensor([number]), None, torch.tensor([0])]
+        with torch.no_grad():
+            logits = network(normalize(pixels, trained.preprocess).double())[0]
+        shares = logits.exp() / logits.exp().sum()
+        assert row['image'] == str(number)
+        assert row['class'] == trained.classes[labels[0]]
+        assert row['labelled'] == trained.classes[shares.argmax()]
+        sure = 100 * shares.max().item()
+        assert float(row['probability_percent']) == pytest.approx(sure, abs=0.01)
+
+
+def test_confusions_are_counted():
+    pairs = [('a', 'a'), ('a', 'b'), ('b', 'b'), ('c', 'a'), ('a', 'b')]
+    rows = [{'class': c, 'labelled': labelled} for c, labelled in pairs]
+    assert visualize.confusion(rows, ['a', 'b', 'c']).tolist() == [[1, 2, 0], [0, 1, 0], [1, 0, 0]]
+
+
+def test_the_surest_mistakes_come_first(seen_folder):
+    images, folder, drawn = seen_folder
+    test = data.load_splits('Folder', images, diracnets.load(str(folder)).preprocess, training=False).test
+    sure = [10, 90, 50, 70]
+    rows = [{'image': i, 'class': 'a', 'labelled': labelled, 'probability_percent': p}
+            for i, (labelled, p) in enumerate(zip('bbab', sure))]
+    titles = [axes.get_title() for axes in visualize.draw_mistakes(rows, test, '').axes]
+    assert titles[:4] == ['"b", 90.0 %\nis: a', '"b", 70.0 %\nis: a', '"b", 10.0 %\nis: a', '']
+
+
+def test_pictures_are_drawn(seen_folder):
+    *_, drawn = seen_folder
+    assert sorted(path.name for path in drawn.iterdir()) == sorted((*PICTURES, 'predictions.csv'))
+    for name in PICTURES:
+        picture = cv2.imread(str(drawn / name))
+        assert min(picture.shape[:2]) > 200
+        assert picture.std() > 5  # something is drawn
+
+
+@pytest.mark.parametrize('model', ['plain', 'diracnet-v1', 'diracnet-fast'])
+def test_other_networks_have_no_layers_to_draw(model):
+    kept = diracnets.create_model(model, 'CIFAR10').state_dict()
+    assert layers.layers_of(kept) == []
+    assert layers.layers_of(diracnets.create_model('diracnet', 'CIFAR10', depth=10).state_dict())
+
+
+def test_a_missing_network_is_said_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        visualize.main([str(tmp_path / 'none'), '--save', str(tmp_path / 'seen')])
+    assert stopped.value.code != 0
+    error = capsys.readouterr().err
+    assert error.startswith('experiments.seen: ')
+    assert error.count('\n') == 1
