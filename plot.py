@@ -25,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from cli import ArgumentParser, exit_on_error
-from training.checkpoint import LOG_PREFIX, read_log
+from training.log import LOG_PREFIX, read_log
 
 FORMATS = sorted(FigureCanvasBase.filetypes)  # by the ending of a file
 STYLES = {'train': {'linestyle': '--', 'linewidth': 1.1, 'alpha': 0.75},

@@ -62,3 +62,24 @@ class OnnxModel(nn.Module):
             reason = str(error).splitlines()[0]
             raise RuntimeError(f'{self.path}: cannot be computed ({reason})') from error
         return torch.from_numpy(logits).to(inputs.device)
+
+
+def to_onnx(net, inputs, said):
+    program = torch.onnx.export(
+        net, (inputs,), input_names=['inputs'], output_names=['logits'], opset_version=18,
+        dynamic_shapes=({0: torch.export.Dim('N')},), dynamo=True, verbose=False,
+    )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces: paths of this machine
+    return add_metadata(program.model_proto, said)
+
+
+def add_metadata(model, said):
+    """Returns the bytes of an ONNX model that says this of itself, beside what it says already."""
+    for name, text in said.items():
+        model.metadata_props.add(key=name, value=text)
+    return model.SerializeToString()
+
+
+def open_onnx(path, net):
+    return OnnxModel(path)

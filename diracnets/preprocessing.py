@@ -26,6 +26,7 @@ MAX_SMALL = 64  # pixels: up to this size inputs are whole images, above the mid
 DEFAULT_SIZE = 32  # pixels, of images that say nothing else
 MAX_PIXELS = 2**28 // 3  # of an image, as it is read and as it is resized: 256 MiB, as in Pillow
 MAX_BYTES = 2**30  # of an image file
+IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 MAX_MEAN = 1e9  # of a channel, and of its deviation: far beyond what images have
 _READ = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)  # no FIFO's wait
 IMAGE_SIZES = {'CIFAR10': 32, 'CIFAR100': 32, 'Digits': 32, 'ImageNet': 224}  # pixels, of each data set

@@ -19,7 +19,7 @@ from cli import ArgumentParser, exit_on_error
 from experiments.definitions import EXPERIMENTS
 from experiments.interleaved import ROOT, read_rows
 from experiments.layers import SHOWN
-from training.checkpoint import read_log
+from training.log import read_log
 
 STYLES = [  # of the series of a figure, in order; hollow markers show what is under them
     {'color': color, 'marker': marker, 'linestyle': line, 'capsize': 3,

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from diracnet import Network, define_diracnet
 from diracnets.deploy import deploy
 from diracnets.fold import fold
+from diracnets.onnx import to_onnx
 from experiments.interleaved import ROOT
-from export import as_onnx
 from training import data
-from training.checkpoint import LOG_FILE, read_log
+from training.log import LOG_FILE, read_log
 
 DEPTH, IMAGES = 16, 64
 DIGITS = ('--dataset', 'Digits', '--depth', '10', '--batch_size', '64', '--lr', '0.02')
@@ -122,7 +122,7 @@ def onnx(device):
     network = small_network().to(device).eval()
     inputs = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(2)).to(device)
     session = onnxruntime.InferenceSession(
-        as_onnx(fold(network), inputs, {}), providers=['CPUExecutionProvider'])
+        to_onnx(fold(network), inputs, {}), providers=['CPUExecutionProvider'])
     logits, = session.run(None, {'inputs': inputs.cpu().numpy()})
     with exact_float32():
         return [('ONNX', off(torch.from_numpy(logits), network(inputs)), 1e-4)]

@@ -31,6 +31,7 @@ from cli import ArgumentParser, exit_on_error
 from diracnets.checkpoint import MODEL_FILE
 from experiments.interleaved import ROOT
 from training import checkpoint
+from training.log import LOG_FILE, read_log
 
 OPTIONS = ['--dataset', 'Digits', '--depth', '10', '--batch_size', '64', '--epoch_step', '[3]',
            '--save_every', '0.0005']
@@ -83,7 +84,7 @@ def compare(whole, killed):
         one, other = (end[name] for end in ends)
         same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
         differ += [] if same else [name]
-    logs = [checkpoint.read_log(str(folder / checkpoint.LOG_FILE)) for folder in (whole, killed)]
+    logs = [read_log(str(folder / LOG_FILE)) for folder in (whole, killed)]
     for name in ('epoch', 'epoch_lr', 'train_loss', 'train_acc', 'test_loss', 'test_acc'):
         one, other = ([stats[name] for stats in log] for log in logs)
         differ += [] if one == other else [f'{name} in the logs: {one} and {other}']

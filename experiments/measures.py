@@ -10,18 +10,19 @@ import torch.nn.functional as F
 from torch import nn
 
 import diracnets
-import export
 from cli import say
 from diracnets.checkpoint import load_params
 from diracnets.fold import fold
 from diracnets.models.diracnet_v1 import NCReLU
+from diracnets.onnx import open_onnx, to_onnx
 from diracnets.preprocessing import Preprocessing, normalize
-from diracnets.quantization import equalize
+from diracnets.quantization import calibration_set, equalize, quantize
 from experiments.interleaved import Variant, append, compare, product_rate, read_rows
 from experiments.layers import layers_of
 from experiments.variants import BATCH, NATIVE, repeated, step, step_of_ordinary_convolutions
 from training import data
-from training.checkpoint import LOG_FILE, read_log
+from training.evaluation import top1
+from training.log import LOG_FILE, read_log
 from training.run import keep_freed_memory
 
 TABLE = 'measured.csv'
@@ -85,18 +86,18 @@ def int8(training, place):
     trained = diracnets.load(str(place.folder(training)))
     test = load_test_images(training, place, trained.preprocess)
     net = fold(trained.model)
-    paths, _ = export.calibration_set(os.path.join(place.dataroot, 'train'))
+    paths, _ = calibration_set(os.path.join(place.dataroot, 'train'))
     equalised = equalize(net, torch.stack([*map(trained.preprocess, paths)]))
     row = {'calibration_images': len(paths)}
     with tempfile.TemporaryDirectory() as folder:
         for form, names in ((net, ('float32', 'int8')),
                             (equalised, ('equalised_float32', 'equalised_int8'))):
-            content = export.as_onnx(form, torch.zeros(2, *trained.preprocess.shape), {})
-            files = export.quantize(content, paths, trained.preprocess, {})
+            content = to_onnx(form, torch.zeros(2, *trained.preprocess.shape), {})
+            files = quantize(content, paths, trained.preprocess, {})
             for name, content in zip(names, files):
                 path = Path(folder, f'{name}.onnx')
                 path.write_bytes(content)
-                accuracy = export.top1(export.open_onnx(path, form), test, trained.preprocess, name)
+                accuracy = top1(open_onnx(path, form), test, trained.preprocess, name)
                 row[f'{name}_test_acc_percent'] = accuracy
     return [row]
 
@@ -130,7 +131,7 @@ def speedrun(training, place):
     test = load_test_images(training, place, trained.preprocess)
     network = trained.model.eval().to(memory_format=torch.channels_last)
     with torch.autocast('cpu', torch.bfloat16, enabled=trained.args['dtype'] == 'bfloat16'):
-        one, six = (export.top1(form, test, trained.preprocess, name) for form, name in (
+        one, six = (top1(form, test, trained.preprocess, name) for form, name in (
             (network, 'one view'), (functools.partial(six_views, network), 'six views')))
     return [{
         'test_acc_percent': round(one, 2), 'six_views_test_acc_percent': round(six, 2),

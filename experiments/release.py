@@ -16,7 +16,7 @@ from cli import ArgumentParser, exit_on_error
 from diracnet import sha256
 from diracnets.checkpoint import MODEL_FILE, load_dict
 from diracnets.metadata import strip_folders
-from training.checkpoint import LOG_FILE, LOG_PREFIX, read_log
+from training.log import LOG_FILE, LOG_PREFIX, read_log
 
 KEPT = ('params', 'epoch', 'classes', 'versions')  # and the options
 

@@ -27,7 +27,8 @@ from experiments.definitions import BUDGETS, EXPERIMENTS, words_of
 from experiments.init import started
 from experiments.interleaved import ROOT, append, device_name, environment, read_rows
 from experiments.release import write_log
-from training.checkpoint import LOG_FILE, DivergedError, Lock, read_log
+from training.checkpoint import DivergedError, Lock
+from training.log import LOG_FILE, read_log
 from training.options import DATASETS, expand_path
 
 

@@ -22,7 +22,7 @@ from experiments.figures import counts, grouped, mean_and_deviation, read, whole
 from experiments.interleaved import ROOT, against_the_first, read_rows, shown_ratio
 from experiments.measures import OF_PARAMETERS
 from hubconf import TRAINED
-from training.checkpoint import LOG_FILE, read_log
+from training.log import LOG_FILE, read_log
 
 PAGES = [ROOT / name for name in (
     'README.md', 'docs/results.md', 'docs/speed.md', 'docs/speedrun.md')]

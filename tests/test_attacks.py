@@ -39,6 +39,7 @@ from runs import (
 )
 from training import augmentation, checkpoint
 from training.loader import WorkerError, iterate_batches
+from training.log import append_log, read_log, truncate_log
 from training.signals import Signals
 
 
@@ -100,18 +101,18 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint.os, 'fsync', fsync)
-    for write in (checkpoint.append_log, checkpoint.truncate_log):
+    for write in (append_log, truncate_log):
         (tmp_path / 'log.txt').write_text('json_stats: {"epoch": 2}\n')
         with pytest.raises(OSError, match=r'log.txt cannot be written \(No space left'):
-            write(tmp_path, {'epoch': 3} if write is checkpoint.append_log else 1)
-    assert checkpoint.read_log(tmp_path / 'log.txt') == [{'epoch': 2}]  # it was not cut
+            write(tmp_path, {'epoch': 3} if write is append_log else 1)
+    assert read_log(tmp_path / 'log.txt') == [{'epoch': 2}]  # it was not cut
 
 
 def test_a_link_in_place_of_the_new_log_is_not_followed(tmp_path):
     (tmp_path / 'victim').write_text('mine')
     (tmp_path / 'log.txt.tmp').symlink_to(tmp_path / 'victim')
-    checkpoint.append_log(tmp_path, {'epoch': 1})
-    checkpoint.truncate_log(tmp_path, 0)
+    append_log(tmp_path, {'epoch': 1})
+    truncate_log(tmp_path, 0)
     assert (tmp_path / 'victim').read_text() == 'mine'
     assert (tmp_path / 'log.txt').read_text() == ''
 
@@ -493,7 +494,7 @@ def test_a_log_of_nonsense_is_passed_over(images, tmp_path):
         for nonsense in ('null', '"2"', '[1]', '{}', '1e999'):
             log.write(f'json_stats: {{"epoch": {nonsense}}}\n')
         log.write('json_stats: ' + '[' * 100_000 + '\n')
-    assert [stats['epoch'] for stats in checkpoint.read_log(tmp_path / 'log.txt')] == [1]
+    assert [stats['epoch'] for stats in read_log(tmp_path / 'log.txt')] == [1]
     shutil.copy(tmp_path / 'log.txt', tmp_path / 'copy.txt')
     run(images, tmp_path, '--epochs', 2, '--resume', 'auto')
     assert [stats['epoch'] for stats in stats_of(tmp_path)] == [1, 2]

@@ -17,7 +17,8 @@ import torch
 import plot
 import train
 from runs import run, stats_of, write_sets
-from training import checkpoint, meters
+from training import meters
+from training.log import read_log
 
 ROOT = Path(train.__file__).parent
 
@@ -91,7 +92,7 @@ def test_validation_in_the_line_of_an_epoch(images, tmp_path, capsys):
     for stats in stats_of(tmp_path / 'run'):
         assert (f'==> id: {tmp_path / "run"} ({stats["epoch"]}/2), val_acc: '
                 f'{stats["val_acc"]:.2f}, test_acc: {stats["test_acc"]:.2f}') in lines
-    epochs = checkpoint.read_log(tmp_path / 'run' / 'log.txt')
+    epochs = read_log(tmp_path / 'run' / 'log.txt')
     _, accuracy, _ = plot.draw({'run': epochs}).axes
     assert [list(line.get_ydata()) for line in accuracy.lines] == [
         [stats[f'{split}_acc'] for stats in epochs] for split in ('train', 'val', 'test')]
@@ -116,4 +117,4 @@ def test_older_logs_have_the_rate_under_another_name(tmp_path):
     log.write_text('json_stats: {"epoch": 1, "lr": 0.02}\n'
                    'json_stats: {"epoch": 2, "lr": 0.1, "epoch_lr": 0.004}\n'
                    'json_stats: {"epoch": 3}\n')
-    assert [stats.get('epoch_lr') for stats in checkpoint.read_log(log)] == [0.02, 0.004, None]
+    assert [stats.get('epoch_lr') for stats in read_log(log)] == [0.02, 0.004, None]

@@ -30,6 +30,8 @@ import predict
 import train
 from corruption import DAMAGES, damaged
 from diracnet import DiracNet, define_diracnet
+from diracnets.onnx import to_onnx
+from diracnets.quantization import calibration_set
 from pages import blocks
 
 ROOT = Path(__file__).parent.parent
@@ -198,7 +200,7 @@ def test_calibration_images_are_spread_over_the_sorted_paths(tmp_path, monkeypat
         for i in range(count):
             (tmp_path / name / f'{i}.png').touch()
     monkeypatch.setattr(export, 'CALIBRATION_IMAGES', 4)
-    chosen, said = export.calibration_set(str(tmp_path))
+    chosen, said = calibration_set(str(tmp_path))
     assert [os.path.relpath(path, tmp_path) for path in chosen] == [
         'ant/0.png', 'ant/3.png', 'bee/1.png', 'bee/4.png']
     assert (said['images'], said['of']) == (4, 12)
@@ -250,7 +252,7 @@ def test_onnx_of_a_network_whose_argument_has_another_name(tmp_path):
     """As in all of torchvision, where it is x."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()).eval()
     inputs = torch.randn(3, 3, 5, 6)
-    (tmp_path / 'net.onnx').write_bytes(export.as_onnx(net, inputs[:2], {}))
+    (tmp_path / 'net.onnx').write_bytes(to_onnx(net, inputs[:2], {}))
     logits = run_onnx(str(tmp_path / 'net.onnx'), inputs)
     torch.testing.assert_close(logits, net(inputs), rtol=1e-4, atol=1e-5)
 

@@ -30,6 +30,7 @@ import train
 from corruption import restated
 from diracnets.fold import fold
 from diracnets.preprocessing import Preprocessing
+from diracnets.quantization import quantize
 from runs import write_images
 from training import checkpoint
 
@@ -406,7 +407,7 @@ def test_a_full_temporary_folder_is_named(files, tmp_path, monkeypatch):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
     try:
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as caught:
-            export.quantize(content, [], None, {})
+            quantize(content, [], None, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert caught.value.filename == str(tmp_path)

@@ -9,7 +9,8 @@ from torch import nn
 import diracnets
 import export
 from diracnets.fold import fold
-from diracnets.quantization import MAX_SCALE, MIN_RANGE, conv_pairs, equalize
+from diracnets.onnx import to_onnx
+from diracnets.quantization import MAX_SCALE, MIN_RANGE, conv_pairs, equalize, quantize
 from runs import write_images
 from test_export import run_onnx, table_of
 
@@ -90,8 +91,8 @@ def test_int8_is_nearer_with_equal_ranges(uneven, tmp_path):
     net, images = uneven.float(), dict(enumerate(inputs))
     expected, differences = net(inputs), []
     for form in (net, equalize(net, inputs)):
-        content = export.as_onnx(form, inputs[:2], {})
-        _, int8 = export.quantize(content, list(images), images.get, {})
+        content = to_onnx(form, inputs[:2], {})
+        _, int8 = quantize(content, list(images), images.get, {})
         path = tmp_path / 'int8.onnx'
         path.write_bytes(int8)
         differences.append((run_onnx(path, inputs) - expected).square().mean().item())

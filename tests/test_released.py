@@ -11,7 +11,7 @@ from diracnet import check_hash
 from diracnets.checkpoint import load_params
 from experiments import release, tables
 from runs import params_of, run, stats_of, write_sets
-from training.checkpoint import read_log
+from training.log import read_log
 
 LOGS = Path(__file__).parent.parent / 'logs'
 

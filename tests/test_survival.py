@@ -36,6 +36,7 @@ from runs import (
     write_images,
 )
 from training import checkpoint, distributed, meters, options
+from training.log import read_log
 from training.optimizers import lr_factor
 from training.run import check_ranks_agree
 
@@ -141,7 +142,7 @@ def test_log_that_a_crash_cut(images, whole, tmp_path):
     log = tmp_path / 'log.txt'
     text = log.read_text()
     log.write_text(text[:-40])
-    assert [s['epoch'] for s in checkpoint.read_log(str(log))] == [1]
+    assert [s['epoch'] for s in read_log(str(log))] == [1]
     log.write_text(text + text.splitlines()[1].replace('"epoch": 2', '"epoch": 3')[:-50])
     run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
     assert_same_run(tmp_path, whole)
@@ -431,7 +432,7 @@ def agents_of(machines, images, folder, *options):
 def wait_for_epochs(agents, folder, epochs):
     log = folder / 'log.txt'
     wait_until(lambda: agents[0].poll() is not None or (
-        log.exists() and len(checkpoint.read_log(str(log))) >= epochs))
+        log.exists() and len(read_log(str(log))) >= epochs))
 
 
 def test_two_machines_then_tested_on_one_two_and_three_ranks(images, tmp_path):

@@ -11,11 +11,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import diracnets
-import export
 import train
 import training.run
 from diracnet import Network, define_diracnet
 from diracnets.fold import fold
+from diracnets.formats import to_pth
 from diracnets.models.registry import ARCHITECTURES
 from runs import params_of, refused, run, stats_of, write_images, write_sets
 from training import checkpoint, options
@@ -432,7 +432,7 @@ def test_every_family_trains_resumes_and_folds(family, tmp_path):
         logits = network(inputs)
         assert (folded(inputs) - logits).abs().max() <= 1e-9 * logits.abs().max()
         # a folded file knows what it is of: by keys and shapes alone a resnet would be a DiracNet
-        (tmp_path / 'folded.pth').write_bytes(export.as_pth(folded, None, trained.metadata()))
+        (tmp_path / 'folded.pth').write_bytes(to_pth(folded, None, trained.metadata()))
         again = diracnets.load(tmp_path / 'folded.pth')
         assert torch.equal(again.model(inputs), folded(inputs))
     assert (again.title, again.preprocess, again.classes) == (

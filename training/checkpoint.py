@@ -7,8 +7,6 @@ epoch), `totals` (of the meters in these steps), `rng`, `best`, `classes`, `args
 
 import fcntl
 import io
-import json
-import operator
 import os
 import platform
 import random
@@ -18,10 +16,9 @@ import numpy as np
 import torch
 
 from diracnets.checkpoint import MODEL_FILE, PREVIOUS_FILE, load_dict, load_dict_file
+from training.files import write_beside
 from training.optimizers import moments
 
-LOG_FILE = 'log.txt'
-LOG_PREFIX = 'json_stats: '  # before each record of the log
 QUARANTINED_FILE = 'damaged.pt7'  # a model.pt7 in whose place the one before it served
 REQUIRED = ('params', 'optimizer', 'epoch', 'args')
 
@@ -67,26 +64,6 @@ def check_finite(checkpoint):
             raise DivergedError(f'{name} is not finite after step {checkpoint["step"]}')
 
 
-def write(path, content):
-    """Writes bytes into a new file: when this returns they are on the disk. Raises OSError."""
-    with open(path, 'xb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_beside(path, content):
-    """Writes bytes into the file that is to take the place of `path`: raises OSError."""
-    try:
-        if os.path.lexists(path + '.tmp'):  # of a run that was killed; a link is not followed
-            os.remove(path + '.tmp')
-        write(path + '.tmp', content)
-    except OSError as error:
-        if os.path.exists(path + '.tmp'):
-            os.remove(path + '.tmp')
-        raise OSError(f'{path} cannot be written ({error.strerror}); the last one stays') from error
-
-
 def save(folder, checkpoint, name=MODEL_FILE):
     """Writes a checkpoint: when this returns it is on the disk, and until then the last one is.
 
@@ -96,7 +73,7 @@ def save(folder, checkpoint, name=MODEL_FILE):
     check_finite(checkpoint)
     path, written = os.path.join(folder, name), io.BytesIO()
     torch.save(checkpoint, written)  # into memory: of a full disk torch would say something else
-    _write_beside(path, written.getbuffer())
+    write_beside(path, written.getbuffer())
     if name == MODEL_FILE and os.path.exists(path):
         os.replace(path, os.path.join(folder, PREVIOUS_FILE))
     os.replace(path + '.tmp', path)
@@ -160,48 +137,3 @@ def load(path):
 
 def exists(folder):
     return any(os.path.exists(os.path.join(folder, name)) for name in (MODEL_FILE, PREVIOUS_FILE))
-
-
-def append_log(folder, stats):
-    """Adds a line to the log: when this returns it is on the disk. Raises OSError."""
-    path = os.path.join(folder, LOG_FILE)
-    try:
-        with open(path, 'a') as log:
-            log.write(f'{LOG_PREFIX}{json.dumps(stats)}\n')  # one write: a line is whole or missing
-            log.flush()
-            os.fsync(log.fileno())
-    except OSError as error:
-        raise OSError(f'{path} cannot be written ({error.strerror})') from error
-
-
-def read_log(path):
-    """Reads a log.txt: a list of dicts, one for each epoch, in order.
-
-    An epoch that ran again counts as it was last. A record that a crash cut short is left out, also
-    where a later one follows it in the same line. `epoch_lr` is the learning rate of an epoch's
-    first step; older logs call it `lr`, which is the option --lr now.
-    """
-    epochs = {}
-    with open(path, encoding='utf-8', errors='replace') as log:
-        records = log.read().split(LOG_PREFIX)[1:]
-    for record in records:
-        try:
-            stats, _ = json.JSONDecoder().raw_decode(record)
-            number = operator.index(stats['epoch'])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-        if 'lr' in stats:
-            stats.setdefault('epoch_lr', stats['lr'])
-        epochs[number] = stats
-    return [epochs[epoch] for epoch in sorted(epochs)]
-
-
-def truncate_log(folder, epoch):
-    """Leaves the epochs up to `epoch` in the log: those after it are about to run again."""
-    path = os.path.join(folder, LOG_FILE)
-    if not os.path.exists(path):
-        return
-    kept = [stats for stats in read_log(path) if stats['epoch'] <= epoch]
-    lines = ''.join(f'{LOG_PREFIX}{json.dumps(stats)}\n' for stats in kept)
-    _write_beside(path, lines.encode())
-    os.replace(path + '.tmp', path)

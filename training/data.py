@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from diracnets.preprocessing import (
+    IMAGE_EXTENSIONS,
     IMAGE_SIZES,
     MAX_SMALL,
     DataError,
@@ -30,7 +31,6 @@ from training.distributed import all_reduce, rank, world_size
 from training.loader import iterate_batches, make_loader
 
 MIN_PIXELS = 8  # of a side of an image
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 
 
 def default_flip(name):

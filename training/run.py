@@ -25,6 +25,7 @@ from diracnets.preprocessing import Preprocessing, normalize
 from training import checkpoint, data, distributed, options, pretrained
 from training.checkpoint import DivergedError
 from training.distributed import rank, world_size
+from training.log import LOG_FILE, append_log, read_log, truncate_log
 from training.meters import Meters, topk
 from training.optimizers import check_state, make_optimizer
 from training.tensorboard import TensorBoardWriter
@@ -104,7 +105,7 @@ class Run:
                 raise DivergedError(f'{name} is {value} after step {self.step}')
         if rank() == 0:
             checkpoint.check_finite(self.contents())
-            checkpoint.append_log(self.opt.save, stats)
+            append_log(self.opt.save, stats)
         self.epoch, self.step, self.totals = self.epoch + 1, 0, None
         if self.opt.keep_every and self.epoch % self.opt.keep_every == 0:
             self.save(f'epoch-{self.epoch}.pt7')
@@ -163,8 +164,8 @@ def find_checkpoint(opt):
 
     Raises ValueError for a run that would be overwritten.
     """
-    own, log = checkpoint.exists(opt.save), os.path.join(opt.save, checkpoint.LOG_FILE)
-    epochs = len(checkpoint.read_log(log)) if os.path.exists(log) else 0
+    own, log = checkpoint.exists(opt.save), os.path.join(opt.save, LOG_FILE)
+    epochs = len(read_log(log)) if os.path.exists(log) else 0
     path = opt.resume
     # torchrun starts all processes again when one died: they go on with what they began
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and own
@@ -191,7 +192,7 @@ def prepare_folder(run, lock):
     if not run.epoch and not run.step:
         find_checkpoint(run.opt)  # another may have come and gone while this one was made ready
     checkpoint.quarantine(folder)
-    checkpoint.truncate_log(folder, run.epoch)
+    truncate_log(folder, run.epoch)
 
 
 def check_options(path, now, before):
