@@ -30,6 +30,7 @@ import predict
 import train
 from corruption import DAMAGES, damaged
 from diracnet import DiracNet, define_diracnet
+from diracnets import quantization
 from diracnets.onnx import to_onnx
 from diracnets.quantization import calibration_set
 from pages import blocks
@@ -199,7 +200,7 @@ def test_calibration_images_are_spread_over_the_sorted_paths(tmp_path, monkeypat
         (tmp_path / name).mkdir()
         for i in range(count):
             (tmp_path / name / f'{i}.png').touch()
-    monkeypatch.setattr(export, 'CALIBRATION_IMAGES', 4)
+    monkeypatch.setattr(quantization, 'CALIBRATION_IMAGES', 4)
     chosen, said = calibration_set(str(tmp_path))
     assert [os.path.relpath(path, tmp_path) for path in chosen] == [
         'ant/0.png', 'ant/3.png', 'bee/1.png', 'bee/4.png']
