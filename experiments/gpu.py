@@ -26,7 +26,6 @@ import torchvision
 from tqdm import tqdm
 
 import diracnets
-import train
 from cli import ArgumentParser, exit_on_error, print_table, say
 from diracnet import DiracNet
 from diracnets.deploy import deploy
@@ -47,8 +46,8 @@ from experiments.interleaved import (
 )
 from experiments.variants import diracnet, jpegs_by_opencv, make_sgd, multiply_adds, one_step
 from training import data, distributed
+from training.compute import Forward, compile_model
 from training.options import at_least
-from training.run import compile_model
 
 LEAST, MOST = 5, 20  # turns
 TURN = 0.2  # seconds of work in a turn, at least
@@ -63,14 +62,14 @@ def training_step(make, kind, batch, form, device):
     eager = form == gpu_results.EAGER
     network = make().to(device)
     optimizer = make_sgd(network, fused=device.type == 'cuda' and not eager)
-    run = network if form != gpu_results.COMPILED else compile_model(network, device)
-    step = train.make_step(run, inputs, 'float' if eager else 'bfloat16', device)
+    model = network if form != gpu_results.COMPILED else compile_model(network, device)
+    forward = Forward(inputs, 'float' if eager else 'bfloat16', device)
     images = torch.randint(256, (batch, inputs.size, inputs.size, 3), dtype=torch.uint8,
                            device=device).permute(0, 3, 1, 2)
     if eager:
         images = images.contiguous()
     labels = torch.randint(10, (batch,), device=device)
-    return one_step(optimizer, step, (images, labels, batch))
+    return one_step(optimizer, model, forward, (images, labels, batch))
 
 
 def inference(make, batch, form, device):

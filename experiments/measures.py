@@ -21,9 +21,9 @@ from experiments.interleaved import Variant, append, compare, product_rate, read
 from experiments.layers import layers_of
 from experiments.variants import BATCH, NATIVE, repeated, step, step_of_ordinary_convolutions
 from training import data
+from training.compute import keep_freed_memory
 from training.evaluation import top1
 from training.log import LOG_FILE, read_log
-from training.run import keep_freed_memory
 
 TABLE = 'measured.csv'
 IMAGES = 1000  # of the test set, for activations

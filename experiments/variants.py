@@ -13,7 +13,6 @@ import torchvision
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import transforms
 
-import train
 from diracnet import DiracNet, Network, forward, init_params, make_topology
 from diracnets.deploy import deploy, native_bfloat16
 from diracnets.fold import fold
@@ -21,10 +20,10 @@ from diracnets.models.registry import count_multiply_adds
 from diracnets.modular import ModularNetwork
 from diracnets.preprocessing import Preprocessing
 from training import data
+from training.compute import Forward, compile_model, cross_entropy, keep_freed_memory
 from training.loader import make_loader
 from training.meters import Meters
 from training.optimizers import make_optimizer
-from training.run import compile_model, keep_freed_memory
 
 BATCH = 128
 NATIVE = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'  # what train.py computes in
@@ -133,23 +132,22 @@ def make_sgd(network, fused=False):
                            fused=fused)
 
 
-def make_step(network, dtype=NATIVE):
-    """The step of train.py, on the CPU."""
-    named = {'float32': 'float', 'bfloat16': 'bfloat16'}[dtype]
-    return train.make_step(network, CIFAR, named, torch.device('cpu'))
+def make_forward(dtype=NATIVE):
+    """The forward pass of train.py, on the CPU."""
+    return Forward(CIFAR, {'float32': 'float', 'bfloat16': 'bfloat16'}[dtype], torch.device('cpu'))
 
 
 def step(depth, width, make=diracnet, **more):
     """One step of a training on 128 images in memory, in the dtype of this machine."""
     keep_freed_memory()
     network = make(depth, width, **more)
-    return one_step(make_sgd(network), make_step(network), random_batch(BATCH))
+    return one_step(make_sgd(network), network, make_forward(), random_batch(BATCH))
 
 
 def step_of(opt, network):
     """One step of a training with these options, on whole images."""
     keep_freed_memory()
-    return one_step(make_optimizer(network, opt), make_step(network),
+    return one_step(make_optimizer(network, opt), network, make_forward(),
                     random_batch(opt.batch_size))
 
 
@@ -158,11 +156,12 @@ def random_batch(n):
     return images.permute(0, 3, 1, 2), labels, n
 
 
-def one_step(optimizer, forward_step, batch):
-    """A function that does the step of a training, always on the same batch."""
+def one_step(optimizer, model, forward, batch):
+    """Return a function that runs one training step, always on the same batch."""
+    images, labels, n = batch
 
     def one():
-        loss, _ = forward_step(batch)
+        loss = cross_entropy(forward(model, images), labels, n)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -191,14 +190,22 @@ def epoch_of_train(depth, width, n, dtype=NATIVE, to_compile=False):
     keep_freed_memory()
     network = diracnet(depth, width)
     optimizer = make_sgd(network)
-    step = make_step(compile_model(network, torch.device('cpu')) if to_compile else network, dtype)
+    model = compile_model(network, torch.device('cpu')) if to_compile else network
+    forward = make_forward(dtype)
     images = data.MemoryImages(*random_images(n)).augmented(pad=4)
     loader = make_loader(images, BATCH, 0, seed=0)
 
     def epoch():
         meters = Meters(10, n, '', steps=0)
-        train.run_epoch(step, loader, meters, lambda: None, optimizer)
-        meters.figures('train')
+        with meters.bar:
+            for images, labels, n in loader:
+                logits = forward(model, images)
+                loss = cross_entropy(logits, labels, n)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                meters.update(loss, logits, labels, n)
+        meters.summary('train')
 
     return epoch
 

@@ -8,10 +8,10 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-import train
 from training import checkpoint, distributed, options
+from training.compute import cross_entropy
 from training.loader import make_loader
-from training.run import prepare
+from training.setup import prepare
 
 
 def main():
@@ -21,14 +21,14 @@ def main():
     run = prepare(opt, device, checkpoint.Lock(opt.save))
     run.model.eval()
     network = DistributedDataParallel(run.model) if distributed.world_size() > 1 else run.model
-    step = train.make_step(network, run.preprocess, run.dtype, device)
     # 49 = 3 * 16 + 1: in the last batch, of one image, the other ranks have none
-    images = run.sets.train.subset(torch.arange(49)).augmented(pad=4, flip='none')
+    images = run.splits.train.subset(torch.arange(49)).augmented(pad=4, flip='none')
     loader = make_loader(images, 16, 0, 1, distributed.rank(), distributed.world_size())
     gradients = []
-    for batch in loader:
+    for images, labels, global_batch_size in loader:
         run.optimizer.zero_grad()
-        step(batch)[0].backward()
+        logits = run.forward(network, images)
+        cross_entropy(logits, labels, global_batch_size).backward()
         gradients.append({name: p.grad.clone() for name, p in run.model.named_parameters()})
         run.optimizer.step()
     if distributed.rank() == 0:

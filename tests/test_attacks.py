@@ -38,9 +38,9 @@ from runs import (
     write_sets,
 )
 from training import augmentation, checkpoint
+from training.interruption import SignalHandler
 from training.loader import WorkerError, iterate_batches
 from training.log import append_log, read_log, truncate_log
-from training.signals import Signals
 
 
 @pytest.fixture(scope='module')
@@ -85,15 +85,15 @@ def test_a_run_whose_only_step_diverges_leaves_no_best(images, tmp_path, capsys)
 
 
 def test_memory_of_a_gpu_that_is_too_small_is_one_line(images, tmp_path, capsys, monkeypatch):
-    def train_epoch(*arguments):
+    def train_one_epoch(*arguments):
         raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0')
 
-    monkeypatch.setattr(train, 'train_epoch', train_epoch)
+    monkeypatch.setattr(train, 'train_one_epoch', train_one_epoch)
     with pytest.raises(SystemExit) as stopped:
         run(images, tmp_path)
     assert stopped.value.code == 1
     assert capsys.readouterr().err == (
-        'train.py: CUDA out of memory: expected a smaller --batch_size\n')
+        'train.py: CUDA out of memory; use a smaller --batch_size\n')
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -326,7 +326,7 @@ def test_a_closed_terminal_is_a_signal_like_others(images, whole, tmp_path, monk
 def test_a_closed_terminal_stays_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Signals() as signals:
+        with SignalHandler() as signals:
             os.kill(os.getpid(), signal.SIGHUP)
             assert signals.number == 0
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

@@ -70,19 +70,17 @@ def test_the_bar_moves_with_each_step(monkeypatch):
     seen = meters.Meters(10, 12, 'short')
     with seen.bar:
         for done in (4, 8, 12):
-            seen.on_forward({'sample': (None, torch.zeros(4, dtype=torch.long), 4),
-                             'loss': torch.tensor(1.0), 'output': torch.zeros(4, 10)})
+            seen.update(torch.tensor(1.0), torch.zeros(4, 10), torch.zeros(4).long(), 4)
             assert seen.bar.n == done
         assert seen.loss.n == 0  # fewer steps than are read at once
-    assert seen.figures('train')['train_loss'] == 1.0
+    assert seen.summary('train')['train_loss'] == 1.0
 
 
 def test_long_steps_show_their_loss(monkeypatch):
     clock = iter(range(0, 1000, 2))  # seconds
     monkeypatch.setattr(meters.time, 'perf_counter', lambda: next(clock))
     seen = meters.Meters(10, 8, 'slow')
-    seen.on_forward({'sample': (None, torch.zeros(4, dtype=torch.long), 4),
-                     'loss': torch.tensor(1.0), 'output': torch.zeros(4, 10)})
+    seen.update(torch.tensor(1.0), torch.zeros(4, 10), torch.zeros(4).long(), 4)
     assert seen.loss.n == 4
 
 

@@ -18,8 +18,8 @@ from diracnets.fold import fold
 from diracnets.preprocessing import Preprocessing, normalize
 from runs import params_of, run, stats_of, write_sets
 from training import data, distributed, options
+from training.compute import Forward, choose_dtype, cross_entropy, param_dtype, warm_up
 from training.loader import make_loader
-from training.run import choose_dtype, param_dtype, warm_up
 
 ROOT = Path(train.__file__).parent
 
@@ -35,7 +35,7 @@ def images(tmp_path_factory):
 def test_automatic_dtype_is_the_hardwares_or_that_of_the_checkpoint(monkeypatch, capsys):
     cpu = torch.device('cpu')
     for native, expected in ((True, 'bfloat16'), (False, 'float')):
-        monkeypatch.setattr('training.run.native_bfloat16', lambda device, n=native: (n, 'because'))
+        monkeypatch.setattr('training.compute.native_bfloat16', lambda device, n=native: (n, 'because'))
         assert choose_dtype('auto', cpu, {}) == expected
         assert capsys.readouterr().out == f'--dtype auto: {expected} (cpu: because)\n'
         assert choose_dtype('auto', cpu, {'dtype': 'double'}) == 'double'
@@ -89,9 +89,9 @@ def test_a_step_computes_in_its_dtype(dtype, expected):
     convolution, computed = torch.nn.Conv2d(3, 10, 32), []
     convolution.register_forward_hook(lambda *given: computed.append(given[-1].dtype))
     network = torch.nn.Sequential(convolution, torch.nn.Flatten()).to(param_dtype(dtype))
-    step = train.make_step(network, Preprocessing.for_dataset('CIFAR10'), dtype, torch.device('cpu'))
-    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    loss, logits = step((images, torch.tensor([0, 1]), 2))
+    forward = Forward(Preprocessing.for_dataset('CIFAR10'), dtype, torch.device('cpu'))
+    logits = forward(network, torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    loss = cross_entropy(logits, torch.tensor([0, 1]), 2)
     assert computed == [expected]
     assert loss.dtype == logits.dtype == param_dtype(dtype)
 
@@ -127,19 +127,21 @@ def test_batches_of_every_size_are_warmed_up():
     def images(n):
         return data.MemoryImages(torch.zeros(n, 8, 8, 3, dtype=torch.uint8), torch.zeros(n).long())
 
-    def step_of(seen):
-        def step(batch):
-            seen.append(len(batch[0]))
-            return network(batch[0].float().mean((2, 3))).sum(), None
-        return step
+    def recording(shapes):
+        def model(inputs):
+            shapes.append((len(inputs), inputs.shape[-1]))
+            return linear(inputs.mean((2, 3)))
+        return model
 
-    network, trained, tested = torch.nn.Linear(3, 2), [], []
-    run_of = SimpleNamespace(
-        network=network, tested=('val', 'test'), opt=SimpleNamespace(batch_size=4),
-        sets=SimpleNamespace(train=images(10), val=images(7), test=images(9)),
-        optimizer=torch.optim.SGD(network.parameters(), 0.1))
-    warm_up(run_of, [step_of(trained)], step_of(tested))
-    assert (set(trained), set(tested)) == ({4, 2}, {4, 3, 1})
+    linear, trained, evaluated = torch.nn.Linear(3, 2), [], []
+    compiled_run = SimpleNamespace(
+        model=linear, eval_splits=('val', 'test'), opt=SimpleNamespace(batch_size=4),
+        forward=Forward(Preprocessing.for_dataset('Folder', 8), 'float', torch.device('cpu')),
+        splits=SimpleNamespace(train=images(10), val=images(7), test=images(9)),
+        optimizer=torch.optim.SGD(linear.parameters(), 0.1))
+    warm_up(compiled_run, recording(trained), recording(evaluated), {6, 8})
+    assert set(trained) == {(4, 6), (2, 6), (4, 8), (2, 8)}
+    assert set(evaluated) == {(4, 8), (3, 8), (1, 8)}
 
 
 # ---------------------------------------------------------------- memory
@@ -184,7 +186,7 @@ def test_checkpointed_run_is_the_one_without(images, tmp_path):
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
     code = """if True:
         import resource, torch
-        from training.run import keep_freed_memory
+        from training.compute import keep_freed_memory
         keep_freed_memory()
         faults = []
         for _ in range(12):  # a kernel may take pages back that lie idle: each round asks again

@@ -36,9 +36,10 @@ from runs import (
     write_images,
 )
 from training import checkpoint, distributed, meters, options
+from training.interruption import SignalHandler
 from training.log import read_log
 from training.optimizers import lr_factor
-from training.run import check_ranks_agree
+from training.setup import check_ranks_agree
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run']
 SMALL = ['--dataset', 'Folder', '--depth', '10', '--width', '1', '--batch_size', '13']
@@ -76,7 +77,7 @@ def test_killed_runs_end_like_the_one_that_was_not(tmp_path):
 
 
 @pytest.mark.parametrize(('number', 'where'), [
-    (signal.SIGTERM, 'train_epoch'), (signal.SIGINT, 'train_epoch'),
+    (signal.SIGTERM, 'train_one_epoch'), (signal.SIGINT, 'train_one_epoch'),
     (signal.SIGTERM, 'evaluate'),
 ])
 def test_signals(images, whole, tmp_path, capsys, monkeypatch, number, where):
@@ -96,11 +97,11 @@ def test_signals(images, whole, tmp_path, capsys, monkeypatch, number, where):
     assert stopped.value.code == 128 + number
     assert signal.getsignal(signal.SIGINT) is before
     last = capsys.readouterr().out.splitlines()[-1]
-    steps = 1 if where == 'train_epoch' else 4
+    steps = 1 if where == 'train_one_epoch' else 4
     assert f'stopped by {number.name} in epoch 2 after {steps} steps, and saved' in last
     saved = torch.load(tmp_path / 'model.pt7', weights_only=True)
     assert (saved['epoch'], saved['step']) == (1, steps)
-    command = last.split('go on with: python train.py ')[1]
+    command = last.split('resume with: python train.py ')[1]
     train.main(shlex.split(command))
     assert_same_run(tmp_path, whole)
 
@@ -122,7 +123,7 @@ def test_sigterm_to_the_whole_group_spares_the_reading_processes(tmp_path):
 
 
 def test_second_ctrl_c_stops_at_once():
-    with train.Signals() as signals:
+    with SignalHandler() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         assert signals.number == signal.SIGINT
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
@@ -402,11 +403,10 @@ def test_what_is_added_up_can_be_added_up_again(monkeypatch):
     """Two processes that saw the same: a signal in testing comes after the figures of training."""
     monkeypatch.setattr(meters, 'all_reduce', lambda numbers: [2 * number for number in numbers])
     measured = meters.Meters(10, 3, '', steps=0)
-    measured.on_forward({'sample': (None, torch.tensor([1, 2, 3]), 3), 'loss': torch.tensor(0.5),
-                         'output': torch.eye(10)[[1, 2, 4]]})
-    figures = measured.figures('train')
-    assert figures['train_loss'] == pytest.approx(0.5)
-    assert figures['train_acc'] == pytest.approx(200 / 3)
+    measured.update(torch.tensor(0.5), torch.eye(10)[[1, 2, 4]], torch.tensor([1, 2, 3]), 3)
+    summary = measured.summary('train')
+    assert summary['train_loss'] == pytest.approx(0.5)
+    assert summary['train_acc'] == pytest.approx(200 / 3)
     _, loss, n, right = measured.totals()
     assert (loss, n) == (pytest.approx(3), 6)
     assert right in (2, 4)  # two of three are wrong, or one, in each process

@@ -22,6 +22,7 @@ from training import checkpoint, options
 from training.meters import Meters
 from training.optimizers import lr_factor, make_optimizer, set_learning_rate
 from training.run import Run
+from training.setup import prepare
 
 ROOT = Path(train.__file__).parent
 
@@ -285,19 +286,18 @@ def test_minutes_between_checkpoints_are_minutes(images, tmp_path, monkeypatch):
         steps.append(1)
         clock[0] += 2500
 
-    def counted(run, *name):
-        saved.append((len(steps), *name))
-        save(run, *name)
+    def counted(run, *names):
+        saved.append((len(steps), *names))
+        save(run, *names)
 
     monkeypatch.setattr(Run, 'save', counted)
-    for module in (train, training.run):
-        monkeypatch.setattr(module, 'time', SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(training.run, 'time', SimpleNamespace(monotonic=lambda: clock[0]))
     hook = register_optimizer_step_pre_hook(pass_time)
     try:
         run(images, tmp_path, '--save_every', 100, '--batch_size', 4, '--epochs', 1)
     finally:
         hook.remove()
-    assert saved == [(3,), (6,), (8, 'best.pt7'), (8,)]  # steps of 2500 s; of 8 is the epoch
+    assert saved == [(3,), (6,), (8, ['best.pt7', 'model.pt7'])]  # steps of 2500 s; 8 per epoch
 
 
 def test_options_of_a_family_and_of_the_optimizer_come_to_act(images, tmp_path):
@@ -308,9 +308,9 @@ def test_options_of_a_family_and_of_the_optimizer_come_to_act(images, tmp_path):
     ):
         opt = options.parse_options([*words, *more])
         with checkpoint.Lock(opt.save) as lock:
-            begun = training.run.prepare(opt, torch.device('cpu'), lock)
-        assert begun.sets.train.augmentation.reflect is reflect
-        assert {group['nesterov'] for group in begun.optimizer.param_groups} == {nesterov}
+            prepared = prepare(opt, torch.device('cpu'), lock)
+        assert prepared.splits.train.augmentation.reflect is reflect
+        assert {group['nesterov'] for group in prepared.optimizer.param_groups} == {nesterov}
 
 
 def test_recipes_and_families():
@@ -620,12 +620,10 @@ def test_meters_weigh_every_image_alike():
     logits[:, :6] = torch.tensor([6.0, 5, 4, 3, 2, 1])
     labels = torch.tensor([0, 1, 5, 4, 0])
     for part, loss in [(slice(0, 4), 1.0), (slice(4, 5), 6.0)]:
-        sample = (None, labels[part], len(labels[part]))
-        state = {'sample': sample, 'loss': torch.tensor(loss), 'output': logits[part]}
-        meters.on_forward(state)
-    figures = meters.figures('test')
-    assert figures.pop('test_time') > 0
-    assert figures == pytest.approx({'test_loss': 2.0, 'test_acc': 40.0, 'test_acc5': 80.0})
+        meters.update(torch.tensor(loss), logits[part], labels[part], len(labels[part]))
+    summary = meters.summary('test')
+    assert summary.pop('test_time') > 0
+    assert summary == pytest.approx({'test_loss': 2.0, 'test_acc': 40.0, 'test_acc5': 80.0})
 
 
 @pytest.mark.parametrize(('options', 'message'), [

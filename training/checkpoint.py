@@ -64,7 +64,13 @@ def check_finite(checkpoint):
             raise DivergedError(f'{name} is not finite after step {checkpoint["step"]}')
 
 
-def save(folder, checkpoint, name=MODEL_FILE):
+def save(folder, checkpoint, names=(MODEL_FILE,)):
+    """Writes a checkpoint under several names."""
+    for name in names:
+        _save(folder, checkpoint, name)
+
+
+def _save(folder, checkpoint, name):
     """Writes a checkpoint: when this returns it is on the disk, and until then the last one is.
 
     Raises DivergedError, and writes nothing, if it holds numbers that are not finite; OSError if it

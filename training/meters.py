@@ -1,4 +1,4 @@
-"""What is measured in an epoch: torchnet's meters, read seldom and added up over all processes."""
+"""Loss and accuracy of an epoch, by torchnet's meters, summed over all ranks."""
 
 import time
 
@@ -10,29 +10,29 @@ from training.checkpoint import DivergedError
 from training.datasets import IGNORED
 from training.distributed import all_reduce, rank, world_size
 
-STEPS_PER_READING = 20  # meters are read, which waits for a GPU, once in so many steps
-SECONDS_PER_READING = 1  # or after so long: a bar of few, long steps shows its loss too
+STEPS_PER_READING = 20  # steps between updates of the meters, which wait for the GPU
+SECONDS_PER_READING = 1  # or this time, so that long steps show their loss too
 
 
 def topk(num_classes):
-    """The k of the accuracies that are measured: top-5 beside top-1 where classes are many."""
+    """Return the k of the top-k accuracies: top-5 too for 100 classes or more."""
     return [1, 5] if num_classes >= 100 else [1]
 
 
 class Meters:
-    """Loss and top-k accuracies of one epoch, summed over all processes, and shown in a `bar`.
+    """Loss and top-k accuracies of one epoch, summed over all ranks, with a progress `bar`.
 
-    totals: of the first `steps` of this epoch, which another run did. In testing steps is None, and
-    a loss that is no number is a figure like others. Who feeds them ends the bar, as a context,
-    before another line is printed.
+    totals: of the first `steps` steps of this epoch, from a resumed checkpoint. In evaluation steps
+    is None, and a non-finite loss raises no error. Use `bar` as a context manager, so that it is
+    closed before another line is printed.
     """
 
     def __init__(self, num_classes, length, description, totals=None, steps=None):
         self.topk = topk(num_classes)
         self.loss = AverageValueMeter()
         self.accuracy = ClassErrorMeter(topk=self.topk, accuracy=True)
-        self.unread, self.steps = [], steps
-        hidden = True if rank() > 0 else None  # None: where stderr is no terminal
+        self.pending, self.steps = [], steps
+        hidden = True if rank() > 0 else None  # None: hidden unless stderr is a terminal
         self.bar = tqdm(total=length, desc=description, unit='img', disable=hidden, leave=False)
         self.start = self.last_reading = time.perf_counter()
         if totals:
@@ -50,31 +50,32 @@ class Meters:
         self.loss.add(loss, int(n))
         self.accuracy.n, self.accuracy.sum = int(n), dict(zip(self.topk, map(int, errors)))
 
-    def on_forward(self, state):
-        _, labels, whole = state['sample']
-        loss = state['loss'].detach() * (whole / world_size())  # the sum over this process' images
-        self.unread.append((loss, state['output'].detach(), labels))
+    def update(self, loss, logits, labels, global_batch_size):
+        """Add a batch: its loss (see compute.cross_entropy), and logits and labels of this rank."""
+        # the sum over the images of this rank
+        loss_sum = loss.detach() * (global_batch_size / world_size())
+        self.pending.append((loss_sum, logits.detach(), labels))
         waited = time.perf_counter() - self.last_reading
-        if len(self.unread) >= STEPS_PER_READING or waited >= SECONDS_PER_READING:
+        if len(self.pending) >= STEPS_PER_READING or waited >= SECONDS_PER_READING:
             self.read()
-        self.bar.update(whole)
+        self.bar.update(global_batch_size)
 
     def read(self):
-        """Takes in the steps since the last reading; raises DivergedError in training."""
-        if not self.unread:
+        """Add the pending batches to the meters; raise DivergedError for a non-finite training loss."""
+        if not self.pending:
             return
-        losses, logits, labels = zip(*self.unread)
-        self.unread, self.last_reading = [], time.perf_counter()
+        losses, logits, labels = zip(*self.pending)
+        self.pending, self.last_reading = [], time.perf_counter()
         losses = torch.stack(losses).cpu()
         if self.steps is not None:
             self._check(losses)
         sizes = list(map(len, labels))
         labels = torch.cat(labels).cpu()
         counted = labels != IGNORED
-        for loss, given in zip(losses.tolist(), counted.split(sizes)):
-            # step by step: sums of steps would depend on when they were read, as after a stop
-            self.loss.add(loss, int(given.sum()))
-        if not counted.any():  # this process had no share of these batches
+        for loss, mask in zip(losses.tolist(), counted.split(sizes)):
+            # one step at a time: the rounding of the sum must not depend on when it is read
+            self.loss.add(loss, int(mask.sum()))
+        if not counted.any():  # these batches had no image for this rank
             return
         self.accuracy.add(torch.cat(logits).cpu()[counted], labels[counted])
         self.bar.set_postfix_str(
@@ -83,24 +84,25 @@ class Meters:
         )
 
     def _check(self, losses):
-        lost = (~losses.isfinite()).nonzero().flatten().tolist()
-        if lost:
-            step = self.steps + lost[0] + 1
-            raise DivergedError(f'the loss is {losses[lost[0]].item()} in step {step}')
+        nonfinite = (~losses.isfinite()).nonzero().flatten().tolist()
+        if nonfinite:
+            step = self.steps + nonfinite[0] + 1
+            raise DivergedError(f'the loss is {losses[nonfinite[0]].item()} in step {step}')
         self.steps += len(losses)
 
     def totals(self):
+        """Return [seconds, sum of losses, images, errors at each k], summed over all ranks."""
         self.read()
         return [time.perf_counter() - self.start, *all_reduce(self._sums())]
 
-    def figures(self, prefix):
-        """Returns the figures of the epoch, accuracies in per cent and time in seconds."""
+    def summary(self, prefix):
+        """Return the loss, the accuracies in per cent and the time in seconds, by log key."""
         seconds, *sums = self.totals()
-        of_this_process = self._sums()
+        local_sums = self._sums()
         self._set_sums(sums)
-        figures = {f'{prefix}_loss': self.loss.value()[0]}
+        summary = {f'{prefix}_loss': self.loss.value()[0]}
         for k in self.topk:
-            figures[f'{prefix}_acc' + str(k) * (k > 1)] = self.accuracy.value(k)
-        figures[f'{prefix}_time'] = seconds
-        self._set_sums(of_this_process)  # to be added up again, where a signal comes in testing
-        return figures
+            summary[f'{prefix}_acc' + str(k) * (k > 1)] = self.accuracy.value(k)
+        summary[f'{prefix}_time'] = seconds
+        self._set_sums(local_sums)  # a save after a signal in evaluation sums them again
+        return summary

@@ -1,0 +1,126 @@
+"""How a batch becomes a loss: device, precision, compilation and the forward pass."""
+
+import ctypes
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cli import say
+from diracnets.deploy import native_bfloat16
+from diracnets.preprocessing import Preprocessing, normalize
+from training.datasets import IGNORED
+from training.distributed import rank, world_size
+
+
+def choose_dtype(dtype: str, device: torch.device, args: dict) -> str:
+    """Resolve --dtype: 'auto' is the dtype of a checkpoint with these args, or of the hardware."""
+    if dtype != 'auto':
+        return dtype
+    native, reason = native_bfloat16(device)
+    dtype, reason = 'bfloat16' if native else 'float', f'{device.type}: {reason}'
+    if args.get('dtype', 'auto') != 'auto':
+        dtype, reason = args['dtype'], 'as the checkpoint'
+    if rank() == 0:
+        say(f'--dtype auto: {dtype} ({reason})')
+    return dtype
+
+
+def param_dtype(dtype: str) -> torch.dtype:
+    """Return the torch dtype of the parameters: bfloat16 is autocast from float32."""
+    return torch.float64 if dtype == 'double' else torch.float32
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The forward pass of a batch of uint8 images, on one device and in one precision."""
+
+    preprocess: Preprocessing
+    dtype: str  # 'float', 'double' or 'bfloat16' (autocast)
+    device: torch.device
+
+    def __call__(self, model: Callable, images: torch.Tensor, size: int | None = None):
+        """Return the logits (n, num_classes) of images (n, C, S, S), resized to `size` pixels."""
+        inputs = normalize(images.to(self.device, non_blocking=True), self.preprocess,
+                           param_dtype(self.dtype))
+        if size not in (None, self.preprocess.size):
+            inputs = F.interpolate(inputs, (size, size), mode='bilinear', antialias=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == 'bfloat16'):
+            logits = model(inputs)
+        return logits.to(param_dtype(self.dtype))
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, global_batch_size: int,
+                  label_smoothing: float = 0.0) -> torch.Tensor:
+    """Return this rank's part of the mean cross-entropy of a batch, times the number of ranks.
+
+    DistributedDataParallel averages gradients over ranks, which cancels that factor. logits:
+    (n, num_classes) and labels: (n,) of the images of this rank; IGNORED labels do not count.
+    """
+    loss = F.cross_entropy(logits, labels.to(logits.device, non_blocking=True), reduction='sum',
+                           ignore_index=IGNORED, label_smoothing=label_smoothing)
+    return loss * (world_size() / global_batch_size)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next step: returned pages are slow to get back.
+
+    MALLOC_* environment variables take precedence; other C libraries are left alone.
+    """
+    configured = any(name.startswith('MALLOC_') for name in os.environ)
+    if platform.libc_ver()[0] == 'glibc' and not configured:
+        trim_threshold, mmap_max = -1, -4  # parameter numbers of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, -1)  # never trim
+        libc.mallopt(mmap_max, 0)  # mapped blocks would be unmapped when they are freed
+
+
+def compile_model(model: nn.Module, device: torch.device) -> Callable:
+    """Compile a model, once for each batch size.
+
+    On CUDA each compiled step is one CUDA graph: a step of a deep, narrow network has hundreds of
+    small kernels, which Python launches more slowly than a GPU runs them.
+    """
+    if device.type != 'cuda':
+        return torch.compile(model, dynamic=False)
+    graph = torch.compile(model, dynamic=False, mode='reduce-overhead')
+
+    def run(inputs):
+        torch.compiler.cudagraph_mark_step_begin()  # the previous outputs may be overwritten
+        return graph(inputs).clone()  # the meters keep the logits for longer
+
+    return run
+
+
+def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> float:
+    """Compile the models of a run for every batch size; return the time it took, in seconds.
+
+    sizes: of the training images, in pixels. Leaves the model, the optimizer and the random number
+    generators as they were.
+    """
+    start = time.perf_counter()
+    buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+    passes = [(run.splits.train, train_model, size) for size in sizes]
+    passes += [(getattr(run.splits, split), eval_model, None) for split in run.eval_splits]
+    device = run.forward.device
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        for images, model, size in passes:
+            training = images is run.splits.train
+            run.model.train(training)
+            full, last = min(run.opt.batch_size, len(images)), len(images) % run.opt.batch_size
+            for batch_size in {full, last} - {0}:
+                local_indices = torch.arange(batch_size).tensor_split(world_size())[rank()]
+                pixels, labels, _ = images[torch.arange(batch_size), None, local_indices]
+                with torch.set_grad_enabled(training):
+                    logits = run.forward(model, pixels, size)
+                    loss = cross_entropy(logits, labels, batch_size)
+                if training:
+                    loss.backward()
+    run.optimizer.zero_grad()
+    run.model.load_state_dict(buffers, strict=False)
+    return time.perf_counter() - start

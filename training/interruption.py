@@ -1,0 +1,94 @@
+"""How a run ends early: signals, unreadable images, lost workers and non-finite losses."""
+
+import contextlib
+import signal
+import sys
+
+import torch
+
+from cli import say
+from diracnets.preprocessing import DataError
+from training import checkpoint
+from training.checkpoint import DivergedError
+from training.distributed import rank, world_size
+from training.loader import WorkerError, iterate_batches
+
+
+class StoppedError(Exception):
+    """A signal asked the run to end."""
+
+
+class SignalHandler:
+    """Remembers SIGTERM, SIGHUP or Ctrl-C until the step is done; a second Ctrl-C ends at once.
+
+    A single process also ends while it waits for a batch, since a stalled DataLoader worker may
+    never deliver it. `number` is the signal, or 0.
+    """
+
+    def __enter__(self):
+        self.number, self.waiting = 0, False
+        handled = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                   if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        self.previous = {n: signal.signal(n, self.handle) for n in handled}
+        return self
+
+    def handle(self, number, frame):
+        self.number = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self.waiting and world_size() == 1:
+            self.waiting = False
+            raise StoppedError(number)
+
+    def batches(self, loader):
+        """Yield the batches of a loader, as `iterate_batches` does."""
+        batches, batch = iterate_batches(loader), True
+        while batch:
+            self.waiting = True
+            batch = next(batches, None)
+            self.waiting = False
+            if batch:
+                yield batch
+
+    def __exit__(self, *exception):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def interruptible(run, resume_command: str):
+    """Yield a SignalHandler, and save the run if a signal, an image or a lost worker ends it.
+
+    resume_command: the command that resumes the run, for the message. After a signal the process
+    exits with status 128 + its number.
+    """
+    try:
+        with SignalHandler() as signals:
+            yield signals
+    except (DataError, WorkerError):  # an image file that is read only now
+        if run.meters and world_size() == 1:
+            run.save()
+        raise
+    except DivergedError as error:
+        raise DivergedError(
+            f'{error} of epoch {run.epoch + 1}, learning rate '
+            f'{run.optimizer.param_groups[0]["lr"]:g}'
+            + '; the last checkpoint is kept' * checkpoint.exists(run.opt.save)
+        ) from error
+    except StoppedError as stopped:
+        run.save()
+        number = signal.Signals(stopped.args[0])
+        if rank() == 0:
+            launcher = 'python' if world_size() == 1 else 'torchrun ...'
+            say(f'stopped by {number.name} in epoch {run.epoch + 1} after {run.step} steps, and '
+                f'saved; resume with: {launcher} {resume_command}')
+        sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def out_of_memory_as_os_error():
+    """Turn CUDA running out of memory into an OSError that names the remedy."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        reason = str(error).split('. ')[0]
+        raise OSError(f'{reason}; use a smaller --batch_size') from error

@@ -1,0 +1,199 @@
+"""Preparing a run: from options to a new or resumed Run, or to a model and its test images."""
+
+import functools
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import diracnets
+from diracnets.loading import check_classes
+from diracnets.models.registry import ARCHITECTURES
+from diracnets.preprocessing import Preprocessing, normalize
+from training import checkpoint, data, distributed, options
+from training.compute import Forward, choose_dtype, param_dtype
+from training.distributed import all_reduce, rank
+from training.log import LOG_FILE, read_log, truncate_log
+from training.optimizers import make_optimizer
+from training.pretrained import load_pretrained
+from training.run import Run
+from training.tensorboard import TensorBoardWriter
+from training.whitening import PIXELS, whiten
+
+
+def find_checkpoint(opt):
+    """Return the checkpoint to resume from, or its folder; '' to start a new run.
+
+    Raises ValueError if --save contains a run that would be overwritten.
+    """
+    saved, log = checkpoint.exists(opt.save), os.path.join(opt.save, LOG_FILE)
+    epochs = len(read_log(log)) if os.path.exists(log) else 0
+    path = opt.resume
+    # torchrun restarts all processes when one dies: they resume the run that they started
+    restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and saved
+    if restarted and checkpoint.load(opt.save).get('launcher') == os.getppid():
+        path = opt.save
+    if path == 'auto':
+        path = opt.save if saved else ''
+        epochs = max(0, epochs - 1)  # a crash may come between the first log line and checkpoint
+    source = path if os.path.isdir(path) else os.path.dirname(path) or '.'
+    resumes_here = bool(path) and os.path.realpath(source) == os.path.realpath(opt.save)
+    if (saved or epochs) and not resumes_here:
+        raise ValueError(f'{opt.save} contains a run; add --resume auto, or use another --save')
+    return path
+
+
+def prepare_folder(run, lock):
+    """Create and lock --save, and prepare its files for this run; raise ValueError if it is taken.
+    """
+    folder = run.opt.save
+    os.makedirs(folder, exist_ok=True)
+    lock.acquire()
+    if not run.epoch and not run.step:
+        find_checkpoint(run.opt)  # another run may have written there in the meantime
+    checkpoint.quarantine(folder)
+    truncate_log(folder, run.epoch)
+
+
+def check_options(path, args, saved_args):
+    """Raise ValueError if options that change the result differ from those of a checkpoint."""
+    changed = options.changed_options(args, saved_args)
+    if changed:
+        raise ValueError(f'{path}: {"; ".join(changed)}; use the same options, or --force')
+
+
+def check_ranks_agree(run):
+    """Raise ValueError if ranks start at different steps, as from different checkpoints."""
+    first, last = (all_reduce([run.epoch, run.step], op)
+                   for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+    if first != last:
+        raise ValueError(f'{run.opt.save}: this rank has finished {run.epoch} epochs and {run.step}'
+                         ' steps, another rank a different number; use one --save that all share')
+
+
+def load_named_splits(opt, name, preprocess, training=True, **augmentation):
+    """Load a data set by name; one rank of each machine downloads it before the others read it."""
+    load = functools.partial(data.load_splits, name, opt.dataroot, preprocess, opt.nthread,
+                             training, **augmentation)
+    return distributed.rank_zero_first(load) if name.startswith('CIFAR') else load()
+
+
+def load_training_splits(opt, splits, preprocess):
+    """Load the splits that the options name, or take those from Python, with augmentation."""
+    augmentation = {
+        'crop': opt.augment and opt.crop, 'pad': opt.randomcrop_pad,
+        'flip': opt.flip if opt.augment else 'none', 'cutout': opt.cutout,
+        'reflect': ARCHITECTURES[opt.model].crop_padding == 'reflect',
+    }
+    splits = (splits.augmented(**augmentation) if splits
+              else load_named_splits(opt, opt.dataset, preprocess, **augmentation))
+    if opt.val:
+        splits.train, splits.val = data.hold_out(splits.train, opt.val)
+    return splits
+
+
+def resolve_normalization(preprocess, opt, images, saved_args):
+    """Return the Preprocessing with the mean and std of --normalise, measured if it says so.
+
+    saved_args: the options of a resumed run, which contain what was measured. Raises ValueError if
+    the number of channels is not that of the images.
+    """
+    measured = saved_args.get('normalise') == 'measured' and {'mean', 'std'} <= saved_args.keys()
+    if opt.normalise == 'measured' and measured:
+        mean, std = saved_args['mean'], saved_args['std']
+    elif opt.normalise == 'measured':
+        mean, std = data.measure_normalization(images, opt.nthread)
+    elif opt.normalise:
+        mean, std = options.mean_and_std(opt.normalise)
+    else:
+        mean, std = preprocess.mean, preprocess.std
+    preprocess = Preprocessing.for_dataset(opt.dataset, opt.image_size, mean, std)
+    if preprocess.channels != images.shape[-1]:
+        raise ValueError(f'--normalise of {preprocess.channels} channels: expected '
+                         f'{images.shape[-1]}, as the images have')
+    return preprocess
+
+
+def check_model_options(opt, preprocess):
+    """Raise ValueError for sizes that the architecture does not have, before data are read."""
+    try:
+        with torch.device('meta'):
+            diracnets.create_model(opt.model, preprocess.kind, **options.model_options(opt))
+    except ValueError as error:
+        context = f'image_size {preprocess.size}: {options.NETWORKS_BY_SIZE}'
+        raise ValueError(f'{error} ({context})') from error
+
+
+def build_model(opt, splits, forward):
+    """Create the model on its device, from the seed, --whiten and nothing else."""
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(opt.seed)
+    preprocess = forward.preprocess
+    try:
+        model = diracnets.create_model(
+            opt.model, preprocess.kind, len(splits.classes), preprocess.channels,
+            **options.model_options(opt),
+        ).to(forward.device, param_dtype(forward.dtype))
+    except RuntimeError as error:  # out of memory
+        raise ValueError(f'the model cannot be built: {str(error).splitlines()[0]}') from error
+    torch.manual_seed(opt.seed + rank())  # same parameters, different dropout on each rank
+    if opt.whiten:
+        n = min(len(splits.train), max(1, PIXELS // preprocess.size**2))
+        whiten(model, normalize(data.sample_evenly(splits.train, n).cpu(), preprocess))
+    return model
+
+
+def prepare(opt, device, lock, splits=None):
+    """Start a run, or resume the one in a checkpoint: return a Run.
+
+    lock: of --save, acquired before its files are read; splits: DataSplits from Python, in place of
+    --dataset. Raises ValueError or OSError.
+    """
+    preprocess = Preprocessing.for_dataset(opt.dataset, opt.image_size)
+    check_model_options(opt, preprocess)
+    if rank() == 0 and os.path.isdir(opt.save):
+        lock.acquire()
+    path = find_checkpoint(opt)
+    state = checkpoint.load(path) if path else {'args': {}}
+    dtype = choose_dtype(opt.dtype, device, state['args'])
+    if not opt.force:
+        check_options(path, {**vars(opt), 'dtype': dtype}, state['args'])
+    splits = load_training_splits(opt, splits, preprocess)
+    preprocess = resolve_normalization(preprocess, opt, splits.train, state['args'])
+    forward = Forward(preprocess, dtype, device)
+    splits = splits.to(device)
+    model = build_model(opt, splits, forward)
+    if opt.pretrained and not path:
+        load_pretrained(model, opt, preprocess, splits.classes)
+    run = Run(opt, forward, splits, model, make_optimizer(model, opt), resumed_from=path)
+    if opt.tensorboard:
+        run.board = TensorBoardWriter(opt.save, run.args)
+    if path:
+        run.restore(state, path)
+    check_ranks_agree(run)
+    if rank() == 0 and not run.done:
+        prepare_folder(run, lock)
+    return run
+
+
+def load_for_evaluation(opt, splits=None):
+    """Load the model of --resume and the test images: return (LoadedModel, DataSplits).
+
+    splits: DataSplits from Python, in place of --dataset. Raises ValueError or OSError.
+    """
+    names = ('model', 'dataset', 'image_size', *options.MODEL_OPTIONS)
+    overrides = {name: value for name, value in vars(opt).items() if name in names}
+    if opt.normalise:
+        overrides |= zip(('mean', 'std'), options.mean_and_std(opt.normalise))
+    loaded = diracnets.load(opt.save if opt.resume == 'auto' else opt.resume, overrides)
+    name = overrides.get('dataset') or loaded.args.get('dataset', 'CIFAR10')
+    splits = splits or load_named_splits(opt, name, loaded.preprocess, training=False)
+    expected = (loaded.preprocess.size, loaded.preprocess.size, loaded.preprocess.channels)
+    if splits.test.shape != expected:
+        raise ValueError(f'test images are {splits.test.shape}: expected {expected}, as the model '
+                         f'of {loaded.path} has')
+    classes = None if opt.force else loaded.classes
+    check_classes(loaded.path, loaded.num_classes, classes, splits.classes)
+    return loaded, splits
