@@ -198,13 +198,13 @@ def epoch_of_train(depth, width, n, dtype=NATIVE, to_compile=False):
     def epoch():
         meters = Meters(10, n, '', steps=0)
         with meters.bar:
-            for images, labels, n in loader:
+            for images, labels, batch_size in loader:
                 logits = forward(model, images)
-                loss = cross_entropy(logits, labels, n)
+                loss = cross_entropy(logits, labels, batch_size)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                meters.update(loss, logits, labels, n)
+                meters.update(loss, logits, labels, batch_size)
         meters.summary('train')
 
     return epoch
