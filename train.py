@@ -32,7 +32,6 @@ if __name__ == '__main__':  # before imports that take seconds
     exit_on_ctrl_c()
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from cli import exit_on_error, say
@@ -40,15 +39,7 @@ from diracnets.preprocessing import DataError
 from training import checkpoint, distributed, options
 from training.augmentation import progressive_sizes
 from training.checkpoint import DivergedError
-from training.compute import (
-    Forward,
-    choose_dtype,
-    compile_model,
-    cross_entropy,
-    keep_freed_memory,
-    param_dtype,
-    warm_up,
-)
+from training.compute import compile_model, cross_entropy, keep_freed_memory, warm_up
 from training.distributed import rank, world_size
 from training.interruption import interruptible, out_of_memory_as_os_error
 from training.loader import iterate_batches, make_loader
@@ -85,11 +76,10 @@ def train_one_epoch(run, model, loader, size, title, signals):
 
 @torch.no_grad()
 def evaluate(model, forward, images, meters, opt, signals=None):
-    """Evaluate a model on images, into `meters`; raise StoppedError after a signal."""
-    if world_size() > 1:  # ranks have different batch statistics; rank 0 saves its own
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-    model.eval()
+    """Evaluate a model, in evaluation mode, on images; add up the results in `meters`.
+
+    model: an nn.Module or a compiled one. Raises StoppedError if `signals` received a signal.
+    """
     loader = make_loader(images, opt.batch_size, opt.nthread, rank=rank(), world_size=world_size())
     batches = signals.batches(loader) if signals else iterate_batches(loader)
     with meters.bar:
@@ -101,7 +91,7 @@ def evaluate(model, forward, images, meters, opt, signals=None):
                 raise_if_stopped(signals, step, len(loader))
 
 
-def train(run, device, resume_command):
+def train(run, resume_command):
     """Train the remaining epochs of a run; write the log and checkpoints into opt.save."""
     opt, splits = run.opt, run.splits
     train_model = DistributedDataParallel(run.model) if world_size() > 1 else run.model
@@ -110,7 +100,9 @@ def train(run, device, resume_command):
     constants = {'num_classes': len(splits.classes),
                  'n_parameters': sum(p.numel() for p in run.model.parameters())}
     if opt.compile:
-        train_model, eval_model = (compile_model(m, device) for m in (train_model, eval_model))
+        device = run.forward.device
+        train_model = compile_model(train_model, device)
+        eval_model = compile_model(eval_model, device)
     loader = make_loader(splits.train, opt.batch_size, opt.nthread, opt.seed, rank(), world_size())
     with interruptible(run, resume_command) as signals:
         if opt.compile:
@@ -125,6 +117,7 @@ def train(run, device, resume_command):
                 title += f', {(time.monotonic() - start) * left / done / 60:.0f} min left'
             stats = {**run.args, **train_one_epoch(
                 run, train_model, loader, sizes[run.epoch], title, signals)}
+            run.eval()
             for split in run.eval_splits:
                 images = getattr(splits, split)
                 meters = Meters(len(splits.classes), len(images), f'{title}, {split}')
@@ -135,22 +128,20 @@ def train(run, device, resume_command):
         say(run.summary())
 
 
-def test(opt, device, loaded, splits):
+def test(opt, loaded, forward, splits):
     """Print the loss and accuracy of a loaded model on the test images."""
-    dtype = choose_dtype(opt.dtype, device, loaded.args)
-    model = loaded.model.to(device, param_dtype(dtype))
     settings = {'file': loaded.path, 'network': loaded.title, 'image_size': loaded.preprocess.size,
                 'batch_size': opt.batch_size, 'nthread': opt.nthread}
-    print_header(settings, model, splits, device, dtype)
+    print_header(settings, loaded.model, splits, forward)
     meters = Meters(loaded.num_classes, len(splits.test), 'test')
-    evaluate(model, Forward(loaded.preprocess, dtype, device), splits.test, meters, opt)
+    evaluate(loaded.model, forward, splits.test, meters, opt)
     summary = meters.summary('test')
     if rank() == 0:
         print(f'test_loss: {summary["test_loss"]:.4f}')
         print(f'test_acc: {summary["test_acc"]:.2f}')
 
 
-def print_header(settings, model, splits, device, dtype):
+def print_header(settings, model, splits, forward):
     """Print the settings, the parameters of the model, the data and the hardware."""
     if rank() > 0:
         return
@@ -163,7 +154,8 @@ def print_header(settings, model, splits, device, dtype):
           for name, param in params.items()],
         f'  {"total":<60}{sum(p.numel() for p in params.values()):>12,}\n',
         f'{splits.name or "data from Python"}: {training}{len(splits.test)} test images, '
-        f'{len(splits.classes)} classes; computing on {world_size()} x {device.type} in {dtype}',
+        f'{len(splits.classes)} classes; computing on {world_size()} x '
+        f'{forward.device.type} in {forward.dtype}',
     )
 
 
@@ -188,7 +180,7 @@ def main(argv=None, splits=None):
             if device.type == 'cpu':
                 keep_freed_memory()
             if opt.evaluate:
-                loaded, splits = load_for_evaluation(opt, splits)
+                loaded, forward, splits = load_for_evaluation(opt, device, splits)
             else:
                 run = prepare(opt, device, lock, splits)
         try:
@@ -196,10 +188,10 @@ def main(argv=None, splits=None):
             with (exit_on_error('train.py', (DataError, DivergedError, OSError)),
                   out_of_memory_as_os_error()):
                 if opt.evaluate:
-                    test(opt, device, loaded, splits)
+                    test(opt, loaded, forward, splits)
                 else:
-                    print_header(run.args, run.model, run.splits, device, run.dtype)
-                    train(run, device, f'{script} {shlex.join(resume_argv)}')
+                    print_header(run.args, run.model, run.splits, run.forward)
+                    train(run, f'{script} {shlex.join(resume_argv)}')
         finally:
             distributed.end()
 

@@ -61,7 +61,7 @@ class Meters:
         self.bar.update(global_batch_size)
 
     def read(self):
-        """Add the pending batches to the meters; raise DivergedError for a non-finite training loss."""
+        """Add the pending batches; raise DivergedError for a non-finite training loss."""
         if not self.pending:
             return
         losses, logits, labels = zip(*self.pending)

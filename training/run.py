@@ -80,6 +80,13 @@ class Run:
         progress = self.epoch + self.step / steps_per_epoch
         set_learning_rate(self.optimizer, lr_factor(self.opt, progress))
 
+    def eval(self):
+        """Set evaluation mode; all ranks take the batch statistics of rank 0, which saves them."""
+        if world_size() > 1:
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, 0)
+        self.model.eval()
+
     def end_step(self, steps_per_epoch: int, signals: SignalHandler):
         """Count a training step; save if it is time; raise StoppedError after a signal."""
         self.step += 1

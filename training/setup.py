@@ -3,6 +3,7 @@
 import functools
 import os
 import random
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -109,7 +110,7 @@ def resolve_normalization(preprocess, opt, images, saved_args):
         mean, std = options.mean_and_std(opt.normalise)
     else:
         mean, std = preprocess.mean, preprocess.std
-    preprocess = Preprocessing.for_dataset(opt.dataset, opt.image_size, mean, std)
+    preprocess = replace(preprocess, mean=tuple(mean), std=tuple(std))
     if preprocess.channels != images.shape[-1]:
         raise ValueError(f'--normalise of {preprocess.channels} channels: expected '
                          f'{images.shape[-1]}, as the images have')
@@ -178,8 +179,8 @@ def prepare(opt, device, lock, splits=None):
     return run
 
 
-def load_for_evaluation(opt, splits=None):
-    """Load the model of --resume and the test images: return (LoadedModel, DataSplits).
+def load_for_evaluation(opt, device, splits=None):
+    """Load the model of --resume and the test images: return (LoadedModel, Forward, DataSplits).
 
     splits: DataSplits from Python, in place of --dataset. Raises ValueError or OSError.
     """
@@ -196,4 +197,6 @@ def load_for_evaluation(opt, splits=None):
                          f'of {loaded.path} has')
     classes = None if opt.force else loaded.classes
     check_classes(loaded.path, loaded.num_classes, classes, splits.classes)
-    return loaded, splits
+    dtype = choose_dtype(opt.dtype, device, loaded.args)
+    loaded.model.to(device, param_dtype(dtype))
+    return loaded, Forward(loaded.preprocess, dtype, device), splits
