@@ -1,4 +1,4 @@
-"""What makes it fast changes no results: bfloat16, channels last, compilation, checkpointing."""
+"""Speed options do not change results: bfloat16, channels last, compilation, checkpointing."""
 
 import os
 import platform
@@ -32,10 +32,11 @@ def images(tmp_path_factory):
 # ---------------------------------------------------------------- precision and memory layout
 
 
-def test_automatic_dtype_is_the_hardwares_or_that_of_the_checkpoint(monkeypatch, capsys):
+def test_choose_dtype_auto(monkeypatch, capsys):
     cpu = torch.device('cpu')
     for native, expected in ((True, 'bfloat16'), (False, 'float')):
-        monkeypatch.setattr('training.compute.native_bfloat16', lambda device, n=native: (n, 'because'))
+        monkeypatch.setattr('training.compute.native_bfloat16',
+                            lambda device, n=native: (n, 'because'))
         assert choose_dtype('auto', cpu, {}) == expected
         assert capsys.readouterr().out == f'--dtype auto: {expected} (cpu: because)\n'
         assert choose_dtype('auto', cpu, {'dtype': 'double'}) == 'double'
@@ -44,7 +45,7 @@ def test_automatic_dtype_is_the_hardwares_or_that_of_the_checkpoint(monkeypatch,
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/cpuinfo'), reason='no list of what the CPU can do')
-def test_native_bfloat16_is_what_the_system_says_of_the_cpu():
+def test_native_bfloat16_agrees_with_cpuinfo():
     with open('/proc/cpuinfo') as file:
         flags = file.read().split()
     native, shown = native_bfloat16('cpu')
@@ -52,7 +53,7 @@ def test_native_bfloat16_is_what_the_system_says_of_the_cpu():
     assert ('bf16' in shown) == native
 
 
-def test_a_run_says_which_dtype_and_why(images, tmp_path, capsys):
+def test_run_prints_its_dtype_and_the_reason(images, tmp_path, capsys):
     run(images, tmp_path, '--epochs', 1)
     expected = 'bfloat16' if native_bfloat16('cpu')[0] else 'float'
     printed = capsys.readouterr().out
@@ -62,7 +63,7 @@ def test_a_run_says_which_dtype_and_why(images, tmp_path, capsys):
     assert all(p.dtype == torch.float32 for p in params_of(tmp_path).values())
 
 
-def test_bfloat16_logits_and_gradients_are_those_of_float64(digits):
+def test_bfloat16_logits_and_gradients_agree_with_float64(digits):
     inputs, labels = digits[0][:64], digits[1][:64]
     torch.manual_seed(0)
     f, params = define_diracnet(10, 1, 'CIFAR10')
@@ -78,14 +79,14 @@ def test_bfloat16_logits_and_gradients_are_those_of_float64(digits):
     for (name, p), q in zip(networks[0].named_parameters(), networks[1].parameters()):
         ours.append(p.grad.flatten().double())
         exact.append(q.grad.flatten())
-        # small gradients are sums that nearly cancel, and rounded as their terms are
+        # small gradients are differences of large terms, with the rounding of those
         assert F.cosine_similarity(ours[-1], exact[-1], dim=0) > 0.9, name
     assert F.cosine_similarity(torch.cat(ours), torch.cat(exact), dim=0) > 0.98
 
 
 @pytest.mark.parametrize(('dtype', 'expected'), [
     ('float', torch.float32), ('bfloat16', torch.bfloat16), ('double', torch.float64)])
-def test_a_step_computes_in_its_dtype(dtype, expected):
+def test_forward_computes_in_its_dtype(dtype, expected):
     convolution, computed = torch.nn.Conv2d(3, 10, 32), []
     convolution.register_forward_hook(lambda *given: computed.append(given[-1].dtype))
     network = torch.nn.Sequential(convolution, torch.nn.Flatten()).to(param_dtype(dtype))
@@ -96,7 +97,7 @@ def test_a_step_computes_in_its_dtype(dtype, expected):
     assert loss.dtype == logits.dtype == param_dtype(dtype)
 
 
-def test_batches_are_channels_last_and_logits_the_same():
+def test_batches_are_channels_last():
     sets = data.load_splits('Digits')
     images, *_ = next(iter(make_loader(sets.train, 16, seed=1)))
     inputs = normalize(images, Preprocessing.for_dataset('CIFAR10'), torch.float64)
@@ -110,7 +111,7 @@ def test_batches_are_channels_last_and_logits_the_same():
 # ---------------------------------------------------------------- compilation
 
 
-def test_compiled_training_is_the_same_and_its_warm_up_is_logged(images, tmp_path):
+def test_compile_does_not_change_training(images, tmp_path):
     same = ['--dtype', 'double', '--batch_size', 10]
     run(images, tmp_path / 'eager', *same)
     run(images, tmp_path / 'compiled', *same, '--compile')
@@ -123,7 +124,7 @@ def test_compiled_training_is_the_same_and_its_warm_up_is_logged(images, tmp_pat
     assert not any('compile_time' in s for s in logs[0])
 
 
-def test_batches_of_every_size_are_warmed_up():
+def test_warm_up_compiles_every_batch_size():
     def images(n):
         return data.MemoryImages(torch.zeros(n, 8, 8, 3, dtype=torch.uint8), torch.zeros(n).long())
 
@@ -148,9 +149,9 @@ def test_batches_of_every_size_are_warmed_up():
 
 
 @pytest.mark.parametrize(('depth', 'dataset', 'size', 'part'), [
-    (40, 'CIFAR10', 16, 1 / 4), (34, 'ImageNet', 64, 1 / 2),  # half of it is before the groups
+    (40, 'CIFAR10', 16, 1 / 4), (34, 'ImageNet', 64, 1 / 2),  # half is before the groups
 ])
-def test_checkpointing_keeps_less_and_changes_nothing(depth, dataset, size, part):
+def test_checkpointing_saves_memory_and_changes_no_result(depth, dataset, size, part):
     inputs, labels = torch.randn(5, 3, size, size), torch.arange(5)
     kept, results = [], []
     for checkpointing in (False, True):
@@ -159,7 +160,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(depth, dataset, size, part
         sizes = {}
 
         def keep(tensor, sizes=sizes):
-            if tensor.shape[:1] == (len(labels),):  # what grows with the images, once each
+            if tensor.shape[:1] == (len(labels),):  # activations, each counted once
                 sizes[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
@@ -175,7 +176,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(depth, dataset, size, part
     assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
 
 
-def test_checkpointed_run_is_the_one_without(images, tmp_path):
+def test_checkpointing_gives_the_same_run(images, tmp_path):
     run(images, tmp_path / 'plain', '--depth', 16)
     run(images, tmp_path / 'checkpointed', '--depth', 16, '--checkpointing')
     plain, checkpointed = params_of(tmp_path / 'plain'), params_of(tmp_path / 'checkpointed')
@@ -183,13 +184,13 @@ def test_checkpointed_run_is_the_one_without(images, tmp_path):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')
-def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
+def test_keep_freed_memory_respects_malloc_variables():
     code = """if True:
         import resource, torch
         from training.compute import keep_freed_memory
         keep_freed_memory()
         faults = []
-        for _ in range(12):  # a kernel may take pages back that lie idle: each round asks again
+        for _ in range(12):  # the kernel may reclaim idle pages: repeat
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.ones(64 << 20, dtype=torch.uint8)  # 16,384 pages of 4 kB, freed at once
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -206,7 +207,7 @@ def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
     assert faults(MALLOC_MMAP_THRESHOLD_='1048576') > 20
 
 
-def test_training_and_testing_on_the_cpu_keep_freed_memory(images, tmp_path, monkeypatch):
+def test_train_and_evaluate_keep_freed_memory_on_the_cpu(images, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(train, 'keep_freed_memory', lambda: calls.append(1))
     run(images, tmp_path, '--epochs', 1)
@@ -221,7 +222,7 @@ def test_training_and_testing_on_the_cpu_keep_freed_memory(images, tmp_path, mon
 @pytest.mark.parametrize(('dtype', 'tolerance', 'agree'), [
     (torch.bfloat16, 0.03, 970), (torch.float32, 1e-5, 1000),
 ])
-def test_deployed_network_agrees_on_1000_images(trained, digits, dtype, tolerance, agree):
+def test_deploy_agrees_on_1000_images(trained, digits, dtype, tolerance, agree):
     network = fold(trained[1])
     inputs = digits[0][:1000]
     with torch.no_grad():
@@ -231,18 +232,18 @@ def test_deployed_network_agrees_on_1000_images(trained, digits, dtype, toleranc
     assert found.dtype == torch.float32
     assert (found - logits).abs().max() <= tolerance * logits.abs().max()
     assert (found.argmax(1) == logits.argmax(1)).sum() >= agree
-    assert next(network.parameters()).dtype == torch.float32  # which stays as it was
+    assert next(network.parameters()).dtype == torch.float32  # unchanged
     with pytest.raises(ValueError, match=r'shape \(1, 3, 32, 32\): expected \(500, 3, 32, 32\)'):
         deployed(inputs[:1])
 
 
-def test_deployed_dtype():
+def test_deploy_dtype():
     with pytest.raises(ValueError, match='float16: expected torch.bfloat16 or torch.float32'):
         deploy(torch.nn.Conv2d(3, 3, 1), (1, 3, 8, 8), torch.float16)
 
 
 class Tells(torch.nn.Module):
-    """A convolution, of which only zeros are seen where it runs uncompiled."""
+    """A convolution that returns zeros unless it is compiled."""
 
     def __init__(self):
         super().__init__()
@@ -252,8 +253,8 @@ class Tells(torch.nn.Module):
         return self.conv(x) if torch.compiler.is_compiling() else torch.zeros(1)
 
 
-def test_every_deployed_shape_and_network_is_compiled():
-    """Also beyond torch's limit, which is 8 and here 1: it counts by code, not by network."""
+def test_deploy_compiles_every_shape_and_model():
+    """Also beyond torch's recompile limit (8; here 1), which counts per code object."""
     first, second = Tells(), Tells()
     with torch._dynamo.config.patch(recompile_limit=1):
         runs = [(network, deploy(network, shape, torch.float32), torch.randn(shape)) for
@@ -263,7 +264,7 @@ def test_every_deployed_shape_and_network_is_compiled():
             torch.testing.assert_close(run(inputs), network.conv(inputs))
 
 
-def test_what_cannot_be_compiled_says_so():
+def test_deploy_raises_when_a_model_cannot_be_compiled():
     class Depends(Tells):
         def forward(self, x):
             return self.conv(x) if x.sum() > 0 else x
@@ -276,7 +277,7 @@ def test_what_cannot_be_compiled_says_so():
 # ---------------------------------------------------------------- threads
 
 
-def test_cores_are_shared_among_the_processes_of_a_machine(monkeypatch):
+def test_available_cores_are_shared_among_ranks(monkeypatch):
     for allowed, processes, expected in ((2, 1, 2), (2, 3, 1), (128, 1, 128), (128, 8, 16)):
         monkeypatch.setattr(os, 'sched_getaffinity', lambda _, n=allowed: set(range(n)))
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
@@ -284,7 +285,7 @@ def test_cores_are_shared_among_the_processes_of_a_machine(monkeypatch):
         assert options.parse_options([]).nthread == min(expected, 8)
 
 
-def test_no_more_processes_than_cores_read_images(tmp_path, recwarn):
+def test_default_workers_do_not_exceed_the_cores(tmp_path, recwarn):
     write_sets(tmp_path, 8, 2, (70, 70))
     train.main(['--dataset', 'Folder', '--dataroot', str(tmp_path), '--image_size', '70', '--depth',
                 '18', '--width', '0.125', '--epochs', '1', '--save', str(tmp_path / 'run')])

@@ -1,4 +1,4 @@
-"""What the speed-run needs: Muon, whitening, images that grow, the fast network."""
+"""Parts of the speed-run recipe: Muon, whitening, progressive resizing, diracnet-fast."""
 
 import copy
 
@@ -44,7 +44,7 @@ def learn(layer, optimizer, steps):
 # ---------------------------------------------------------------- Muon
 
 
-def test_a_step_of_muon_is_nearly_orthogonal():
+def test_muon_step_is_nearly_orthogonal():
     layer = small_layer()
     optimizer = make_optimizer(layer, options.parse_options([*MUON, '--lr', '0.5']))
     before, gradient = layer[0].weight.detach().clone(), torch.randn(6, 4, 3, 3)
@@ -58,7 +58,7 @@ def test_a_step_of_muon_is_nearly_orthogonal():
     assert 0.25 < torch.linalg.svdvals(moved).min() <= torch.linalg.svdvals(moved).max() < 0.75
 
 
-def test_the_rest_has_adam():
+def test_muon_uses_adamw_for_other_parameters():
     layer = small_layer()
     alone = copy.deepcopy(layer)
     learn(layer, make_optimizer(layer, options.parse_options(
@@ -70,7 +70,7 @@ def test_the_rest_has_adam():
     torch.testing.assert_close(layer[2].bias, alone[2].bias, rtol=1e-5, atol=1e-7)
 
 
-def test_muon_turns_filters_of_any_norm_alike():
+def test_muon_is_invariant_to_the_norm_of_filters():
     gradient, turned = torch.randn(6, 4, 3, 3), []
     for norm in (1e-3, 1, 1e3):
         layer = small_layer()
@@ -86,7 +86,7 @@ def test_muon_turns_filters_of_any_norm_alike():
     torch.testing.assert_close(turned[2], turned[1], rtol=1e-4, atol=1e-6)
 
 
-def test_muon_leaves_filters_of_zeros_finite():
+def test_muon_keeps_all_zero_filters_finite():
     layer = small_layer()
     with torch.no_grad():
         layer[0].weight.zero_()
@@ -94,7 +94,7 @@ def test_muon_leaves_filters_of_zeros_finite():
     assert layer[0].weight.isfinite().all()
 
 
-def test_muon_goes_on_where_it_was():
+def test_muon_state_dict_round_trip():
     whole = small_layer()
     learn(whole, make_optimizer(whole, options.parse_options(MUON)), 4)
     layer = small_layer()
@@ -112,7 +112,7 @@ def test_muon_goes_on_where_it_was():
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), whole.parameters()))
 
 
-def test_without_muon_one_line_says_which_torch_has_it(images, tmp_path, monkeypatch, capsys):
+def test_muon_names_the_required_torch_version_when_missing(images, tmp_path, monkeypatch, capsys):
     monkeypatch.delattr(torch.optim, 'Muon')
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10,
                     '--optimizer', 'muon', '--save', tmp_path / 'run')
@@ -123,9 +123,9 @@ def test_without_muon_one_line_says_which_torch_has_it(images, tmp_path, monkeyp
 # ---------------------------------------------------------------- whitening
 
 
-def test_whitened_patches_are_uncorrelated():
+def test_whitening_makes_patches_uncorrelated():
     torch.manual_seed(0)
-    inputs = F.avg_pool2d(torch.randn(200, 3, 20, 20), 3, stride=1) * 3  # neighbours correlate
+    inputs = F.avg_pool2d(torch.randn(200, 3, 20, 20), 3, stride=1) * 3  # neighbors are correlated
     filters = whitening_filters(inputs, 2)
     assert filters.shape == (12, 3, 2, 2)
     outputs = F.conv2d(inputs.double(), filters).transpose(0, 1).flatten(1)
@@ -137,7 +137,7 @@ def test_whitened_patches_are_uncorrelated():
     torch.testing.assert_close(products, expected, rtol=0.02, atol=0.02)
 
 
-def test_a_whitened_convolution_has_both_signs_and_stays(images, tmp_path):
+def test_whitened_convolution_has_both_signs_and_is_frozen(images, tmp_path):
     sets = data.load_splits('Folder', images)
     network = diracnets.create_model('diracnet-fast', 'CIFAR10', 2, width=0.25)
     inputs = torch.randn(20, 3, 32, 32)
@@ -156,16 +156,16 @@ def test_a_whitened_convolution_has_both_signs_and_stays(images, tmp_path):
     assert torch.equal(filters[1::2], -filters[::2])
 
 
-def test_too_many_filters_are_refused(images, tmp_path, capsys):
+def test_whiten_rejects_too_many_filters(images, tmp_path, capsys):
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--width',
                     4, '--whiten', '--save', tmp_path / 'run')
     assert 'the first convolution has 64 filters: expected at most 54' in error
 
 
-# ---------------------------------------------------------------- images that grow
+# ---------------------------------------------------------------- progressive resizing
 
 
-def test_sizes_share_the_epochs():
+def test_progressive_sizes_share_the_epochs():
     assert progressive_sizes(32, [20, 24, 28, 32], 8) == [20, 20, 24, 24, 28, 28, 32, 32]
     assert progressive_sizes(32, [], 3) == [32, 32, 32]
     assert progressive_sizes(32, [20, 24, 32], 2) == [24, 32]
@@ -173,7 +173,7 @@ def test_sizes_share_the_epochs():
     assert progressive_sizes(32, [20, 24, 28, 32], 1) == [32]
 
 
-def test_shrunk_images_train_and_resume(images, tmp_path):
+def test_progressive_resizing_trains_and_resumes(images, tmp_path):
     growing = '--grow', '[16,32]', '--epochs', 3
     run(images, tmp_path / 'whole', *growing, '--keep_every', 1)
     run(images, tmp_path / 'run', *growing, '--resume', tmp_path / 'whole' / 'epoch-1.pt7')
@@ -183,7 +183,7 @@ def test_shrunk_images_train_and_resume(images, tmp_path):
     assert any(not torch.equal(p, whole[n]) for n, p in params_of(tmp_path / 'large').items())
 
 
-def test_more_epochs_of_images_that_grow_are_another_run(images, tmp_path, capsys):
+def test_resume_rejects_more_epochs_with_progressive_resizing(images, tmp_path, capsys):
     run(images, tmp_path, '--grow', '[16]', '--epochs', 1)
     with pytest.raises(SystemExit):
         run(images, tmp_path, '--grow', '[16]', '--epochs', 2, '--resume', 'auto')
@@ -191,14 +191,14 @@ def test_more_epochs_of_images_that_grow_are_another_run(images, tmp_path, capsy
 
 
 @pytest.mark.parametrize('sizes', ['[7,32]', '[33]', '20', '[20.5]', '['])
-def test_sizes_that_images_cannot_have_are_refused(sizes, capsys):
+def test_grow_rejects_invalid_sizes(sizes, capsys):
     assert '--grow' in refused(capsys, '--grow', sizes)
 
 
 # ---------------------------------------------------------------- the network
 
 
-def test_batch_norm_of_positive_scale_goes_through_a_max_pool():
+def test_fold_moves_batch_norm_through_max_pool_when_scales_are_positive():
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.BatchNorm2d(8)).double()
     nn.init.uniform_(layers[2].running_var, 0.5, 2)
@@ -214,7 +214,7 @@ def test_batch_norm_of_positive_scale_goes_through_a_max_pool():
                 folded(inputs), layers.eval()(inputs), rtol=1e-10, atol=1e-10)
 
 
-def test_the_fast_network_starts_where_it_should():
+def test_diracnet_fast_initialization():
     network = diracnets.create_model('diracnet-fast', 'CIFAR10', width=0.25)
     for layer in network.modules():
         if hasattr(layer, 'alpha'):
@@ -229,7 +229,7 @@ def test_the_fast_network_starts_where_it_should():
 
 
 @pytest.mark.parametrize('activation', ['gelu', 'relu', 'silu'])
-def test_the_fast_network_layer_by_layer(activation):
+def test_diracnet_fast_agrees_with_a_functional_definition(activation):
     network = diracnets.create_model('diracnet-fast', 'CIFAR10', width=0.125, block='base',
                              activation=activation).double().eval()
     state = network.state_dict()
@@ -254,7 +254,7 @@ def test_the_fast_network_layer_by_layer(activation):
         torch.testing.assert_close(network(images), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_fast_network_is_airbenchs_in_size_and_dirac_parameterised():
+def test_diracnet_fast_has_the_size_of_airbench():
     network = diracnets.create_model('diracnet-fast', 'CIFAR10')
     # 24 to 64 at 31 x 31; 64 to 64 to 256 at 15 x 15; 256 to 256 twice at 7 x 7, once at 3 x 3
     convolutions = 9 * (24 * 64 * 31**2 + (64 * 64 + 64 * 256) * 15**2 + 256**2 * (2 * 7**2 + 9))

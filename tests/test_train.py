@@ -1,4 +1,4 @@
-"""One training: options, schedule, log, checkpoints, resuming and testing."""
+"""train.py: options, schedules, log, checkpoints, resuming and evaluation."""
 
 import shlex
 import time
@@ -40,7 +40,7 @@ def trained(images, tmp_path_factory):
     return folder
 
 
-def test_defaults():
+def test_options_have_the_papers_defaults():
     opt = vars(options.parse_options([]))
     assert opt == {
         'model': 'diracnet', 'depth': 16, 'width': 1, 'dataset': 'CIFAR10', 'dataroot': '.',
@@ -67,12 +67,12 @@ def test_defaults():
       'dataroot': str(Path.home() / 'ILSVRC2012') + '/'}),
     ('--imagenetpath /data', {'dataroot': '/data'}),
 ])
-def test_command_lines(line, expected):
+def test_options_accept_the_papers_command_lines(line, expected):
     opt = vars(options.parse_options(shlex.split(line)))
     assert {name: opt[name] for name in expected} == expected
 
 
-def test_help_says_every_option_with_its_default(capsys):
+def test_help_lists_every_option_with_its_default(capsys):
     with pytest.raises(SystemExit):
         options.parse_options(['--help'])
     printed = ' '.join(capsys.readouterr().out.split())
@@ -82,7 +82,7 @@ def test_help_says_every_option_with_its_default(capsys):
             assert f'(default: {str(value).replace(", ", ",")})' in printed
 
 
-def test_log(trained, images):
+def test_log_has_one_line_per_epoch(trained, images):
     stats = stats_of(trained)
     assert [s['epoch'] for s in stats] == [1, 2]
     assert [s['epoch_lr'] for s in stats] == pytest.approx([0.1, 0.02])
@@ -100,7 +100,7 @@ def test_log(trained, images):
     assert 'test_acc5' not in stats[0]
 
 
-def test_logged_test_figures_against_the_checkpoint(trained, images):
+def test_log_agrees_with_the_checkpoint(trained, images):
     f, _ = define_diracnet(10, 1, 'CIFAR10', num_classes=2)
     correct, loss, n = 0, 0.0, 0
     for label, name in enumerate(['cat', 'dog']):
@@ -119,7 +119,7 @@ def test_logged_test_figures_against_the_checkpoint(trained, images):
     assert last['test_loss'] == pytest.approx(loss / n, rel=1e-4)
 
 
-def test_checkpoints(trained):
+def test_checkpoints_have_the_documented_contents(trained):
     checkpoint = torch.load(trained / 'model.pt7', weights_only=True)
     assert {'params', 'optimizer', 'epoch', 'args', 'best'} <= set(checkpoint)
     assert (checkpoint['epoch'], checkpoint['args']['depth']) == (2, 10)
@@ -134,7 +134,7 @@ def test_checkpoints(trained):
         'best.pt7', 'log.txt', 'model.pt7', 'previous.pt7']
 
 
-def test_same_seed_same_parameters(trained, images, tmp_path):
+def test_run_is_reproducible_with_the_same_seed(trained, images, tmp_path):
     run(images, tmp_path / 'again')
     run(images, tmp_path / 'other', '--seed', 2)
     expected = params_of(trained)
@@ -143,7 +143,7 @@ def test_same_seed_same_parameters(trained, images, tmp_path):
 
 
 @pytest.mark.parametrize('resume', ['', 'model.pt7'])
-def test_resumed_run_equals_the_one_that_was_never_stopped(trained, images, tmp_path, resume):
+def test_resumed_run_equals_the_uninterrupted_run(trained, images, tmp_path, resume):
     run(images, tmp_path / 'whole', '--epochs', 3)
     run(images, tmp_path / 'rest', '--epochs', 3, '--resume', trained / resume)
     expected = params_of(tmp_path / 'whole')
@@ -153,8 +153,8 @@ def test_resumed_run_equals_the_one_that_was_never_stopped(trained, images, tmp_
     assert rest[0]['train_loss'] == whole[2]['train_loss']
 
 
-def test_every_epoch_has_an_order_of_its_own(images, tmp_path):
-    run(images, tmp_path, '--lr', 0)  # nothing is learnt: only the batches can change the loss
+def test_order_differs_between_epochs(images, tmp_path):
+    run(images, tmp_path, '--lr', 0)  # only the order of images changes the loss
     first, second = stats_of(tmp_path)
     assert first['train_loss'] != second['train_loss']
     _, fresh = define_diracnet(10, 1, 'CIFAR10', num_classes=2)
@@ -162,7 +162,7 @@ def test_every_epoch_has_an_order_of_its_own(images, tmp_path):
         'group0.block0.alpha'].tolist()
 
 
-def test_console(images, tmp_path, capsys):
+def test_console_output(images, tmp_path, capsys):
     run(images, tmp_path / 'run')
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ['depth', '10'] for line in lines)
@@ -188,8 +188,8 @@ def test_evaluate_writes_nothing(trained, images, tmp_path, capsys, dtype, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluate_needs_no_training_images_but_the_same_classes(trained, tmp_path, capsys):
-    write_images(tmp_path / 'same' / 'test', n=5, seed=1)  # as the fixture's
+def test_evaluate_checks_classes_and_needs_no_training_images(trained, tmp_path, capsys):
+    write_images(tmp_path / 'same' / 'test', n=5, seed=1)  # as in the fixture
     options = ['--evaluate', '--resume', str(trained), '--dataset', 'Folder']
     train.main([*options, '--dataroot', str(tmp_path / 'same'), '--dtype', 'float'])
     lines = capsys.readouterr().out.splitlines()
@@ -202,14 +202,14 @@ def test_evaluate_needs_no_training_images_but_the_same_classes(trained, tmp_pat
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'double'])
-def test_dtypes(images, tmp_path, dtype):
+def test_dtype_option_sets_the_parameters_dtype(images, tmp_path, dtype):
     run(images, tmp_path, '--dtype', dtype, '--epochs', 1)
     assert stats_of(tmp_path)[0]['dtype'] == dtype
     stored = torch.float64 if dtype == 'double' else torch.float32
     assert {p.dtype for p in params_of(tmp_path).values()} == {stored}
 
 
-def test_many_classes_are_judged_by_their_top_five_too(tmp_path):
+def test_log_has_top5_for_100_classes(tmp_path):
     names = [f'class{i:03d}' for i in range(100)]
     write_images(tmp_path / 'images' / 'train', names, n=1)
     write_images(tmp_path / 'images' / 'val', names, n=1)
@@ -219,7 +219,7 @@ def test_many_classes_are_judged_by_their_top_five_too(tmp_path):
     assert {'train_acc5', 'test_acc5'} <= set(stats)
 
 
-def test_large_images_take_the_imagenet_topology(tmp_path):
+def test_large_images_use_the_imagenet_topology(tmp_path):
     write_images(tmp_path / 'images' / 'train', n=3, size=(90, 80))
     write_images(tmp_path / 'images' / 'test', n=1, size=(80, 90))
     run(tmp_path / 'images', tmp_path / 'run', '--image_size', 70, '--depth', 18, '--width', 0.125,
@@ -227,7 +227,7 @@ def test_large_images_take_the_imagenet_topology(tmp_path):
     assert params_of(tmp_path / 'run')['conv'].shape == (8, 3, 7, 7)
 
 
-def test_learning_rate_and_momentum():
+def test_momentum_is_kept_when_the_learning_rate_drops():
     opt = options.parse_options(['--epoch_step', '[2,4]', '--lr', '0.5', '--lr_decay_ratio', '0.1'])
     weight = torch.nn.Parameter(torch.ones(2, 2))
     layer = torch.nn.Module()
@@ -243,7 +243,7 @@ def test_learning_rate_and_momentum():
     assert torch.equal(optimizer.state[weight]['momentum_buffer'], momentum)
 
 
-def test_schedules_are_those_of_torch():
+def test_schedules_equal_those_of_torch():
     for name in ('cosine', 'onecycle'):
         opt = options.parse_options(['--lr_schedule', name, '--lr', '0.5', '--epochs', '10'])
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
@@ -260,13 +260,13 @@ def test_schedules_are_those_of_torch():
             of_torch.step()
 
 
-def test_linear_schedule():
+def test_linear_schedule_warms_up_and_decays():
     opt = options.parse_options(['--lr_schedule', 'linear', '--epochs', '10'])
     shares = [lr_factor(opt, done) for done in (0, 1, 2, 6, 9.9, 10)]
     assert shares == pytest.approx([0, 0.5, 1, 0.5, 0.0125, 0])
 
 
-def test_the_rate_moves_within_an_epoch(images, tmp_path):
+def test_learning_rate_changes_within_an_epoch(images, tmp_path):
     rates = []
     hook = register_optimizer_step_pre_hook(
         lambda optimizer, *_: rates.append(optimizer.param_groups[0]['lr']))
@@ -278,7 +278,7 @@ def test_the_rate_moves_within_an_epoch(images, tmp_path):
     assert rates == pytest.approx([0, 5 / 12, 5 / 12, 5 / 16, 5 / 24, 5 / 48])
 
 
-def test_minutes_between_checkpoints_are_minutes(images, tmp_path, monkeypatch):
+def test_save_every_counts_minutes(images, tmp_path, monkeypatch):
     clock, steps, saved = [time.monotonic()], [], []
     save = Run.save
 
@@ -300,7 +300,7 @@ def test_minutes_between_checkpoints_are_minutes(images, tmp_path, monkeypatch):
     assert saved == [(3,), (6,), (8, ['best.pt7', 'model.pt7'])]  # steps of 2500 s; 8 per epoch
 
 
-def test_options_of_a_family_and_of_the_optimizer_come_to_act(images, tmp_path):
+def test_architecture_and_optimizer_options_take_effect(images, tmp_path):
     words = ['--dataset', 'Folder', '--dataroot', str(images), '--save', str(tmp_path / 'run')]
     for more, reflect, nesterov in (
         (['--model', 'densenet', '--layers', '10', '--nesterov'], False, True),
@@ -313,7 +313,7 @@ def test_options_of_a_family_and_of_the_optimizer_come_to_act(images, tmp_path):
         assert {group['nesterov'] for group in prepared.optimizer.param_groups} == {nesterov}
 
 
-def test_recipes_and_families():
+def test_recipe_options_can_be_overridden():
     opt = options.parse_options(['--recipe', 'densenet', '--growth', '24', '--name', 'wide'])
     assert (opt.model, opt.layers, opt.growth, opt.epochs) == ('densenet', 100, 24, 300)
     assert (opt.nesterov, opt.save, opt.bottleneck) == (True, 'runs/wide', True)
@@ -333,7 +333,7 @@ def test_recipes_and_families():
     assert not options.parse_options(['--recipe', 'densenet', '--no-nesterov']).nesterov
 
 
-def test_validation_images_choose_the_best(images, tmp_path):
+def test_validation_split_selects_the_best_checkpoint(images, tmp_path):
     run(images, tmp_path, '--val', 8, '--epochs', 3)
     stats = stats_of(tmp_path)
     accuracies = [s['val_acc'] for s in stats]
@@ -343,7 +343,7 @@ def test_validation_images_choose_the_best(images, tmp_path):
     assert stats[0]['images_per_second'] == pytest.approx(24 / stats[0]['train_time'])
 
 
-def test_label_smoothing_is_for_training_alone(images, tmp_path):
+def test_label_smoothing_applies_to_training_only(images, tmp_path):
     run(images, tmp_path / 'hard', '--lr', 0, '--epochs', 1)
     run(images, tmp_path / 'soft', '--lr', 0, '--epochs', 1, '--label_smoothing', 0.9)
     (hard,), (soft,) = stats_of(tmp_path / 'hard'), stats_of(tmp_path / 'soft')
@@ -352,7 +352,7 @@ def test_label_smoothing_is_for_training_alone(images, tmp_path):
     assert hard['train_acc'] == soft['train_acc']
 
 
-def test_tensorboard(images, tmp_path):
+def test_tensorboard_events(images, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.api_pb2 import Status
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -377,13 +377,13 @@ def test_tensorboard(images, tmp_path):
     assert said('session_end_info').status == Status.STATUS_SUCCESS
 
     run(images, tmp_path, '--tensorboard', '--epochs', 4, '--resume', 'auto')
-    assert len(list(tmp_path.glob('**/events.*'))) == 2  # one for each start
+    assert len(list(tmp_path.glob('**/events.*'))) == 2  # one file per start
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [e.step for e in events.Scalars('test_acc')] == [1, 2, 3, 4]
 
 
 IMAGENET = ['--image_size', 72, '--nthread', 0]
-FAMILIES = {  # the smallest of each
+SMALLEST = {  # the smallest model of each
     'diracnet': ['--depth', 10],
     'diracnet, ImageNet': [*IMAGENET, '--depth', 18, '--width', 0.25],
     'diracnet-v1': ['--depth', 10],
@@ -407,12 +407,12 @@ FAMILIES = {  # the smallest of each
 }
 
 
-@pytest.mark.parametrize('family', FAMILIES)
-def test_every_family_trains_resumes_and_folds(family, tmp_path):
-    size = (72, 72) if '--image_size' in FAMILIES[family] else (32, 32)
+@pytest.mark.parametrize('name', SMALLEST)
+def test_every_architecture_trains_resumes_and_folds(name, tmp_path):
+    size = (72, 72) if '--image_size' in SMALLEST[name] else (32, 32)
     write_sets(tmp_path / 'images', 32, 4, size)
     common = ['--dataset', 'Folder', '--dataroot', tmp_path / 'images', '--batch_size', 16,
-              '--lr', 0.01, '--model', family.split(',')[0], *FAMILIES[family]]
+              '--lr', 0.01, '--model', name.split(',')[0], *SMALLEST[name]]
 
     def go(folder, *more):
         train.main([str(option) for option in (*common, '--save', tmp_path / folder, *more)])
@@ -431,7 +431,7 @@ def test_every_family_trains_resumes_and_folds(family, tmp_path):
     with torch.no_grad():
         logits = network(inputs)
         assert (folded(inputs) - logits).abs().max() <= 1e-9 * logits.abs().max()
-        # a folded file knows what it is of: by keys and shapes alone a resnet would be a DiracNet
+        # a folded file names its architecture: keys and shapes of a resnet are those of a DiracNet
         (tmp_path / 'folded.pth').write_bytes(to_pth(folded, None, trained.metadata()))
         again = diracnets.load(tmp_path / 'folded.pth')
         assert torch.equal(again.model(inputs), folded(inputs))
@@ -439,11 +439,11 @@ def test_every_family_trains_resumes_and_folds(family, tmp_path):
         trained.title, trained.preprocess, trained.classes)
 
 
-def test_every_family_is_in_the_test():
-    assert {family.split(',')[0] for family in FAMILIES} == set(ARCHITECTURES)
+def test_every_architecture_is_tested():
+    assert {name.split(',')[0] for name in SMALLEST} == set(ARCHITECTURES)
 
 
-def test_another_run_is_not_overwritten_by_a_resumed_one(trained, images, tmp_path, capsys):
+def test_resume_does_not_overwrite_another_run(trained, images, tmp_path, capsys):
     run(images, tmp_path / 'other', '--epochs', 1)
     before = (tmp_path / 'other' / 'log.txt').read_text()
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10,
@@ -456,7 +456,7 @@ def test_another_run_is_not_overwritten_by_a_resumed_one(trained, images, tmp_pa
     assert (tmp_path / 'other' / 'log.txt').read_text() == before
 
 
-def test_evaluate_takes_no_other_family(images, tmp_path, capsys):
+def test_evaluate_rejects_another_architecture(images, tmp_path, capsys):
     run(images, tmp_path, '--model', 'resnet', '--epochs', 1)
     common = ['--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--evaluate',
               '--resume', tmp_path]
@@ -464,7 +464,7 @@ def test_evaluate_takes_no_other_family(images, tmp_path, capsys):
     assert 'model is resnet, not plain: expected the same, or no such option' in error
 
 
-def test_evaluate_takes_from_the_file_what_it_knows(tmp_path, capsys):
+def test_evaluate_uses_the_settings_in_the_file(tmp_path, capsys):
     write_sets(tmp_path, 8, 8, (24, 24))
     folder = ['--dataset', 'Folder', '--dataroot', str(tmp_path)]
     sizes = ['--image_size', '24', '--model', 'plain', '--depth', '10', '--width', '0.5']
@@ -486,7 +486,7 @@ def test_evaluate_takes_from_the_file_what_it_knows(tmp_path, capsys):
         assert message in refused(capsys, *evaluate, *flags)
 
 
-def test_evaluate_of_a_file_without_options_takes_them_from_the_command(images, tmp_path, capsys):
+def test_evaluate_uses_the_command_line_for_a_bare_state_dict(images, tmp_path, capsys):
     run(images, tmp_path, '--model', 'wide-resnet', '--width', 1, '--epochs', 1, '--dtype', 'float')
     torch.save(params_of(tmp_path), tmp_path / 'bare.pth')
     evaluate = ['--evaluate', '--resume', tmp_path / 'bare.pth', '--dataset', 'Folder',
@@ -499,7 +499,7 @@ def test_evaluate_of_a_file_without_options_takes_them_from_the_command(images, 
     assert 'fc.weight' not in refused(capsys, *evaluate)
 
 
-def test_images_of_another_kind_than_the_networks(images, tmp_path, capsys):
+def test_evaluate_rejects_images_of_another_size(images, tmp_path, capsys):
     run(images, tmp_path, '--epochs', 1)
     torch.save(params_of(tmp_path), tmp_path / 'bare.pth')
     error = refused(capsys, '--evaluate', '--resume', tmp_path / 'bare.pth', '--dataset', 'Folder',
@@ -508,7 +508,7 @@ def test_images_of_another_kind_than_the_networks(images, tmp_path, capsys):
     assert 'up to 64 pixels' in error
 
 
-def test_a_checkpoint_that_lacks_a_part_is_served_by_the_one_before(images, tmp_path, capsys):
+def test_resume_falls_back_to_previous_checkpoint_when_a_key_is_missing(images, tmp_path, capsys):
     run(images, tmp_path, '--epochs', 2)
     saved = torch.load(tmp_path / 'model.pt7', weights_only=True)
     del saved['optimizer']
@@ -519,7 +519,7 @@ def test_a_checkpoint_that_lacks_a_part_is_served_by_the_one_before(images, tmp_
     assert [s['epoch'] for s in stats_of(tmp_path)] == [1, 2, 3]
 
 
-def test_evaluate_takes_the_data_set_of_the_run_too(tmp_path, capsys):
+def test_evaluate_uses_the_dataset_of_the_run(tmp_path, capsys):
     save = str(tmp_path)
     train.main(['--dataset', 'Digits', '--depth', '10', '--epochs', '1', '--save', save])
     logged = stats_of(tmp_path)[0]['test_acc']
@@ -530,8 +530,8 @@ def test_evaluate_takes_the_data_set_of_the_run_too(tmp_path, capsys):
     assert ['network', 'DiracNet-10-1'] in [line.split() for line in lines]
 
 
-def test_older_checkpoint_of_images_with_a_size_of_their_own_goes_on(tmp_path):
-    """It says image_size 32 of ImageNet, which was never read."""
+def test_resume_accepts_older_checkpoints_of_imagenet(tmp_path):
+    """Older ones contain image_size 32 for ImageNet, which was not used."""
     write_images(tmp_path / 'train', n=2, size=(40, 40))
     write_images(tmp_path / 'val', n=1, size=(40, 40))
     line = ['--dataset', 'ImageNet', '--dataroot', str(tmp_path), '--depth', '18', '--width',
@@ -546,8 +546,8 @@ def test_older_checkpoint_of_images_with_a_size_of_their_own_goes_on(tmp_path):
     assert [s['epoch'] for s in stats_of(tmp_path / 'run')] == [1, 2]
 
 
-def test_evaluate_of_other_files(images, tmp_path, capsys):
-    """Prefixes of DDP, the original's dense deltas, and the folded form give the same figures."""
+def test_evaluate_reads_other_file_formats(images, tmp_path, capsys):
+    """DDP prefixes, dense deltas of the original, and folded models give the same accuracy."""
     common = ['--epochs', 1, '--dtype', 'float']
     run(images, tmp_path / 'run', '--model', 'plain', '--block', 'dbb', *common)
     run(images, tmp_path / 'dirac', *common)
@@ -571,7 +571,7 @@ def test_evaluate_of_other_files(images, tmp_path, capsys):
             assert loss == pytest.approx(logged, abs=1e-3), name
 
 
-def test_resuming_with_other_classes(trained, tmp_path, capsys):
+def test_resume_rejects_other_classes(trained, tmp_path, capsys):
     write_images(tmp_path / 'train', ('owl', 'yak'), n=2)
     write_images(tmp_path / 'test', ('owl', 'yak'), n=2)
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', tmp_path, '--depth', 10,
@@ -582,21 +582,21 @@ def test_resuming_with_other_classes(trained, tmp_path, capsys):
 @pytest.mark.parametrize('change', [
     {'optimizer': {}}, {'rng': {}}, {'params': {'conv': 3}}, {'step': 'one'},
 ])
-def test_odd_checkpoints(trained, images, tmp_path, capsys, change):
+def test_resume_rejects_malformed_checkpoints(trained, images, tmp_path, capsys, change):
     loaded = torch.load(trained / 'model.pt7', weights_only=True)
     torch.save({**loaded, **change}, tmp_path / 'odd.pt7')
     refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--force',
             '--resume', tmp_path / 'odd.pt7', '--save', tmp_path / 'run')
 
 
-def test_longer_cosine_is_another_run(images, tmp_path, capsys):
+def test_resume_rejects_more_epochs_with_a_cosine_schedule(images, tmp_path, capsys):
     run(images, tmp_path, '--lr_schedule', 'cosine', '--epochs', 1)
     with pytest.raises(SystemExit):
         run(images, tmp_path, '--lr_schedule', 'cosine', '--epochs', 2, '--resume', 'auto')
     assert 'epochs was 1, is 2: expected the same, or --force' in capsys.readouterr().err
 
 
-def test_v1_decays_everything():
+def test_weight_decay_applies_to_all_tensors_of_v1():
     for model in ('diracnet', 'diracnet-v1'):
         opt = options.parse_options(['--model', model])
         groups = make_optimizer(torch.nn.BatchNorm2d(3), opt).param_groups
@@ -604,7 +604,7 @@ def test_v1_decays_everything():
         assert decayed == ([2] if model == 'diracnet-v1' else [0])
 
 
-def test_weight_decay_leaves_vectors_alone():
+def test_weight_decay_skips_vectors():
     network = Network(*define_diracnet(10, 1, 'CIFAR10'))
     optimizer = make_optimizer(network, options.parse_options(['--weight_decay', '0.25']))
     decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
@@ -614,7 +614,7 @@ def test_weight_decay_leaves_vectors_alone():
     assert {group['momentum'] for group in optimizer.param_groups} == {0.9}
 
 
-def test_meters_weigh_every_image_alike():
+def test_meters_weight_every_image_equally():
     meters = Meters(100, 5, '')
     logits = torch.zeros(5, 100)
     logits[:, :6] = torch.tensor([6.0, 5, 4, 3, 2, 1])
@@ -673,13 +673,13 @@ def test_meters_weigh_every_image_alike():
     (['--ngpu', '2'], 'start it as: torchrun --nproc_per_node=2 train.py --ngpu 2'),
     (['--colour'], '--colour'),
 ])
-def test_bad_options(capsys, tmp_path, monkeypatch, options, message):
+def test_options_reject_invalid_values(capsys, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused(capsys, *options)
     assert not list(tmp_path.iterdir())
 
 
-def test_checkpoint_of_another_network(trained, images, capsys, tmp_path):
+def test_resume_rejects_another_architecture(trained, images, capsys, tmp_path):
     options = ['--dataset', 'Folder', '--dataroot', images, '--resume', trained]
     options += ['--save', tmp_path / 'new', '--batch_size', 12]
     error = refused(capsys, *options, '--depth', 10, '--width', 2)
@@ -693,13 +693,13 @@ def test_checkpoint_of_another_network(trained, images, capsys, tmp_path):
 
 
 @pytest.mark.parametrize('content', [b'', b'half a file', b'PK\x03\x04 cut'])
-def test_damaged_checkpoint(content, capsys, tmp_path):
+def test_resume_rejects_corrupt_checkpoints(content, capsys, tmp_path):
     (tmp_path / 'model.pt7').write_bytes(content)
     error = refused(capsys, '--resume', tmp_path, '--save', tmp_path / 'run')
     assert 'truncated, damaged or no weights: expected a file that torch.load reads' in error
 
 
-def test_a_run_is_not_overwritten(trained, images, capsys):
+def test_train_does_not_overwrite_a_run(trained, images, capsys):
     before = (trained / 'model.pt7').read_bytes()
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--save', trained)
     assert f'{trained} holds a run: expected --resume auto, or another --save' in error
@@ -707,7 +707,7 @@ def test_a_run_is_not_overwritten(trained, images, capsys):
 
 
 @pytest.mark.parametrize('nthread', [0, 2])
-def test_unreadable_image_met_in_training(tmp_path, capsys, nthread):
+def test_unreadable_image_ends_training_in_one_line(tmp_path, capsys, nthread):
     write_sets(tmp_path, 2, 2, (70, 70))
     broken = tmp_path / 'train' / 'dog' / '1.png'
     broken.write_bytes(b'nothing')
@@ -718,7 +718,7 @@ def test_unreadable_image_met_in_training(tmp_path, capsys, nthread):
     assert f'{broken}: not a readable image' in error
 
 
-def test_make_train_runs_on_the_digits():
+def test_make_train_command_parses():
     makefile = (ROOT / 'Makefile').read_text().replace('\\\n', ' ')
     line = next(line for line in makefile.splitlines() if 'train.py --dataset Digits' in line)
     opt = options.parse_options(shlex.split(line)[2:-1])
