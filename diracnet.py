@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from os.path import basename, exists, join
@@ -382,6 +383,11 @@ class DiracNet(nn.Module):
 
 
 # ---------------------------------------------------------------- published weights
+
+
+def find_nonfinite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Returns the name of the first tensor that contains NaN or Inf, or None."""
+    return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
 
 
 def check_finite(params):

@@ -1,18 +1,21 @@
-r"""Exports a trained network: folded, verified against what was trained, and measured.
+r"""Exports a trained model: folds it, verifies the exported file, and measures size and speed.
 
-The ending chooses the format: .onnx, .pt2 (torch.export), .safetensors or .pth (state dicts):
+The extension of the file selects the format: .onnx, .pt2 (torch.export), .safetensors or .pth
+(state dicts):
     python export.py logs/diracnet-28-2 --to diracnet.onnx
 
-In int8, its ranges calibrated on a folder of images, with the accuracy that is left:
+int8, calibrated on a folder of images, with the top-1 accuracy before and after quantization:
     python export.py logs/diracnet-28-2 --to diracnet-int8.onnx --int8 ~/images/train --equalise \
         --dataset Folder --dataroot ~/images
+
+No file is written if its outputs differ from those of the trained model.
 """
 
 import argparse
 import copy
 import os
 
-if __name__ == '__main__':  # before what takes seconds to import
+if __name__ == '__main__':  # before the imports that take seconds
     from cli import exit_on_ctrl_c
 
     exit_on_ctrl_c()
@@ -33,58 +36,8 @@ from training.files import errors_that_name, folder_beside, write
 from training.options import DATASETS
 from training.timing import rates
 
-BATCH = 16  # images, in verifying and measuring
-TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of the largest logit
-
-
-# ---------------------------------------------------------------- inputs
-
-
-def load_test_set(opt, trained):
-    """Loads the test set of --dataset; raises ValueError if it is not what the network knows."""
-    sets = data.load_splits(opt.dataset, opt.dataroot, trained.preprocess, training=False)
-    check_classes(trained.path, trained.num_classes, trained.classes, sets.classes)
-    return sets
-
-
-def verification_inputs(trained, sets, paths):
-    """Returns (inputs (BATCH, C, S, S), what they are): test images, calibration ones or noise."""
-    if sets:
-        images = data.sample_evenly(sets.test, BATCH)
-        return normalize(images, trained.preprocess), f'{BATCH} test images'
-    if paths:
-        paths = paths[:: -(-len(paths) // BATCH)]
-        inputs = torch.stack(list(map(trained.preprocess, paths)))
-        return inputs, f'{len(inputs)} calibration images'
-    shape, generator = (BATCH, *trained.preprocess.shape), torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator), f'{BATCH} random inputs'
-
-
-# ---------------------------------------------------------------- figures
-
-
-def max_difference(logits, expected):
-    """Returns the largest difference, over the largest logit."""
-    return ((logits - expected).abs().max() / expected.abs().max()).item()
-
-
-def describe(opt, trained, verified_on):
-    """Prints what goes in, and how the figures that follow are taken."""
-    mean, std = (
-        ', '.join(f'{v:.4f}' for v in values)
-        for values in (trained.preprocess.mean, trained.preprocess.std)
-    )
-    colours = 'RGB in [0, 1], ' if trained.preprocess.channels == 3 else ''
-    print(f'{opt.checkpoint}: {trained.title}, {trained.num_classes} classes')
-    shape = ', '.join(map(str, trained.preprocess.shape))
-    print(f'inputs: (N, {shape}), {colours}less ({mean}), over ({std})')
-    print(f'max difference: of logits, over the largest, on {verified_on}; from the unfolded '
-          'network in float64')
-    print(f'images per second: in batches of {BATCH}, CPU threads: {torch.get_num_threads()}\n',
-          flush=True)
-
-
-# ---------------------------------------------------------------- the command
+BATCH = 16  # images, for verification and timing
+TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of logits, relative to the largest logit
 
 
 def parse_options(argv=None):
@@ -92,97 +45,149 @@ def parse_options(argv=None):
         prog='export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('checkpoint', help='a checkpoint, the folder of a run, or any file of parameters')
-    add('--to', required=True, metavar='FILE', help=f'to write: {", ".join(FORMATS)}')
-    add('--int8', metavar='FOLDER', help='quantise the .onnx, calibrated on the images in there')
-    add('--equalise', action='store_true',
-        help='first bring the channels to like ranges on those images: int8 then loses less of a '
-             'DiracNet, and float32 nothing')
-    add('--dataset', choices=DATASETS, help='on whose test set to measure top-1, if that is wanted')
-    add('--dataroot', default='.', help='folder of its files (default: .)')
+    add('checkpoint', help='folder of a run, checkpoint, or a .pth or .safetensors file')
+    add('--to', required=True, metavar='FILE',
+        help=f'file to write; the extension is one of {", ".join(FORMATS)}')
+    add('--int8', metavar='FOLDER',
+        help='quantize the .onnx file to int8, calibrated on the images in this folder')
+    add('--equalise', '--equalize', action='store_true', dest='equalize',
+        help='equalize the channel ranges on the images of --int8 before quantization, which '
+             'improves the int8 accuracy of DiracNets; float outputs do not change')
+    add('--dataset', choices=DATASETS, help='measure the top-1 accuracy on this test set')
+    add('--dataroot', default='.', help='folder of the test set (default: .)')
     opt = parser.parse_args(argv)
-    opt.ending = os.path.splitext(opt.to)[1]
-    if opt.ending not in FORMATS:
-        parser.error(f'--to {opt.to}: expected a name that ends in {", ".join(FORMATS)}')
-    if opt.int8 and opt.ending != '.onnx':
-        parser.error(f'--int8 with --to {opt.to}: expected a name that ends in .onnx')
-    if opt.equalise and not opt.int8:
-        parser.error('--equalise without --int8: expected a folder of images to calibrate on')
+    opt.extension = os.path.splitext(opt.to)[1]
+    if opt.extension not in FORMATS:
+        parser.error(f'--to {opt.to}: unknown format; use one of {", ".join(FORMATS)}')
+    if opt.int8 and opt.extension != '.onnx':
+        parser.error(f'--to {opt.to}: --int8 needs a file name that ends in .onnx')
+    if opt.equalize and not opt.int8:
+        parser.error('--equalise: needs calibration images; add --int8 FOLDER')
     if os.path.realpath(opt.to) == os.path.realpath(opt.checkpoint):
-        parser.error(f'--to {opt.to} is the checkpoint itself: expected another name')
-    require_packages('export.py', 'deploy', *FORMATS[opt.ending][2])
+        parser.error(f'--to {opt.to}: would overwrite the checkpoint; use another name')
+    require_packages('export.py', 'deploy', *FORMATS[opt.extension].packages)
     return opt
 
 
-def make(opt, net, trained, paths, calibration):
-    """Makes files of the folded network: {title: (bytes, tolerance)}, that of --to last."""
-    name, zeros = os.path.basename(opt.to), torch.zeros(2, *trained.preprocess.shape)
-    content = FORMATS[opt.ending][0](net, zeros, trained.metadata())
-    if not opt.int8:
-        return {name: (content, TOLERANCE)}
-    said = trained.metadata(calibration=calibration)
-    float32, int8 = quantize(content, paths, trained.preprocess, said)
-    return {'float32': (float32, TOLERANCE), name: (int8, INT8_TOLERANCE)}
+# ---------------------------------------------------------------- inputs
 
 
-def verify(networks, tolerances, inputs, expected):
-    """Returns the table's cells; raises RuntimeError for a network that differs by too much."""
+def load_test_set(opt, loaded):
+    """Loads the test set of --dataset; raises ValueError if its classes are not the model's."""
+    splits = data.load_splits(opt.dataset, opt.dataroot, loaded.preprocess, training=False)
+    check_classes(loaded.path, loaded.num_classes, loaded.classes, splits.classes)
+    return splits.test
+
+
+def verification_inputs(loaded, test, paths):
+    """Returns inputs (N, C, S, S) and their source: test images, calibration images or noise."""
+    if test:
+        images = data.sample_evenly(test, BATCH)
+        return normalize(images, loaded.preprocess), f'{BATCH} test images'
+    if paths:
+        paths = paths[:: -(-len(paths) // BATCH)]
+        inputs = torch.stack([loaded.preprocess(path) for path in paths])
+        return inputs, f'{len(inputs)} calibration images'
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn((BATCH, *loaded.preprocess.shape), generator=generator)
+    return inputs, f'{BATCH} random inputs'
+
+
+# ---------------------------------------------------------------- figures
+
+
+def print_header(opt, loaded, source):
+    """Prints the model, its inputs, and how the figures in the table are measured."""
+    preprocess = loaded.preprocess
+    mean, std = (', '.join(f'{value:.4f}' for value in values)
+                 for values in (preprocess.mean, preprocess.std))
+    shape = ', '.join(map(str, preprocess.shape))
+    colors = 'RGB in [0, 1], ' if preprocess.channels == 3 else ''
+    print(f'{opt.checkpoint}: {loaded.title}, {loaded.num_classes} classes')
+    print(f'inputs: (N, {shape}), {colors}normalized with mean ({mean}), std ({std})')
+    print('max difference: of the logits from those of the unfolded model in float64, relative to '
+          f'the largest logit, on {source}')
+    print(f'images per second: batches of {BATCH}, {torch.get_num_threads()} CPU threads\n',
+          flush=True)
+
+
+def verify(models, tolerances, inputs, expected):
+    """Returns the cells of `max difference`; raises RuntimeError if a model exceeds its tolerance.
+
+    models and tolerances have the same titles; expected: logits (N, num_classes).
+    """
     cells = []
-    for (name, network), tolerance in zip(networks.items(), tolerances):
-        difference = max_difference(network(inputs), expected)
-        if not difference <= tolerance:  # NaN is too much
+    for title, model in models.items():
+        difference = ((model(inputs) - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= tolerances[title]:  # also for NaN
             raise RuntimeError(
-                f'{name} differs from the unfolded network by {difference:.1e} of the largest '
-                f'logit: expected at most {tolerance:g}'
+                f'{title} differs from the unfolded model by {difference:.1e} of the largest '
+                f'logit: expected at most {tolerances[title]:g}; nothing was written'
             )
-        cells.append(f'{difference:.0e} (at most {tolerance:g})')
+        cells.append(f'{difference:.0e} (at most {tolerances[title]:g})')
     return cells
+
+
+def parameter_count(model):
+    return f'{sum(param.numel() for param in model.parameters()):,}'
+
+
+# ---------------------------------------------------------------- export
+
+
+def export_bytes(opt, folded, loaded, paths, calibration):
+    """Returns {title: bytes}; the last one is the content of --to."""
+    example = torch.zeros(2, *loaded.preprocess.shape)
+    content = FORMATS[opt.extension].to_bytes(folded, example, loaded.metadata())
+    name = os.path.basename(opt.to)
+    if not opt.int8:
+        return {name: content}
+    metadata = loaded.metadata(calibration=calibration)
+    float32, int8 = quantize(content, paths, loaded.preprocess, metadata)
+    return {'float32': float32, name: int8}
 
 
 @torch.no_grad()
 def export(opt):
-    """Loads, folds, writes, verifies and measures; --to appears when all of it went well."""
-    trained = diracnets.load(opt.checkpoint)
-    if isinstance(trained.model, OnnxModel):
-        raise ValueError(f'{trained.path}: ONNX, which is run and not written again: expected the '
-                         'run, or another file that was exported from it')
+    """Loads, folds, exports, verifies and measures; --to is written only if all of it succeeds."""
+    loaded = diracnets.load(opt.checkpoint)
+    if isinstance(loaded.model, OnnxModel):
+        raise ValueError(f'{loaded.path}: an ONNX file cannot be exported again; use the run or '
+                         'another file that was exported from it')
     paths, calibration = calibration_set(opt.int8) if opt.int8 else ([], None)
-    sets = load_test_set(opt, trained) if opt.dataset else None
-    inputs, described = verification_inputs(trained, sets, paths)
-    unfolded, net = trained.model.float(), fold(trained.model).requires_grad_(False)
-    if opt.equalise:
-        net = equalize(net, torch.stack([*map(trained.preprocess, paths)]))
+    test = load_test_set(opt, loaded) if opt.dataset else None
+    inputs, source = verification_inputs(loaded, test, paths)
+    unfolded, folded = loaded.model.float(), fold(loaded.model).requires_grad_(False)
+    if opt.equalize:
+        folded = equalize(folded, torch.stack([loaded.preprocess(path) for path in paths]))
         calibration['equalised'] = True
-    describe(opt, trained, described)
-    made = make(opt, net, trained, paths, calibration)
-    contents, tolerances = zip(*made.values())
+    print_header(opt, loaded, source)
+
+    contents = export_bytes(opt, folded, loaded, paths, calibration)
+    models, tolerances = {'unfolded': unfolded}, dict.fromkeys(['unfolded', *contents], TOLERANCE)
+    if opt.int8:
+        tolerances[os.path.basename(opt.to)] = INT8_TOLERANCE
     with folder_beside(opt.to) as folder:
-        files = [os.path.join(folder, str(i) + opt.ending) for i in range(len(contents))]
-        forms = {'unfolded': unfolded}
-        for title, path, content in zip(made, files, contents):
+        for number, (title, content) in enumerate(contents.items()):
+            path = os.path.join(folder, f'{number}{opt.extension}')
             with errors_that_name(opt.to):
                 write(path, content)
-            forms[title] = FORMATS[opt.ending][1](path, net)
+            models[title] = FORMATS[opt.extension].open(path, folded)
         expected = copy.deepcopy(unfolded).double()(inputs.double())
         memory = sum(tensor.nbytes for tensor in unfolded.state_dict().values())
-        sizes = [memory, *map(len, contents)]
+        sizes = [memory, *map(len, contents.values())]
         rows = {
-            'parameters': [
-                f'{sum(p.numel() for p in network.parameters()):,}'
-                for network in [unfolded] + [net] * len(files)
-            ],
+            'parameters': [parameter_count(unfolded), *[parameter_count(folded)] * len(contents)],
             'size, MB': [f'{size / 1e6:.2f}' for size in sizes],
-            'max difference': verify(forms, (TOLERANCE, *tolerances), inputs, expected),
-            'images per second': [f'{r:,.0f}' for r in rates(forms.values(), inputs)],
+            'max difference': verify(models, tolerances, inputs, expected),
+            'images per second': [f'{rate:,.0f}' for rate in rates(models.values(), inputs)],
         }
-        if sets:
-            rows['top-1, %'] = [
-                f'{top1(network, sets.test, trained.preprocess, title):.2f}'
-                for title, network in forms.items()
-            ]
+        if test:
+            rows['top-1, %'] = [f'{top1(model, test, loaded.preprocess, title):.2f}'
+                                for title, model in models.items()]
         with errors_that_name(opt.to):
-            os.replace(files[-1], opt.to)
-    print_table(['', *forms], [[name, *cells] for name, cells in rows.items()])
+            os.replace(path, opt.to)  # the last file
+    print_table(['', *models], [[name, *cells] for name, cells in rows.items()])
     print(f'written to {opt.to}')
 
 

@@ -1,6 +1,6 @@
-"""DiracNets through torch.hub; from a clone of this repository:
+"""DiracNets for torch.hub. From a clone of this repository:
 
-    net = torch.hub.load('.', 'diracnet18', source='local', pretrained=True)
+    model = torch.hub.load('.', 'diracnet18', source='local', pretrained=True)
 """
 
 from pathlib import Path
@@ -11,68 +11,70 @@ import diracnet
 from diracnet import check_hash
 
 dependencies = ['torch']
-TRAINED = {  # in logs/, with its card; the SHA-256 of its model.pt7
+TRAINED = {  # released checkpoints in logs/: the SHA-256 of each model.pt7
     'diracnet-16-1': '5dc351daceae957861d83114b5bc274918acdda97187c6358f43e3f3ac6a46a9',
     'diracnet-28-2': '9511f9ef9f6c9cc36f0a32ceb904e90cdd49100623a8a748fe2e41586a4b3b06',
 }
 
 
-def diracnet18(pretrained=False):
-    """DiracNet-18 for ImageNet, folded to plain convolutions: 11.5 million parameters.
+def diracnet18(pretrained: bool = False) -> diracnet.DiracNet:
+    """DiracNet-18 for ImageNet, folded into plain convolutions: 11.5 million parameters.
 
-    Inputs (N, 3, 224, 224): RGB in [0, 1], the middle of images whose shorter side OpenCV resized
-    to 256 (cubic), less mean (0.485, 0.456, 0.406), over deviation (0.229, 0.224, 0.225);
-    `diracnets.preprocess()` makes them of files. Outputs: logits of the 1000 classes of
-    ILSVRC2012, in the order of their WordNet numbers.
+    Inputs (N, 3, 224, 224) are RGB in [0, 1], normalized with mean (0.485, 0.456, 0.406) and std
+    (0.229, 0.224, 0.225). The original evaluation resizes the shorter side to 256 with OpenCV
+    (cubic) and takes the center crop; `diracnets.preprocess()` does this. Outputs are the logits
+    (N, 1000) of the ILSVRC2012 classes, in the order of their WordNet IDs.
 
-    pretrained: with the weights that the authors published (fetched once, hash checked each
-    time). Their top-1 and top-5 errors on the validation set, 30.37 and 10.88 %, are the authors'
-    figures (arXiv 1706.00388), not measured here.
+    pretrained: load the authors' weights, downloaded once, with the hash checked each time. The
+    authors report a top-1 error of 30.37 % and a top-5 error of 10.88 % on the validation set
+    (arXiv 1706.00388); these figures were not reproduced here.
     """
     return diracnet.diracnet18(pretrained)
 
 
-def diracnet34(pretrained=False):
-    """DiracNet-34 for ImageNet, folded to plain convolutions: 21.6 million parameters.
+def diracnet34(pretrained: bool = False) -> diracnet.DiracNet:
+    """DiracNet-34 for ImageNet, folded into plain convolutions: 21.6 million parameters.
 
-    Inputs (N, 3, 224, 224): RGB in [0, 1], the middle of images whose shorter side OpenCV resized
-    to 256 (cubic), less mean (0.485, 0.456, 0.406), over deviation (0.229, 0.224, 0.225);
-    `diracnets.preprocess()` makes them of files. Outputs: logits of the 1000 classes of
-    ILSVRC2012, in the order of their WordNet numbers.
+    Inputs (N, 3, 224, 224) are RGB in [0, 1], normalized with mean (0.485, 0.456, 0.406) and std
+    (0.229, 0.224, 0.225). The original evaluation resizes the shorter side to 256 with OpenCV
+    (cubic) and takes the center crop; `diracnets.preprocess()` does this. Outputs are the logits
+    (N, 1000) of the ILSVRC2012 classes, in the order of their WordNet IDs.
 
-    pretrained: with the weights that the authors published (fetched once, hash checked each
-    time). Their top-1 error on the validation set is 27.79 %, as the RepVGG paper quotes it, the
-    top-5 error 9.34 %, which is unverified. These figures were not measured here.
+    pretrained: load the authors' weights, downloaded once, with the hash checked each time. The
+    RepVGG paper quotes a top-1 error of 27.79 % on the validation set; a top-5 error of 9.34 % is
+    unverified. These figures were not reproduced here.
     """
     return diracnet.diracnet34(pretrained)
 
 
-def diracnet_cifar(depth=28, width=2, num_classes=10, pretrained=False):
-    """DiracNet for CIFAR-like images; `diracnets.fold` makes it plain.
+def diracnet_cifar(
+    depth: int = 28, width: float = 2, num_classes: int = 10, pretrained: bool = False
+) -> diracnet.Network:
+    """DiracNet for CIFAR-like images, not folded; `diracnets.fold` folds it.
 
-    depth: 6n + 4; width: the factor on 16, 32, 64 channels; num_classes: 10 for CIFAR-10, 100 for
-    CIFAR-100. Inputs (N, 3, 32, 32), or any square of 4 pixels or more: RGB in [0, 1], less mean
-    (125.3, 123.0, 113.9) / 255, over deviation (63.0, 62.1, 66.7) / 255. Outputs: logits of
-    num_classes; of CIFAR-10 in the alphabetical order of the names of its classes.
+    depth: 6n + 4; width: multiplies the 16, 32 and 64 channels; num_classes: 10 for CIFAR-10, 100
+    for CIFAR-100. Inputs (N, 3, 32, 32), or squares of at least 4 pixels, are RGB in [0, 1],
+    normalized with mean (125.3, 123.0, 113.9) / 255 and std (63.0, 62.1, 66.7) / 255. Outputs are
+    the logits (N, num_classes); CIFAR-10's classes are in alphabetical order.
 
-    pretrained: with the parameters that this repository trained and keeps, of depth 28 and width 2
-    or 16 and 1: their figures, and what they are good for, are in logs/diracnet-28-2/README.md and
-    logs/diracnet-16-1/README.md. To be used they want `.eval()`. Raises ValueError for others and
-    for a file with another hash, OSError for one that is missing. Without, they are newly drawn.
+    pretrained: load a released checkpoint of this repository, of depth 28 and width 2 or of depth
+    16 and width 1; call `.eval()` to use it. logs/diracnet-28-2/README.md and
+    logs/diracnet-16-1/README.md contain the figures and the limitations. Raises ValueError for
+    other sizes and for a file with another hash, OSError for a missing file. Without `pretrained`
+    the parameters are randomly initialized.
     """
     f, params = diracnet.define_diracnet(depth, width, 'CIFAR10', num_classes)
-    network = diracnet.Network(f, params)
+    model = diracnet.Network(f, params)
     if pretrained:
-        network.load_state_dict(_trained(depth, width, num_classes))
-    return network
+        model.load_state_dict(_released_params(depth, width, num_classes))
+    return model
 
 
-def _trained(depth, width, num_classes):
-    """The parameters of a network that this repository keeps: a flat dict."""
+def _released_params(depth, width, num_classes):
     name = f'diracnet-{depth}-{width:g}'
     if name not in TRAINED or num_classes != 10:
-        raise ValueError(f'no trained {name} of {num_classes} classes: expected 10 classes and '
-                         f'one of {", ".join(TRAINED)}')
+        raise ValueError(f'no released {name} with {num_classes} classes; use 10 classes and one '
+                         f'of {", ".join(TRAINED)}')
     path = Path(__file__).parent / 'logs' / name / 'model.pt7'
     try:
         check_hash(path, TRAINED[name])

@@ -1,28 +1,27 @@
-"""Labels image files with a trained network: the five best, with their probabilities.
+"""Classifies images with a trained model: prints the five most probable classes of each image.
 
     python predict.py cat.jpg dog.jpg --model logs/diracnet-28-2
-    python predict.py cat.jpg --model diracnet-int8.onnx    # any file that export.py writes
-    python predict.py cat.jpg --model diracnet18            # the published network, of ImageNet
+    python predict.py cat.jpg --model diracnet-int8.onnx    # a file of export.py
+    python predict.py cat.jpg --model diracnet18            # the authors' ImageNet model
 
-A file that is missing or no image is named on stderr, and passed over; the exit status is 2 then.
+Unreadable images are reported on stderr and skipped; the exit status is then 2.
 """
 
 import argparse
 import sys
 
-if __name__ == '__main__':  # before what takes seconds to import
+if __name__ == '__main__':  # before the imports that take seconds
     from cli import exit_on_ctrl_c
 
     exit_on_ctrl_c()
 
 import torch
-from torchvision.models import ResNet18_Weights
 
 import diracnets
 from cli import ArgumentParser, exit_on_error
 from diracnet import diracnet18, diracnet34
 from diracnets.fold import fold
-from diracnets.preprocessing import DataError, Preprocessing
+from diracnets.preprocessing import DataError
 
 PUBLISHED = {'diracnet18': diracnet18, 'diracnet34': diracnet34}
 
@@ -34,46 +33,49 @@ def parse_options(argv=None):
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
     parser.add_argument(
         '--model', required=True,
-        help='checkpoint, folder of a run, file of export.py, or one of '
-             f'{", ".join(PUBLISHED)}',
+        help=f'folder of a run, checkpoint, file of export.py, or {" or ".join(PUBLISHED)}',
     )
     return parser.parse_args(argv)
 
 
 def imagenet_classes():
+    """Returns the names of the 1000 classes of ILSVRC2012, in the order of their WordNet IDs."""
+    from torchvision.models import ResNet18_Weights
+
     return ResNet18_Weights.IMAGENET1K_V1.meta['categories']
 
 
-def load(model):
-    """Returns (folded network, Preprocessing, class names or None) of a name or file."""
-    if model in PUBLISHED:
-        return PUBLISHED[model](pretrained=True).eval(), Preprocessing.for_dataset('ImageNet'), imagenet_classes()
-    trained = diracnets.load(model)
-    classes = trained.classes
-    if classes is None and (trained.preprocess.kind, trained.num_classes) == ('ImageNet', 1000):
+def load_classifier(name):
+    """Returns (folded model, Preprocessing, class names or None) of a file or published model."""
+    if name in PUBLISHED:
+        model = PUBLISHED[name](pretrained=True).eval()
+        return model, diracnets.preprocess('ImageNet'), imagenet_classes()
+    loaded = diracnets.load(name)
+    classes = loaded.classes
+    if classes is None and (loaded.preprocess.kind, loaded.num_classes) == ('ImageNet', 1000):
         classes = imagenet_classes()
-    return fold(trained.model), trained.preprocess, classes
+    return fold(loaded.model), loaded.preprocess, classes
 
 
 @torch.inference_mode()
 def predict(opt):
-    """Prints the labels of the images that can be read; returns how many cannot."""
-    network, inputs, classes = load(opt.model)
+    """Prints the predictions for all readable images and returns the number of unreadable ones."""
+    model, preprocess, classes = load_classifier(opt.model)
     unreadable = 0
     for path in opt.images:
         try:
-            image = inputs(path)
+            image = preprocess(path)
         except DataError as error:
             print(f'predict.py: {error}', file=sys.stderr)
             unreadable += 1
             continue
-        probabilities = network(image[None]).softmax(dim=1)[0]  # (num_classes,)
+        probabilities = model(image[None]).softmax(dim=1)[0]  # (num_classes,)
         if not probabilities.isfinite().all():
-            raise RuntimeError(f'{opt.model}: its outputs are no numbers: expected finite ones')
+            raise RuntimeError(f'{opt.model}: its outputs are non-finite (NaN or Inf)')
         print(path)
         for p, label in zip(*probabilities.topk(min(5, len(probabilities)))):
             print(f'  {100 * p:6.2f} %  {classes[label] if classes else f"class {label}"}')
-        sys.stdout.flush()  # so that errors stand where they belong
+        sys.stdout.flush()  # keeps the order of stdout and stderr in a terminal
     return unreadable
 
 

@@ -1,14 +1,12 @@
-"""Every file that holds the parameters of a network, read safely: nothing in it can run code.
+"""Reads the parameters of a model from any file that contains them.
 
-    params = load_params('logs/diracnet-28-2')      # of a DiracNet: a run, or any file
-    net = diracnets.fold(params)
+    params = load_params('logs/diracnet-28-2')      # of a DiracNet: the folder of a run, or a file
+    model = diracnets.fold(params)
 
-A run of train.py (its folder, or a checkpoint in it), the original repository's checkpoints, those
-of DistributedDataParallel and torch.compile, bare state dicts and safetensors, folded or not, and
-the parameters in a .pt2 of export.py, whose program is not run: torch.export.load would run code.
-Archives are checked whole before they are read, as torch.load takes altered numbers for good ones.
-
-What an exported file says of its network beside them is in diracnets.metadata.
+Supported files are checkpoints of train.py (or the folder of a run), checkpoints of the original
+repository, checkpoints of DistributedDataParallel and torch.compile, bare state dicts and
+safetensors files, folded or not. Nothing in a file is executed. The CRC of every entry of an
+archive is checked first, because torch.load does not detect altered values.
 """
 
 import errno
@@ -18,118 +16,112 @@ import sys
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from diracnet import DiracNet, Topology, check_params, init_params, is_folded, load_published
-from diracnets.metadata import (
-    METADATA_KEY,
-    ORIGIN_KEYS,
-    check_bounds,
-    check_schema,
-    parse_json,
-    parse_metadata,
-)
+from diracnets.metadata import ORIGIN_KEYS, check_bounds, check_schema, parse_metadata
 
-MODEL_FILE, PREVIOUS_FILE, BEST_FILE = 'model.pt7', 'previous.pt7', 'best.pt7'  # in the folder of a run
-CHECKPOINT_URLS = {  # unfolded, with which training can go on
+MODEL_FILE, PREVIOUS_FILE, BEST_FILE = 'model.pt7', 'previous.pt7', 'best.pt7'  # of a run's folder
+CHECKPOINT_URLS = {  # unfolded parameters, from which training can continue
     18: 'https://s3.amazonaws.com/modelzoo-networks/diracnet18-v2_checkpoint.pth',
     34: 'https://s3.amazonaws.com/modelzoo-networks/diracnet34-v2_checkpoint.pth',
 }
 WRAPPERS = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel, torch.compile
-PT2_CONFIG = 'data/weights/model_weights_config.json'  # in a .pt2 of torch: what is where
-PT2_DTYPES = {5: torch.int64, 7: torch.float32}  # by their numbers there
-DELTA = re.compile(r'^eye[\d_]+$')  # dense identities, which the original kept: eye64_64_3_3
+DELTA = re.compile(r'^eye[\d_]+$')  # dense identities in original checkpoints, like eye64_64_3_3
 
 
 @dataclass(frozen=True)
 class CheckpointContents:
-    """What a file says of a network."""
+    """The parameters and the metadata in one file."""
 
     path: str
-    params: dict  # flat name -> tensor, on the CPU
-    args: dict  # the options of its training, or empty
-    classes: list  # their names, or None
-    inputs: dict  # the fields of its Inputs, or None
-    origin: dict  # of diracnets.metadata.ORIGIN: what it came from
+    params: dict[str, Tensor]  # flat names, on the CPU
+    args: dict  # the options of the training run, or empty
+    classes: list[str] | None
+    inputs: dict | None  # the fields of the Preprocessing
+    origin: dict  # of diracnets.metadata.ORIGIN_KEYS, those that the file contains
 
-    def topology(self):
-        """Reads the Topology off the parameters of a DiracNet, functional or folded.
+    def topology(self) -> Topology:
+        """Infers the Topology of a DiracNet, functional or folded, from the parameter shapes.
 
-        Raises ValueError for parameters that are no DiracNet's, or whose depth or width `args`
-        contradict.
+        Raises ValueError for parameters of another architecture, and for a depth or width in `args`
+        that contradicts the shapes.
         """
-        net = Topology.from_params(self.params)
-        with torch.device('meta'):  # shapes alone
-            folded = is_folded(self.params)
-            check_params(self.params, DiracNet.from_topology(net).state_dict() if folded else init_params(net))
-        depth, width = (self.args.get(name, getattr(net, name)) for name in ('depth', 'width'))
-        if not net.matches(depth, width):
+        topology = Topology.from_params(self.params)
+        with torch.device('meta'):  # only shapes are needed
+            expected = (DiracNet.from_topology(topology).state_dict() if is_folded(self.params)
+                        else init_params(topology))
+        check_params(self.params, expected)
+        depth, width = (self.args.get(name, getattr(topology, name)) for name in ('depth', 'width'))
+        if not topology.matches(depth, width):
             raise ValueError(
-                f'its args say depth {depth}, width {width}: expected those of its parameters, '
-                f'depth {net.depth}, width {net.width:g}'
+                f'its args contain depth {depth}, width {width}, but its parameters have depth '
+                f'{topology.depth}, width {topology.width:g}'
             )
-        return net
+        return topology
 
 
-def load_params(path):
-    """Reads the parameters of a functional DiracNet, for `f`, `Network` and `fold`.
+def load_params(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Loads the parameters of a functional DiracNet, for `f`, `Network` and `fold`.
 
-    path: a file or the folder of a run. Returns a flat dict from name to tensor on the CPU, as
-    that of `define_diracnet`, in which no tensor requires grad. Raises ValueError for what is
-    wrong with the contents, OSError for a file that cannot be read.
+    path: a file or the folder of a run. Returns a flat dict of tensors on the CPU, with the names
+    of `define_diracnet`; no tensor requires grad. Raises ValueError for invalid contents, OSError
+    for a file that cannot be read.
     """
-    return _functional(read_checkpoint(path))
+    return _unfolded_params(read_checkpoint(path))
 
 
-def _functional(saved):
-    """The parameters of a functional DiracNet; raises ValueError, naming the file, for others."""
-    if is_folded(saved.params):
-        raise ValueError(
-            f'{saved.path}: holds a folded network: expected the parameters it was folded from'
-        )
-    try:
-        saved.topology()
-    except ValueError as error:
-        raise ValueError(f'{saved.path}: {error}') from error
-    return saved.params
+def read_checkpoint(path: str | os.PathLike) -> CheckpointContents:
+    """Reads the parameters and the metadata of a model of any architecture.
 
-
-def read_checkpoint(path):
-    """Reads the parameters of any network, and what the file says beside them: CheckpointContents.
-
-    The running statistics may stand in `params`, or in `stats`; dense deltas and prefixes of
-    wrappers are dropped. path and errors are those of `load`.
+    Running statistics may be in `params` or in `stats`; dense deltas and the name prefixes of
+    wrappers are removed. path and errors are those of `load_dict`.
     """
-    return _saved(load_dict(path), path)
+    return _parse(load_dict(path), path)
 
 
-def _saved(contents, path):
-    if not isinstance(contents.get('params'), Mapping):
+def _parse(contents, path):
+    if not isinstance(contents.get('params'), Mapping):  # a state dict
         texts = getattr(contents, '_metadata', None)
-        said = parse_metadata(texts if isinstance(texts, Mapping) else {}, path)
-        contents = {'params': contents, **said}
+        metadata = parse_metadata(texts if isinstance(texts, Mapping) else {}, path)
+        contents = {'params': contents, **metadata}
     params = {**contents['params'], **(contents.get('stats') or {})}
     params = {WRAPPERS.sub('', name): tensor for name, tensor in params.items()}
     params = {name: tensor for name, tensor in params.items() if not DELTA.match(name)}
     return make_contents(path, contents, params)
 
 
-def make_contents(path, contents, params):
-    """What a file says of a network whose parameters are known, or {}: CheckpointContents."""
-    return CheckpointContents(str(path), params, contents.get('args') or {}, contents.get('classes'),
-                 contents.get('inputs'), {name: contents[name] for name in ORIGIN_KEYS
-                                          if contents.get(name) is not None})
+def make_contents(path: str | os.PathLike, contents: Mapping, params: dict) -> CheckpointContents:
+    """Makes CheckpointContents from the metadata in `contents` and from separate parameters."""
+    origin = {name: contents[name] for name in ORIGIN_KEYS if contents.get(name) is not None}
+    return CheckpointContents(str(path), params, contents.get('args') or {},
+                              contents.get('classes'), contents.get('inputs'), origin)
 
 
-def load_dict(path, required=()):
-    """Loads a file, or the newest good one of a run's folder: a dict, its tensors on the CPU.
+def _unfolded_params(contents):
+    if is_folded(contents.params):
+        raise ValueError(f'{contents.path}: contains a folded network; use the checkpoint from '
+                         'which it was exported')
+    try:
+        contents.topology()
+    except ValueError as error:
+        raise ValueError(f'{contents.path}: {error}') from error
+    return contents.params
 
-    required: keys that it must have. Where a run's model.pt7 is damaged or missing the one before
-    it serves, and stderr says so. Raises ValueError for what is wrong with the contents, OSError
-    for a file that cannot be read.
+
+# ---------------------------------------------------------------- files
+
+
+def load_dict(path: str | os.PathLike, required: Iterable[str] = ()) -> Mapping:
+    """Loads the dict in a file, or in the newest readable checkpoint of a run's folder.
+
+    required: keys that the dict must contain. If a run's model.pt7 is corrupt or missing,
+    previous.pt7 is loaded, and stderr says so. Returns the dict, its tensors on the CPU. Raises
+    ValueError for invalid contents, OSError for a file that cannot be read; both name the file.
     """
     path = os.path.join(path, MODEL_FILE) if os.path.isdir(path) else str(path)
     try:
@@ -139,144 +131,116 @@ def load_dict(path, required=()):
         if os.path.basename(path) != MODEL_FILE or not os.path.exists(previous):
             raise
         contents = load_dict_file(previous, required)
-        print(f'{error}; taking {previous}', file=sys.stderr)
+        print(f'{error}; using {previous} instead', file=sys.stderr)
         return contents
 
 
-def load_dict_file(path, required=()):
-    """Loads one file, checked: a dict. required and errors are those of `load`."""
+def load_dict_file(path: str, required: Iterable[str] = ()) -> Mapping:
+    """Loads and checks the dict in exactly this file; see `load_dict`."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'{path}: no such file: expected a checkpoint or a folder with one')
-    loader = LOADERS.get(os.path.splitext(path)[1], _load_pickle)
-    contents = loader(path)
-    if not isinstance(contents, Mapping):
-        raise ValueError(f'{path}: holds a {type(contents).__name__}: expected a dict')
+        raise FileNotFoundError(f'{path}: no such file; give a checkpoint or the folder of a run')
+    reader = READERS.get(os.path.splitext(path)[1], _read_pickle)
+    contents = reader(path)
     try:
+        if not isinstance(contents, Mapping):
+            raise ValueError(f'contains a {type(contents).__name__}, expected a dict')
         check_bounds(contents)
         check_schema(contents)
         for name in required:
             if name not in contents:
-                raise ValueError(f'{name} is missing: expected a checkpoint of train.py')
+                raise ValueError(f'{name} is missing; use a checkpoint of train.py')
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
     return contents
 
 
-def _let_through(error, path):
-    """Raises OSError, naming the file, for an error that says nothing of what is in it."""
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's
-    ):
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), path) from error
-    # of damaged bytes are those without a number, and EINVAL, of places before a file's start
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-        raise OSError(error.errno, error.strerror, path) from error
+def _read_pt2(path):
+    raise ValueError(f'{path}: a .pt2 file contains a program; open it with torch.export.load')
 
 
-def _load_safetensors(path):
+def _read_onnx(path):
+    raise ValueError(f'{path}: the parameters in an ONNX file cannot be read; use the run or '
+                     'another file that was exported from it')
+
+
+def _read_safetensors(path):
     try:
         from safetensors import SafetensorError, safe_open
-        from safetensors import torch as safetensors
+        from safetensors.torch import load_file
     except ImportError as error:
         raise ValueError(
-            f'{path}: safetensors is missing: expected pip install safetensors'
+            f'{path}: safetensors is not installed; pip install safetensors'
         ) from error
     try:
-        contents = OrderedDict(safetensors.load_file(path))
+        contents = OrderedDict(load_file(path))
         with safe_open(path, 'pt') as file:
             contents._metadata = file.metadata() or {}
         return contents
     except SafetensorError as error:
-        raise ValueError(f'{path}: truncated, or not a safetensors file ({error})') from error
+        raise ValueError(f'{path}: corrupt, or not a safetensors file ({error})') from error
 
 
-def _load_pt2(path):
-    """Reads the parameters of a .pt2, and its texts, from where torch.export.save puts them."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type for part in archive.infolist()) or archive.testzip():
-                raise ValueError('altered')
-            root = archive.namelist()[0].split('/')[0]
-            config = parse_json(archive.read(f'{root}/{PT2_CONFIG}'))['config']
-            contents = OrderedDict(
-                (name, _pt2_tensor(archive.read(f'{root}/data/weights/{said["path_name"]}'), said))
-                for name, said in config.items()
-            )
-            contents._metadata = {METADATA_KEY: archive.read(f'{root}/extra/{METADATA_KEY}').decode()}
-            return contents
-    except Exception as error:  # damaged bytes make it raise almost anything
-        _let_through(error, path)
-        raise ValueError(
-            f'{path}: truncated, damaged or not of export.py: expected a .pt2 that says what its '
-            'network is'
-        ) from error
-
-
-def _pt2_tensor(content, said):
-    """A parameter, from its bytes and what a .pt2 says of them."""
-    meta = said['tensor_meta']
-    shape = [size['as_int'] for size in meta['sizes']]
-    if said['use_pickle']:
-        raise ValueError('expected bytes')
-    tensor = torch.frombuffer(bytearray(content), dtype=PT2_DTYPES[meta['dtype']]).view(shape)
-    strides = [stride['as_int'] for stride in meta['strides']]
-    if any(s != t for s, t, size in zip(strides, tensor.stride(), shape) if size > 1):
-        raise ValueError('expected contiguous parameters')
-    return tensor
-
-
-def _load_pickle(path):
+def _read_pickle(path):
     with open(path, 'rb') as file, warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of pickle protocols
+        warnings.simplefilter('ignore')  # torch.load warns of unusual pickle protocols
         try:
-            archive = file.read(2) == b'PK' or zipfile.is_zipfile(file)  # else a pickle of old
-            if archive and zipfile.ZipFile(file).testzip():
-                raise ValueError('altered')
+            is_archive = file.read(2) == b'PK' or zipfile.is_zipfile(file)  # else a legacy pickle
+            if is_archive and zipfile.ZipFile(file).testzip():
+                raise ValueError('an entry has the wrong CRC')
             file.seek(0)
             return torch.load(file, map_location='cpu', weights_only=True)
-        except Exception as error:  # damaged bytes make both readers raise almost anything
-            _let_through(error, path)
+        except Exception as error:  # corrupt bytes make both readers raise almost any exception
+            _raise_if_environment_error(error, path)
             code = re.search(r'GLOBAL (\S+)', str(error))
             if code:
                 raise ValueError(
-                    f'{path}: refused, its pickle would run {code[1]}: expected tensors and plain '
-                    'values alone'
+                    f'{path}: refused, because its pickle would call {code[1]}; save only tensors '
+                    'and plain values'
                 ) from error
             raise ValueError(
-                f'{path}: truncated, damaged or no weights: expected a file that torch.load reads '
-                'with weights_only'
+                f'{path}: corrupt, or not a file that torch.load reads with weights_only=True'
             ) from error
 
 
-# by a name's ending; every other file is torch.save's
-LOADERS = {'.safetensors': _load_safetensors, '.pt2': _load_pt2}
+READERS = {'.safetensors': _read_safetensors, '.pt2': _read_pt2, '.onnx': _read_onnx}
 
 
-# ---------------------------------------------------------------- published
+def _raise_if_environment_error(error, path):
+    """Raises OSError, naming the file, unless the error may come from the file's contents."""
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's
+    ):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), path) from error
+    # corrupt bytes cause errors without a number, and EINVAL, for offsets before a file's start
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise OSError(error.errno, error.strerror, path) from error
 
 
-def checkpoint_path(depth):
-    """Returns where torch.hub keeps the original checkpoint of depth 18 or 34, once fetched."""
+# ---------------------------------------------------------------- published checkpoints
+
+
+def checkpoint_path(depth: int) -> str:
+    """Returns the path of the original checkpoint of depth 18 or 34 in torch.hub's cache."""
     return os.path.join(
         torch.hub.get_dir(), 'checkpoints', os.path.basename(CHECKPOINT_URLS[depth])
     )
 
 
-def pretrained_params(depth):
-    """Loads the original, unfolded parameters of the ImageNet DiracNet of depth 18 or 34.
+def pretrained_params(depth: int) -> dict[str, Tensor]:
+    """Loads the authors' unfolded parameters of the ImageNet DiracNet of depth 18 or 34.
 
-    They are fetched once into torch.hub's cache, under a name that has no hash to check. Returns a
-    flat dict, as that of `define_diracnet(depth, 1, 'ImageNet')`, to fine-tune from:
-    `Network(f, params)` makes parameters of them; `diracnets.preprocess()` makes their inputs.
-    Raises ValueError for another depth, RuntimeError that says which file to put where if they
-    cannot be had, hold NaN or are another network's.
+    The file is downloaded once into torch.hub's cache; its name contains no hash to check. Returns
+    a flat dict like that of `define_diracnet(depth, 1, 'ImageNet')`, to fine-tune from:
+    `Network(f, params)` makes them trainable; `diracnets.preprocess()` makes the inputs. Raises
+    ValueError for another depth, and RuntimeError, which names the file and its place, if the
+    download fails or the file contains non-finite values or parameters of another network.
     """
     if depth not in CHECKPOINT_URLS:
-        raise ValueError(f'depth {depth}: expected 18 or 34, of which there are published weights')
+        raise ValueError(f'depth {depth}: expected 18 or 34, the published depths')
 
-    def params_of(contents):
-        saved = _saved(contents, checkpoint_path(depth))
-        args = {**saved.args, 'depth': depth, 'width': 1}  # as it was published
-        return _functional(replace(saved, args=args))
+    def params_of(downloaded):
+        contents = _parse(downloaded, checkpoint_path(depth))
+        args = {**contents.args, 'depth': depth, 'width': 1}
+        return _unfolded_params(replace(contents, args=args))
 
     return load_published(CHECKPOINT_URLS[depth], params_of)

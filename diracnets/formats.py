@@ -1,70 +1,77 @@
-"""The file formats of exported models: how each is written and opened."""
+"""The file formats of exported models: how a model is written to each, and opened to verify it."""
 
 import copy
 import functools
 import io
+import os
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-from diracnets.checkpoint import PT2_CONFIG
 from diracnets.onnx import open_onnx, to_onnx
 
 
-def in_memory(save, contents):
-    """Returns the bytes of a file of torch's: its own writer aborts where the disk is full."""
+def _save_to_bytes(save, contents):
+    """Saves in memory, because torch's own file writer aborts the process if the disk is full."""
     file = io.BytesIO()
     save(contents, file)
     return file.getvalue()
 
 
-def to_pt2(net, inputs, said):
-    program = torch.export.export(net, (inputs,), dynamic_shapes=({0: torch.export.Dim('N')},))
+def to_pt2(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str]) -> bytes:
+    """Exports a model with torch.export; the batch size stays variable."""
+    program = torch.export.export(model, (inputs,), dynamic_shapes=({0: torch.export.Dim('N')},))
     for node in program.graph.nodes:
-        node.meta.pop('stack_trace', None)  # paths of this machine
-    content = in_memory(functools.partial(torch.export.save, extra_files=said), program)
-    if PT2_CONFIG.encode() not in content:
-        raise ValueError(f'.pt2 of torch {torch.__version__}: its parameters cannot be read '
-                         'without running what is in the file: expected torch 2.9 or newer')
-    return content
+        node.meta.pop('stack_trace', None)  # it contains paths of this machine
+    return _save_to_bytes(functools.partial(torch.export.save, extra_files=metadata), program)
 
 
-def open_pt2(path, net):
+def open_pt2(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     return torch.export.load(path).module()
 
 
-def open_state_dict(state, net):
-    net = copy.deepcopy(net)
-    net.load_state_dict(state, assign=True)
-    return net
+def _with_state_dict(model, state_dict):
+    model = copy.deepcopy(model)
+    model.load_state_dict(state_dict, assign=True)
+    return model
 
 
-def to_safetensors(net, inputs, said):
+def to_safetensors(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str]) -> bytes:
     from safetensors.torch import save
 
-    return save(net.state_dict(), said)
+    return save(model.state_dict(), metadata)
 
 
-def open_safetensors(path, net):
+def open_safetensors(path: str | os.PathLike, model: nn.Module) -> nn.Module:
     from safetensors.torch import load_file
 
-    return open_state_dict(load_file(path), net)
+    return _with_state_dict(model, load_file(path))
 
 
-def to_pth(net, inputs, said):
-    state = net.state_dict()
-    state._metadata.update(said)  # which torch.save keeps, and load_state_dict passes over
-    return in_memory(torch.save, state)
+def to_pth(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str]) -> bytes:
+    """Saves a state dict with the metadata in `_metadata`, which load_state_dict ignores."""
+    state_dict = model.state_dict()
+    state_dict._metadata.update(metadata)
+    return _save_to_bytes(torch.save, state_dict)
 
 
-def open_pth(path, net):
-    return open_state_dict(torch.load(path, weights_only=True), net)
+def open_pth(path: str | os.PathLike, model: nn.Module) -> nn.Module:
+    return _with_state_dict(model, torch.load(path, weights_only=True))
 
 
-# to(net, inputs, what the file says of itself) -> bytes, open(path, net) -> inputs to logits,
-# packages
-FORMATS = {
-    '.onnx': (to_onnx, open_onnx, ('onnx', 'onnxruntime', 'onnxscript')),
-    '.pt2': (to_pt2, open_pt2, ()),
-    '.safetensors': (to_safetensors, open_safetensors, ('safetensors',)),
-    '.pth': (to_pth, open_pth, ()),
+class Format(NamedTuple):
+    """One file format of exported models."""
+
+    to_bytes: Callable[[nn.Module, Tensor, Mapping[str, str]], bytes]
+    open: Callable[[str, nn.Module], nn.Module]  # given the exported model for state dicts
+    packages: tuple[str, ...] = ()  # that it needs besides torch
+
+
+FORMATS = {  # by the extension of a file's name
+    '.onnx': Format(to_onnx, open_onnx, ('onnx', 'onnxruntime', 'onnxscript')),
+    '.pt2': Format(to_pt2, open_pt2),
+    '.safetensors': Format(to_safetensors, open_safetensors, ('safetensors',)),
+    '.pth': Format(to_pth, open_pth),
 }

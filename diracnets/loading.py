@@ -1,17 +1,20 @@
-"""Loads the network of a file or of a run's folder, of any architecture.
+"""Loads a model of any architecture from a file or from the folder of a run.
 
-    trained = load('logs/diracnet-16-1')           # LoadedModel
-    deployed = diracnets.fold(trained.model)       # plain convolutions
+    loaded = load('logs/diracnet-28-2')            # LoadedModel
+    inputs = loaded.preprocess('cat.jpg')[None]    # (1, 3, 32, 32)
+    label = loaded.classes[loaded.model(inputs).argmax()]
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from diracnet import DiracNet, check_params, is_folded
-from diracnets.checkpoint import make_contents, read_checkpoint
+from diracnets.checkpoint import CheckpointContents, make_contents, read_checkpoint
 from diracnets.fold import fold
 from diracnets.metadata import make_metadata, parse_metadata
 from diracnets.models.registry import build_diracnet, create_model, get_architecture
@@ -21,28 +24,32 @@ from diracnets.preprocessing import MAX_SMALL, Preprocessing
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The network of a file, and what its inputs and outputs are."""
+    """A model from a file, with its preprocessing and its class names."""
 
     path: str
     model: nn.Module  # in evaluation mode
-    options: dict  # its family, as 'model', and the options that size it
+    options: dict  # the architecture, as 'model', and the options that set its size
     preprocess: Preprocessing
     num_classes: int
-    classes: list  # their names, or None
-    args: dict  # the options of its training, or empty
-    origin: dict  # what an exported file says that it came from: see diracnets.metadata.ORIGIN
+    classes: list[str] | None
+    args: dict  # the options of the training run, or empty
+    origin: dict  # of diracnets.metadata.ORIGIN_KEYS, those that the file contains
 
-    def metadata(self, **more):
-        """What an exported file says of it, as `diracnets.metadata.metadata` has it.
+    def metadata(self, **origin: Any) -> dict[str, str]:
+        """Returns the metadata of a file exported from this model; see `make_metadata`.
 
-        more: of diracnets.metadata.ORIGIN, beside its name, its file's and the epochs of its training.
+        origin: values by ORIGIN_KEYS, in addition to the title, file name and epoch of this model.
         """
-        origin = {'network': self.title, 'exported_from': os.path.basename(
-            os.path.abspath(self.path)), 'epoch': self.origin.get('epoch'), **more}
-        return make_metadata({**self.args, **self.options}, self.classes, asdict(self.preprocess), origin)
+        name = os.path.basename(os.path.abspath(self.path))
+        origin = {'network': self.title, 'exported_from': name, 'epoch': self.origin.get('epoch'),
+                  **origin}
+        return make_metadata(
+            {**self.args, **self.options}, self.classes, asdict(self.preprocess), origin
+        )
 
     @property
-    def title(self):
+    def title(self) -> str:
+        """The architecture with its size, as in 'DiracNet-28-2' or 'plain, depth 28, ...'."""
         sizes = dict(self.options)
         name = sizes.pop('model')
         if name == 'diracnet':
@@ -50,140 +57,159 @@ class LoadedModel:
         return ', '.join([name, *(f'{option} {value}' for option, value in sizes.items())])
 
 
-def load(path, stated=None):
-    """Loads the network of a file or of a run's folder, of any family, folded or not: LoadedModel.
+def load(
+    path: str | os.PathLike, overrides: Mapping[str, Any] | None = None
+) -> LoadedModel:
+    """Loads a model, in evaluation mode, from a file or from the folder of a run.
 
-    That of an ONNX file, float or int8, is a diraconnx.OnnxNetwork, which ONNX Runtime computes.
-
-    stated: what someone states of it, in the names of the options of train.py. It must not
-    contradict what the file says, in the options of its training or by the shapes of a DiracNet,
-    and is taken where the file says nothing. path and errors are those of `read_checkpoint`; raises
-    ValueError too for what is contradicted, and for parameters that do not fit.
+    path: a checkpoint, or a .onnx, .safetensors or .pth file of export.py. The model of an ONNX
+    file is an OnnxModel. overrides: options of train.py for what the file does not contain; they
+    must not contradict the file. Raises ValueError for invalid contents, for overrides that
+    contradict the file, and for parameters that do not fit; OSError for a file that cannot be read.
     """
-    stated, onnx = stated or {}, str(path).endswith('.onnx') and os.path.isfile(path)
-    network = OnnxModel(path) if onnx else None
-    saved = (
-        make_contents(path, parse_metadata(network.said, path), {}) if onnx else read_checkpoint(path)
-    )
-    try:
-        told = file_preprocessing(saved)
-        said = merge_options(saved.args, told, stated)
-        if onnx:
-            num_classes, sizes, inputs = _of_onnx(network, told, said)
-        elif said['model'] == 'diracnet':
-            network, num_classes, sizes, inputs = _of_topology(saved, told, stated)
-        else:
-            network, num_classes, sizes, inputs = _of_family(saved, told, said)
-        if saved.classes is not None and len(saved.classes) != num_classes:
-            raise ValueError(f'{len(saved.classes)} names of {num_classes} classes: expected one '
-                             'for each')
-    except ValueError as error:
-        raise ValueError(f'{saved.path}: {error}') from error
-    if not onnx:
-        network.load_state_dict(saved.params, assign=True)
-    return LoadedModel(saved.path, network.eval(), {'model': said['model'], **sizes}, inputs,
-                   num_classes, saved.classes, saved.args, saved.origin)
-
-
-def file_preprocessing(saved):
-    """The Preprocessing that a file tells, or None."""
-    if saved.inputs is not None:
-        return Preprocessing.from_dict(saved.inputs)
-    return Preprocessing.from_args(saved.args) if 'dataset' in saved.args else None
-
-
-def merge_options(args, told, stated):
-    """What a file and someone else say of a network, who must not contradict each other."""
-    said = args
-    if told:
-        said = {**args, 'image_size': told.size, 'mean': list(told.mean), 'std': list(told.std)}
-    differ = [
-        f'{name} is {said[name]}, not {value}' for name, value in stated.items()
-        # it may be tested on other images, and how its gradients are computed does not matter
-        if said.get(name, value) != value and name not in ('dataset', 'checkpointing')
-    ]
-    if differ:
-        raise ValueError(f'{"; ".join(differ)}: expected the same, or no such option')
-    said = {'model': 'diracnet', **stated, **said}
-    taken = get_architecture(said['model']).options
-    inputs = {'model', 'dataset', 'image_size', 'mean', 'std'}
-    unknown = [f'--{name}' for name in stated.keys() - inputs - set(taken)]
-    if unknown:
-        raise ValueError(f'{said["model"]} takes no {", ".join(sorted(unknown))}: expected of '
-                         + ', '.join(f'--{name}' for name in taken))
-    return said
-
-
-def _inputs(told, stated, kind=None):
-    """The Preprocessing of a network: those told, as they are stated, or those of its kind."""
-    if told:
-        inputs = told
+    overrides = overrides or {}
+    if str(path).endswith('.onnx') and os.path.isfile(path):
+        model = OnnxModel(path)
+        contents = make_contents(path, parse_metadata(model.metadata, path), params={})
     else:
-        name = kind or stated.get('dataset', 'CIFAR10')
-        inputs = Preprocessing.for_dataset('Folder' if 'image_size' in stated else name, stated.get('image_size'),
-                           stated.get('mean'), stated.get('std'))
+        model, contents = None, read_checkpoint(path)
+    try:
+        file_inputs = file_preprocessing(contents)
+        options = merge_options(contents.args, file_inputs, overrides)
+        if model is not None:
+            preprocess = _check_onnx(model, file_inputs)
+            num_classes, sizes = model.num_classes, _sizes(options)
+        else:
+            build = _build_diracnet if options['model'] == 'diracnet' else _build_other
+            model, num_classes, sizes, preprocess = build(contents, file_inputs, options)
+            model.load_state_dict(contents.params, assign=True)
+        if contents.classes is not None and len(contents.classes) != num_classes:
+            raise ValueError(f'contains {len(contents.classes)} class names for {num_classes} '
+                             'classes: expected one for each')
+    except ValueError as error:
+        raise ValueError(f'{contents.path}: {error}') from error
+    return LoadedModel(
+        contents.path, model.eval(), {'model': options['model'], **sizes}, preprocess, num_classes,
+        contents.classes, contents.args, contents.origin,
+    )
+
+
+# ---------------------------------------------------------------- options
+
+
+def file_preprocessing(contents: CheckpointContents) -> Preprocessing | None:
+    """Returns the Preprocessing in a file's metadata, or None if it contains none."""
+    if contents.inputs is not None:
+        return Preprocessing.from_dict(contents.inputs)
+    return Preprocessing.from_args(contents.args) if 'dataset' in contents.args else None
+
+
+def merge_options(
+    args: Mapping[str, Any], file_inputs: Preprocessing | None, overrides: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Merges the options in a file with overrides, which fill in what the file does not contain.
+
+    Raises ValueError for overrides that contradict the file or that the architecture does not have.
+    """
+    in_file = dict(args)
+    if file_inputs:
+        in_file.update(image_size=file_inputs.size, mean=list(file_inputs.mean),
+                       std=list(file_inputs.std))
+    # a model may be tested on another data set, and checkpointing changes only the gradients' cost
+    contradictions = [
+        f'{name} is {in_file[name]}, not {value}' for name, value in overrides.items()
+        if in_file.get(name, value) != value and name not in ('dataset', 'checkpointing')
+    ]
+    if contradictions:
+        raise ValueError(f'{"; ".join(contradictions)}; omit these options')
+    options = {'model': 'diracnet', **overrides, **in_file}
+    accepted = get_architecture(options['model']).options
+    of_inputs = {'model', 'dataset', 'image_size', 'mean', 'std'}
+    unknown = sorted(f'--{name}' for name in overrides.keys() - of_inputs - accepted.keys())
+    if unknown:
+        raise ValueError(f'{options["model"]} has no option {", ".join(unknown)}; its options are '
+                         + ', '.join(f'--{name}' for name in accepted))
+    return options
+
+
+def _sizes(options):
+    """The options that set the size of an architecture, with its defaults."""
+    defaults = get_architecture(options['model']).options
+    return {name: options.get(name, default) for name, default in defaults.items()}
+
+
+def _preprocessing(file_inputs, options, kind=None):
+    """The Preprocessing of a model: the file's, or that of the options or of its kind of images."""
+    inputs = file_inputs
+    if inputs is None:
+        size = options.get('image_size')
+        dataset = 'Folder' if size is not None else kind or options.get('dataset', 'CIFAR10')
+        inputs = Preprocessing.for_dataset(dataset, size, options.get('mean'), options.get('std'))
     if kind and (kind == 'ImageNet') != (inputs.kind == 'ImageNet'):
-        raise ValueError(f'images of {inputs.size} pixels: expected those of a network for {kind}, '
-                         f'{"above" if kind == "ImageNet" else "up to"} {MAX_SMALL} pixels')
+        sizes = 'more than' if kind == 'ImageNet' else 'at most'
+        raise ValueError(f'image_size {inputs.size}: expected {sizes} {MAX_SMALL} pixels for this '
+                         f'{kind} model')
     return inputs
 
 
-def _of_onnx(network, told, said):
-    """What is said of an OnnxModel, if it fits: num_classes, sizes, Preprocessing."""
-    if told is None:
-        raise ValueError('says nothing of its network: expected an ONNX file of export.py')
-    shape = [len(told.mean), told.size, told.size]
-    if network.input_shape != shape:
-        raise ValueError(f'says inputs of {shape}: expected those of its network, '
-                         f'{network.input_shape}')
-    return network.num_classes, _sizes(said), told
+# ---------------------------------------------------------------- models
 
 
-def _sizes(said):
-    """The options that size a network of its family: what is said, or their defaults."""
-    return {name: said.get(name, default) for name, default in
-            get_architecture(said['model']).options.items()}
+def _check_onnx(model, file_inputs):
+    """Returns the Preprocessing of an OnnxModel; raises ValueError if it does not fit the graph."""
+    if file_inputs is None:
+        raise ValueError('contains no metadata; use an ONNX file of export.py')
+    if model.input_shape != file_inputs.shape:
+        raise ValueError(f'its metadata describe inputs {file_inputs.shape}: expected '
+                         f'{model.input_shape}, the inputs of its graph')
+    return file_inputs
 
 
-def _of_topology(saved, told, stated):
-    """The DiracNet on the meta device that fits a file: network, num_classes, sizes, Preprocessing."""
-    net = saved.topology()
-    if not net.matches(stated.get('depth', net.depth), stated.get('width', net.width)):
-        raise ValueError(f'depth is {net.depth}, width {net.width:g}: expected the same, or no '
-                         'such option')
+# Both return (model on the meta device, num_classes, sizes, Preprocessing).
+
+
+def _build_diracnet(contents, file_inputs, options):
+    topology = contents.topology()  # from the shapes of the parameters
+    sizes = {'depth': topology.depth, 'width': topology.width}
+    if not topology.matches(*(options.get(name, size) for name, size in sizes.items())):
+        raise ValueError(f'depth is {topology.depth}, width {topology.width:g}; omit these options')
     with torch.device('meta'):
-        network = (DiracNet.from_topology if is_folded(saved.params) else build_diracnet)(net)
-    sizes = {'depth': net.depth, 'width': net.width}
-    inputs = _inputs(told, stated, net.kind)
-    if net.in_channels != inputs.channels:
-        inputs = replace(inputs, mean=(0.0,) * net.in_channels, std=(1.0,) * net.in_channels)
-    return network, net.num_classes, sizes, inputs
+        build = DiracNet.from_topology if is_folded(contents.params) else build_diracnet
+        model = build(topology)
+    inputs = _preprocessing(file_inputs, options, topology.kind)
+    channels = topology.in_channels
+    if channels != inputs.channels:
+        inputs = replace(inputs, mean=(0.0,) * channels, std=(1.0,) * channels)
+    return model, topology.num_classes, sizes, inputs
 
 
-def _of_family(saved, told, said):
-    """The network on the meta device that fits a file: network, num_classes, sizes, Preprocessing."""
-    name, inputs, sizes = said['model'], _inputs(told, said), _sizes(said)
+def _build_other(contents, file_inputs, options):
+    name, inputs, sizes = options['model'], _preprocessing(file_inputs, options), _sizes(options)
     with torch.device('meta'):
-        *_, last = create_model(name, inputs.kind, **sizes).state_dict()  # its dimension 0 is the classes
-        shape = saved.params[last].shape[:1] if last in saved.params else ()
+        *_, last = create_model(name, inputs.kind, **sizes).state_dict()  # (num_classes, ...)
+        shape = contents.params[last].shape[:1] if last in contents.params else ()
         num_classes = max(shape, default=0) or None
-        network = create_model(name, inputs.kind, num_classes, inputs.channels, **sizes)
-    if saved.params.keys() != network.state_dict().keys():
-        folded = fold(network)
-        network = folded if saved.params.keys() == folded.state_dict().keys() else network
-    check_params(saved.params, network.state_dict())
-    return network, num_classes, sizes, inputs
+        model = create_model(name, inputs.kind, num_classes, inputs.channels, **sizes)
+    if contents.params.keys() != model.state_dict().keys():
+        folded = fold(model)
+        model = folded if contents.params.keys() == folded.state_dict().keys() else model
+    check_params(contents.params, model.state_dict())
+    return model, num_classes, sizes, inputs
 
 
-def check_classes(path, num_classes, known, names):
-    """Raises ValueError unless the classes of a data set are those of the network in a file.
+def check_classes(
+    path: str, num_classes: int, classes: list[str] | None, dataset_classes: list[str]
+) -> None:
+    """Raises ValueError unless the classes of a data set are those of the model in a file.
 
-    num_classes: the network's; known: their names, or None where the file does not tell; names: the
-    data set's.
+    num_classes and classes are the model's; classes is None if the file does not contain names.
     """
-    if len(names) != num_classes or known not in (None, names):
-        expected = f'{num_classes}' + (f', {known[0]} to {known[-1]}' if known else '')
+    if len(dataset_classes) != num_classes or classes not in (None, dataset_classes):
         raise ValueError(
-            f'{path}: of other classes than the data set, which has {len(names)}, {names[0]} to '
-            f'{names[-1]}: expected {expected}'
+            f'{path}: classes differ: the model has {_summary(num_classes, classes)}, the data set '
+            f'{_summary(len(dataset_classes), dataset_classes)}'
         )
+
+
+def _summary(number, names):
+    return f'{number} ({names[0]} to {names[-1]})' if names else str(number)

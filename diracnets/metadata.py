@@ -1,58 +1,79 @@
-"""What may stand in a file beside its parameters, and what an exported one says of its network.
+"""The metadata in checkpoints and exported files: schema, limits, and the JSON in exported files.
 
-Whatever comes from a file is held against this before anything walks through it.
+Files come from anyone. Their contents are checked against these limits and this schema before any
+other code uses them.
 """
 
 import json
 import math
+import os
 import re
 import reprlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-METADATA_KEY = 'diracnets'  # under which an exported file says what it is of, as JSON
-PATH_OPTIONS = {'save', 'resume', 'name', 'gpu_id'}  # options that say where, not what
+from diracnet import find_nonfinite
+
+METADATA_KEY = 'diracnets'  # the key of the JSON text in an exported file
+PATH_OPTIONS = {'save', 'resume', 'name', 'gpu_id'}  # options of one machine, not exported
 ORIGIN_KEYS = ('network', 'exported_from', 'epoch', 'calibration')
-MAX_VALUES, MAX_DEPTH, MAX_TEXT = 1_000_000, 20, 10_000  # beside the tensors of a file
+MAX_VALUES, MAX_DEPTH, MAX_TEXT = 1_000_000, 20, 10_000  # limits on everything but tensors
 MAX_JSON = 2**24  # characters
 SIZES = ('depth', 'width', 'layers', 'growth', 'reduce', 'droprate', 'image_size')  # in args
-MAX_SIZE = 10_000  # of them: what is larger would be built for ever
+MAX_SIZE = 10_000  # of SIZES: building a larger model would not end
 TEXTS = ('model', 'block', 'activation', 'dataset', 'dtype')  # in args
 
 
-def check_bounds(contents):
-    """Raises ValueError if there is more beside the tensors than one can walk through or print.
+# ---------------------------------------------------------------- limits and schema
 
-    Lists that hold each other many times over take no room in a file, and all memory when walked.
+
+def check_bounds(contents: Any) -> None:
+    """Raises ValueError for values that are too many, too long or too deeply nested to process.
+
+    Lists that contain each other many times are small in a file and exhaust memory when traversed.
     """
     level, count = [contents], 0
     for _ in range(MAX_DEPTH):
-        inside = []
+        children = []
         for value in level:
             if isinstance(value, Mapping):
-                inside += [*value, *value.values()]
+                children += [*value, *value.values()]
             elif isinstance(value, (list, tuple, set)):
-                inside += value
+                children += value
             elif isinstance(value, (str, bytes)) and len(value) > MAX_TEXT:
                 raise ValueError(f'a text of {len(value)} characters: expected at most {MAX_TEXT}')
             count += 1
-            if count + len(inside) > MAX_VALUES:
-                raise ValueError(f'more than {MAX_VALUES} values beside the tensors')
-        level = inside
+            if count + len(children) > MAX_VALUES:
+                raise ValueError(f'more than {MAX_VALUES} values in addition to the tensors')
+        level = children
     if level:
         raise ValueError(f'values nested deeper than {MAX_DEPTH}')
+
+
+def _is_dict(value):
+    return isinstance(value, Mapping)
+
+
+def _is_str(value):
+    return type(value) is str
 
 
 def _is_count(value):
     return type(value) is int and 0 <= value < 2**53
 
 
-def _is_texts(value):
-    return isinstance(value, (list, tuple)) and all(type(name) is str for name in value)
+def _is_percentage(value):
+    return isinstance(value, (int, float)) and 0 <= value <= 100
 
 
-def _is_options(value):
+def _is_list_of_str(value):
+    return isinstance(value, (list, tuple)) and all(map(_is_str, value))
+
+
+def _is_plain_dict(value):
+    """Whether a value is a dict of plain values whose SIZES and TEXTS have sensible types."""
     plain = (str, int, float, bool, type(None))
     return isinstance(value, Mapping) and all(
         isinstance(value.get(name, 1), (int, float)) and 0 <= value.get(name, 1) <= MAX_SIZE
@@ -60,7 +81,7 @@ def _is_options(value):
     ) and value.get('image_size', 1) % 1 == 0 and all(
         isinstance(value.get(name, ''), str) for name in TEXTS
     ) and all(
-        type(name) is str and (
+        _is_str(name) and (
             isinstance(option, plain)
             or isinstance(option, (list, tuple)) and all(isinstance(o, plain) for o in option)
         ) for name, option in value.items()
@@ -73,97 +94,104 @@ def _is_totals(value):
     )
 
 
-SCHEMA = {  # of what may stand beside `params`: what it must be, in words
-    'stats': (lambda value: isinstance(value, Mapping), 'a dict'),
-    'optimizer': (lambda value: isinstance(value, Mapping), 'a dict'),
-    'epoch': (_is_count, 'a count'),
-    'step': (_is_count, 'a count'),
+SCHEMA = {  # by key of a checkpoint, beside `params`: the check and the expected type in words
+    'stats': (_is_dict, 'a dict'),
+    'optimizer': (_is_dict, 'a dict'),
+    'epoch': (_is_count, 'a non-negative integer'),
+    'step': (_is_count, 'a non-negative integer'),
     'totals': (_is_totals, 'four or five numbers'),
-    'best': (lambda value: isinstance(value, (int, float)) and 0 <= value <= 100, 'per cent'),
-    'rng': (lambda value: isinstance(value, Mapping), 'a dict'),
-    'classes': (_is_texts, 'a list of names'),
-    'args': (_is_options, 'a dict of plain options, numbers for depth and width'),
-    'versions': (_is_options, 'a dict of texts'),
-    'inputs': (_is_options, 'a dict of plain values'),
-    'network': (lambda value: type(value) is str, 'a text'),
-    'exported_from': (lambda value: type(value) is str, 'a text'),
-    'calibration': (_is_options, 'a dict of plain values'),
+    'best': (_is_percentage, 'a percentage'),
+    'rng': (_is_dict, 'a dict'),
+    'classes': (_is_list_of_str, 'a list of names'),
+    'args': (_is_plain_dict, 'a dict of plain options, numbers for depth and width'),
+    'versions': (_is_plain_dict, 'a dict of strings'),
+    'inputs': (_is_plain_dict, 'a dict of plain values'),
+    'network': (_is_str, 'a string'),
+    'exported_from': (_is_str, 'a string'),
+    'calibration': (_is_plain_dict, 'a dict of plain values'),
 }
-MAY_BE_NONE = {'stats', 'classes', 'totals'}
+OPTIONAL = {'stats', 'classes', 'totals'}  # keys that may be None
 
 
-def check_schema(contents):
-    """Raises ValueError that names what is of another kind than train.py and the original write."""
-    whole = isinstance(contents.get('params'), Mapping)
-    for name, (fits, expected) in SCHEMA.items() if whole else ():
-        value = contents.get(name)
-        if name in contents and not (value is None and name in MAY_BE_NONE or fits(value)):
-            raise ValueError(f'{name} is {reprlib.repr(value)}: expected {expected}')
-    for part in ('params', 'stats') if whole else (None,):
-        for name, tensor in (contents.get(part) or {} if part else contents).items():
-            _check_tensor(name, tensor)
+def check_schema(contents: Mapping) -> None:
+    """Raises ValueError that names the first value of a checkpoint or state dict of a wrong type.
 
-
-def _check_tensor(name, tensor):
-    if type(name) is not str or not isinstance(tensor, torch.Tensor):
-        kind = type(tensor).__name__
-        raise ValueError(f'{reprlib.repr(name)} is a {kind}: expected the tensor of a parameter')
-    if name.endswith('num_batches_tracked'):
+    Parameters must be floating-point tensors with finite values.
+    """
+    if not isinstance(contents.get('params'), Mapping):  # a state dict
+        _check_tensors(contents)
         return
-    if not tensor.is_floating_point():
-        raise ValueError(f'{name} is of {tensor.dtype}: expected floating-point numbers')
-    if not tensor.isfinite().all():
-        raise ValueError(f'{name} holds numbers that are not finite')
+    for name, (is_valid, expected) in SCHEMA.items():
+        value = contents.get(name)
+        if name in contents and not (value is None and name in OPTIONAL or is_valid(value)):
+            raise ValueError(f'{name} is {reprlib.repr(value)}: expected {expected}')
+    _check_tensors(contents['params'])
+    _check_tensors(contents.get('stats') or {})
 
 
-# ---------------------------------------------------------------- what an exported file says
+def _check_tensors(tensors):
+    for name, tensor in tensors.items():
+        if not _is_str(name) or not isinstance(tensor, torch.Tensor):
+            kind = type(tensor).__name__
+            raise ValueError(f'{reprlib.repr(name)} is a {kind}: expected a tensor')
+        if not tensor.is_floating_point() and not name.endswith('num_batches_tracked'):
+            raise ValueError(f'{name} is of {tensor.dtype}: expected floating-point numbers')
+    nonfinite = find_nonfinite({n: t for n, t in tensors.items() if t.is_floating_point()})
+    if nonfinite:
+        raise ValueError(f'{nonfinite} contains non-finite values (NaN or Inf)')
 
 
-def make_metadata(args, classes, inputs, origin):
-    """What an exported file says of its network, in every format: {METADATA_KEY: JSON text}.
+# ---------------------------------------------------------------- metadata of exported files
 
-    args: options of train.py, as a checkpoint has them; of paths in it the last part alone is said.
-    classes: their names, or None. inputs: the fields of its Inputs: kind of images, size in pixels,
-    mean and std of the channels in [0, 1]. origin: of ORIGIN_KEYS, `network`, its title;
-    `exported_from`, a file or folder by its own name; `epoch`, the finished ones; and of int8
-    `calibration`: dataset (a folder by its own name), images (how many, of how many), how they were
-    chosen, seed, and whether the channels were equalised on them.
+
+def make_metadata(
+    args: Mapping, classes: list[str] | None, inputs: Mapping, origin: Mapping
+) -> dict[str, str]:
+    """Returns the metadata that every exported file contains: {METADATA_KEY: JSON text}.
+
+    args: the options of train.py as in a checkpoint; paths are cut to their last part. classes:
+    their names, or None. inputs: the fields of the Preprocessing. origin: values by ORIGIN_KEYS.
+    `network` is a title, `exported_from` the name of a file or folder, `epoch` the number of
+    finished epochs. `calibration` describes int8: the name of the dataset's folder, the number of
+    images used and available, how they were chosen, the seed, and whether ranges were equalized.
     """
     args = {name: strip_folders(value) for name, value in args.items() if name not in PATH_OPTIONS}
     origin = {name: value for name, value in origin.items() if value is not None}
-    said = {**origin, 'args': args, 'inputs': inputs, 'classes': classes}
-    return {METADATA_KEY: json.dumps(said)}
+    metadata = {**origin, 'args': args, 'inputs': inputs, 'classes': classes}
+    return {METADATA_KEY: json.dumps(metadata)}
 
 
-def strip_folders(value):
-    """A value of an option: of a text that is a path the last part, as the rest is of a machine."""
+def strip_folders(value: Any) -> Any:
+    """Returns the last part of a path, so that no folder of this machine is published.
+
+    A value that is not a string is returned unchanged.
+    """
     return re.split(r'[/\\]', value.rstrip('/\\'))[-1] if isinstance(value, str) else value
 
 
-def parse_metadata(texts, path):
-    """Reads what `metadata` made from the texts of a file: a dict, empty without such a text.
+def parse_metadata(texts: Mapping[str, str], path: str | os.PathLike) -> dict[str, Any]:
+    """Parses the metadata that `make_metadata` returned, from the texts in a file.
 
-    Raises ValueError that names the file for anything else under its key.
+    Returns a dict, empty if the texts do not contain METADATA_KEY. Raises ValueError that names the
+    file if the text under that key is invalid.
     """
     if METADATA_KEY not in texts:
         return {}
     try:
-        said = parse_json(texts[METADATA_KEY])
-        check_schema({'params': {}, **said})
+        metadata = _parse_json(texts[METADATA_KEY])
+        check_schema({'params': {}, **metadata})
     except (TypeError, ValueError) as error:
-        raise ValueError(
-            f'{path}: what it says of its network is no JSON of ours: {error}'
-        ) from error
-    return {name: said[name] for name in ('args', 'classes', 'inputs', *ORIGIN_KEYS) if name in said}
+        raise ValueError(f'{path}: invalid metadata ({error})') from error
+    keys = ('args', 'classes', 'inputs', *ORIGIN_KEYS)
+    return {name: metadata[name] for name in keys if name in metadata}
 
 
-def parse_json(text):
-    """Parses JSON that anyone may have written; raises ValueError or TypeError."""
+def _parse_json(text):
     if len(text) > MAX_JSON:
         raise ValueError(f'{len(text)} characters: expected at most {MAX_JSON}')
     try:
-        said = json.loads(text)
+        value = json.loads(text)
     except RecursionError as error:
         raise ValueError('nested too deep') from error
-    check_bounds(said)
-    return said
+    check_bounds(value)
+    return value

@@ -1,41 +1,47 @@
-"""Channels of like ranges: int8 loses less then, and float32 nothing.
+"""Cross-layer range equalization of folded models, and int8 quantization of ONNX files.
 
-    net = equalize(fold(params), inputs)        # inputs: some that the network is to see
+    model = equalize(fold(params), inputs)      # inputs: examples of what the model will see
 
-int8 has one scale for all activations that a convolution takes. In a DiracNet some channels are
-many times as large as others, as each layer passes on what came in; small ones keep few of the 256
-steps. Between two convolutions with only ReLU and pooling a channel may be divided by any positive
-number in the first if it is multiplied by it in the second (Nagel et al., arXiv 1906.04721, section
-4.1, do so by the ranges of filters; here it is by those of activations).
+int8 has one scale for all channels of an activation. In a DiracNet some channels are many times as
+large as others, because each layer passes on its input, and small channels use few of the 256
+levels. Dividing a channel by a positive number in one convolution and multiplying it in the next
+changes no float output if only ReLU and pooling are between the two. Nagel et al. (arXiv
+1906.04721, section 4.1) choose these scales by the ranges of filters; `equalize` uses the ranges of
+activations.
 """
 
 import copy
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
 from diracnets.fold import trace
 from diracnets.onnx import add_metadata
 from diracnets.preprocessing import IMAGE_EXTENSIONS
 
-MAX_SCALE = 4.0  # times that a channel is scaled: rare channels would become large without a limit
-MIN_RANGE = 0.02  # of the largest channel: what is below is taken for noise, and left
+MAX_SCALE = 4.0  # of a channel: without a limit, rarely active channels would become large
+MIN_RANGE = 0.02  # relative to the largest channel: smaller ranges are noise and are not scaled
+EQUALIZATION_BATCH = 16  # images
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-SCALED_ALIKE = (nn.ReLU, nn.Dropout, nn.Identity, *POOLS)  # f(x / s) = f(x) / s, for each channel
+SCALE_EQUIVARIANT = (nn.ReLU, nn.Dropout, nn.Identity, *POOLS)  # f(x / s) = f(x) / s per channel
 
 
-def conv_pairs(net):
-    """Lists the pairs of convolutions of which the second alone sees what the first gives.
+# ---------------------------------------------------------------- equalization
 
-    Between them stands only what passes the scale of a channel on. net: as folded. Raises
-    ValueError as diracnets.trace does.
+
+def conv_pairs(model: nn.Module) -> list[tuple[nn.Conv2d, nn.Conv2d]]:
+    """Lists the pairs of consecutive convolutions between which channels can be rescaled.
+
+    The second one is the only user of the first one's output, with only SCALE_EQUIVARIANT layers
+    between the two. model: a folded model. Raises ValueError like `diracnets.fold.trace`.
     """
-    layers, pairs, graph = dict(net.named_modules(remove_duplicate=False)), [], trace(net)
+    layers, pairs, graph = dict(model.named_modules(remove_duplicate=False)), [], trace(model)
     calls = Counter(layers[node.target] for node in graph.nodes if node.op == 'call_module')
 
     def is_conv(node):
@@ -48,44 +54,44 @@ def conv_pairs(net):
             if is_conv(before):
                 pairs.append((layers[before.target], layers[node.target]))
                 break
-            if not isinstance(layers[before.target], SCALED_ALIKE):
+            if not isinstance(layers[before.target], SCALE_EQUIVARIANT):
                 break
             before = before.args[0]
     return pairs
 
 
 @torch.no_grad()
-def equalize(net, inputs):
-    """A copy of a folded network whose channels have like ranges between convolutions.
+def equalize(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """Returns a copy of a folded model with similar channel ranges between convolutions.
 
-    net: (N, C, H, W) to logits, in evaluation mode; inputs: (N, C, H, W). Its outputs are those of
-    net but for rounding (the scales are found and applied in float64); its dtype stays. Raises
-    ValueError as diracnets.trace does.
+    model: (N, C, H, W) to logits, in evaluation mode; inputs: examples (N, C, H, W). The outputs
+    are those of the model up to rounding (the arithmetic is float64), and the dtype stays. Raises
+    ValueError like `diracnets.fold.trace`.
     """
-    dtype = next(net.parameters()).dtype
-    net = copy.deepcopy(net).double()
-    pairs, ranges = conv_pairs(net), {}
+    dtype = next(model.parameters()).dtype
+    model = copy.deepcopy(model).double()
+    pairs, ranges = conv_pairs(model), {}
 
-    def look(conv, inputs):
-        seen = inputs[0].abs().amax((0, 2, 3))
-        ranges[conv] = torch.maximum(seen, ranges.get(conv, seen))
+    def record_range(conv, args):
+        channel_max = args[0].abs().amax((0, 2, 3))  # (C,)
+        ranges[conv] = torch.maximum(channel_max, ranges.get(conv, channel_max))
 
-    hooks = [second.register_forward_pre_hook(look) for _, second in pairs]
-    for part in inputs.double().split(16):
-        net(part)
+    hooks = [second.register_forward_pre_hook(record_range) for _, second in pairs]
+    for batch in inputs.double().split(EQUALIZATION_BATCH):
+        model(batch)
     for hook in hooks:
         hook.remove()
     for first, second in pairs:
-        scale = _scale(ranges[second])
+        scale = _channel_scale(ranges[second])
         first.weight /= scale[:, None, None, None]
         if first.bias is not None:
             first.bias /= scale
         second.weight *= scale[:, None, None]
-    return net.to(dtype)
+    return model.to(dtype)
 
 
-def _scale(ranges):
-    """What each channel is divided by: its range, over the geometric mean of the live ones."""
+def _channel_scale(ranges):
+    """The divisor of each channel: its range over the geometric mean of all ranges above noise."""
     live = ranges > MIN_RANGE * ranges.max()
     scale = ranges / ranges[live].log().mean().exp()
     return torch.where(live, scale, 1.0).clamp(1 / MAX_SCALE, MAX_SCALE)
@@ -94,27 +100,29 @@ def _scale(ranges):
 # ---------------------------------------------------------------- int8
 
 CALIBRATION_IMAGES = 256
-DISK_HEADROOM = 5  # float32 files, of which int8 takes four on its way
+DISK_HEADROOM = 5  # float32 files; quantization writes up to four of them
 
 
 class Calibration:
-    """Hands batches of inputs to ONNX Runtime's quantizer: {'inputs': (n, C, S, S)}, then None."""
+    """The calibration reader of ONNX Runtime: {'inputs': (1, C, S, S)} per image, then None."""
 
-    def __init__(self, paths, transform):
+    def __init__(self, paths, preprocess):
+        from tqdm import tqdm
+
         self.paths = tqdm(paths, 'calibrating', unit='img', disable=None, leave=False)
-        self.batches = map(transform, self.paths)
+        self.batches = map(preprocess, self.paths)
 
     def get_next(self):
         inputs = next(self.batches, None)
         return None if inputs is None else {'inputs': inputs[None].numpy()}
 
 
-def check_disk_space(folder, content):
-    """Raises OSError where DISK_HEADROOM files of this content do not fit into a temporary folder.
+def check_disk_space(folder: str, content: bytes) -> None:
+    """Raises OSError if DISK_HEADROOM files of this content do not fit into a temporary folder.
 
-    ONNX Runtime itself would print a traceback, and read again what it could not write.
+    ONNX Runtime would print a traceback and read back a truncated file.
     """
-    files = [Path(folder, f'room-{i}') for i in range(DISK_HEADROOM)]
+    files = [Path(folder, f'headroom-{i}') for i in range(DISK_HEADROOM)]
     try:
         for file in files:
             file.write_bytes(content)
@@ -124,33 +132,37 @@ def check_disk_space(folder, content):
         file.unlink()
 
 
-def quantize(content, paths, transform, said):
-    """Makes int8 of the bytes of a float32 ONNX file: activations per tensor, filters per channel.
+def quantize(
+    content: bytes, paths: Sequence[str], preprocess: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> tuple[bytes, bytes]:
+    """Quantizes a float32 ONNX file to int8: activations per tensor, filters per channel.
 
-    paths: of the images to calibrate on, which transform makes inputs of; said: what the int8 file
-    says of itself. Returns the bytes of both files, float32 optimised as int8 is.
+    content: the bytes of the file; paths: the calibration images, which `preprocess` turns into
+    inputs (C, S, S); metadata: of the int8 file. Returns the bytes of the float32 file, with the
+    same graph optimizations, and of the int8 file.
     """
     import onnx
     from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as folder:  # ONNX Runtime goes by files, here and within
+    with tempfile.TemporaryDirectory() as folder:  # ONNX Runtime reads and writes files
         float32, int8 = (Path(folder, name) for name in ('float32.onnx', 'int8.onnx'))
         check_disk_space(folder, content)
         float32.write_bytes(content)
-        # all shapes but the batch's are numbers: in symbols, some networks' cannot be inferred
+        # symbolic shape inference fails for some models, and all sizes but N are fixed
         quant_pre_process(float32, float32, skip_symbolic_shape=True)
-        quantize_static(float32, int8, Calibration(paths, transform), per_channel=True)
+        quantize_static(float32, int8, Calibration(paths, preprocess), per_channel=True)
         model = onnx.load(int8)
-        del model.metadata_props[:]  # what the float32 file said
-        return float32.read_bytes(), add_metadata(model, said)
+        del model.metadata_props[:]  # of the float32 file
+        return float32.read_bytes(), add_metadata(model, metadata)
 
 
-def calibration_set(folder):
-    """Chooses up to CALIBRATION_IMAGES image files under a folder, evenly over the sorted paths.
+def calibration_set(folder: str) -> tuple[list[str], dict[str, Any]]:
+    """Selects up to CALIBRATION_IMAGES images under a folder, evenly over the sorted paths.
 
-    Returns (their paths, what an int8 file says of them): no seed, as nothing is drawn. Raises
-    ValueError for a folder without an image.
+    Returns their paths and the `calibration` entry of the metadata, whose seed is None because
+    nothing is random. Raises ValueError for a folder without images.
     """
     paths = sorted(
         os.path.join(parent, file)
@@ -159,9 +171,9 @@ def calibration_set(folder):
         if file.lower().endswith(IMAGE_EXTENSIONS)
     )
     if not paths:
-        raise ValueError(f'--int8 {folder}: no image in it: expected images to calibrate on')
-    chosen = paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
-    return chosen, {
-        'dataset': os.path.basename(os.path.abspath(folder)), 'images': len(chosen),
+        raise ValueError(f'--int8 {folder}: contains no images; use another folder')
+    selected = paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
+    return selected, {
+        'dataset': os.path.basename(os.path.abspath(folder)), 'images': len(selected),
         'of': len(paths), 'chosen': 'evenly over the sorted paths', 'seed': None,
     }

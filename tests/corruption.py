@@ -3,7 +3,6 @@
 import os
 import pickle
 import struct
-import zipfile
 import zlib
 
 import onnx
@@ -62,42 +61,36 @@ def damaged(kind, params, tmp_path):
 
 
 DAMAGES = {
-    'malicious': r'refused, its pickle would run \S*mkdir: expected tensors',
-    'pickle': r'refused, its pickle would run \S*mkdir: expected tensors',
-    'pickle of today': 'no weights: expected a file that torch.load reads with weights_only',
-    'truncated': 'truncated, damaged or no weights: expected',
-    'altered': 'truncated, damaged or no weights: expected',
-    'truncated.safetensors': 'truncated, or not a safetensors file',
+    'malicious': r'refused, because its pickle would call \S*mkdir',
+    'pickle': r'refused, because its pickle would call \S*mkdir',
+    'pickle of today': 'corrupt, or not a file that torch.load reads with weights_only=True',
+    'truncated': 'corrupt, or not a file that torch.load reads',
+    'altered': 'corrupt, or not a file that torch.load reads',
+    'truncated.safetensors': 'corrupt, or not a safetensors file',
     'missing': 'group1.block0.conv is missing',
     'shape': r'group1.block0.alpha is \(3,\), expected \(16,\)',
     'unknown': 'group1.block0.gamma is unknown',
-    'depth': 'say depth 16, width 0.5: expected those of its parameters, depth 10, width 0.5',
-    'blocks': 'groups of 2, 2, 1 blocks: expected three groups of the same even number',
-    'folded': 'holds a folded network: expected',
-    'list': 'holds a list: expected a dict',
-    'other': 'conv is missing: expected',
+    'depth': 'depth 16, width 0.5, but its parameters have depth 10, width 0.5',
+    'blocks': 'groups of 2, 2, 1 blocks',
+    'folded': 'contains a folded network',
+    'list': 'contains a list',
+    'other': 'conv is missing',
 }
 
 
-def restated(path, text, tmp_path):
-    """Copies an exported file that says `text`, or nothing, of its network: returns its path."""
-    to = tmp_path / f'restated-{path.name}'
-    said = {} if text is None else {'diracnets': text}
+def with_metadata(path, text, tmp_path):
+    """Copies an exported file with `text`, or nothing, as its metadata: returns the new path."""
+    to = tmp_path / f'changed-{path.name}'
+    metadata = {} if text is None else {'diracnets': text}
     if path.suffix == '.onnx':
         model = onnx.load(path)
-        onnx.helper.set_model_props(model, said)
+        onnx.helper.set_model_props(model, metadata)
         onnx.save(model, to)
-    elif path.suffix == '.pt2':
-        with zipfile.ZipFile(path) as good, zipfile.ZipFile(to, 'w') as copy:
-            for name in good.namelist():
-                mine = name.endswith('extra/diracnets')
-                if not mine or said:
-                    copy.writestr(name, text if mine else good.read(name))
     elif path.suffix == '.safetensors':
-        save_file(load_file(path), to, said)
+        save_file(load_file(path), to, metadata)
     else:
         state = torch.load(path, weights_only=True)
-        state._metadata.update(said)
+        state._metadata.update(metadata)
         torch.save(state, to)
     return to
 

@@ -155,7 +155,7 @@ def test_a_damaged_file_never_takes_the_place_of_a_good_one(
 
     monkeypatch.setattr(os, 'replace', checked)
     run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
-    assert f'taking {tmp_path}/previous.pt7' in capsys.readouterr().err
+    assert f'using {tmp_path}/previous.pt7' in capsys.readouterr().err
     monkeypatch.undo()
     assert_same_run(tmp_path, whole)
     assert load_dict_file(str(tmp_path / 'previous.pt7'))
@@ -406,11 +406,11 @@ NONSENSE = {  # of any command that reads the file: (a change of a checkpoint, w
     'nested lists': ({'args': {'depth': nested(40)}}, 'more than 1000000 values'),
     'deep lists': ({'classes': deep(100)}, 'nested deeper than 20'),
     'long text': ({'classes': ['a' * 100_000, 'b']}, 'a text of 100000 characters'),
-    'negative step': ({'step': -1}, 'step is -1: expected a count'),
-    'negative epoch': ({'epoch': -1}, 'epoch is -1: expected a count'),
-    'epoch in words': ({'epoch': 'two'}, "epoch is 'two': expected a count"),
-    'best': ({'best': 1e9}, 'best is 1000000000.0: expected per cent'),
-    'best in words': ({'best': 'good'}, "best is 'good': expected per cent"),
+    'negative step': ({'step': -1}, 'step is -1'),
+    'negative epoch': ({'epoch': -1}, 'epoch is -1'),
+    'epoch in words': ({'epoch': 'two'}, "epoch is 'two'"),
+    'best': ({'best': 1e9}, 'best is 1000000000.0'),
+    'best in words': ({'best': 'good'}, "best is 'good'"),
     'totals': ({'totals': ['a'] * 4}, 'totals is .*: expected four or five numbers'),
     'random states': ({'rng': 3}, 'rng is 3: expected a dict'),
     'options': ({'args': {'depth': {}}}, 'args is .*: expected a dict of plain options'),
@@ -419,8 +419,8 @@ NONSENSE = {  # of any command that reads the file: (a change of a checkpoint, w
 }
 PARAMS = {  # a change of its parameters
     'integers': (lambda t: t.int(), 'conv is of torch.int32: expected floating-point numbers'),
-    'not a number': (lambda t: t * math.nan, 'conv holds numbers that are not finite'),
-    'no tensor': (lambda t: t.tolist(), "'conv' is a list: expected the tensor of a parameter"),
+    'not a number': (lambda t: t * math.nan, 'conv contains non-finite'),
+    'no tensor': (lambda t: t.tolist(), "'conv' is a list"),
 }
 OF_RESUMING = {  # that are for --resume alone to refuse
     'step beyond the end': ({'step': 5, 'totals': [1.0, 1.0, 40, 2]}, 'step 5 of an epoch: expect'),

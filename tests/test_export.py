@@ -1,4 +1,4 @@
-"""The commands that deploy a trained network, run for real: export.py, predict.py, torch.hub."""
+"""The commands that deploy a trained model: export.py, predict.py, torch.hub and their docs."""
 
 import contextlib
 import errno
@@ -11,7 +11,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import cv2
@@ -67,7 +66,7 @@ def table_of(text):
 
 @pytest.fixture(scope='module')
 def exported(run_folder, tmp_path_factory):
-    """A folder of exports, one of each format, and what the command printed for each."""
+    """A folder with an exported file of each format, and the output of export.py for each."""
     folder = tmp_path_factory.mktemp('exported')
     printed = {}
     for ending in RUN:
@@ -81,7 +80,7 @@ def exported(run_folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize('ending', RUN)
-def test_exported_files_give_the_logits_of_the_unfolded_network(exported, trained, digits, ending):
+def test_export_preserves_the_logits_of_the_unfolded_model(exported, trained, digits, ending):
     f, params = trained
     folder, printed = exported
     with torch.no_grad():
@@ -92,7 +91,7 @@ def test_exported_files_give_the_logits_of_the_unfolded_network(exported, traine
 
 
 @pytest.mark.parametrize('ending', RUN)
-def test_table(exported, ending):
+def test_export_prints_a_table(exported, ending):
     folder, printed = exported
     table = table_of(printed[ending])
     name = f'diracnet{ending}'
@@ -108,7 +107,7 @@ def test_table(exported, ending):
     assert '16 random inputs' in printed[ending]
 
 
-def test_onnx_argmax_and_logits_on_all_digits(exported, trained, digits):
+def test_onnx_logits_and_predictions_on_all_digits(exported, trained, digits):
     f, params = trained
     inputs, labels = digits
     with torch.no_grad():
@@ -117,10 +116,10 @@ def test_onnx_argmax_and_logits_on_all_digits(exported, trained, digits):
     assert len(logits) == 1797
     assert (logits - expected).abs().max() < 1e-4
     assert torch.equal(logits.argmax(1), expected.argmax(1))
-    assert (expected.argmax(1) == labels).float().mean() > 0.9  # the network knows something
+    assert (expected.argmax(1) == labels).float().mean() > 0.9  # the model was trained
 
 
-def test_onnx_is_one_file_of_plain_convolutions(exported):
+def test_onnx_contains_only_plain_convolutions(exported):
     folder = exported[0]
     assert sorted(os.listdir(folder)) == [f'diracnet{ending}' for ending in sorted(RUN)]
     model = onnx.load(str(folder / 'diracnet.onnx'))
@@ -132,7 +131,7 @@ def test_onnx_is_one_file_of_plain_convolutions(exported):
     assert str(ROOT).encode() not in (folder / 'diracnet.onnx').read_bytes()
 
 
-def test_a_file_that_differs_is_not_left_behind(run_folder, tmp_path, capsys, monkeypatch):
+def test_export_writes_nothing_when_the_outputs_differ(run_folder, tmp_path, capsys, monkeypatch):
     fold = export.fold
     monkeypatch.setattr(export, 'fold', lambda network: fold(
         {**network.state_dict(), 'fc.bias': torch.ones(10)}
@@ -140,24 +139,21 @@ def test_a_file_that_differs_is_not_left_behind(run_folder, tmp_path, capsys, mo
     with pytest.raises(SystemExit) as exit:
         export.main([str(run_folder), '--to', str(tmp_path / 'wrong.pth')])
     assert exit.value.code == 1
-    assert re.fullmatch(
-        r'export.py: wrong.pth differs from the unfolded network by \S+ of the largest logit: '
-        'expected at most 0.0001\n',
-        capsys.readouterr().err,
-    )
+    assert re.search(r'wrong.pth differs .* at most 0.0001', capsys.readouterr().err)
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize('ending', RUN)
-def test_full_disk(run_folder, tmp_path, ending):
-    """In a process of its own, which torch's writers would abort; a limit stands for the disk."""
+def test_export_names_the_file_when_the_disk_is_full(run_folder, tmp_path, ending):
+    """In a new process, which torch's own writers would abort; a limit on files acts as the disk."""
     path = tmp_path / f'diracnet{ending}'
     done = subprocess.run(
         [sys.executable, 'export.py', str(run_folder), '--to', str(path)], cwd=ROOT,
         capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )
-    assert (done.returncode, done.stderr) == (1, f'export.py: {path}: {os.strerror(errno.EFBIG)}\n')
+    assert done.returncode == 1
+    assert done.stderr == f'export.py: {path}: {os.strerror(errno.EFBIG)}\n'
     assert os.listdir(tmp_path) == []
 
 
@@ -175,7 +171,7 @@ def images(digits, tmp_path_factory):
     return folder
 
 
-def test_int8(run_folder, images, digits, tmp_path, capsys):
+def test_int8_accuracy_is_that_of_the_written_file(run_folder, images, digits, tmp_path, capsys):
     path = str(tmp_path / 'int8.onnx')
     export.main([
         str(run_folder), '--to', path, '--int8', str(images / 'train'),
@@ -190,24 +186,24 @@ def test_int8(run_folder, images, digits, tmp_path, capsys):
     assert len(filters) == 7
     assert all(w.data_type == onnx.TensorProto.INT8 for w in filters)
     inputs, labels = digits[0][100:200], digits[1][100:200]
-    right = (run_onnx(path, inputs).argmax(1) == labels).float().mean().item()
-    assert float(table['top-1, %']['int8.onnx']) == pytest.approx(100 * right, abs=0.01)
+    accuracy = 100 * (run_onnx(path, inputs).argmax(1) == labels).float().mean().item()
+    assert float(table['top-1, %']['int8.onnx']) == pytest.approx(accuracy, abs=0.01)
     assert os.listdir(tmp_path) == ['int8.onnx']
 
 
-def test_calibration_images_are_spread_over_the_sorted_paths(tmp_path, monkeypatch):
+def test_calibration_set_is_spread_over_the_sorted_paths(tmp_path, monkeypatch):
     for name, count in (('ant', 5), ('bee', 7)):
         (tmp_path / name).mkdir()
         for i in range(count):
             (tmp_path / name / f'{i}.png').touch()
     monkeypatch.setattr(quantization, 'CALIBRATION_IMAGES', 4)
-    chosen, said = calibration_set(str(tmp_path))
-    assert [os.path.relpath(path, tmp_path) for path in chosen] == [
+    paths, metadata = calibration_set(str(tmp_path))
+    assert [os.path.relpath(path, tmp_path) for path in paths] == [
         'ant/0.png', 'ant/3.png', 'bee/1.png', 'bee/4.png']
-    assert (said['images'], said['of']) == (4, 12)
+    assert (metadata['images'], metadata['of']) == (4, 12)
 
 
-def test_diverse_branches_are_converted_and_both_forms_evaluate(images, tmp_path, capsys):
+def test_export_converts_diverse_branches_and_keeps_the_accuracy(images, tmp_path, capsys):
     data = ['--dataset', 'Folder', '--dataroot', str(images)]
     flags = [*data, '--model', 'plain', '--depth', '10', '--width', '0.5', '--block', 'dbb']
     run = str(tmp_path / 'run')
@@ -234,8 +230,8 @@ def test_diverse_branches_are_converted_and_both_forms_evaluate(images, tmp_path
     assert f'test_acc: {table["top-1, %"]["unfolded"]}' == accuracies[0]
 
 
-def test_int8_of_the_speedruns_network(images, tmp_path, capsys):
-    """Its last pool makes maps of one pixel, whose shape ONNX Runtime cannot tell in symbols."""
+def test_int8_of_the_fast_diracnet(images, tmp_path, capsys):
+    """Symbolic shape inference of ONNX Runtime fails for its last pooling, to one pixel."""
     folder, path = tmp_path / 'run', str(tmp_path / 'int8.onnx')
     torch.manual_seed(0)
     network = diracnets.create_model('diracnet-fast', 'CIFAR10', 3, width=0.125)
@@ -249,8 +245,8 @@ def test_int8_of_the_speedruns_network(images, tmp_path, capsys):
     assert all(w.data_type == onnx.TensorProto.INT8 for w in filters)
 
 
-def test_onnx_of_a_network_whose_argument_has_another_name(tmp_path):
-    """As in all of torchvision, where it is x."""
+def test_to_onnx_names_the_inputs_when_the_argument_has_another_name(tmp_path):
+    """torchvision calls it x."""
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten()).eval()
     inputs = torch.randn(3, 3, 5, 6)
     (tmp_path / 'net.onnx').write_bytes(to_onnx(net, inputs[:2], {}))
@@ -258,30 +254,30 @@ def test_onnx_of_a_network_whose_argument_has_another_name(tmp_path):
     torch.testing.assert_close(logits, net(inputs), rtol=1e-4, atol=1e-5)
 
 
-def test_a_network_for_grey_images_is_exported_and_asks_for_such(images, tmp_path, capsys):
-    """Nothing but its parameters says how many channels it takes."""
+def test_commands_infer_the_input_channels_from_the_parameters(images, tmp_path, capsys):
     f, params = define_diracnet(10, 0.5, 'CIFAR10', 3, in_channels=1)
     torch.save({'params': params, 'args': {'depth': 10, 'width': 0.5}}, tmp_path / 'grey.pth')
     inputs = torch.randn(2, 1, 32, 32)
     expected = f(inputs, params, False).detach()
     for name in ('grey.onnx', 'folded.pth'):
         export.main([str(tmp_path / 'grey.pth'), '--to', str(tmp_path / name)])
-        assert 'inputs: (N, 1, 32, 32), less (0.0000), over (1.0000)\n' in capsys.readouterr().out
+        (line,) = re.findall(r'^inputs: .*', capsys.readouterr().out, re.M)
+        assert all(fact in line for fact in ('(N, 1, 32, 32)', 'mean (0.0000)', 'std (1.0000)'))
     torch.testing.assert_close(
         run_onnx(str(tmp_path / 'grey.onnx'), inputs), expected, rtol=1e-4, atol=1e-5)
     folded = diracnets.load(tmp_path / 'folded.pth').model
     torch.testing.assert_close(folded(inputs), expected, rtol=1e-4, atol=1e-5)
     image = next(str(path) for path in images.glob('*/*/*.png'))
-    pixels = diracnets.load(tmp_path / 'folded.pth').preprocess(image)  # a file of colours is read
-    seen = cv2.imread(image, cv2.IMREAD_COLOR).astype(float) @ [0.114, 0.587, 0.299]  # of BGR
+    pixels = diracnets.load(tmp_path / 'folded.pth').preprocess(image)  # of an RGB file
+    gray = cv2.imread(image, cv2.IMREAD_COLOR).astype(float) @ [0.114, 0.587, 0.299]  # of BGR
     assert pixels.shape == (1, 32, 32)
-    torch.testing.assert_close(pixels[0].double(), torch.from_numpy(seen / 255),
+    torch.testing.assert_close(pixels[0].double(), torch.from_numpy(gray / 255),
                                atol=0.6 / 255, rtol=0)
     four = {'params': define_diracnet(10, 0.5, 'CIFAR10', 3, in_channels=4)[1]}
     torch.save(four, tmp_path / 'four.pth')
-    assert 'images of 3 channels: expected 4, those of the network' in error_of(
+    assert 'images of 3 channels' in error_of(
         predict.main, [image, '--model', str(tmp_path / 'four.pth')], capsys)
-    grey, message = str(tmp_path / 'grey.pth'), 'Digits has images of 3 channels: expected 1, those'
+    grey, message = str(tmp_path / 'grey.pth'), 'Digits has images of 3 channels'
     for main, arguments in ((train.main, ['--evaluate', '--resume', grey]),
                             (export.main, [grey, '--to', grey + '.pth'])):
         assert message in error_of(main, [*arguments, '--dataset', 'Digits'], capsys)
@@ -302,7 +298,7 @@ def error_of(main, arguments, capsys):
 
 
 @pytest.mark.parametrize('kind', sorted(DAMAGES.keys() - {'folded'}))
-def test_damaged_files(trained, tmp_path, capsys, kind):
+def test_commands_refuse_a_corrupt_file(trained, tmp_path, capsys, kind):
     path = damaged(kind, trained[1], tmp_path)
     for name, main, arguments in (
         ('export.py', export.main, [path, '--to', str(tmp_path / 'x.pth')]),
@@ -315,7 +311,7 @@ def test_damaged_files(trained, tmp_path, capsys, kind):
     assert not (tmp_path / 'x.pth').exists()
 
 
-def test_malicious_pickle_as_a_user_meets_it(trained, tmp_path):
+def test_export_refuses_a_malicious_pickle(trained, tmp_path):
     path = damaged('malicious', trained[1], tmp_path)
     command = [sys.executable, 'export.py', path, '--to', str(tmp_path / 'x.onnx')]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -326,26 +322,29 @@ def test_malicious_pickle_as_a_user_meets_it(trained, tmp_path):
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    (['--to', 'x.h5'], 'x.h5: expected a name that ends in .onnx, .pt2, .safetensors, .pth'),
-    (['--to', 'x.pt2', '--int8', '.'], '--int8 with --to x.pt2: expected .* .onnx'),
-    (['--to', 'x.onnx', '--int8', 'tests/nowhere'], 'nowhere: no image in it: expected images'),
+    (['--to', 'x.h5'], 'x.h5: .*.onnx, .pt2, .safetensors, .pth'),
+    (['--to', 'x.pt2', '--int8', '.'], 'x.pt2: --int8 .*.onnx'),
+    (['--to', 'x.onnx', '--int8', 'tests/nowhere'], '--int8 tests/nowhere'),
+    (['--to', 'x.onnx', '--equalise'], '--equalise.*--int8'),
+    (['--to', 'x.onnx', '--equalize'], '--equalise.*--int8'),
     (['--to', 'x.pth', '--dataset', 'Folder', '--dataroot', 'nowhere'], 'nowhere/test: no such'),
     (['--to', 'x.pth', '--dataset', 'Digits'],
-     'of other classes than the data set, which has 10, 0 to 9: expected 10, digit 0 to'),
+     r'classes differ: .* 10 \(digit 0 to digit 9\), .* 10 \(0 to 9\)'),
     ([], 'the following arguments are required: --to'),
 ])
-def test_bad_options(run_folder, capsys, options, message):
+def test_export_refuses_wrong_options(run_folder, capsys, options, message):
     assert re.search(message, error_of(export.main, [str(run_folder), *options], capsys))
 
 
-def test_the_checkpoint_is_not_overwritten(run_folder, tmp_path, capsys):
+def test_export_refuses_to_overwrite_the_checkpoint(run_folder, tmp_path, capsys):
     path = str(shutil.copy(run_folder / 'model.pt7', tmp_path / 'model.pth'))
     line = error_of(export.main, [path, '--to', path], capsys)
-    assert 'is the checkpoint itself: expected another name' in line
+    assert f'--to {path}: ' in line
 
 
-def test_damaged_run_is_served_by_the_checkpoint_before(run_folder, images, tmp_path, capsys):
-    """For every command that reads a run, as for --resume."""
+def test_commands_use_the_previous_checkpoint_when_the_last_is_corrupt(
+    run_folder, images, tmp_path, capsys
+):
     shutil.copy(run_folder / 'model.pt7', tmp_path / 'previous.pt7')
     content = bytearray((run_folder / 'model.pt7').read_bytes())
     content[len(content) // 2] ^= 1
@@ -361,14 +360,16 @@ def test_damaged_run_is_served_by_the_checkpoint_before(run_folder, images, tmp_
         for path in (run, str(run_folder)):
             main([path if word == 'RUN' else word for word in arguments])
             outputs.append(capsys.readouterr())
-        damaged, whole = outputs
-        assert damaged.err.startswith(f'{run}/model.pt7: truncated, damaged or no weights')
-        assert damaged.err.endswith(f'taking {run}/previous.pt7\n')
+        fallback, expected = outputs
+        assert fallback.err.startswith(f'{run}/model.pt7: corrupt')
+        assert fallback.err.endswith(f'using {run}/previous.pt7 instead\n')
         if main is not export.main:  # which prints rates
-            assert damaged.out.splitlines()[-3:] == whole.out.splitlines()[-3:]
+            assert fallback.out.splitlines()[-3:] == expected.out.splitlines()[-3:]
 
 
-def test_folded_files_are_read_as_trained_ones_are(exported, run_folder, images, tmp_path, capsys):
+def test_commands_give_the_same_results_for_a_run_and_its_exports(
+    exported, run_folder, images, tmp_path, capsys
+):
     image = str(next(images.rglob('*.png')))
     evaluate = ['--evaluate', '--dataset', 'Folder', '--dataroot', str(images), '--dtype', 'float']
     printed = []
@@ -385,33 +386,17 @@ def test_folded_files_are_read_as_trained_ones_are(exported, run_folder, images,
     assert printed[0] == printed[1] == printed[2]
 
 
-def test_a_pt2_that_nothing_here_would_read_is_not_written(
-    run_folder, tmp_path, capsys, monkeypatch
-):
-    def save(program, file, extra_files):  # as torch 2.8 does
-        with zipfile.ZipFile(file, 'w') as archive:
-            archive.writestr('archive/data/weights/model.pt', b'a pickle')
-
-    monkeypatch.setattr(torch.export, 'save', save)
-    with pytest.raises(SystemExit) as ending:
-        export.main([str(run_folder), '--to', str(tmp_path / 'net.pt2')])
-    assert ending.value.code == 2
-    assert 'expected torch 2.9 or newer' in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_missing_packages(run_folder, capsys, monkeypatch):
+def test_export_names_missing_packages(run_folder, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
     line = error_of(export.main, [str(run_folder), '--to', 'x.onnx'], capsys)
-    assert line == (
-        "export.py: onnx, onnxruntime, onnxscript missing: expected pip install '.[deploy]'\n"
-    )
+    assert 'onnx, onnxruntime, onnxscript' in line
+    assert "pip install '.[deploy]'" in line
 
 
 # ---------------------------------------------------------------- predict.py
 
 
-def test_predict(run_folder, trained, images, digits, capsys):
+def test_predict_prints_the_five_most_probable_classes(run_folder, trained, images, digits, capsys):
     files = sorted(str(path) for path in (images / 'test').rglob('*.png'))[:2]
     predict.main([*files, '--model', str(run_folder)])
     lines = capsys.readouterr().out.splitlines()
@@ -426,7 +411,7 @@ def test_predict(run_folder, trained, images, digits, capsys):
         assert printed == expected
 
 
-def test_predict_numbers_classes_without_names(trained, images, tmp_path, capsys):
+def test_predict_numbers_the_classes_when_names_are_missing(trained, images, tmp_path, capsys):
     torch.save(trained[1], tmp_path / 'params.pth')
     predict.main([str(next(images.rglob('*.png'))), '--model', str(tmp_path / 'params.pth')])
     assert re.search(r'^ +\d+\.\d\d %  class \d$', capsys.readouterr().out, re.MULTILINE)
@@ -434,14 +419,14 @@ def test_predict_numbers_classes_without_names(trained, images, tmp_path, capsys
 
 def test_predict_names_an_unreadable_image(run_folder, capsys):
     line = error_of(predict.main, [__file__, '--model', str(run_folder)], capsys)
-    assert line == f'predict.py: {__file__}: not a readable image\n'
+    assert line.startswith(f'predict.py: {__file__}: ')
 
 
 @pytest.mark.parametrize(('number', 'status', 'message'), [
-    (torch.nan, 2, 'fc.weight holds numbers that are not finite'),
-    (3e38, 1, 'its outputs are no numbers: expected finite ones'),
+    (torch.nan, 2, 'fc.weight contains non-finite'),
+    (3e38, 1, 'outputs are non-finite'),
 ])
-def test_predict_refuses_outputs_that_are_no_numbers(
+def test_predict_refuses_non_finite_parameters_and_outputs(
     trained, images, tmp_path, capsys, number, status, message
 ):
     path = str(tmp_path / 'params.pth')
@@ -450,7 +435,9 @@ def test_predict_refuses_outputs_that_are_no_numbers(
     with pytest.raises(SystemExit) as exit:
         predict.main([str(next(images.rglob('*.png'))), '--model', path])
     assert exit.value.code == status
-    assert capsys.readouterr() == ('', f'predict.py: {path}: {message}\n')
+    printed = capsys.readouterr()
+    assert printed.out == ''
+    assert re.fullmatch(f'predict.py: {path}: .*{message}.*\n', printed.err)
 
 
 # ---------------------------------------------------------------- torch.hub, docs
@@ -464,7 +451,7 @@ def sha256_start(file):
 def torch_home(tmp_path_factory):
     """A cache of torch.hub with stand-ins for the published files of DiracNet-18.
 
-    The folded one has its own hash in its name, which MODEL_URLS has to say in place of a2174e15.
+    The name of the folded one contains its own hash, in place of the a2174e15 in MODEL_URLS.
     """
     home = tmp_path_factory.mktemp('torch_home')
     cache = home / 'hub' / 'checkpoints'
@@ -478,7 +465,7 @@ def torch_home(tmp_path_factory):
     return home
 
 
-def test_hub(torch_home, monkeypatch):
+def test_hub_models_have_the_published_sizes(torch_home, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(torch_home))
     (file,) = (torch_home / 'hub' / 'checkpoints').glob('diracnet18v2folded-*.pth')
     monkeypatch.setitem(diracnet.MODEL_URLS, 18, f'http://127.0.0.1:1/{file.name}')
@@ -496,10 +483,10 @@ def test_hub(torch_home, monkeypatch):
     assert sum(p.numel() for p in net.parameters()) == 374_580
     for name in ('diracnet18', 'diracnet34', 'diracnet_cifar'):
         text = getattr(hubconf, name).__doc__
-        assert all(word in text for word in ('Inputs (N, 3,', 'deviation', 'classes', 'figures'))
+        assert all(word in text for word in ('Inputs (N, 3,', 'std', 'classes', 'figures'))
 
 
-def test_every_block_of_the_docs_on_deploying(run_folder, images, torch_home, tmp_path):
+def test_code_blocks_in_the_deploying_docs_run(run_folder, images, torch_home, tmp_path):
     """Runs the page's blocks as they stand, in a copy of the project, on small stand-ins."""
     project = tmp_path / 'project'
     others = ('.*', '__pycache__', '*.egg-info', 'build', 'checkpoints', 'logs', 'runs', 'tests')

@@ -1,4 +1,4 @@
-"""Exported files speak for themselves: read by their formats' own tools, by ours, and damaged."""
+"""Exported files: their metadata, loading them, corrupt and malicious ones."""
 
 import contextlib
 import errno
@@ -6,13 +6,11 @@ import importlib
 import io
 import json
 import os
-import pickle
 import re
 import resource
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,7 @@ import diracnets
 import export
 import predict
 import train
-from corruption import restated
+from corruption import with_metadata
 from diracnets.fold import fold
 from diracnets.preprocessing import Preprocessing
 from diracnets.quantization import quantize
@@ -35,14 +33,15 @@ from runs import write_images
 from training import checkpoint
 
 ROOT = Path(__file__).parent.parent
-FORMS = ('float.onnx', 'int8.onnx', 'float.pt2', 'float.safetensors', 'float.pth')
+READABLE = ('float.onnx', 'int8.onnx', 'float.safetensors', 'float.pth')
+FORMS = (*READABLE, 'float.pt2')
 CLASSES = [f'class {i}' for i in range(9)] + ['été']
-SIZE = 24  # pixels: neither a data set's nor the default
+SIZE = 24  # pixels, which no data set has and no option defaults to
 
 
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
-    """Images of another size than the network's, in train/CLASS/ and test/CLASS/."""
+    """Images in train/CLASS/ and test/CLASS/, of another size than the inputs of the model."""
     root = tmp_path_factory.mktemp('images')
     for part in ('train', 'test'):
         write_images(root / part, CLASSES, n=3, size=(30, 36), seed=len(part))
@@ -51,7 +50,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def run(trained, images, tmp_path_factory):
-    """The folder of a run whose options name places of this machine."""
+    """The folder of a run whose options contain paths of this machine."""
     folder = tmp_path_factory.mktemp('runs') / 'mine'
     folder.mkdir()
     args = {'model': 'diracnet', 'depth': 10, 'width': 0.5, 'dataset': 'Folder', 'image_size': SIZE,
@@ -72,8 +71,8 @@ def files(run, images, tmp_path_factory):
     return folder
 
 
-def said_by(path):
-    """What a file says of itself to the tools of its format, in which nothing is ours."""
+def metadata_of(path):
+    """The metadata in a file, read by the library of its format."""
     if path.suffix == '.onnx':
         texts = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
     elif path.suffix == '.pt2':
@@ -88,10 +87,10 @@ def said_by(path):
 
 
 @pytest.mark.parametrize('form', FORMS)
-def test_every_file_says_what_it_is(files, images, form):
-    said = said_by(files / form)
-    calibration = said.pop('calibration', None)
-    assert said == {
+def test_export_embeds_metadata(files, images, form):
+    metadata = metadata_of(files / form)
+    calibration = metadata.pop('calibration', None)
+    assert metadata == {
         'network': 'DiracNet-10-0.5', 'exported_from': 'mine', 'epoch': 2, 'classes': CLASSES,
         'inputs': {'kind': 'CIFAR10', 'size': SIZE,
                    'mean': [125.3 / 255, 123.0 / 255, 113.9 / 255],
@@ -108,7 +107,7 @@ def test_every_file_says_what_it_is(files, images, form):
 
 
 @pytest.mark.parametrize('form', FORMS)
-def test_no_path_of_this_machine(files, run, images, form):
+def test_export_embeds_no_local_path(files, run, images, form):
     content = (files / form).read_bytes()  # none of the formats compresses
     for place in (ROOT, Path.home(), Path.cwd(), run, images, files, sys.prefix, torch.__path__[0]):
         if len(Path(place).parts) > 2:  # '/' and '/data' may be in any file
@@ -116,15 +115,16 @@ def test_no_path_of_this_machine(files, run, images, form):
 
 
 @pytest.mark.parametrize('form', FORMS)
-def test_ordinary_permissions(files, form):
+def test_export_sets_default_permissions(files, form):
     mask = os.umask(0)
     os.umask(mask)
     assert (files / form).stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-@pytest.mark.parametrize('form', FORMS)
-def test_one_loader_reads_them_all(files, run, trained, form):
+@pytest.mark.parametrize('form', READABLE)
+def test_load_reads_every_format(files, run, trained, form):
     loaded, expected = diracnets.load(files / form), diracnets.load(run)
+    assert not loaded.model.training
     assert (loaded.title, loaded.preprocess, loaded.classes, loaded.num_classes) == (
         expected.title, expected.preprocess, expected.classes, expected.num_classes)
     inputs = torch.randn(5, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
@@ -136,14 +136,14 @@ def test_one_loader_reads_them_all(files, run, trained, form):
     assert ('calibration' in loaded.origin) == (form == 'int8.onnx')
 
 
-def test_a_program_gives_outputs_without_gradients(files):
+def test_pt2_outputs_require_no_grad(files):
     program = torch.export.load(files / 'float.pt2').module()
     assert not program(torch.zeros(1, 3, SIZE, SIZE)).requires_grad
 
 
-@pytest.mark.parametrize('form', FORMS)
-def test_evaluate_and_predict_go_by_what_the_file_says(files, run, images, capsys, form):
-    """The size of the inputs above all, which no flag states; int8 has its own figures."""
+@pytest.mark.parametrize('form', READABLE)
+def test_commands_use_the_metadata_of_a_file(files, run, images, capsys, form):
+    """The size of the inputs above all, which no option gives; int8 has other accuracies."""
     picture = str(next(images.rglob('*.png')))
     printed = []
     for path in (run, files / form):
@@ -163,11 +163,11 @@ def test_evaluate_and_predict_go_by_what_the_file_says(files, run, images, capsy
     assert f'image_size is {SIZE}, not 32' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('form', ['float.pt2', 'float.safetensors', 'float.pth'])
-def test_folded_files_are_exported_again(files, tmp_path, form):
+@pytest.mark.parametrize('form', ['float.safetensors', 'float.pth'])
+def test_export_of_an_exported_file_is_the_same(files, tmp_path, form):
     with contextlib.redirect_stdout(io.StringIO()):
         export.main([str(files / form), '--to', str(tmp_path / 'again.pth')])
-    first, again = said_by(files / form), said_by(tmp_path / 'again.pth')
+    first, again = metadata_of(files / form), metadata_of(tmp_path / 'again.pth')
     assert again == {**first, 'exported_from': form}
     states = [torch.load(p, weights_only=True) for p in (tmp_path / 'again.pth',
                                                          files / 'float.pth')]
@@ -175,12 +175,13 @@ def test_folded_files_are_exported_again(files, tmp_path, form):
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
-def test_files_of_older_versions(files, trained, tmp_path):
-    said = {'args': {'model': 'diracnet', 'depth': 10, 'width': 0.5, 'dataset': 'Folder',
-                     'image_size': SIZE}, 'classes': CLASSES}
-    path = restated(files / 'float.pth', json.dumps(said), tmp_path)
+def test_load_reads_older_metadata(files, trained, tmp_path):
+    metadata = {'args': {'model': 'diracnet', 'depth': 10, 'width': 0.5, 'dataset': 'Folder',
+                         'image_size': SIZE}, 'classes': CLASSES}
+    path = with_metadata(files / 'float.pth', json.dumps(metadata), tmp_path)
     loaded = diracnets.load(path)
-    assert (loaded.preprocess, loaded.classes) == (Preprocessing.for_dataset('Folder', SIZE), CLASSES)
+    assert loaded.preprocess == Preprocessing.for_dataset('Folder', SIZE)
+    assert loaded.classes == CLASSES
     torch.save(trained[1], tmp_path / 'bare.pth')
     assert diracnets.load(tmp_path / 'bare.pth').preprocess == Preprocessing.for_dataset('CIFAR10')
 
@@ -188,7 +189,7 @@ def test_files_of_older_versions(files, trained, tmp_path):
 # ---------------------------------------------------------------- predict.py
 
 
-def test_predict_goes_on_after_what_it_cannot_read(files, images, tmp_path):
+def test_predict_continues_when_an_image_is_unreadable(files, images, tmp_path):
     good = sorted(map(str, images.rglob('*.png')))[:2]
     broken, missing = str(tmp_path / 'broken.png'), str(tmp_path / 'missing.png')
     Path(broken).write_bytes(Path(good[0]).read_bytes()[:100])
@@ -197,16 +198,17 @@ def test_predict_goes_on_after_what_it_cannot_read(files, images, tmp_path):
          str(files / 'int8.onnx')], cwd=ROOT, capture_output=True, text=True,
     )
     assert done.returncode == 2
-    assert done.stderr == (f'predict.py: {missing}: not readable (No such file or directory)\n'
-                           f'predict.py: {broken}: not a readable image\n')
+    errors = done.stderr.splitlines()
+    assert [line.split(': ')[:2] for line in errors] == [
+        ['predict.py', missing], ['predict.py', broken]]
     assert [line for line in done.stdout.splitlines() if line[0] != ' '] == good
     assert done.stdout.count(' % ') == 10
 
 
-# ---------------------------------------------------------------- what must be refused
+# ---------------------------------------------------------------- invalid files
 
 
-def refused(path, message):
+def assert_refused(path, message):
     with pytest.raises(ValueError, match=message) as caught:
         diracnets.load(path)
     assert str(caught.value).startswith(f'{path}: ')
@@ -215,14 +217,14 @@ def refused(path, message):
 
 
 INPUTS = {'kind': 'CIFAR10', 'size': SIZE, 'mean': [0.5] * 3, 'std': [0.25] * 3}
-NONSENSE = {  # what a file may say: (a change of what it says, or a text, and what is said of it)
-    'no JSON': ('{', 'no JSON of ours'),
-    'no dict': ('[1]', 'no JSON of ours'),
-    'nested': ('[' * 100_000, 'nested too deep|nested deeper|no JSON of ours'),
+INVALID = {  # by case: changes of the metadata, or a text in their place; a part of the error
+    'no JSON': ('{', 'invalid metadata'),
+    'no dict': ('[1]', 'invalid metadata'),
+    'nested': ('[' * 100_000, 'nested too deep|nested deeper|invalid metadata'),
     'a long text': ({'network': 'a' * 100_000}, 'a text of 100000 characters'),
-    'few classes': ({'classes': ['a']}, '1 names of 10 classes: expected one for each'),
-    'depth': ({'args': {'depth': 1e300}}, 'args is .*: expected a dict of plain options'),
-    'model': ({'args': {'model': ['diracnet']}}, 'args is .*: expected a dict of plain options'),
+    'few classes': ({'classes': ['a']}, '1 class names for 10 classes'),
+    'depth': ({'args': {'depth': 1e300}}, 'args is .*1e[+]300'),
+    'model': ({'args': {'model': ['diracnet']}}, 'args is .*diracnet'),
     'unknown model': ({'args': {'model': 'vgg'}}, "unknown model 'vgg': expected one of"),
     'another size': ({'inputs': {**INPUTS, 'size': -1}}, 'inputs of size -1: expected 1 to'),
     'half a pixel': ({'inputs': {**INPUTS, 'size': 0.5}}, 'inputs of size 0.5: expected 1 to'),
@@ -233,25 +235,24 @@ NONSENSE = {  # what a file may say: (a change of what it says, or a text, and w
     'infinite': ({'inputs': {**INPUTS, 'mean': [1e999] * 3}}, 'expected a number for each'),
     'calibration': ({'calibration': 3}, 'calibration is 3: expected a dict'),
     'statistics': ({'stats': 1}, 'stats is 1: expected a dict'),
-    'activation': ({'args': {'activation': ['gelu']}}, 'args is .*: expected a dict of plain opt'),
+    'activation': ({'args': {'activation': ['gelu']}}, 'args is .*gelu'),
 }
 
 
-@pytest.mark.parametrize('case', NONSENSE)
-def test_nonsense_in_what_a_file_says(files, tmp_path, case):
-    change, message = NONSENSE[case]
-    for form in FORMS:
-        said = said_by(files / form)
-        text = change if isinstance(change, str) else json.dumps({**said, **change})
-        refused(restated(files / form, text, tmp_path), message)
+@pytest.mark.parametrize('case', INVALID)
+def test_load_refuses_invalid_metadata(files, tmp_path, case):
+    change, message = INVALID[case]
+    for form in READABLE:
+        metadata = metadata_of(files / form)
+        text = change if isinstance(change, str) else json.dumps({**metadata, **change})
+        assert_refused(with_metadata(files / form, text, tmp_path), message)
 
 
-def test_statistics_that_are_no_dict(trained, tmp_path):
+def test_load_refuses_statistics_of_another_type(trained, tmp_path):
     path = tmp_path / 'model.pth'
-    for stats, message in (([1], r'stats is \[1\]: expected a dict'),
-                           ({'a': 1}, "'a' is a int: expected the tensor of a parameter")):
+    for stats, message in (([1], r'stats is \[1\]'), ({'a': 1}, "'a' is a int")):
         torch.save({'params': trained[1], 'stats': stats}, path)
-        refused(path, message)
+        assert_refused(path, message)
     torch.save({'params': trained[1], 'stats': None}, path)
     assert diracnets.load(path).title == 'DiracNet-10-0.5'
 
@@ -260,14 +261,14 @@ def test_statistics_that_are_no_dict(trained, tmp_path):
     ({'activation': 'tanh'}, {}, "unknown activation 'tanh': expected one of relu, gelu, silu"),
     ({}, {'fc.weight': torch.tensor(1.0)}, r'fc.weight is \(\), expected \(10, 32\)'),
 ])
-def test_files_of_a_family_that_do_not_fit(tmp_path, args, params, message):
+def test_load_refuses_parameters_of_another_size(tmp_path, args, params, message):
     args = {'model': 'diracnet-fast', 'width': 0.125, 'dataset': 'CIFAR10', **args}
     state = diracnets.create_model('diracnet-fast', 'CIFAR10', width=0.125).state_dict()
     torch.save({'params': {**state, **params}, 'args': args}, tmp_path / 'fast.pth')
-    refused(tmp_path / 'fast.pth', message)
+    assert_refused(tmp_path / 'fast.pth', message)
 
 
-def no_memory_of_torchs(*_, **__):
+def torch_out_of_memory(*_, **__):
     torch.empty(2**60)
 
 
@@ -278,65 +279,55 @@ def failing(error):
 
 
 @pytest.mark.parametrize(('read', 'number'), [
-    (failing(MemoryError()), errno.ENOMEM), (no_memory_of_torchs, errno.ENOMEM),
+    (failing(MemoryError()), errno.ENOMEM), (torch_out_of_memory, errno.ENOMEM),
     (failing(OSError(errno.EIO, os.strerror(errno.EIO))), errno.EIO),
     (failing(OSError(errno.ESTALE, os.strerror(errno.ESTALE))), errno.ESTALE),
 ])
-def test_a_good_file_that_cannot_be_read_now_is_not_called_damaged(
-    files, run, tmp_path, monkeypatch, read, number
+def test_load_raises_oserror_when_the_environment_fails(
+    run, tmp_path, monkeypatch, read, number
 ):
-    """Nor put aside by the training that would go on from it."""
+    """A good file that cannot be read now is not called corrupt, nor quarantined."""
     model = tmp_path / 'model.pt7'
     model.write_bytes((run / 'model.pt7').read_bytes())
     with monkeypatch.context() as patch:
         patch.setattr(torch, 'load', read)
-        patch.setattr(zipfile.ZipFile, 'read', read)
-        for reading, path in ((diracnets.load, files / 'float.pt2'), (diracnets.load, model),
-                              (checkpoint.quarantine, tmp_path)):
+        for reading, path in ((diracnets.load, model), (checkpoint.quarantine, tmp_path)):
             with pytest.raises(OSError, match=os.strerror(number)) as caught:
                 reading(path)
             assert caught.value.errno == number
-            assert caught.value.filename == str(path if path.is_file() else model)
+            assert caught.value.filename == str(model)
     assert os.listdir(tmp_path) == ['model.pt7']
 
 
 @pytest.mark.parametrize('error', [
     OSError(errno.EINVAL, os.strerror(errno.EINVAL)), OSError('no place'), RuntimeError('sizes'),
 ])
-def test_what_damaged_bytes_raise_is_called_damage(files, monkeypatch, error):
+def test_load_raises_valueerror_when_the_contents_are_corrupt(files, monkeypatch, error):
     monkeypatch.setattr(torch, 'load', failing(error))
-    monkeypatch.setattr(zipfile.ZipFile, 'read', failing(error))
-    refused(files / 'float.pth', 'truncated, damaged or no weights')
-    refused(files / 'float.pt2', 'truncated, damaged or not of export.py')
+    assert_refused(files / 'float.pth', 'corrupt')
 
 
-@pytest.mark.parametrize('form', ['float.onnx', 'float.pt2'])
-def test_a_file_that_says_nothing(files, tmp_path, form):
-    refused(restated(files / form, None, tmp_path), 'expected an ONNX file of export.py|says what')
+def test_load_refuses_onnx_without_metadata(files, tmp_path):
+    path = with_metadata(files / 'float.onnx', None, tmp_path)
+    assert_refused(path, 'no metadata; use an ONNX file of export.py')
 
 
-def test_a_program_that_would_run_code(files, tmp_path):
-    """As torch.export.load does: the parameters alone are read, and not by pickle."""
-
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / 'ran'),)
-
-    path = tmp_path / 'evil.pt2'
-    with zipfile.ZipFile(files / 'float.pt2') as good, zipfile.ZipFile(path, 'w') as evil:
-        for name in good.namelist():
-            content = good.read(name)
-            if name.endswith('weight_0'):
-                content = pickle.dumps(Evil())
-            if name.endswith('model_weights_config.json'):
-                content = content.replace(b'"use_pickle": false', b'"use_pickle": true')
-            evil.writestr(name, content)
-    refused(path, 'truncated, damaged or not of export.py')
-    assert not (tmp_path / 'ran').exists()
+def test_commands_refer_to_torch_export_load_when_the_file_is_pt2(files, tmp_path, capsys):
+    path = str(files / 'float.pt2')
+    assert_refused(path, 'torch.export.load')
+    for main, arguments in (
+        (export.main, [path, '--to', str(tmp_path / 'a.pth')]),
+        (predict.main, ['x.png', '--model', path]),
+        (train.main, ['--evaluate', '--resume', path, '--dataset', 'Digits']),
+    ):
+        error = error_of(main, arguments, capsys)
+        assert path in error
+        assert 'torch.export.load' in error
+    assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize('form', FORMS)
-def test_damaged_files_give_an_error_or_a_network(files, tmp_path, request, form):
+@pytest.mark.parametrize('form', READABLE)
+def test_load_of_corrupt_bytes_raises_or_returns_a_model(files, tmp_path, request, form):
     good, path = (files / form).read_bytes(), tmp_path / form
     expected = dict(diracnets.load(files / form).model.state_dict())
 
@@ -360,7 +351,7 @@ def test_damaged_files_give_an_error_or_a_network(files, tmp_path, request, form
             return
         state = loaded.model.state_dict()
         assert state.keys() == expected.keys()
-        if path.suffix in ('.pt2', '.pth'):  # the others have no sums to check
+        if path.suffix == '.pth':  # the other formats have no checksums
             assert loaded.classes == CLASSES
             assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
         with contextlib.suppress(RuntimeError):  # of a graph that cannot be computed
@@ -378,18 +369,19 @@ def error_of(main, arguments, capsys):
     return error
 
 
-def test_onnx_is_run_and_not_exported_again(files, images, tmp_path, capsys, monkeypatch):
+def test_export_refuses_onnx_and_predict_names_missing_onnxruntime(
+    files, tmp_path, capsys, monkeypatch
+):
     path = str(files / 'float.onnx')
     error = error_of(export.main, [path, '--to', str(tmp_path / 'a.pth')], capsys)
-    assert error.startswith(f'export.py: {path}: ONNX, which is run and not written again: ')
+    assert error.startswith(f'export.py: {path}: an ONNX file ')
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
     error = error_of(predict.main, ['x.png', '--model', path], capsys)
-    assert error == (
-        f"predict.py: {path}: onnxruntime is missing: expected pip install onnxruntime\n"
-    )
+    assert error.startswith(f'predict.py: {path}: onnxruntime ')
+    assert 'pip install onnxruntime' in error
 
 
-def test_a_file_that_fails_leaves_no_folder(run, tmp_path, monkeypatch):
+def test_export_removes_new_folders_when_it_fails(run, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
@@ -399,7 +391,7 @@ def test_a_file_that_fails_leaves_no_folder(run, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_temporary_folder_is_named(files, tmp_path, monkeypatch):
+def test_quantize_names_a_full_temporary_folder(files, tmp_path, monkeypatch):
     """A limit on the size of files stands for the disk, as in test_export."""
     monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
     content = (files / 'float.onnx').read_bytes()
@@ -417,7 +409,7 @@ def test_a_full_temporary_folder_is_named(files, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- images
 
 
-def test_paths_pil_images_and_arrays_are_the_same_input(tmp_path):
+def test_preprocessing_of_path_pil_image_and_array_is_equal(tmp_path):
     image_of = pytest.importorskip('PIL.Image')
     pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), np.uint8)
     exif = image_of.Exif()
@@ -440,7 +432,7 @@ def test_paths_pil_images_and_arrays_are_the_same_input(tmp_path):
             read(wrong)
 
 
-def test_pil_is_not_needed(monkeypatch):
+def test_preprocessing_works_without_pil(monkeypatch):
     monkeypatch.setitem(sys.modules, 'PIL', None)
     monkeypatch.delitem(sys.modules, 'diracnets.preprocessing')
     fresh = importlib.import_module('diracnets.preprocessing')

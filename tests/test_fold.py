@@ -529,7 +529,7 @@ def test_damages_are_named(trained, tmp_path, kind):
 
 
 def test_no_file():
-    with pytest.raises(OSError, match='nowhere: no such file: expected'):
+    with pytest.raises(OSError, match='nowhere: no such file'):
         load_params('nowhere')
 
 
@@ -547,7 +547,7 @@ def test_pretrained_params(tmp_path, monkeypatch):
     assert read.keys() == params.keys()
     learnt = [t.numel() for name, t in read.items() if 'running_' not in name]
     assert sum(learnt) == 11_523_368
-    with pytest.raises(ValueError, match='depth 50: expected 18 or 34'):
+    with pytest.raises(ValueError, match='depth 50'):
         pretrained_params(50)
     torch.save({'params': {}}, path)
     with pytest.raises(RuntimeError, match='18-v2_checkpoint.pth: conv is missing'):
@@ -557,8 +557,8 @@ def test_pretrained_params(tmp_path, monkeypatch):
 @pytest.mark.parametrize(('change', 'message'), [
     (lambda params: {**params, 'fc.bias': torch.full((1000,), torch.nan)},
      'fc.bias holds NaN or an infinity: expected finite numbers'),
-    (lambda params: define_diracnet(34, 1, 'ImageNet')[1], 'say depth 18, width 1: expected those'),
-    (lambda params: fold(params).state_dict(), 'holds a folded network'),
+    (lambda params: define_diracnet(34, 1, 'ImageNet')[1], 'depth 18, width 1, but .* depth 34'),
+    (lambda params: fold(params).state_dict(), 'contains a folded network'),
     (list, 'AttributeError'),
 ])
 def test_published_checkpoint_of_no_use(tmp_path, monkeypatch, change, message):

@@ -1,4 +1,4 @@
-"""Channels of like ranges: that outputs stay, ranges come together, and int8 is nearer then."""
+"""Cross-layer range equalization: outputs stay, ranges become similar, int8 errors shrink."""
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ from test_export import run_onnx, table_of
 
 @pytest.fixture
 def uneven():
-    """A folded DiracNet some of whose channels are much larger than others, and one is dead."""
+    """A folded DiracNet with channels of very different ranges, one of them dead."""
     torch.manual_seed(0)
     net = fold(diracnets.create_model('diracnet', 'CIFAR10', depth=10, width=0.5)).double()
     with torch.no_grad():
@@ -32,46 +32,46 @@ def uneven():
 
 
 def ranges(net, inputs):
-    """The largest activation of each channel that a convolution takes, but for the first one."""
-    seen = []
-    hooks = [second.register_forward_pre_hook(lambda conv, i: seen.append(i[0].amax((0, 2, 3))))
+    """The largest activation of each input channel of all convolutions except the first one."""
+    maxima = []
+    hooks = [second.register_forward_pre_hook(lambda _, i: maxima.append(i[0].amax((0, 2, 3))))
              for _, second in conv_pairs(net)]
     net(inputs)
     for hook in hooks:
         hook.remove()
-    return seen
+    return maxima
 
 
 @torch.no_grad()
-def test_outputs_stay_and_ranges_come_together(uneven):
+def test_equalize_keeps_the_outputs_and_reduces_the_spread_of_ranges(uneven):
     inputs = torch.randn(20, 3, 32, 32, dtype=torch.double)
     before = {name: tensor.clone() for name, tensor in uneven.state_dict().items()}
-    equalised = equalize(uneven, inputs)
-    torch.testing.assert_close(equalised(inputs), uneven(inputs), rtol=1e-12, atol=1e-12)
+    equalized = equalize(uneven, inputs)
+    torch.testing.assert_close(equalized(inputs), uneven(inputs), rtol=1e-12, atol=1e-12)
     assert all(torch.equal(tensor, before[name]) for name, tensor in uneven.state_dict().items())
     assert len(conv_pairs(uneven)) == 6
-    for old, new in zip(ranges(uneven, inputs), ranges(equalised, inputs)):
+    for old, new in zip(ranges(uneven, inputs), ranges(equalized, inputs)):
         live = old > MIN_RANGE * old.max()
         spread = [(channels[live].max() / channels[live].min()).item() for channels in (old, new)]
         assert spread[1] < max(1.001, spread[0] / 2)
-    dead = list(conv_pairs(uneven))[-1][0], list(conv_pairs(equalised))[-1][0]
+    dead = list(conv_pairs(uneven))[-1][0], list(conv_pairs(equalized))[-1][0]
     assert torch.equal(*(conv.weight[3] for conv in dead))
     assert torch.equal(*(conv.bias[3] for conv in dead))
 
 
 @torch.no_grad()
-def test_no_channel_is_scaled_by_more_than_the_limit():
+def test_equalize_limits_the_scale_of_a_channel():
     net = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), nn.ReLU(), nn.Conv2d(3, 1, 1)).eval()
     net[0].weight[:] = torch.tensor([1.0, 1000.0, 30.0]).view(3, 1, 1, 1)
-    equalised = equalize(net, torch.ones(1, 1, 2, 2))
+    equalized = equalize(net, torch.ones(1, 1, 2, 2))
     # 1 is noise beside 1000; the mean of the two others is sqrt(30 * 1000)
     expected = torch.tensor([1.0, 1000 / MAX_SCALE, 30 * MAX_SCALE])
-    torch.testing.assert_close(equalised[0].weight.flatten(), expected)
-    torch.testing.assert_close(equalised[2].weight.flatten() * expected,
+    torch.testing.assert_close(equalized[0].weight.flatten(), expected)
+    torch.testing.assert_close(equalized[2].weight.flatten() * expected,
                                net[2].weight.flatten() * net[0].weight.flatten())
 
 
-def test_only_what_passes_a_scale_on_may_stand_between():
+def test_conv_pairs_have_only_scale_equivariant_layers_between():
     def pairs(*between, channels=4):
         return len(conv_pairs(nn.Sequential(
             nn.Conv2d(2, channels, 3), *between, nn.Conv2d(channels, 2, 3))))
@@ -81,12 +81,13 @@ def test_only_what_passes_a_scale_on_may_stand_between():
     assert pairs(nn.GELU()) == pairs(nn.BatchNorm2d(4)) == pairs(nn.Sigmoid()) == 0
     shared = nn.Conv2d(2, 2, 3)
     assert conv_pairs(nn.Sequential(shared, nn.ReLU(), shared)) == []
-    # a skip-connection sees the first one's output too
+    # a skip connection uses the output of the first one too
     resnet = fold(diracnets.create_model('resnet', 'CIFAR10', depth=10, width=0.5))
-    assert len(conv_pairs(resnet)) < len([m for m in resnet.modules() if isinstance(m, nn.Conv2d)]) - 1
+    convs = [module for module in resnet.modules() if isinstance(module, nn.Conv2d)]
+    assert len(conv_pairs(resnet)) < len(convs) - 1
 
 
-def test_int8_is_nearer_with_equal_ranges(uneven, tmp_path):
+def test_equalize_reduces_the_int8_error(uneven, tmp_path):
     inputs = torch.randn(16, 3, 32, 32)
     net, images = uneven.float(), dict(enumerate(inputs))
     expected, differences = net(inputs), []
@@ -99,11 +100,12 @@ def test_int8_is_nearer_with_equal_ranges(uneven, tmp_path):
     assert differences[1] < 0.7 * differences[0]
 
 
-def test_equalised_export(run_folder, tmp_path, capsys):
+@pytest.mark.parametrize('option', ['--equalise', '--equalize'])
+def test_export_equalizes(run_folder, tmp_path, capsys, option):
     write_images(tmp_path / 'images', n=3)
     weights = {}
     for name in ('plain.onnx', 'equalised.onnx'):
-        options = ['--equalise'] if name == 'equalised.onnx' else []
+        options = [option] if name == 'equalised.onnx' else []
         path = tmp_path / name
         export.main([str(run_folder), '--to', str(path), '--int8', str(tmp_path / 'images'),
                      *options])
@@ -116,10 +118,3 @@ def test_equalised_export(run_folder, tmp_path, capsys):
     assert len(moved) == 7
     assert moved[0] <= 1  # the stem's outputs alone are scaled, and each filter has a scale in int8
     assert min(moved[1:]) > 1
-
-
-def test_equalise_is_an_option_of_int8(run_folder, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ending:
-        export.main([str(run_folder), '--to', str(tmp_path / 'a.onnx'), '--equalise'])
-    assert ending.value.code == 2
-    assert '--equalise without --int8' in capsys.readouterr().err

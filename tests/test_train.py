@@ -197,7 +197,7 @@ def test_evaluate_checks_classes_and_needs_no_training_images(trained, tmp_path,
     assert 'Folder: 10 test images, 2 classes; computing on 1 x cpu in float' in lines
     write_images(tmp_path / 'other' / 'test', ('cat', 'eel'))
     options += ['--dataroot', str(tmp_path / 'other')]
-    assert 'of other classes than the data set' in refused(capsys, *options)
+    assert 'classes differ' in refused(capsys, *options)
     train.main([*options, '--force'])
 
 
@@ -461,7 +461,7 @@ def test_evaluate_rejects_another_architecture(images, tmp_path, capsys):
     common = ['--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--evaluate',
               '--resume', tmp_path]
     error = refused(capsys, *common, '--model', 'plain')
-    assert 'model is resnet, not plain: expected the same, or no such option' in error
+    assert 'model is resnet, not plain' in error
 
 
 def test_evaluate_uses_the_settings_in_the_file(tmp_path, capsys):
@@ -478,9 +478,9 @@ def test_evaluate_uses_the_settings_in_the_file(tmp_path, capsys):
     assert float(loss.removeprefix('test_loss: ')) == pytest.approx(logged['test_loss'], abs=5e-5)
     assert accuracy == f'test_acc: {logged["test_acc"]:.2f}'
     for flags, message in (
-        (['--image_size', 32], 'image_size is 24, not 32: expected the same, or no such option'),
-        (['--depth', 16, '--block', 'dbb'], 'depth is 10, not 16; block is acb, not dbb: expected'),
-        (['--layers', 40], 'plain takes no --layers: expected of --depth'),
+        (['--image_size', 32], 'image_size is 24, not 32'),
+        (['--depth', 16, '--block', 'dbb'], 'depth is 10, not 16; block is acb, not dbb'),
+        (['--layers', 40], 'plain has no option --layers'),
         (['--dataset', 'Digits'], 'Digits has images of 32 pixels: expected 24'),
     ):
         assert message in refused(capsys, *evaluate, *flags)
@@ -514,8 +514,7 @@ def test_resume_falls_back_to_previous_checkpoint_when_a_key_is_missing(images, 
     del saved['optimizer']
     torch.save(saved, tmp_path / 'model.pt7')
     run(images, tmp_path, '--epochs', 3, '--resume', 'auto')
-    assert 'model.pt7: optimizer is missing: expected a checkpoint of train.py; taking' in (
-        capsys.readouterr().err)
+    assert 'model.pt7: optimizer is missing' in capsys.readouterr().err
     assert [s['epoch'] for s in stats_of(tmp_path)] == [1, 2, 3]
 
 
@@ -576,7 +575,7 @@ def test_resume_rejects_other_classes(trained, tmp_path, capsys):
     write_images(tmp_path / 'test', ('owl', 'yak'), n=2)
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', tmp_path, '--depth', 10,
                     '--resume', trained, '--save', tmp_path / 'run', '--force')
-    assert 'of other classes' in error
+    assert 'classes differ' in error
 
 
 @pytest.mark.parametrize('change', [
@@ -696,7 +695,7 @@ def test_resume_rejects_another_architecture(trained, images, capsys, tmp_path):
 def test_resume_rejects_corrupt_checkpoints(content, capsys, tmp_path):
     (tmp_path / 'model.pt7').write_bytes(content)
     error = refused(capsys, '--resume', tmp_path, '--save', tmp_path / 'run')
-    assert 'truncated, damaged or no weights: expected a file that torch.load reads' in error
+    assert 'corrupt, or not a file that torch.load reads' in error
 
 
 def test_train_does_not_overwrite_a_run(trained, images, capsys):
