@@ -145,7 +145,7 @@ def test_export_writes_nothing_when_the_outputs_differ(run_folder, tmp_path, cap
 
 @pytest.mark.parametrize('ending', RUN)
 def test_export_names_the_file_when_the_disk_is_full(run_folder, tmp_path, ending):
-    """In a new process, which torch's own writers would abort; a limit on files acts as the disk."""
+    """In a new process, which torch's own writers would abort; a file limit acts as the disk."""
     path = tmp_path / f'diracnet{ending}'
     done = subprocess.run(
         [sys.executable, 'export.py', str(run_folder), '--to', str(path)], cwd=ROOT,
