@@ -94,7 +94,7 @@ def _is_totals(value):
     )
 
 
-SCHEMA = {  # by key of a checkpoint, beside `params`: the check and the expected type in words
+SCHEMA = {  # keys of a checkpoint except `params`: the check, and the expected type in words
     'stats': (_is_dict, 'a dict'),
     'optimizer': (_is_dict, 'a dict'),
     'epoch': (_is_count, 'a non-negative integer'),

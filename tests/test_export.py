@@ -503,7 +503,7 @@ def test_code_blocks_in_the_deploying_docs_run(run_folder, images, torch_home, t
     env = {
         **os.environ, 'HOME': str(tmp_path / 'home'), 'TORCH_HOME': str(torch_home),
         'PATH': os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH'],
-        # pip installs what is here, aside, without fetching anything
+        # pip installs this copy into another folder and downloads nothing
         'PIP_NO_INDEX': '1', 'PIP_NO_DEPS': '1', 'PIP_NO_BUILD_ISOLATION': '0',
         'PIP_TARGET': str(tmp_path / 'installed'),
     }

@@ -225,16 +225,16 @@ INVALID = {  # by case: changes of the metadata, or a text in their place; a par
     'few classes': ({'classes': ['a']}, '1 class names for 10 classes'),
     'depth': ({'args': {'depth': 1e300}}, 'args is .*1e[+]300'),
     'model': ({'args': {'model': ['diracnet']}}, 'args is .*diracnet'),
-    'unknown model': ({'args': {'model': 'vgg'}}, "unknown model 'vgg': expected one of"),
-    'another size': ({'inputs': {**INPUTS, 'size': -1}}, 'inputs of size -1: expected 1 to'),
-    'half a pixel': ({'inputs': {**INPUTS, 'size': 0.5}}, 'inputs of size 0.5: expected 1 to'),
-    'another kind': ({'inputs': {**INPUTS, 'kind': 'sound'}}, "inputs of kind 'sound': expected"),
-    'another field': ({'inputs': {**INPUTS, 'x': 1}}, "inputs of 'kind', .*: expected kind, size"),
-    'a missing field': ({'inputs': {'kind': 'CIFAR10'}}, "inputs of 'kind': expected kind, size"),
-    'no deviation': ({'inputs': {**INPUTS, 'std': [0, 1, 1]}}, 'expected a number for each'),
-    'infinite': ({'inputs': {**INPUTS, 'mean': [1e999] * 3}}, 'expected a number for each'),
-    'calibration': ({'calibration': 3}, 'calibration is 3: expected a dict'),
-    'statistics': ({'stats': 1}, 'stats is 1: expected a dict'),
+    'unknown model': ({'args': {'model': 'vgg'}}, 'vgg'),
+    'another size': ({'inputs': {**INPUTS, 'size': -1}}, r'size\D* -1'),
+    'half a pixel': ({'inputs': {**INPUTS, 'size': 0.5}}, 'size.* 0.5'),
+    'another kind': ({'inputs': {**INPUTS, 'kind': 'sound'}}, 'kind.*sound'),
+    'another field': ({'inputs': {**INPUTS, 'x': 1}}, r'\bx\b'),
+    'a missing field': ({'inputs': {'kind': 'CIFAR10'}}, r'\bmean\b'),
+    'zero std': ({'inputs': {**INPUTS, 'std': [0, 1, 1]}}, 'std.*0, 1, 1'),
+    'infinite': ({'inputs': {**INPUTS, 'mean': [1e999] * 3}}, 'mean.*inf'),
+    'calibration': ({'calibration': 3}, 'calibration is 3'),
+    'statistics': ({'stats': 1}, 'stats is 1'),
     'activation': ({'args': {'activation': ['gelu']}}, 'args is .*gelu'),
 }
 
@@ -258,8 +258,8 @@ def test_load_refuses_statistics_of_another_type(trained, tmp_path):
 
 
 @pytest.mark.parametrize(('args', 'params', 'message'), [
-    ({'activation': 'tanh'}, {}, "unknown activation 'tanh': expected one of relu, gelu, silu"),
-    ({}, {'fc.weight': torch.tensor(1.0)}, r'fc.weight is \(\), expected \(10, 32\)'),
+    ({'activation': 'tanh'}, {}, 'tanh'),
+    ({}, {'fc.weight': torch.tensor(1.0)}, r'fc.weight.*\(\).*\(10, 32\)'),
 ])
 def test_load_refuses_parameters_of_another_size(tmp_path, args, params, message):
     args = {'model': 'diracnet-fast', 'width': 0.125, 'dataset': 'CIFAR10', **args}
@@ -369,16 +369,18 @@ def error_of(main, arguments, capsys):
     return error
 
 
-def test_export_refuses_onnx_and_predict_names_missing_onnxruntime(
-    files, tmp_path, capsys, monkeypatch
-):
+def test_export_refuses_onnx(files, tmp_path, capsys):
     path = str(files / 'float.onnx')
     error = error_of(export.main, [path, '--to', str(tmp_path / 'a.pth')], capsys)
     assert error.startswith(f'export.py: {path}: an ONNX file ')
-    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
-    error = error_of(predict.main, ['x.png', '--model', path], capsys)
-    assert error.startswith(f'predict.py: {path}: onnxruntime ')
-    assert 'pip install onnxruntime' in error
+
+
+@pytest.mark.parametrize(('form', 'package'), [
+    ('float.onnx', 'onnxruntime'), ('float.safetensors', 'safetensors'),
+])
+def test_load_names_the_package_when_it_is_missing(files, monkeypatch, form, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert_refused(files / form, f'{package} is not installed; pip install {package}')
 
 
 def test_export_removes_new_folders_when_it_fails(run, tmp_path, monkeypatch):
@@ -423,10 +425,10 @@ def test_preprocessing_of_path_pil_image_and_array_is_equal(tmp_path):
                 assert torch.equal(inputs(path), inputs(np.rot90(pixels, -1)))
     read = Preprocessing.for_dataset('ImageNet')
     for wrong, message in (
-        (pixels / 255, r'an image of float64 \(90, 130, 3\): expected a path, a PIL image or an'),
-        (pixels[:, :, 0], r'an image of uint8 \(90, 130\): expected a path'),
-        (pixels[:0], 'not a readable image'),
-        (image_of.fromarray(pixels[:, :, 0].astype(np.uint16)), 'a PIL image of mode I;16: expec'),
+        (pixels / 255, r'float64 \(90, 130, 3\)'),
+        (pixels[:, :, 0], r'uint8 \(90, 130\)'),
+        (pixels[:0], 'image'),
+        (image_of.fromarray(pixels[:, :, 0].astype(np.uint16)), 'I;16'),
     ):
         with pytest.raises(ValueError, match=message):
             read(wrong)
