@@ -1,4 +1,4 @@
-"""The fastest form of a network that is only used: bfloat16, channels last, compiled.
+"""Compiles a model for fast inference: bfloat16, channels_last, frozen weights.
 
     run = deploy(fold(params), (16, 3, 224, 224))
     logits = run(inputs)                        # (16, 3, 224, 224) to (16, 1000), float32
@@ -6,69 +6,75 @@
 
 import copy
 import types
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor, nn
 
 
-def native_bfloat16(device):
-    """Says whether a device computes in bfloat16 in hardware: (bool, what shows it)."""
+def native_bfloat16(device: torch.device | str) -> tuple[bool, str]:
+    """Returns whether a device has bfloat16 arithmetic in hardware, and the reason as text."""
     device = torch.device(device)
     if device.type == 'cuda':
         capability = torch.cuda.get_device_capability(device)
         return capability >= (8, 0), 'compute capability {}.{}'.format(*capability)
     if device.type != 'cpu' or not hasattr(torch.cpu, 'get_capabilities'):
-        return False, f'torch {torch.__version__} does not tell for {device.type}'
-    found = [name for name, has in torch.cpu.get_capabilities().items() if 'bf16' in name and has]
-    return bool(found), ', '.join(found) or 'a CPU without bfloat16'
+        return False, f'torch {torch.__version__} does not report features of {device.type}'
+    capabilities = torch.cpu.get_capabilities()
+    features = [name for name, present in capabilities.items() if 'bf16' in name and present]
+    return bool(features), ', '.join(features) or 'a CPU without bfloat16'
 
 
-def deploy(network, shape, dtype=None):
-    """Compiles a network, with its weights as constants, for inputs of one shape.
+def deploy(
+    model: nn.Module, shape: Sequence[int], dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Compiles a copy of a model, with constant weights, for inputs of one shape.
 
-    network: an nn.Module, of inputs to logits, such as `diracnets.fold` returns; it stays as it
-    is. shape: (N, C, H, W) of the inputs to come. dtype: torch.bfloat16 or torch.float32; without,
-    bfloat16 where the device computes in it natively. In bfloat16, with 8 bits of precision, logits
-    differ by about 1 % of the largest.
+    model maps inputs to logits; it is usually the result of `diracnets.fold`. shape is the input
+    shape (N, C, H, W). dtype is torch.bfloat16 or torch.float32, by default bfloat16 on a device
+    with bfloat16 arithmetic. bfloat16 has 8 bits of precision: logits differ by about 1 % of the
+    largest one.
 
-    Returns a function of inputs, float32, to logits, float32; it raises ValueError for inputs of
-    another shape: each shape is one more call of this. Compiling takes seconds to a minute, and a
-    C++ compiler on the CPU. Raises ValueError for a network that torch.compile cannot take whole.
+    Returns a function of float32 inputs to float32 logits. It raises ValueError for inputs of
+    another shape; call `deploy` again for each shape. Compilation takes seconds to a minute and, on
+    the CPU, needs a C++ compiler. Raises ValueError for another dtype, and for a model that
+    torch.compile cannot compile as one graph.
     """
-    device = next(network.parameters()).device
+    device = next(model.parameters()).device
     if dtype is None:
         dtype = torch.bfloat16 if native_bfloat16(device)[0] else torch.float32
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f'dtype {dtype}: expected torch.bfloat16 or torch.float32')
-    constant = copy.deepcopy(network).eval().requires_grad_(False)
+    constant = copy.deepcopy(model).eval().requires_grad_(False)
     constant = constant.to(dtype, memory_format=torch.channels_last)
-    compiled = torch.compile(_with_its_own_code(constant), dynamic=False, fullgraph=True)
+    compiled = torch.compile(_with_own_code_object(constant), dynamic=False, fullgraph=True)
 
     @torch.no_grad()
-    def run(inputs):
+    def run(inputs: Tensor) -> Tensor:
         if inputs.shape != tuple(shape):
             raise ValueError(f'inputs of shape {tuple(inputs.shape)}: expected {tuple(shape)}')
         return compiled(inputs.to(dtype, memory_format=torch.channels_last)).float()
 
-    # frozen: weights are laid out once, and not in each call
+    # freezing converts the layout of the weights once, at compilation, instead of in each call
     try:
         with torch._inductor.config.patch(freezing=True):
             run(torch.zeros(shape, device=device))
     except torch._dynamo.exc.Unsupported as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f'{type(network).__name__} cannot be compiled whole ({reason}): expected a forward '
-            'that does not depend on the values of tensors'
+            f'{type(model).__name__} cannot be compiled as one graph ({reason}): its forward must '
+            'not depend on the values of tensors'
         ) from error
     return run
 
 
-def _with_its_own_code(network):
-    """A function that calls a network, and shares its code object with no other function.
+def _with_own_code_object(model):
+    """Returns a function that calls a model and shares its code object with no other function.
 
-    By code objects torch.compile counts what it compiled, and from the ninth on it runs the code
-    uncompiled: all networks of a class share the one of their forward.
+    torch.compile limits recompilations per code object (8 by default) and then runs the code
+    uncompiled. All models of a class share the code object of their forward.
     """
     def call(inputs):
-        return network(inputs)
+        return model(inputs)
 
     return types.FunctionType(call.__code__.replace(), globals(), closure=call.__closure__)

@@ -1,11 +1,11 @@
-"""How batch norm and delta disappear: trained parameters become a network of plain convolutions.
+"""Folds the Dirac parametrization and batch norm into plain convolutions, for evaluation.
 
-    net = fold(params)              # of define_diracnet, or diracfile.load_params: a DiracNet
-    net = fold(module)              # any nn.Module
+    model = fold(params)            # of define_diracnet or diracnets.load_params: a DiracNet
+    model = fold(module)            # any nn.Module
 
-Batch norm after a convolution, y = (W_hat * x - mean) * a + bias with a = weight / sqrt(var + eps),
-is one convolution of filters a W_hat and bias `bias - mean a`. Both this and W_hat (Zagoruyko &
-Komodakis, arXiv 1706.00388, eq. 3) are linear in the input, so the folded network is exact.
+Batch norm after a convolution, y = a (W_hat * x - mean) + bias with a = weight / sqrt(var + eps),
+equals one convolution with the filters a W_hat and the bias `bias - a mean`. W_hat (Zagoruyko &
+Komodakis, arXiv 1706.00388, eq. 3) does not depend on the input, so folding is exact.
 """
 
 import copy
@@ -13,8 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import torch
-from torch import nn
-from torch.fx import Tracer
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
@@ -34,52 +33,55 @@ from diracnet import (
 )
 
 PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # and torch.compile's
-HOOKS = (  # what a module's hooks are kept in; those of the last two are called with keywords
+WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # torch.compile adds _orig_mod
+HOOK_ATTRIBUTES = (
     '_forward_hooks', '_forward_pre_hooks', '_forward_hooks_always_called',
     '_forward_hooks_with_kwargs', '_forward_pre_hooks_with_kwargs',
 )
 
 
-def fold(what, dtype=torch.float32):
-    """Folds Dirac parameterisation and batch norm into plain convolutions, for evaluation.
+def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Folds the Dirac parametrization and batch norm into plain convolutions.
 
-    what: one of
-    - the parameters of a functional DiracNet (flat name -> tensor): returns a DiracNet;
-    - an nn.Module: returns a copy, in which each Network is a DiracNet, wherever it is, each layer
-      with a method `fold()` (a DiracConv, say, or a block of diverse branches) is the nn.Module
-      that it returns, and each convolution with a DiracParametrization, or whose output goes to a
-      batch norm and nowhere else, is one plain convolution. Such a batch norm is gone from an
-      nn.Sequential of named layers; elsewhere nn.Identity stands for it. In place of DataParallel,
-      DistributedDataParallel, AveragedModel and what torch.compile returns stands what they wrap.
-      Names, sharing, hooks and everything else stay; a layer with hooks, or with another
-      parametrization, keeps its batch norm, and so does one that is used twice.
-    dtype: of the result; the arithmetic is done in float64.
+    source is one of
+    - the parameters of a functional DiracNet (flat name to tensor): returns a DiracNet;
+    - an nn.Module: returns a copy with these replacements at any depth. A Network becomes a
+      DiracNet. A layer with a method `fold()`, such as DiracConv2d or a multi-branch block, becomes
+      the nn.Module that the method returns. A convolution with a DiracParametrization, or whose
+      output goes only to a batch norm, becomes one plain convolution. The batch norm is removed
+      from an nn.Sequential of named layers and replaced by nn.Identity elsewhere. DataParallel,
+      DistributedDataParallel, AveragedModel and the wrapper of torch.compile are removed. Names,
+      shared layers, hooks and all other modules remain. A convolution keeps its batch norm if one
+      of the two has hooks or is used twice, or if the convolution has another parametrization.
+    dtype is the dtype of the result; the arithmetic is in float64.
 
-    The result is on the CPU for parameters, on the module's device for a module (meta included),
-    and in evaluation mode. Raises ValueError for parameters that are no DiracNet's, for a Network
-    or a DiracConv of a subclass with a forward of its own, for what a layer's `fold()` refuses, for
-    a tensor that is computed from others and kept (a weight that torch.nn.utils.prune masks, say),
-    and for a module with batch norm that torch.fx cannot trace (whose forward depends on values of
-    tensors, say): fold its parts.
+    The result is in evaluation mode, on the CPU for parameters and on the device of the module
+    (also meta) otherwise. Raises ValueError for parameters that are not those of a DiracNet, for a
+    subclass of Network or DiracConv with its own forward, for errors in a layer's `fold()`, for a
+    remaining tensor that is computed from others (such as a weight under torch.nn.utils.prune), and
+    for a module with batch norm that torch.fx cannot trace, such as one with control flow that
+    depends on tensor values; fold its submodules instead.
     """
-    if isinstance(what, Mapping):
-        return _fold_params(what, dtype)
-    if isinstance(what, nn.Module):
-        return _fold_module(what, dtype)
-    raise ValueError(f'{type(what).__name__} cannot be folded: expected parameters or an nn.Module')
+    if isinstance(source, Mapping):
+        return _fold_params(source, dtype)
+    if isinstance(source, nn.Module):
+        return _fold_module(source, dtype)
+    raise ValueError(
+        f'{type(source).__name__} cannot be folded: expected parameters or an nn.Module'
+    )
 
 
 @torch.no_grad()
 def _fold_params(params, dtype, device='cpu'):
     if is_folded(params):
         raise ValueError('holds a folded network: expected the parameters it was folded from')
-    net = Topology.from_params(params)
-    with torch.device('meta'):  # nothing is drawn that would be thrown away
-        check_params(params, init_params(net))
-        folded_net = DiracNet.from_topology(net)
+    topology = Topology.from_params(params)
+    with torch.device('meta'):  # only shapes and names are needed
+        check_params(params, init_params(topology))
+        model = DiracNet.from_topology(topology)
     params = {name: tensor.to(device, torch.float64, copy=True) for name, tensor in params.items()}
-    filters = {'conv': params['conv'], **dirac_weights(params, [name for name, _, _ in net.layers()])}
+    blocks = [name for name, _, _ in topology.layers()]
+    filters = {'conv': params['conv'], **dirac_weights(params, blocks)}
     folded = {name: params[name] for name in ('fc.weight', 'fc.bias')}
     for name, weight in filters.items():
         bn = name.removesuffix('conv') + 'bn'
@@ -87,27 +89,30 @@ def _fold_params(params, dtype, device='cpu'):
             weight, None, params[f'{bn}.running_mean'], params[f'{bn}.running_var'], BN_EPS,
             params[f'{bn}.weight'], params[f'{bn}.bias'],
         )
-    folded_net.load_state_dict(folded, assign=True)
-    return folded_net.to(dtype).eval()
+    model.load_state_dict(folded, assign=True)
+    return model.to(dtype).eval()
 
 
 @torch.no_grad()
 def _fold_module(module, dtype):
     _check_tensors(module)
-    root = nn.ModuleList([_unwrapped_copy(module)]).eval().double()  # so that all have a parent
+    root = nn.ModuleList([_unwrapped_copy(module)]).eval().double()  # the module gets a parent
     for layer in list(root.modules()):
         if isinstance(layer, Network):
             _replace(root, layer, _fold_network(layer))
         elif _has_fold(layer):
             folded = layer.fold()
             if not isinstance(folded, nn.Module):
-                raise ValueError(f'{type(layer).__name__}.fold() gives a {type(folded).__name__}: '
-                                 'expected the nn.Module that takes its place')
+                raise ValueError(
+                    f'{type(layer).__name__}.fold() returned a {type(folded).__name__}: expected '
+                    'the nn.Module that replaces the layer'
+                )
             _replace(root, layer, folded)
         elif is_parametrized(layer):
-            # a class made for this layer loses the parametrization: the copy needs one of its own
-            kind = type(layer)
-            layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+            # remove_parametrizations changes the class that parametrize made for this layer, and
+            # the copy shares that class with the original: give the copy its own
+            cls = type(layer)
+            layer.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
             parametrize.remove_parametrizations(layer, 'weight')
     for conv, bn in _conv_bn_pairs(root[0]):
         conv.weight, conv.bias = fuse_conv_bn_weights(
@@ -117,6 +122,12 @@ def _fold_module(module, dtype):
     return root[0].to(dtype).eval()
 
 
+def _fold_network(network):
+    check_forward(network, Network)
+    params = network.state_dict()
+    return _fold_params(params, torch.float64, next(iter(params.values())).device)
+
+
 def _has_fold(layer):
     return callable(getattr(type(layer), 'fold', None))
 
@@ -124,100 +135,102 @@ def _has_fold(layer):
 def _check_tensors(module):
     """Raises ValueError for a tensor that is computed from others, and so cannot be copied.
 
-    Such is a weight that torch.nn.utils.prune masks, or weight_norm and spectral_norm make. Where
-    it does not require grad it can, but not into the layer that a `fold()` gives.
+    torch.nn.utils.prune, weight_norm and spectral_norm create such tensors. Without requires_grad
+    they can be copied, except into the layer that a `fold()` returns.
     """
     for name, layer in module.named_modules():
         for key, value in vars(layer).items():
-            if isinstance(value, torch.Tensor) and (not value.is_leaf or (
+            if isinstance(value, Tensor) and (not value.is_leaf or (
                 _has_fold(layer) and {f'{key}_orig', f'{key}_v'} & layer._parameters.keys()
             )):
                 raise ValueError(
-                    f'{f"{name}.{key}".lstrip(".")} is computed from other tensors: expected a '
-                    'parameter, as prune.remove, remove_weight_norm and remove_spectral_norm leave '
-                    'it, or no such tensor'
+                    f'{f"{name}.{key}".lstrip(".")} is computed from other tensors: make it a '
+                    'parameter by prune.remove, remove_weight_norm or remove_spectral_norm, or '
+                    'delete it'
                 )
 
 
+# ---------------------------------------------------------------- replacing modules
+
+
 def _wrapped(layer):
-    """What a wrapper that changes no outputs is around, or None."""
+    """Returns the module in a wrapper that does not change outputs, or None."""
     return layer.module if isinstance(layer, WRAPPERS) else layer._modules.get('_orig_mod')
 
 
 def _unwrapped_copy(module):
-    """A deep copy with what they wrap in place of all wrappers, which cannot all be copied."""
-    copies = {}  # id -> copy, of what copy.deepcopy need not copy any more
+    """Returns a deep copy without wrappers, some of which cannot be copied."""
+    copies = {}  # id of a wrapper: its replacement, for copy.deepcopy
     for wrapper in reversed([layer for layer in module.modules() if _wrapped(layer)]):
         inside = copy.deepcopy(_wrapped(wrapper), copies)
-        _hand_on_hooks(wrapper, inside)
+        _move_hooks(wrapper, inside)
         copies[id(wrapper)] = inside
     return copy.deepcopy(module, copies)
 
 
-def has_hooks(layer):
-    """Whether hooks of a layer's own see, and may change, what goes in or comes out."""
+def has_hooks(layer: nn.Module) -> bool:
+    """Returns whether a layer has forward hooks, which may change its inputs or outputs."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)
 
 
-def _hand_on_hooks(old, new):
-    """Puts a module's hooks around those of another: the first to see inputs, the last outputs."""
-    for kind in HOOKS:
-        getattr(new, kind).update(getattr(old, kind))
-    for number in reversed(old._forward_pre_hooks):
-        new._forward_pre_hooks.move_to_end(number, last=False)
-
-
-def _fold_network(network):
-    check_forward(network, Network)
-    params = network.state_dict()
-    return _fold_params(params, torch.float64, next(iter(params.values())).device)
+def _move_hooks(old, new):
+    """Adds the hooks of a module around those of another one: its pre-hooks first, others last."""
+    for attribute in HOOK_ATTRIBUTES:
+        getattr(new, attribute).update(getattr(old, attribute))
+    for key in reversed(old._forward_pre_hooks):
+        new._forward_pre_hooks.move_to_end(key, last=False)
 
 
 def _replace(root, old, new):
-    """Puts `new`, or nothing, in every place of the tree where `old` is: sharing and hooks stay."""
+    """Replaces `old` by `new`, or removes it, wherever it occurs in `root`; moves its hooks."""
     if new is not None:
-        _hand_on_hooks(old, new)
+        _move_hooks(old, new)
     for parent in list(root.modules()):
-        # named_children() would leave out repeated ones
+        # named_children() leaves out repeated modules
         for name in [name for name, child in parent._modules.items() if child is old]:
             if new is None and isinstance(parent, nn.Sequential) and not name.isdigit():
-                delattr(parent, name)  # no number that may be used as an index changes
+                delattr(parent, name)  # a numbered name remains: it may be used as an index
             else:
                 setattr(parent, name, new or nn.Identity())
 
 
-def trace(module):
-    """The graph of a module by torch.fx; raises ValueError where it cannot be traced."""
+# ---------------------------------------------------------------- batch norms
+
+
+def trace(module: nn.Module) -> fx.Graph:
+    """Returns the torch.fx graph of a module; raises ValueError if it cannot be traced."""
     try:
-        return Tracer().trace(module)
-    except Exception as error:  # the traced code may raise anything when it is given proxies
+        return fx.Tracer().trace(module)
+    except Exception as error:  # the traced code may raise anything when it gets proxies
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise ValueError(
-            f'{type(module).__name__} cannot be traced ({reason}): expected a forward that '
-            'does not depend on the values of tensors; fold its submodules one by one'
+            f'{type(module).__name__} cannot be traced ({reason}): its forward must not depend on '
+            'the values of tensors; fold its submodules one by one'
         ) from error
 
 
-def _passes(layers, node, bn):
-    """Whether a node is a max-pool, without hooks, that this batch norm alone follows and may lead.
+def _commutes_with_pool(layers, node, bn):
+    """Returns whether a node is a max-pool that can run after the batch norm instead of before it.
 
-    The largest of some numbers stays the largest where all are scaled by a positive one.
+    A maximum commutes with scaling by positive numbers. The pool must have no hooks and no other
+    consumer than the batch norm.
     """
     pool = layers[node.target] if getattr(node, 'op', None) == 'call_module' else None
     if not isinstance(pool, nn.MaxPool2d) or pool.return_indices or has_hooks(pool):
         return False
     if len(node.users) > 1 or not isinstance(bn, _BatchNorm):
         return False
-    # on the meta device there are no values: taken to be as batch norms start, positive
+    # the meta device has no values: assume the initial scales, which are positive
     return bn.weight is None or bn.weight.is_meta or bool((bn.weight > 0).all())
 
 
 def _conv_bn_pairs(module):
-    """Lists (convolution, batch norm) in which the second alone sees what the first gives.
+    """Returns the pairs (convolution, batch norm) that can be fused.
 
-    There may be a max-pool between them, through which a batch norm of positive scales goes.
+    The batch norm is the only consumer of the convolution's output, or of the output of a max-pool
+    after it that commutes with the batch norm.
     """
-    norms = {  # one without running statistics takes those of the batch: it cannot be folded
+    norms = {  # without running statistics a batch norm uses those of the batch, also in evaluation
         layer for layer in module.modules()
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None
     }
@@ -229,18 +242,18 @@ def _conv_bn_pairs(module):
     read = [node.target.rpartition('.')[0] for node in graph.nodes if node.op == 'get_attr']
     uses = Counter(layers[name] for name in called + read)
 
-    def is_free(layer):
+    def is_fusable(layer):
         return uses[layer] == 1 and not has_hooks(layer)
 
     pairs = []
     for node in graph.nodes:
         before = node.args[0] if node.op == 'call_module' and node.args else None
-        if _passes(layers, before, layers.get(node.target)):
+        if _commutes_with_pool(layers, before, layers.get(node.target)):
             before = before.args[0]
         if getattr(before, 'op', None) != 'call_module' or len(before.users) > 1:
             continue
         conv, bn = layers[before.target], layers[node.target]
-        # exactly these types: a subclass, as parametrize makes, may compute something else
-        if type(conv) in PLAIN_CONVS and bn in norms and is_free(conv) and is_free(bn):
+        # exact types: a subclass, such as one made by parametrize, may compute something else
+        if type(conv) in PLAIN_CONVS and bn in norms and is_fusable(conv) and is_fusable(bn):
             pairs.append((conv, bn))
     return pairs

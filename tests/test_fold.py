@@ -1,4 +1,4 @@
-"""Folding, and the files that folding starts from."""
+"""Folding, and reading the parameters to fold from files."""
 
 import copy
 import os
@@ -26,7 +26,7 @@ def relative(a, b):
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-# ---------------------------------------------------------------- networks
+# ---------------------------------------------------------------- DiracNets
 
 
 @pytest.mark.parametrize(('depth', 'width', 'dataset', 'num_classes', 'size'), [
@@ -36,7 +36,7 @@ def relative(a, b):
     (18, 1, 'ImageNet', None, 64),
     (34, 1, 'ImageNet', None, 64),
 ])
-def test_folded_logits(train_a_little, depth, width, dataset, num_classes, size):
+def test_fold_params_keeps_logits(train_a_little, depth, width, dataset, num_classes, size):
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(5, 4, 3, size, size, generator=generator, dtype=torch.float64)
     labels = torch.randint(7, (5, 4), generator=generator)
@@ -51,8 +51,8 @@ def test_folded_logits(train_a_little, depth, width, dataset, num_classes, size)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
 
 
-def test_one_folded_filter_in_plain_loops(trained):
-    """The filter and bias of the formula, number by number."""
+def test_fold_params_matches_formula_for_one_filter(trained):
+    """Compares one filter and bias with the formula, value by value."""
     params = {name: tensor.double().tolist() for name, tensor in trained[1].items()}
     net = fold(trained[1], torch.float64)
     name, o = 'group1.block0', 3
@@ -68,7 +68,7 @@ def test_one_folded_filter_in_plain_loops(trained):
     assert conv.bias[o].item() == pytest.approx(bn['bias'] - bn['running_mean'] * a, rel=1e-12)
 
 
-def test_module_and_wrappers_fold_as_their_parameters(trained, tmp_path):
+def test_fold_network_equals_fold_params_when_wrapped(trained, tmp_path):
     f, params = trained
     expected = fold(params).state_dict()
     init = (tmp_path / 'store').as_uri()
@@ -87,7 +87,7 @@ def test_module_and_wrappers_fold_as_their_parameters(trained, tmp_path):
 
 
 class Ensemble(nn.Module):
-    """Two places for networks, wherever they are inside, and arithmetic of its own."""
+    """Contains two networks in nested containers and combines their outputs."""
 
     def __init__(self, first, second):
         super().__init__()
@@ -108,14 +108,14 @@ CONTAINERS = {
     'average of all': lambda net: nn.Sequential(
         torch.optim.swa_utils.AveragedModel(nn.DataParallel(CONTAINERS['ensemble'](net)))
     ),
-    'beside batch norm': lambda net: nn.Sequential(
+    'after batch norm': lambda net: nn.Sequential(
         nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Sequential(net)
     ),
 }
 
 
 @pytest.mark.parametrize('kind', CONTAINERS)
-def test_a_network_is_folded_wherever_it_is(trained, digits, kind):
+def test_fold_module_replaces_networks_at_any_depth(trained, digits, kind):
     f, params = trained
     params = {name: tensor.double().clone() for name, tensor in params.items()}
     module = CONTAINERS[kind](Network(f, params)).eval()
@@ -132,19 +132,19 @@ def test_a_network_is_folded_wherever_it_is(trained, digits, kind):
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
 
 
-def test_hooks_and_forwards_of_ones_own_are_not_lost(trained, digits):
+def test_fold_module_keeps_hooks_and_raises_for_overridden_forward(trained, digits):
     class Calibrated(Network):
         def forward(self, inputs):
             return super().forward(inputs) / 2
 
-    with pytest.raises(ValueError, match='Calibrated has a forward of its own: expected a Netw'):
+    with pytest.raises(ValueError, match='Calibrated'):
         fold(nn.Sequential(Calibrated(*trained)))
 
     class Padded(DiracConv2d):
         def forward(self, inputs):
             return super().forward(F.pad(inputs, (2, 0, 2, 0)))
 
-    with pytest.raises(ValueError, match='Padded has a forward of its own: expected a DiracConv2d'):
+    with pytest.raises(ValueError, match='Padded'):
         fold(nn.Sequential(Padded(3, 4, 3)))
     network = Network(*trained).double().eval()
     network.register_forward_hook(_double)
@@ -158,7 +158,7 @@ def test_hooks_and_forwards_of_ones_own_are_not_lost(trained, digits):
         assert relative(fold(around, torch.float64)(inputs), around(inputs)) < 1e-10
 
 
-def test_hooks_with_keywords_and_those_that_are_always_called_stay_so():
+def test_fold_module_keeps_hook_options():
     class Fails(nn.Module):
         def forward(self, inputs):
             raise ArithmeticError
@@ -178,7 +178,7 @@ def test_hooks_with_keywords_and_those_that_are_always_called_stay_so():
 
 @pytest.mark.parametrize('wrap', [nn.DataParallel, lambda net: torch.optim.swa_utils.AveragedModel(
     nn.DataParallel(net))])
-def test_hooks_of_wrappers_are_called_first_before_and_last_after(wrap):
+def test_fold_module_keeps_hook_order_of_wrappers(wrap):
     inside = nn.Sequential(nn.Identity())
     inside.register_forward_pre_hook(lambda module, args: (args[0] * 3,))
     inside.register_forward_hook(_double)
@@ -193,7 +193,7 @@ def test_hooks_of_wrappers_are_called_first_before_and_last_after(wrap):
     assert len(inside._forward_pre_hooks) == 1
 
 
-def test_a_network_folds_where_it_is(trained):
+def test_fold_module_keeps_device(trained):
     with torch.device('meta'):
         net = Network(*define_diracnet(10, 0.5, 'CIFAR10'))
     folded = fold(nn.Sequential(net, nn.Softmax(1)))
@@ -203,7 +203,7 @@ def test_a_network_folds_where_it_is(trained):
         name: t.shape for name, t in state.items()}
 
 
-def test_folding_leaves_parameters_and_generator_alone(trained):
+def test_fold_params_keeps_source_and_random_state(trained):
     params = {name: tensor.double() for name, tensor in trained[1].items()}
     before = {name: tensor.clone() for name, tensor in params.items()}
     state = torch.get_rng_state()
@@ -217,7 +217,7 @@ def test_folding_leaves_parameters_and_generator_alone(trained):
     assert all(p.requires_grad for p in net.parameters())
 
 
-def test_anything_else_is_refused():
+def test_fold_raises_for_other_types():
     with pytest.raises(ValueError, match='int cannot be folded'):
         fold(3)
 
@@ -225,8 +225,8 @@ def test_anything_else_is_refused():
 # ---------------------------------------------------------------- other modules
 
 
-def settle(module, *shape):
-    """Gives every batch norm statistics and parameters that matter."""
+def randomize(module, *shape):
+    """Randomizes batch norms and alpha in float64; returns the module and inputs of a shape."""
     torch.manual_seed(2)
     for layer in module.modules():
         for part in ('weight', 'bias', 'running_mean', 'running_var', 'alpha'):
@@ -241,25 +241,25 @@ def count(module, kind):
 
 
 class Branches(nn.Module):
-    """Everything that folds, and a good deal that must not."""
+    """Contains layers that can be fused and layers that must remain."""
 
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
         self.dirac = DiracConv2d(4, 4, 3, padding=1, groups=2)
         self.dirac_bn = nn.BatchNorm2d(4, affine=False, eps=1e-2)
-        self.twice = nn.Conv2d(4, 4, 1)  # stays: its second output has no batch norm
+        self.twice = nn.Conv2d(4, 4, 1)  # remains: its second output has no batch norm
         self.twice_bn = nn.BatchNorm2d(4)
-        self.seen = nn.Conv2d(4, 4, 1)  # stays: its output goes elsewhere too
+        self.seen = nn.Conv2d(4, 4, 1)  # remains: its output has another consumer
         self.seen_bn = nn.BatchNorm2d(4)
-        self.read = nn.Conv2d(4, 4, 1)  # stays: its weight is read
+        self.read = nn.Conv2d(4, 4, 1)  # remains: its weight is read directly
         self.read_bn = nn.BatchNorm2d(4)
-        self.batch = nn.Conv2d(4, 4, 1)  # stays: no running statistics
+        self.batch = nn.Conv2d(4, 4, 1)  # remains: no running statistics
         self.batch_bn = nn.BatchNorm2d(4, track_running_stats=False)
-        self.hooked = nn.Conv2d(4, 4, 1)  # stays: a hook changes what the batch norm sees
+        self.hooked = nn.Conv2d(4, 4, 1)  # remains: a hook changes the input of the batch norm
         self.hooked_bn = nn.BatchNorm2d(4)
         self.hooked.register_forward_hook(_double)
-        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))  # stays
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))  # remains
         self.normed_bn = nn.BatchNorm2d(4)
 
     def forward(self, x):
@@ -277,8 +277,8 @@ def _double(module, inputs, output):
     return 2 * output
 
 
-def test_only_what_can_be_folded_is():
-    module, inputs = settle(Branches(), 2, 3, 8, 8)
+def test_fold_module_replaces_only_fusable_layers():
+    module, inputs = randomize(Branches(), 2, 3, 8, 8)
     expected = module(inputs)
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     folded = fold(module, torch.float64)
@@ -297,8 +297,8 @@ def test_only_what_can_be_folded_is():
     (lambda pool: pool.register_forward_hook(lambda module, args, output: output**2), 1),
     (lambda pool: pool.register_forward_pre_hook(lambda module, args: (args[0] ** 2,)), 1),
 ])
-def test_batch_norm_goes_through_a_pool_without_hooks_alone(hook, left):
-    module, inputs = settle(
+def test_fold_module_fuses_batch_norm_after_max_pool_when_pool_has_no_hooks(hook, left):
+    module, inputs = randomize(
         nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.BatchNorm2d(4)), 2, 3, 8, 8)
     if hook:
         hook(module[1])
@@ -307,8 +307,8 @@ def test_batch_norm_goes_through_a_pool_without_hooks_alone(hook, left):
     assert relative(folded(inputs), module(inputs)) < 1e-12
 
 
-def test_training_mode_of_the_original_stays():
-    module, inputs = settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 2, 3, 8, 8)
+def test_fold_module_keeps_training_mode_of_source():
+    module, inputs = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 2, 3, 8, 8)
     expected = module(inputs)
     folded = fold(module.train(), torch.float64)
     assert module.training
@@ -322,18 +322,18 @@ def test_training_mode_of_the_original_stays():
     (DiracConv2d, nn.SyncBatchNorm, (2, 3, 6, 6)),
     (DiracConv3d, nn.BatchNorm3d, (2, 3, 5, 5, 5)),
 ])
-def test_all_dimensions(layer, norm, shape):
-    module, inputs = settle(nn.Sequential(layer(3, 5, 3), norm(5), nn.ReLU()), *shape)
+def test_fold_module_supports_1d_2d_and_3d(layer, norm, shape):
+    module, inputs = randomize(nn.Sequential(layer(3, 5, 3), norm(5), nn.ReLU()), *shape)
     folded = fold(module, torch.float64)
     assert type(folded[0]) is layer.plain
     assert relative(folded(inputs), module(inputs)) < 1e-12
 
 
-def test_parametrized_convolution_and_shared_layers():
+def test_fold_module_supports_parametrized_and_shared_layers():
     conv = nn.Conv2d(4, 4, 3, padding=1)
     parametrize.register_parametrization(conv, 'weight', DiracParametrization(conv))
     shared = DiracConv2d(4, 4, 3, padding=1)
-    module, inputs = settle(
+    module, inputs = randomize(
         nn.Sequential(conv, nn.BatchNorm2d(4), shared, nn.ReLU(), shared), 2, 4, 6, 6
     )
     folded = fold(module, torch.float64)
@@ -345,7 +345,7 @@ def test_parametrized_convolution_and_shared_layers():
     assert parametrize.is_parametrized(conv)
 
 
-def test_a_single_layer_and_dtype():
+def test_fold_module_converts_single_layer_to_dtype():
     conv = DiracConv2d(3, 3, 3)
     folded = fold(conv, torch.bfloat16)
     assert type(folded) is nn.Conv2d
@@ -357,13 +357,13 @@ def test_a_single_layer_and_dtype():
 @pytest.mark.parametrize(('kind', 'trains'), [
     (nn.Conv2d, True), (DiracConv2d, True), (DiracConv2d, False),
 ])
-def test_a_mask_is_named_until_it_is_made_permanent(kind, trains):
-    module, inputs = settle(nn.Sequential(kind(3, 4, 3), nn.BatchNorm2d(4)), 2, 3, 8, 8)
+def test_fold_module_raises_for_pruned_weight_until_prune_remove(kind, trains):
+    module, inputs = randomize(nn.Sequential(kind(3, 4, 3), nn.BatchNorm2d(4)), 2, 3, 8, 8)
     prune.l1_unstructured(module.requires_grad_(trains)[0], 'weight', 0.5)
     expected = module(inputs)
-    with pytest.raises(ValueError, match='^0.weight is computed from other tensors: expected'):
+    with pytest.raises(ValueError, match='^0.weight is computed from other tensors'):
         fold(module)
-    with pytest.raises(ValueError, match='^weight is computed from other tensors: expected'):
+    with pytest.raises(ValueError, match='^weight is computed from other tensors'):
         fold(module[0])
     prune.remove(module[0], 'weight')
     assert (module[0].weight == 0).sum() == module[0].weight.numel() // 2
@@ -375,9 +375,9 @@ def test_a_mask_is_named_until_it_is_made_permanent(kind, trains):
 @pytest.mark.parametrize('make', [
     nn.utils.spectral_norm, lambda conv: prune.l1_unstructured(conv, 'weight', 0.5),
 ])
-def test_a_plain_convolution_keeps_what_makes_its_weight(make):
+def test_fold_module_keeps_weight_hooks_of_plain_convolution(make):
     conv = make(nn.Conv2d(3, 4, 3).requires_grad_(False))
-    module, inputs = settle(nn.Sequential(conv, nn.BatchNorm2d(4)), 2, 3, 8, 8)
+    module, inputs = randomize(nn.Sequential(conv, nn.BatchNorm2d(4)), 2, 3, 8, 8)
     with torch.no_grad():
         folded = fold(module, torch.float64)
         assert count(folded, nn.BatchNorm2d) == 1
@@ -385,7 +385,7 @@ def test_a_plain_convolution_keeps_what_makes_its_weight(make):
 
 
 class Patches(nn.Module):
-    """Has a layer of the name of the method."""
+    """Has a submodule named fold."""
 
     def __init__(self):
         super().__init__()
@@ -400,15 +400,15 @@ class InPlace(nn.Identity):
         self.folded = True
 
 
-def test_what_is_called_fold_and_is_another_thing():
+def test_fold_module_accepts_submodule_named_fold_and_raises_when_fold_returns_none():
     inputs = torch.randn(2, 27, 16)
     assert torch.equal(fold(nn.Sequential(Patches()))(inputs), Patches()(inputs))
-    with pytest.raises(ValueError, match=r'InPlace.fold\(\) gives a NoneType: expected the nn.Mod'):
+    with pytest.raises(ValueError, match=r'InPlace.fold\(\) .* NoneType'):
         fold(nn.Sequential(InPlace()))
 
 
 class Depends(nn.Module):
-    """Its forward depends on a value, which no symbolic trace can follow."""
+    """Its control flow depends on a tensor value, so it cannot be traced."""
 
     def __init__(self, norm):
         super().__init__()
@@ -418,16 +418,16 @@ class Depends(nn.Module):
         return self.body(x) if x.sum() > 0 else self.body(-x)
 
 
-def test_module_that_cannot_be_traced():
-    with pytest.raises(ValueError, match='Depends cannot be traced .*: expected a forward'):
+def test_fold_module_raises_when_batch_norm_is_in_untraceable_module():
+    with pytest.raises(ValueError, match='Depends cannot be traced'):
         fold(Depends(nn.BatchNorm2d(3)))
-    module, inputs = settle(Depends(nn.Identity()), 2, 3, 6, 6)  # nothing to trace for
+    module, inputs = randomize(Depends(nn.Identity()), 2, 3, 6, 6)  # no batch norm: no trace needed
     folded = fold(module, torch.float64)
     assert count(folded, DiracConv2d) == 0
     assert relative(folded(inputs), module(inputs)) < 1e-12
 
 
-def test_a_trace_that_ends_without_a_message():
+def test_fold_module_names_exception_without_message_when_untraceable():
     class Unfinished(nn.Module):
         def __init__(self):
             super().__init__()
@@ -436,7 +436,7 @@ def test_a_trace_that_ends_without_a_message():
         def forward(self, x):
             raise NotImplementedError
 
-    with pytest.raises(ValueError, match='Unfinished cannot be traced .NotImplementedError: '):
+    with pytest.raises(ValueError, match='Unfinished cannot be traced .NotImplementedError'):
         fold(Unfinished())
 
 
@@ -476,7 +476,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize('name', FORMATS)
-def test_formats_round_trip(trained, digits, tmp_path, name):
+def test_load_params_reads_every_format(trained, digits, tmp_path, name):
     f, params = trained
     path = str(tmp_path / name)
     if name.endswith('.safetensors'):
@@ -494,7 +494,7 @@ def test_formats_round_trip(trained, digits, tmp_path, name):
         assert relative(fold(read)(inputs), f(inputs, params, False)) < 1e-4
 
 
-def test_folder_of_a_run_with_what_it_says(run_folder):
+def test_load_reads_run_folder(run_folder):
     trained = diracnets.load(str(run_folder))
     assert (trained.title, trained.preprocess.kind) == ('DiracNet-10-0.5', 'CIFAR10')
     assert trained.num_classes == 10
@@ -508,7 +508,7 @@ def test_folder_of_a_run_with_what_it_says(run_folder):
     ((18, 1, 'ImageNet', None), 1),
     ((34, 0.25, 'ImageNet', 5), 0.25),
 ])
-def test_topology_is_told_by_keys_and_shapes(arguments, width):
+def test_topology_from_params_equals_make_topology(arguments, width):
     with torch.device('meta'):
         params, folded = define_diracnet(*arguments)[1], DiracNet(*arguments).state_dict()
     found = Topology.from_params(params)
@@ -519,7 +519,7 @@ def test_topology_is_told_by_keys_and_shapes(arguments, width):
 
 
 @pytest.mark.parametrize('kind', DAMAGES)
-def test_damages_are_named(trained, tmp_path, kind):
+def test_load_params_names_corruption(trained, tmp_path, kind):
     path = damaged(kind, trained[1], tmp_path)
     with pytest.raises(ValueError, match=DAMAGES[kind]) as caught:
         load_params(path)
@@ -528,15 +528,15 @@ def test_damages_are_named(trained, tmp_path, kind):
     assert not (tmp_path / 'ran').exists()
 
 
-def test_no_file():
-    with pytest.raises(OSError, match='nowhere: no such file'):
+def test_load_params_raises_for_missing_file():
+    with pytest.raises(OSError, match='nowhere'):
         load_params('nowhere')
 
 
 # ---------------------------------------------------------------- published
 
 
-def test_pretrained_params(tmp_path, monkeypatch):
+def test_pretrained_params_reads_published_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     path = checkpoint_path(18)
     assert path == str(tmp_path / 'hub' / 'checkpoints' / 'diracnet18-v2_checkpoint.pth')
@@ -556,13 +556,13 @@ def test_pretrained_params(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(('change', 'message'), [
     (lambda params: {**params, 'fc.bias': torch.full((1000,), torch.nan)},
-     'fc.bias holds NaN or an infinity: expected finite numbers'),
-    (lambda params: define_diracnet(34, 1, 'ImageNet')[1], 'depth 18, width 1, but .* depth 34'),
-    (lambda params: fold(params).state_dict(), 'contains a folded network'),
+     'fc.bias'),
+    (lambda params: define_diracnet(34, 1, 'ImageNet')[1], 'depth 18, width 1.* depth 34'),
+    (lambda params: fold(params).state_dict(), 'folded'),
     (list, 'AttributeError'),
 ])
-def test_published_checkpoint_of_no_use(tmp_path, monkeypatch, change, message):
-    """Its name has no hash to compare: what can be seen is looked at."""
+def test_pretrained_params_raises_for_unusable_checkpoint(tmp_path, monkeypatch, change, message):
+    """The file name has no hash, so the contents are checked."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     path = checkpoint_path(18)
     os.makedirs(os.path.dirname(path))
@@ -573,7 +573,7 @@ def test_published_checkpoint_of_no_use(tmp_path, monkeypatch, change, message):
     assert str(error.value).endswith(f'put the file from there at {path}')
 
 
-def test_preprocess(tmp_path):
+def test_preprocess_equals_opencv_reference(tmp_path):
     path = str(tmp_path / 'image.png')
     pixels = np.random.default_rng(0).integers(0, 256, (300, 450, 3), np.uint8)  # BGR
     cv2.imwrite(path, pixels)
@@ -590,7 +590,7 @@ def test_preprocess(tmp_path):
     inputs = preprocess('CIFAR10')(path).permute(1, 2, 0)
     np.testing.assert_allclose(inputs, expected, atol=1e-5)
 
-    with pytest.raises(ValueError, match="unknown dataset 50: expected one of CIFAR10"):
+    with pytest.raises(ValueError, match='50'):
         preprocess(50)
-    with pytest.raises(ValueError, match='not a readable image'):
+    with pytest.raises(ValueError, match='test_fold.py'):
         preprocess()(__file__)

@@ -398,7 +398,7 @@ def test_other_networks_take_three_channels(tmp_path, capsys):
     sets = DataSplits.from_arrays(*[(images, np.arange(30) % 3)] * 2)
     with pytest.raises(SystemExit):
         train.main(['--model', 'densenet', '--save', str(tmp_path / 'run')], sets)
-    assert 'densenet takes images of 3 channels, not 5' in capsys.readouterr().err
+    assert 'densenet: expected 3 input channels, got 5' in capsys.readouterr().err
 
 
 def test_given_data_are_held_out_and_stopped_and_go_on(pairs, tmp_path, capsys):

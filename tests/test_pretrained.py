@@ -121,7 +121,7 @@ def test_folded_parameters_are_no_beginning(before, tmp_path, capsys):
     ('plain', 2), ('densenet121', 2), ('mobilenet', 2), ('diracnet-fast', 1),
 ])
 def test_last_layer_of_other_families(family, of_last, tmp_path, capsys):
-    kind = ARCHITECTURES[family].kinds[0]
+    kind = ARCHITECTURES[family].datasets[0]
     depth = {'depth': 10} if 'depth' in ARCHITECTURES[family].options else {}
     args = {'dataset': 'ImageNet' if kind == 'ImageNet' else 'CIFAR10'}
     opt = options.parse_options(

@@ -1,84 +1,86 @@
-"""Networks with their convolutions replaced by blocks to train with; `diracnets.fold` undoes it.
+"""Blocks that replace the convolutions of a model for training: DBB, ACB, Dirac parametrization.
 
-It follows the order in which a module registers its children, in which all networks of this
-folder and of torchvision name a convolution and then the batch norm that takes its output.
+`with_block` identifies a convolution and its batch norm by the order in which their parent
+registers them. All models in this package and in torchvision register the batch norm directly
+after the convolution. `diracnets.fold` converts all blocks back to standard convolutions.
 """
 
 import functools
 from collections import OrderedDict
+from collections.abc import Iterator
 
 from torch import nn
 
 from diracconv import dirac
-from diracnets.models.diverse_branch import ACBlock, DiverseBranchBlock
+from diracnets.models.asymmetric_convolution import ACBlock
+from diracnets.models.diverse_branch import DiverseBranchBlock
 
-LARGE_KERNEL = 7  # from here on a kernel stays what it is, and so does one of 1
+MIN_LARGE_KERNEL = 7  # convolutions of kernel size 1, and of this size and above, are not replaced
 
 
-def _convolutions(network):
-    """Yields (parent, name of a convolution, name of the batch norm behind it or None)."""
-    for parent in list(network.modules()):
+def _convs_and_norms(model: nn.Module) -> Iterator[tuple[nn.Module, str, str | None]]:
+    """Yields (parent, name of a convolution, name of the batch norm after it or None)."""
+    for parent in list(model.modules()):
         children = [*parent.named_children(), (None, None)]
-        for (name, child), (next_name, follower) in zip(children, children[1:]):
+        for (name, child), (next_name, next_child) in zip(children, children[1:]):
             if isinstance(child, nn.Conv2d):
-                yield parent, name, next_name if isinstance(follower, nn.BatchNorm2d) else None
+                yield parent, name, next_name if isinstance(next_child, nn.BatchNorm2d) else None
 
 
-def _take_out(parent, name):
-    """Removes a module that has nothing left to do."""
+def _remove(parent: nn.Module, name: str) -> None:
     if isinstance(parent, nn.Sequential):
-        delattr(parent, name)  # `del parent[i]` would rename those behind it
+        delattr(parent, name)  # `del parent[i]` would rename the modules after it
     else:
         setattr(parent, name, nn.Identity())
 
 
-def _has_block(conv):
-    return 1 < conv.kernel_size[0] < LARGE_KERNEL
+def _is_replaced(conv: nn.Conv2d) -> bool:
+    return 1 < conv.kernel_size[0] < MIN_LARGE_KERNEL
 
 
-def _with_branches(block, network):
-    for parent, name, norm in _convolutions(network):
+def _with_branches(block: type[nn.Module], model: nn.Module) -> nn.Module:
+    for parent, name, norm in _convs_and_norms(model):
         conv = getattr(parent, name)
-        if _has_block(conv):
+        if _is_replaced(conv):
             replacement = block(
                 conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0],
                 conv.padding[0], conv.dilation[0], conv.groups,
             )
             if norm:
-                _take_out(parent, norm)
+                _remove(parent, norm)
             setattr(parent, name, replacement)
         elif not norm:
-            conv.bias = None  # the batch norm has one
+            conv.bias = None  # the new batch norm has a bias
             bn = nn.BatchNorm2d(conv.out_channels)
             setattr(parent, name, nn.Sequential(OrderedDict(conv=conv, bn=bn)))
-    return network
+    return model
 
 
-def _with_w_hat(network):
-    first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
-    return dirac(network, lambda name, conv: conv is not first and _has_block(conv))
+def _with_dirac(model: nn.Module) -> nn.Module:
+    stem = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    return dirac(model, lambda name, conv: conv is not stem and _is_replaced(conv))
 
 
-BLOCKS = {  # by name: from a network to the same one with them
-    'base': lambda network: network,
+BLOCKS = {  # name: function that replaces the convolutions of a model in place and returns it
+    'base': lambda model: model,
     'dbb': functools.partial(_with_branches, DiverseBranchBlock),
     'acb': functools.partial(_with_branches, ACBlock),
-    'dirac': _with_w_hat,
+    'dirac': _with_dirac,
 }
 
 
-def with_block(network, block):
-    """Replaces convolutions by a block of BLOCKS, in place: returns the network.
+def with_block(model: nn.Module, block: str) -> nn.Module:
+    """Replaces the convolutions of a model by a training block, in place; returns the model.
 
-    block: one of
-    - 'dbb' (Ding et al., arXiv 2103.13425) or 'acb' (Ding et al., arXiv 1908.03930): in place of
-      every convolution and its batch norm. A kernel of 1, or of 7 and more, stays a convolution,
-      and gets a batch norm if it has none;
-    - 'dirac' (Zagoruyko & Komodakis, arXiv 1706.00388): the filters of the same convolutions are
-      W_hat, but for the first one's, which in DiracNets is ordinary; all else stays;
-    - 'base', which changes nothing.
-    Raises ValueError for any other.
+    block is one of
+    - 'dbb' (Ding et al., arXiv 2103.13425) or 'acb' (Ding et al., arXiv 1908.03930): replaces each
+      convolution together with its batch norm. Convolutions of kernel size 1, or 7 and above,
+      remain, and get a batch norm if they have none;
+    - 'dirac' (Zagoruyko & Komodakis, arXiv 1706.00388): gives the same convolutions the weight
+      W_hat. The first convolution of the model remains standard, as in DiracNets;
+    - 'base': changes nothing.
+    Raises ValueError for another block.
     """
     if block not in BLOCKS:
         raise ValueError(f'unknown block {block!r}: expected one of {", ".join(BLOCKS)}')
-    return BLOCKS[block](network)
+    return BLOCKS[block](model)

@@ -1,18 +1,21 @@
-"""DenseNets (Huang et al., arXiv 1608.06993): those for CIFAR, and torchvision's for ImageNet."""
+"""DenseNets for CIFAR (Huang et al., arXiv 1608.06993)."""
 
 import contextlib
 import functools
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diracnet import check_integers
 
 
-def _bn_relu_conv(cin, cout, kernel_size, droprate):
+def _bn_relu_conv(
+    cin: int, cout: int, kernel_size: int, droprate: float
+) -> OrderedDict[str, nn.Module]:
     layers = OrderedDict(
         bn=nn.BatchNorm2d(cin),
         relu=nn.ReLU(),
@@ -24,27 +27,30 @@ def _bn_relu_conv(cin, cout, kernel_size, droprate):
 
 
 @contextlib.contextmanager
-def _statistics_kept(layer):
-    """Within, batch norms leave their running statistics as they are."""
+def _frozen_running_stats(layer: nn.Module) -> Iterator[None]:
+    """Keeps the running statistics of the batch norms in a layer unchanged."""
     norms = [module for module in layer.modules() if isinstance(module, nn.BatchNorm2d)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    settings = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, (momentum, batches) in zip(norms, before):
+        for norm, (momentum, batches) in zip(norms, settings):
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 class DenseLayer(nn.Module):
-    """Feature maps, each (N, C_i, H, W), to `growth` new ones: (N, growth, H, W).
+    """Layer of a dense block: feature maps, each (N, C_i, H, W), to (N, growth, H, W).
 
-    bottleneck: a 1x1 convolution to 4 * growth channels first; checkpointing: keep the inputs
-    alone for the backward pass and compute the rest again, with the same results.
+    bottleneck adds a 1x1 convolution to 4 * growth channels before the 3x3 convolution.
+    checkpointing stores only the inputs for the backward pass and recomputes the rest, with equal
+    results.
     """
 
-    def __init__(self, channels, growth, bottleneck, droprate, checkpointing):
+    def __init__(
+        self, channels: int, growth: int, bottleneck: bool, droprate: float, checkpointing: bool
+    ):
         super().__init__()
         self.checkpointing = checkpointing
         layers = OrderedDict()
@@ -56,25 +62,26 @@ class DenseLayer(nn.Module):
         layers.update((f'{name}2', layer) for name, layer in last.items())
         self.layers = nn.Sequential(layers)
 
-    def _concat_and_convolve(self, *features):
+    def _concat_and_convolve(self, *features: Tensor) -> Tensor:
         return self.layers(torch.cat(features, dim=1))
 
-    def _contexts(self):
-        # a batch counts once in the running statistics, though it passes twice
-        return contextlib.nullcontext(), _statistics_kept(self)
+    def _checkpoint_contexts(self):
+        # the recomputation must not update the running statistics a second time
+        return contextlib.nullcontext(), _frozen_running_stats(self)
 
-    def forward(self, *features):
+    def forward(self, *features: Tensor) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
             return self._concat_and_convolve(*features)
         return checkpoint(
-            self._concat_and_convolve, *features, use_reentrant=False, context_fn=self._contexts
+            self._concat_and_convolve, *features, use_reentrant=False,
+            context_fn=self._checkpoint_contexts,
         )
 
 
 class DenseBlock(nn.ModuleList):
-    """Layers that each take all feature maps before them: (N, C, H, W) to (N, C', H, W)."""
+    """Layers that each take the outputs of all layers before: (N, C, H, W) to (N, C', H, W)."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         features = [x]
         for layer in self:
             features.append(layer(*features))
@@ -82,12 +89,21 @@ class DenseBlock(nn.ModuleList):
 
 
 class DenseNet(nn.Module):
-    """A DenseNet of three blocks: (N, 3, H, W) to logits (N, num_classes).
+    """DenseNet of three blocks: (N, 3, H, W) to logits (N, num_classes).
 
-    per_block: layers in each block; make_layer: a function (channels, growth) to a DenseLayer.
+    per_block is the number of layers of each block. make_layer takes the input channels and the
+    growth rate and returns a DenseLayer.
     """
 
-    def __init__(self, per_block, growth, reduce, droprate, num_classes, make_layer):
+    def __init__(
+        self,
+        per_block: int,
+        growth: int,
+        reduce: float,
+        droprate: float,
+        num_classes: int,
+        make_layer: Callable[[int, int], DenseLayer],
+    ):
         super().__init__()
         channels = 2 * growth
         stages = OrderedDict(conv=nn.Conv2d(3, channels, 3, padding=1, bias=False))
@@ -110,18 +126,27 @@ class DenseNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out')  # variance 2 / (k k out)
 
-    def forward(self, inputs):
-        x = F.relu(self.features(inputs))  # (N, C, H / 4, W / 4): 8 x 8 of 32 x 32 images
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = F.relu(self.features(inputs))  # (N, C, H / 4, W / 4): 8 x 8 for 32 x 32 images
         return self.fc(x.mean(dim=(2, 3)))
 
 
-def densenet(num_classes, layers, growth, reduce, bottleneck, droprate, checkpointing):
-    """A DenseNet for CIFAR: (N, 3, H, W) to logits (N, num_classes) (section 3 and 4.2).
+def densenet(
+    num_classes: int,
+    layers: int,
+    growth: int,
+    reduce: float,
+    bottleneck: bool,
+    droprate: float,
+    checkpointing: bool,
+) -> DenseNet:
+    """Builds a DenseNet for CIFAR: (N, 3, H, W) to logits (N, num_classes) (sections 3 and 4.2).
 
-    layers: in all, 6n + 4 with bottleneck and 3n + 4 without; growth: channels that each adds;
-    reduce: the part of the channels that a transition keeps, in (0, 1]; bottleneck: 1x1 before
-    each 3x3 convolution; droprate: of dropout after each convolution, the first apart;
-    checkpointing: less memory for more time, with the same results. Raises ValueError for others.
+    layers is the total depth, 6n + 4 with bottleneck and 3n + 4 without. growth is the number of
+    channels that each layer adds. reduce, in (0, 1], is the fraction of the channels that a
+    transition keeps. bottleneck adds a 1x1 before each 3x3 convolution. droprate is the probability
+    of the dropout after each convolution but the first. checkpointing saves memory, takes longer
+    and gives equal results. Raises ValueError for other values.
     """
     check_integers(layers=layers, growth=growth)
     period = 6 if bottleneck else 3
@@ -140,16 +165,3 @@ def densenet(num_classes, layers, growth, reduce, bottleneck, droprate, checkpoi
     )
     per_block = (layers - 4) // period
     return DenseNet(per_block, growth, reduce, droprate, num_classes, make_layer)
-
-
-def densenet121(num_classes, droprate, checkpointing):
-    """torchvision's DenseNet-121 for ImageNet, four blocks: (N, 3, H, W) to (N, num_classes).
-
-    checkpointing: torchvision's own, in which a batch counts twice in the running statistics of
-    the first batch norm of each layer, as it passes twice.
-    """
-    import torchvision
-
-    return torchvision.models.densenet121(
-        num_classes=num_classes, drop_rate=droprate, memory_efficient=checkpointing
-    )

@@ -1,49 +1,51 @@
-"""The DiracNet of the speed-run: few and wide convolutions, most of them on small maps.
+"""The DiracNet of the speed run: few, wide convolutions, most of them on small feature maps.
 
-Its shape is that of airbench's networks (Jordan, arXiv 2404.00498, section 3): a stem of 2x2
-patches, three groups of two 3x3 convolutions, pooled behind the first of each, batch norm without
-scale. There the filters start at the identity; here they are parameterised around it too.
+It has the shape of the airbench networks (Jordan, arXiv 2404.00498, section 3): a stem on 2x2
+patches, three groups of two 3x3 convolutions with max-pooling after the first of each, and batch
+norm without a learned scale. Airbench uses Dirac initialization; here W_hat keeps alpha and beta as
+parameters too.
 """
 
 from collections import OrderedDict
 
-from torch import nn
+from torch import Tensor, nn
 
 from diracconv import DiracConv2d
 from diracnets.models.blocks import with_block
 
-CHANNELS = (64, 256, 256)  # of each group, at width 1
-PATCH = 2  # pixels of a side
-# alpha and beta as elsewhere, 1 and 0.1, leave the filters at the identity for too long; they start
-# there all the same, as W does too
+CHANNELS = (64, 256, 256)  # of each group at width 1
+PATCH = 2  # height and width of a stem patch in pixels
+# with alpha 1 and beta 0.1, as elsewhere, the filters stay close to the identity for too long;
+# these values start from a multiple of the identity too, because W has Dirac initialization
 ALPHA_INIT, BETA_INIT = 0.2, 1.0
 BLOCKS = ('base', 'dirac')
 ACTIVATIONS = {'relu': nn.ReLU, 'gelu': lambda: nn.GELU('tanh'), 'silu': nn.SiLU}
 
 
-def _batch_norm(channels):
-    """Batch norm that learns no scale: it is positive then, and goes through a max-pool."""
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Returns a batch norm whose scale stays 1; a positive scale commutes with a max-pool."""
     bn = nn.BatchNorm2d(channels)
     bn.weight.requires_grad_(False)
     return bn
 
 
-def _block(cin, cout, pooled, activation):
+def _block(cin: int, cout: int, pooled: bool, activation: str) -> nn.Sequential:
     conv = nn.Conv2d(cin, cout, 3, padding=1, bias=False)
-    nn.init.dirac_(conv.weight[:cin])  # those behind have nothing to pass on
+    nn.init.dirac_(conv.weight[:cin])  # the other filters have no input channel to pass on
     pool = {'pool': nn.MaxPool2d(2)} if pooled else {}
     return nn.Sequential(OrderedDict(
         conv=conv, **pool, bn=_batch_norm(cout), act=ACTIVATIONS[activation]()))
 
 
 class FastNet(nn.Module):
-    """The chain, with ordinary convolutions: (N, 3, H, W) to logits (N, num_classes).
+    """The network with standard convolutions: (N, 3, H, W) to logits (N, num_classes).
 
-    Its stem has two filters for each number of a patch: those of --whiten, with both signs.
-    activation: of ACTIVATIONS. Raises ValueError for another, and for a width without channels.
+    The stem has two filters per value of a patch: `--whiten` sets each filter with both signs.
+    activation is a key of ACTIVATIONS. Raises ValueError for another activation, and for a width
+    that leaves a group without channels.
     """
 
-    def __init__(self, num_classes, width, activation):
+    def __init__(self, num_classes: int, width: float, activation: str):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(
@@ -65,24 +67,24 @@ class FastNet(nn.Module):
         self.fc = nn.Linear(cin, num_classes, bias=False)
         nn.init.normal_(self.fc.weight)
 
-    def forward(self, inputs):
-        features = self.features(inputs).flatten(1)
-        # as in airbench: a step of the optimizer changes the large weights of the last layer little
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.features(inputs).flatten(1)  # (N, C)
+        # as in airbench: an optimizer step changes the large weights of the last layer little
         return self.fc(features / features.shape[1])
 
 
-def fast(num_classes, width, block, activation):
-    """The network with the blocks of `replace.with_block`: a DiracNet with 'dirac'.
+def diracnet_fast(num_classes: int, width: float, block: str, activation: str) -> nn.Module:
+    """Builds a FastNet with the blocks of `with_block`: a DiracNet if block is 'dirac'.
 
-    (N, 3, H, W) to logits (N, num_classes). With 'base' its filters start at the identity alone, as
-    in airbench. Raises ValueError for another block, and as FastNet does.
+    With 'base' the filters have Dirac initialization only, as in airbench. Raises ValueError for
+    another block, and as FastNet does.
     """
     if block not in BLOCKS:
-        raise ValueError(f'block {block!r}: expected {" or ".join(BLOCKS)}, as the first '
-                         'convolution has an even kernel')
-    network = with_block(FastNet(num_classes, width, activation), block)
-    for layer in network.modules():
+        raise ValueError(f'block {block!r}: expected {" or ".join(BLOCKS)}; the other blocks need '
+                         'odd kernels, and the first convolution has an even one')
+    model = with_block(FastNet(num_classes, width, activation), block)
+    for layer in model.modules():
         if isinstance(layer, DiracConv2d):
             nn.init.constant_(layer.alpha, ALPHA_INIT)
             nn.init.constant_(layer.beta, BETA_INIT)
-    return network
+    return model

@@ -1,12 +1,13 @@
 """DiracNet v1, the form of 2017 (Zagoruyko & Komodakis, arXiv 1706.00388v1).
 
-Blocks are NCReLU, convolution, batch norm; NCReLU keeps the negative part as well, so that each
-convolution has twice the input channels, and one alpha and one beta serve a whole filter bank.
+Its blocks are NCReLU, convolution, batch norm. NCReLU also keeps the negative part, so each
+convolution has twice the input channels. One alpha and one beta are shared by a whole layer.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from diracnet import Topology
 from diracnets.models.plain import PlainNet, conv_block
 from diracnets.models.tiled_delta import TiledDeltaConv2d
 
@@ -14,17 +15,17 @@ ALPHA_INIT, BETA_INIT, WEIGHT_STD = 5.0, 1e-3, 0.1
 
 
 class NCReLU(nn.Module):
-    """Positive part, then negative part, along channels: (N, C, H, W) to (N, 2C, H, W)."""
+    """Concatenates the positive and the negative part: (N, C, H, W) to (N, 2C, H, W)."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x.clamp(min=0), x.clamp(max=0)], dim=1)
 
 
 class DiracConv2dV1(TiledDeltaConv2d):
-    """A convolution with W_hat = alpha * delta + beta * normalize(W), alpha and beta scalars.
+    """Convolution with W_hat = alpha * delta + beta * normalize(W), alpha and beta scalars.
 
-    delta is repeated along the larger number of channels: behind NCReLU both halves pass through
-    it. Arguments and errors are those of `TiledDeltaConv2d`.
+    delta is the tiled identity, which passes both halves of the output of NCReLU. Arguments and
+    errors are those of TiledDeltaConv2d.
     """
 
     def __init__(self, *args, **kwargs):
@@ -33,23 +34,23 @@ class DiracConv2dV1(TiledDeltaConv2d):
         self.beta = nn.Parameter(torch.empty_like(self.beta[:1]))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.normal_(self.weight, std=WEIGHT_STD)
-        if hasattr(self, 'alpha'):  # nn.Conv's constructor calls this before there is one
+        if hasattr(self, 'alpha'):  # the constructor of nn.Conv2d calls this before alpha exists
             nn.init.constant_(self.alpha, ALPHA_INIT)
             nn.init.constant_(self.beta, BETA_INIT)
 
 
-def _block(cin, cout):
+def _block(cin: int, cout: int) -> nn.Sequential:
     conv = DiracConv2dV1(2 * cin, cout, 3, padding=1, bias=False)
     return conv_block(conv, NCReLU())
 
 
-def diracnet_v1(net):
-    """DiracNet v1 of a diracnet.Topology: (N, in_channels, H, W) to logits (N, num_classes).
+def diracnet_v1(topology: Topology) -> PlainNet:
+    """Builds a DiracNet v1: (N, in_channels, H, W) to logits (N, num_classes).
 
-    The script that trained on CIFAR has a ReLU behind the stem's batch norm, and none before the
-    average pooling; in the published definition for ImageNet it is the other way round.
+    The original CIFAR script has a ReLU after the batch norm of the stem and none before the
+    average pooling. The published ImageNet definition has only the one before the pooling.
     """
-    return PlainNet(net, _block, stem_relu=not net.imagenet, last_relu=net.imagenet)
+    return PlainNet(topology, _block, stem_relu=not topology.imagenet, last_relu=topology.imagenet)

@@ -1,46 +1,48 @@
-"""Diverse Branch Block (Ding et al., arXiv 2103.13425) and ACB (Ding et al., arXiv 1908.03930).
+"""Diverse Branch Block, DBB (Ding et al., arXiv 2103.13425).
 
-Blocks that train as several branches and deploy as one convolution. The six transforms, section
-3.2 of the former, are functions of kernels (out, in / groups, k, k) and biases (out,); all are
-differentiable. Arguments, methods and keys are named as in the published DBB; those that nothing
-here uses are kept for code and weights that were made with it.
+The block trains as parallel branches and deploys as one convolution. The six transforms of section
+3.2 are differentiable functions of kernels (out, in / groups, k, k) and biases (out,). Constructor
+arguments, public methods and state dict keys are those of the published code.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from diracconv import add_delta
+
+KernelBias = tuple[Tensor, Tensor]  # of one convolution
 
 # ---------------------------------------------------------------- the six transforms
 
 
-def _scale_and_shift(bn):
-    """What a batch norm does to a channel in evaluation: (scale (C,), shift (C,))."""
+def _scale_shift(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Returns the affine map of a batch norm in evaluation mode: scale (C,), shift (C,)."""
     scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
     return scale, bn.bias - bn.running_mean * scale
 
 
-def fuse_bn(kernel, bn):
-    """Transform I: a convolution without bias and its batch norm as one: (kernel, bias)."""
-    scale, shift = _scale_and_shift(bn)
+def fuse_bn(kernel: Tensor, bn: nn.BatchNorm2d) -> KernelBias:
+    """Transform I: fuses a convolution without bias and its batch norm."""
+    scale, shift = _scale_shift(bn)
     return kernel * scale.view(-1, 1, 1, 1), shift
 
 
-def add_branches(*branches):
-    """Transform II: the sum of branches (kernel, bias) of equal shapes as one: (kernel, bias)."""
+def add_branches(*branches: KernelBias) -> KernelBias:
+    """Transform II: fuses branches of equal shape whose outputs are added."""
     kernels, biases = zip(*branches)
     return sum(kernels), sum(biases)
 
 
-def merge_1x1_kxk(first, second, groups=1):
-    """Transform III: a 1x1 convolution, then a kxk one without padding, as one kxk one.
+def merge_1x1_kxk(first: KernelBias, second: KernelBias, groups: int = 1) -> KernelBias:
+    """Transform III: fuses a 1x1 convolution and the kxk convolution without padding after it.
 
-    first: (kernel (mid, in / groups, 1, 1), bias (mid,)), stride 1; second: (kernel
-    (out, mid / groups, k, k), bias (out,)). Returns (kernel (out, in / groups, k, k), bias (out,)).
-    If the second pads, what the first makes of zero must be what it pads with.
+    first has the shapes (mid, in / groups, 1, 1) and (mid,) and stride 1; second has the shapes
+    (out, mid / groups, k, k) and (out,). If the second convolution pads, it must pad with the
+    output of the first one for zeros.
     """
     merged = []
     for (kernel1, bias1), (kernel2, bias2) in zip(
@@ -51,80 +53,100 @@ def merge_1x1_kxk(first, second, groups=1):
     return concat_branches(*merged)
 
 
-def concat_branches(*branches):
-    """Transform IV: branches (kernel, bias) whose outputs are concatenated as one."""
+def concat_branches(*branches: KernelBias) -> KernelBias:
+    """Transform IV: fuses branches whose outputs are concatenated."""
     kernels, biases = zip(*branches)
     return torch.cat(kernels), torch.cat(biases)
 
 
-def average_as_conv(channels, kernel_size, groups=1, device=None, dtype=None):
+def average_as_conv(
+    channels: int,
+    kernel_size: int,
+    groups: int = 1,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Transform V: average pooling as a kernel (channels, channels / groups, k, k)."""
     kernel = torch.zeros(channels, channels // groups, 1, 1, device=device, dtype=dtype)
     kernel = add_delta(kernel, kernel.new_full((channels,), 1 / kernel_size**2), groups)
     return kernel.expand(-1, -1, kernel_size, kernel_size)
 
 
-def pad_kernel(kernel, size):
-    """Transform VI: zeros around a kernel of odd height and width, (..., size, size)."""
+def pad_kernel(kernel: Tensor, size: int) -> Tensor:
+    """Transform VI: zero-pads a kernel of odd height and width to (..., size, size)."""
     rows, cols = ((size - length) // 2 for length in kernel.shape[2:])
     return F.pad(kernel, (cols, cols, rows, rows))
 
 
-# ---------------------------------------------------------------- what the branches are made of
+# ---------------------------------------------------------------- parts of branches
 
 
 class IdentityConv1x1(nn.Conv2d):
-    """A 1x1 convolution with identity + W, W starting at zero: (N, C, H, W) to the same."""
+    """1x1 convolution with the weight identity + W, where W starts at zero: keeps (N, C, H, W)."""
 
-    def __init__(self, channels, groups=1):
+    def __init__(self, channels: int, groups: int = 1):
         super().__init__(channels, channels, 1, groups=groups, bias=False)
         nn.init.zeros_(self.weight)
 
-    def get_actual_kernel(self):
+    def get_actual_kernel(self) -> Tensor:
         """Returns identity + W: (C, C / groups, 1, 1)."""
         return add_delta(self.weight, torch.ones_like(self.weight[:, 0, 0, 0]), self.groups)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.get_actual_kernel(), None)
 
 
 class BNAndPad(nn.Module):
-    """Batch norm, then padding with what it makes of zero: (N, C, H, W) to (N, C, H+2p, W+2p).
+    """Batch norm, then padding with its output for zeros: (N, C, H, W) to (N, C, H+2p, W+2p).
 
-    So the convolution behind it sees what it would see of a zero-padded input, and the two merge.
-    The padding is made of running statistics, in training too, and passes no gradient.
+    A convolution after it sees the same values as with zero padding before the batch norm, so both
+    can be fused. The padding depends on running statistics, also in training, and has no gradient.
     """
 
-    def __init__(self, padding, channels):
+    def __init__(self, padding: int, channels: int):
         super().__init__()
         self.padding = padding
         self.bn = nn.BatchNorm2d(channels)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.bn(x)
-        _, shift = _scale_and_shift(self.bn)
+        _, shift = _scale_shift(self.bn)
         padding = [self.padding] * 4
         border = 1 - F.pad(torch.ones_like(x[:1, :1]), padding)  # (1, 1, H + 2p, W + 2p)
         return F.pad(x, padding) + border * shift.detach().view(-1, 1, 1)
 
 
-def _branch(**layers):
+def _branch(**layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-# ---------------------------------------------------------------- the blocks
+# ---------------------------------------------------------------- blocks
 
 
-class _Branches(nn.Module):
-    """What the two blocks share: the arguments, and the convolution they deploy as."""
+class MultiBranchBlock(nn.Module):
+    """Base class of blocks that train as a sum of branches and deploy as one convolution.
 
-    deployed_name = None  # of that convolution, as published
+    kernel_size is odd, padding is kernel_size // 2, dilation is 1. nonlinear is a module that runs
+    after the sum. Subclasses define `make_branches`, `sum_branches` and `equivalent_branches`.
+    Raises ValueError for other sizes.
+    """
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride, padding, dilation, groups,
-                 nonlinear):
+    deployed_name: str  # of the deployed convolution in the published state dicts
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        dilation: int,
+        groups: int,
+        nonlinear: nn.Module | None,
+    ):
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f'kernel_size {kernel_size}: expected an odd one')
+            raise ValueError(f'kernel_size {kernel_size}: expected an odd number')
         if padding != kernel_size // 2:
             raise ValueError(f'padding {padding}: expected {kernel_size // 2}, kernel_size // 2')
         if dilation != 1:
@@ -133,48 +155,47 @@ class _Branches(nn.Module):
             raise ValueError(
                 f'groups {groups}: expected a divisor of {in_channels} and {out_channels} channels'
             )
-        self.conv_arguments = (
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups
-        )
-        self.kernel_size, self.groups = kernel_size, groups
+        self.conv_args = in_channels, out_channels, kernel_size, stride, padding, dilation, groups
+        self.kernel_size, self.stride, self.groups = kernel_size, stride, groups
         self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
 
-    def make(self, deploy):
-        """Makes the one convolution, or the branches."""
+    def make_layers(self, deploy: bool) -> None:
+        """Creates the deployed convolution, or the branches."""
         if deploy:
-            self.add_module(self.deployed_name, nn.Conv2d(*self.conv_arguments))
+            self.add_module(self.deployed_name, nn.Conv2d(*self.conv_args))
         else:
-            self.make_branches(*self.conv_arguments)
+            self.make_branches(*self.conv_args)
 
     @property
-    def deployed(self):
-        """The convolution that stands in place of the branches, or None."""
+    def deployed(self) -> nn.Conv2d | None:
+        """The convolution that replaces the branches, or None."""
         return getattr(self, self.deployed_name, None)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         out = self.deployed(x) if self.deployed else self.sum_branches(x)
         return self.nonlinear(out)
 
-    def get_equivalent_kernel_bias(self):
-        """Returns the one convolution's kernel (out, in / groups, k, k) and bias (out,).
+    def get_equivalent_kernel_bias(self) -> KernelBias:
+        """Returns the kernel (out, in / groups, k, k) and bias (out,) of the deployed convolution.
 
-        Differentiable in all branches' parameters; batch norms count as in evaluation.
+        Both are differentiable in the parameters of all branches. Batch norms are those of
+        evaluation mode.
         """
         if self.deployed:
             return self.deployed.weight, self.deployed.bias
         return add_branches(*self.equivalent_branches())
 
     @torch.no_grad()
-    def equivalent_conv(self):
-        """Returns a new nn.Conv2d with the output that the branches have in evaluation."""
+    def equivalent_conv(self) -> nn.Conv2d:
+        """Returns a new convolution that equals the sum of the branches in evaluation mode."""
         kernel, bias = self.get_equivalent_kernel_bias()
-        conv = nn.Conv2d(*self.conv_arguments, device=kernel.device, dtype=kernel.dtype)
+        conv = nn.Conv2d(*self.conv_args, device=kernel.device, dtype=kernel.dtype)
         conv.weight.copy_(kernel)
         conv.bias.copy_(bias)
         return conv.train(self.training)
 
-    def switch_to_deploy(self):
-        """Puts the one convolution in place of the branches."""
+    def switch_to_deploy(self) -> None:
+        """Replaces the branches by the deployed convolution, in place."""
         if not self.deployed:
             conv = self.equivalent_conv()
             for name, _ in list(self.named_children()):
@@ -182,32 +203,41 @@ class _Branches(nn.Module):
                     delattr(self, name)
             self.add_module(self.deployed_name, conv)
 
-    def fold(self):
-        """Returns the plain layer with the same output in evaluation."""
+    def fold(self) -> nn.Module:
+        """Returns a standard layer that equals the block in evaluation mode."""
         conv = self.equivalent_conv()
         if isinstance(self.nonlinear, nn.Identity):
             return conv
         return nn.Sequential(OrderedDict(conv=conv, nonlinear=self.nonlinear))
 
 
-class DiverseBranchBlock(_Branches):
-    """Four branches summed, then the nonlinearity: (N, in, H, W) to (N, out, H', W').
+class DiverseBranchBlock(MultiBranchBlock):
+    """Sum of four branches, then the nonlinearity: (N, in, H, W) to (N, out, H', W').
 
-    kxk; 1x1; 1x1 then average; 1x1 then kxk (section 3.3); each convolution and pooling
-    has its batch norm. Depthwise, the 1x1 branch and the 1x1 before the average are left out, and
-    1x1 then kxk is twice as wide as the input between them.
+    The branches are kxk, 1x1, 1x1 and average pooling, 1x1 and kxk (section 3.3). Each convolution
+    and pooling has a batch norm. A depthwise block has no 1x1 branch and no 1x1 convolution before
+    the pooling; its last branch has twice the input width between 1x1 and kxk.
 
-    kernel_size: odd; padding: kernel_size // 2; dilation: 1; internal_channels_1x1_3x3: the width
-    between 1x1 and kxk, by default that of the input; deploy: one convolution instead, to load
-    deployed weights; nonlinear: a module; single_init: start with the kxk branch alone. Raises
-    ValueError for other sizes.
+    internal_channels_1x1_3x3 is the width between 1x1 and kxk, by default the input width. deploy
+    creates one convolution instead, for a deployed state dict. The other arguments and the errors
+    are those of MultiBranchBlock.
     """
 
     deployed_name = 'dbb_reparam'
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1,
-                 groups=1, internal_channels_1x1_3x3=None, deploy=False, nonlinear=None,
-                 single_init=False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        dilation: int = 1,
+        groups: int = 1,
+        internal_channels_1x1_3x3: int | None = None,
+        deploy: bool = False,
+        nonlinear: nn.Module | None = None,
+    ):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, nonlinear
         )
@@ -217,11 +247,7 @@ class DiverseBranchBlock(_Branches):
             raise ValueError(
                 f'internal_channels_1x1_3x3 {self.internal}: expected a multiple of {groups} groups'
             )
-        self.make(deploy)
-        if single_init and not deploy:
-            nn.init.ones_(self.dbb_origin.bn.weight)
-            for bn in self.last_batch_norms()[1:]:
-                nn.init.zeros_(bn.weight)
+        self.make_layers(deploy)
 
     def make_branches(self, cin, cout, k, stride, padding, dilation, groups):
         def conv(cin, cout, k, stride=1, padding=0):
@@ -249,22 +275,16 @@ class DiverseBranchBlock(_Branches):
             conv2=conv(self.internal, cout, k, stride), bn2=nn.BatchNorm2d(cout),
         )
 
-    def last_batch_norms(self):
-        """The last one of each branch, that of the kxk branch first."""
-        pointwise = [] if self.depthwise else [self.dbb_1x1.bn]
-        return [self.dbb_origin.bn, *pointwise, self.dbb_avg.avgbn, self.dbb_1x1_kxk.bn2]
-
-    def sum_branches(self, x):
+    def sum_branches(self, x: Tensor) -> Tensor:
         out = self.dbb_origin(x) + self.dbb_avg(x) + self.dbb_1x1_kxk(x)  # (N, out, H', W')
         if self.depthwise:
             return out
-        # a 1x1 convolution that strides itself crashes with images of 3 channels last on CPUs
-        # without AVX-512 (oneDNN 3.13): its gradient writes beyond the end of a tensor
-        stride = self.conv_arguments[3]
-        return out + self.dbb_1x1(x[:, :, ::stride, ::stride])
+        # a 1x1 convolution with a stride crashes in the backward pass with channels_last inputs on
+        # CPUs without AVX-512: oneDNN 3.13 writes past the end of the gradient
+        return out + self.dbb_1x1(x[:, :, :: self.stride, :: self.stride])
 
-    def equivalent_branches(self):
-        """Yields each branch as one kxk convolution: (kernel, bias)."""
+    def equivalent_branches(self) -> Iterator[KernelBias]:
+        """Yields each branch as one kxk convolution."""
         origin, average, k = self.dbb_origin, self.dbb_avg, self.kernel_size
         weight = origin.conv.weight
         yield fuse_bn(weight, origin.bn)
@@ -284,41 +304,3 @@ class DiverseBranchBlock(_Branches):
         yield merge_1x1_kxk(
             fuse_bn(kernel, last.bn1.bn), fuse_bn(last.conv2.weight, last.bn2), self.groups
         )
-
-
-class ACBlock(_Branches):
-    """Asymmetric convolutions kxk, kx1 and 1xk, each with its batch norm, summed (1908.03930).
-
-    (N, in, H, W) to (N, out, H', W'). Arguments and errors as those of DiverseBranchBlock.
-    """
-
-    deployed_name = 'fused_conv'
-    branches = ('square', 'ver', 'hor')  # in the names of the published keys
-
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1,
-                 groups=1, deploy=False, nonlinear=None):
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, nonlinear
-        )
-        self.make(deploy)
-
-    def make_branches(self, cin, cout, k, stride, padding, dilation, groups):
-        for name, size in zip(self.branches, [(k, k), (k, 1), (1, k)]):
-            around = tuple(length // 2 for length in size)
-            conv = nn.Conv2d(cin, cout, size, stride, around, groups=groups, bias=False)
-            self.add_module(f'{name}_conv', conv)
-            self.add_module(f'{name}_bn', nn.BatchNorm2d(cout))
-
-    def _layers(self):
-        """Yields (convolution, its batch norm) of each branch."""
-        for name in self.branches:
-            yield getattr(self, f'{name}_conv'), getattr(self, f'{name}_bn')
-
-    def sum_branches(self, x):
-        return sum(bn(conv(x)) for conv, bn in self._layers())  # (N, out, H', W')
-
-    def equivalent_branches(self):
-        """Yields each branch as one kxk convolution: (kernel, bias)."""
-        for conv, bn in self._layers():
-            kernel, bias = fuse_bn(conv.weight, bn)
-            yield pad_kernel(kernel, self.kernel_size), bias

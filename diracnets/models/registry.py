@@ -1,17 +1,26 @@
-"""The networks by name: the DiracNet and those it is measured against.
+"""Registry of the architectures: the DiracNet and the models that it is compared with.
 
-    network = create_model('plain', 'CIFAR10', depth=28, width=1, block='dbb')
-    logits = network(inputs)                        # (N, 3, H, W) to (N, num_classes)
+    model = create_model('plain', 'CIFAR10', depth=28, width=1, block='dbb')
+    logits = model(inputs)                          # (N, 3, H, W) to (N, num_classes)
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from diracnet import CLASSES, Network, check_integers, forward, init_params, make_topology
+from diracnet import (
+    CLASSES,
+    Network,
+    Topology,
+    check_integers,
+    forward,
+    init_params,
+    make_topology,
+)
 from diracnets.models import (
     densenet,
     diracnet_fast,
@@ -19,40 +28,36 @@ from diracnets.models import (
     mobilenet,
     plain,
     tiled_delta,
+    torchvision_models,
     wide_resnet,
 )
-from diracnets.models.blocks import with_block
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """One row of ARCHITECTURES."""
+    """Builder, options and training settings of an architecture.
 
-    # (Topology, **options), where depth and width are among the options, or (num_classes,
-    # **options), to an nn.Module
-    build: Callable
-    options: dict  # the flags of train.py that size it, and their defaults
-    kinds: tuple = tuple(CLASSES)  # of images it is for
-    decay_all: bool = False  # weight decay on one-dimensional tensors too
-    crop_padding: str = 'reflect'  # or 'constant': around small images, before the random crop
+    build takes (Topology, **options) if depth and width are among the options, and
+    (num_classes, **options) otherwise.
+    """
 
-
-def build_diracnet(net, checkpointing=False):
-    return Network(functools.partial(forward, net, checkpointing=checkpointing), init_params(net))
+    build: Callable[..., nn.Module]
+    options: dict[str, Any]  # model options of train.py that it has, with their defaults
+    datasets: tuple[str, ...] = tuple(CLASSES)  # supported data sets, the default first
+    decay_all: bool = False  # weight decay also applies to one-dimensional tensors
+    crop_padding: str = 'reflect'  # or 'constant': padding of small images before the random crop
 
 
-def _from_torchvision(name):
-    def from_torchvision(num_classes, block):
-        import torchvision
-
-        return with_block(torchvision.models.get_model(name, num_classes=num_classes), block)
-
-    return from_torchvision
+def build_diracnet(topology: Topology, checkpointing: bool = False) -> Network:
+    """Builds the functional DiracNet of a topology as a module, randomly initialized."""
+    f = functools.partial(forward, topology, checkpointing=checkpointing)
+    return Network(f, init_params(topology))
 
 
 CIFAR, IMAGENET = ('CIFAR10', 'CIFAR100'), ('ImageNet',)
 SIZE = {'depth': 16, 'width': 1}
 BLOCK = {'block': 'base'}
+FAST = {'width': 1, 'block': 'dirac', 'activation': 'gelu'}
 DENSENET = {'layers': 100, 'growth': 12, 'reduce': 0.5, 'bottleneck': True, 'droprate': 0.0,
             'checkpointing': False}
 
@@ -60,7 +65,7 @@ ARCHITECTURES = {
     'diracnet': Architecture(build_diracnet, {**SIZE, 'checkpointing': False}),
     'diracnet-v1': Architecture(diracnet_v1.diracnet_v1, SIZE, decay_all=True),
     'diracnet-repeated': Architecture(tiled_delta.tiled_delta, SIZE),
-    'diracnet-fast': Architecture(diracnet_fast.fast, {'width': 1, 'block': 'dirac', 'activation': 'gelu'}, CIFAR),
+    'diracnet-fast': Architecture(diracnet_fast.diracnet_fast, FAST, CIFAR),
     'plain': Architecture(plain.plain, {**SIZE, **BLOCK}),
     'dirac-init': Architecture(plain.dirac_init, SIZE),
     'resnet': Architecture(plain.resnet, SIZE),
@@ -69,71 +74,82 @@ ARCHITECTURES = {
     ),
     'densenet': Architecture(densenet.densenet, DENSENET, CIFAR, crop_padding='constant'),
     'densenet121': Architecture(
-        densenet.densenet121, {'droprate': 0.0, 'checkpointing': False}, IMAGENET
+        torchvision_models.densenet121, {'droprate': 0.0, 'checkpointing': False}, IMAGENET
     ),
-    'resnet18': Architecture(_from_torchvision('resnet18'), BLOCK, IMAGENET),
-    'resnet34': Architecture(_from_torchvision('resnet34'), BLOCK, IMAGENET),
-    'resnet50': Architecture(_from_torchvision('resnet50'), BLOCK, IMAGENET),
-    'alexnet': Architecture(_from_torchvision('alexnet'), BLOCK, IMAGENET),
+    **{
+        name: Architecture(
+            functools.partial(torchvision_models.with_replaced_convs, name), BLOCK, IMAGENET
+        )
+        for name in ('resnet18', 'resnet34', 'resnet50', 'alexnet')
+    },
     'mobilenet': Architecture(mobilenet.mobilenet, BLOCK, IMAGENET),
 }
 
 
-def list_models():
-    """Lists the names of the architectures."""
+def list_models() -> list[str]:
+    """Returns the names of the architectures that `create_model` builds."""
     return list(ARCHITECTURES)
 
 
-def get_architecture(name):
-    """Returns the row of ARCHITECTURES; raises ValueError for an unknown name."""
+def get_architecture(name: str) -> Architecture:
+    """Returns the registry entry of an architecture; raises ValueError for an unknown name."""
     if name not in ARCHITECTURES:
         raise ValueError(f'unknown model {name!r}: expected one of {", ".join(ARCHITECTURES)}')
     return ARCHITECTURES[name]
 
 
-def create_model(name, kind, num_classes=None, in_channels=3, **options):
-    """Builds a network of ARCHITECTURES, newly drawn: (N, C, H, W) to logits (N, num_classes).
+def create_model(
+    name: str,
+    dataset: str | None = None,
+    num_classes: int | None = None,
+    in_channels: int = 3,
+    **options: Any,
+) -> nn.Module:
+    """Builds a randomly initialized model: (N, in_channels, H, W) to logits (N, num_classes).
 
-    kind: of the images, 'CIFAR10', 'CIFAR100' or 'ImageNet'; num_classes: in place of that data
-    set's own; in_channels: C; options: those of the family's row, which holds what is not given.
-    Raises ValueError for an unknown name, images or an option that the family does not take, and
-    what the family itself refuses.
+    name is one of `list_models()`. dataset ('CIFAR10', 'CIFAR100' or 'ImageNet') selects the
+    variant for small or large images and the default number of classes; by default it is the first
+    data set that the architecture supports. options, such as depth, width and block, override the
+    defaults in `get_architecture(name).options`. Raises ValueError for an unknown name or option,
+    an unsupported data set, and option values that the architecture rejects.
     """
-    row = get_architecture(name)
-    if kind not in row.kinds:
-        raise ValueError(f'{name} is not for {kind!r}: expected one of {", ".join(row.kinds)}')
-    refused = sorted(options.keys() - row.options.keys())
-    if refused:
+    architecture = get_architecture(name)
+    dataset = architecture.datasets[0] if dataset is None else dataset
+    if dataset not in architecture.datasets:
         raise ValueError(
-            f'{name} takes no {", ".join(refused)}: expected of {", ".join(row.options)}'
+            f'{name} is not for {dataset!r}: expected one of {", ".join(architecture.datasets)}'
         )
-    num_classes = CLASSES[kind] if num_classes is None else num_classes
+    unknown = sorted(options.keys() - architecture.options.keys())
+    if unknown:
+        raise ValueError(
+            f'{name} has no option {", ".join(unknown)}; use {", ".join(architecture.options)}'
+        )
+    num_classes = CLASSES[dataset] if num_classes is None else num_classes
     check_integers(num_classes=num_classes)
     if num_classes < 1:
         raise ValueError(f'num_classes {num_classes}: expected at least 1')
-    if in_channels != 3 and 'depth' not in row.options:
-        raise ValueError(f'{name} takes images of 3 channels, not {in_channels}')
-    options = {**row.options, **options}
+    if in_channels != 3 and 'depth' not in architecture.options:
+        raise ValueError(f'{name}: expected 3 input channels, got {in_channels}')
+    options = {**architecture.options, **options}
     if not 0 <= options.get('droprate', 0) < 1:
         raise ValueError(f'droprate {options["droprate"]}: expected at least 0 and less than 1')
     if 'depth' in options:
-        net = make_topology(
-            options.pop('depth'), options.pop('width'), kind, num_classes, in_channels
+        topology = make_topology(
+            options.pop('depth'), options.pop('width'), dataset, num_classes, in_channels
         )
-        return row.build(net, **options)
-    return row.build(num_classes, **options)
+        return architecture.build(topology, **options)
+    return architecture.build(num_classes, **options)
 
 
-# ---------------------------------------------------------------- size
+def count_multiply_adds(model: nn.Module, image_size: int) -> int:
+    """Counts the multiply-adds of the convolutions and linear layers for one square RGB image.
 
-
-def count_multiply_adds(network, size):
-    """Counts the multiply-adds of the convolutions and linear layers for one image.
-
-    size: its height and width. Works on the meta device; leaves the network in evaluation mode.
+    image_size is in pixels. The model may be on the meta device. It is left in evaluation mode.
     """
-    image = torch.empty(1, 3, size, size, device=next(network.parameters()).device)
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
+
+    image = torch.empty(1, 3, image_size, image_size, device=next(model.parameters()).device)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        network.eval()(image)
+        model.eval()(image)
     return counter.get_total_flops() // 2

@@ -1,21 +1,23 @@
-"""The DiracNet whose delta is repeated where channels grow, in place of passing the first ones.
+"""The DiracNet with a tiled identity as delta in channel-expanding layers.
 
-A question that users of the original asked: v1 repeats it, v2 has that of torch.nn.init.dirac_.
+DiracNet v1 tiles the identity; v2 truncates it, as torch.nn.init.dirac_ does. This model isolates
+the difference: it is v2 except for delta.
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diracconv import DiracConv2d, normalize
+from diracnet import Topology
 from diracnets.models.plain import PlainNet, conv_block
 
 
 class TiledDeltaConv2d(DiracConv2d):
-    """A DiracConv2d whose delta is the identity of the smaller number of channels, repeated.
+    """DiracConv2d whose delta is the identity of the smaller number of channels, tiled.
 
-    It is repeated along the larger number: each filter passes one input channel at least, and each
-    input channel is passed. Arguments are those of nn.Conv2d; raises ValueError for theirs and for
-    groups other than 1.
+    The tiles repeat along the larger number of channels, so each filter passes at least one input
+    channel and each input channel is passed. Arguments are those of nn.Conv2d. Raises ValueError
+    as DiracConv2d does, and for groups other than 1.
     """
 
     def __init__(self, *args, **kwargs):
@@ -23,7 +25,7 @@ class TiledDeltaConv2d(DiracConv2d):
         if self.groups != 1:
             raise ValueError(f'groups {self.groups}: expected 1')
 
-    def transform_weight(self):
+    def transform_weight(self) -> Tensor:
         """Returns W_hat, differentiable: (out_channels, in_channels, *kernel_size)."""
         out_channels, in_channels, height, width = self.weight.shape
         smaller = min(out_channels, in_channels)
@@ -37,12 +39,12 @@ class TiledDeltaConv2d(DiracConv2d):
         return w_hat
 
 
-def _block(cin, cout):
+def _block(cin: int, cout: int) -> nn.Sequential:
     conv = TiledDeltaConv2d(cin, cout, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(conv.weight)
     return conv_block(conv, nn.ReLU())
 
 
-def tiled_delta(net):
-    """The DiracNet of a diracnet.Topology, its delta repeated: (N, in_channels, H, W) to logits."""
-    return PlainNet(net, _block)
+def tiled_delta(topology: Topology) -> PlainNet:
+    """Builds the DiracNet with tiled identities: (N, in_channels, H, W) to (N, num_classes)."""
+    return PlainNet(topology, _block)
