@@ -1,81 +1,143 @@
-"""Imports go one way: each room knows those below it alone, and there is no circle."""
+"""Imports follow the layers of CONTRIBUTING.md, and `import diracnets` needs torch alone."""
 
 import ast
 import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
-FILES = [
-    path for path in (*ROOT.glob('*.py'), *(
-        file for folder in ('diracnets', 'training', 'experiments') for file in
-        (ROOT / folder).rglob('*.py')))
-    if path.name != 'test.py'
-]
+FILES = [*ROOT.glob('*.py'), *(
+    path for package in ('diracnets', 'training', 'experiments')
+    for path in (ROOT / package).rglob('*.py')
+)]
 LIBRARY = {'diracconv', 'diracnet', 'diracnets'}
-MAY_IMPORT = {  # by module, or by its package: the modules and packages that it may import
+MAY_IMPORT = {  # module or package: the modules and packages of this project that it may import
     'diracconv': set(),
     'diracnet': {'diracconv'},
     'diracnets.models': {'diracconv', 'diracnet', 'diracnets.models'},
-    'diracnets.metadata': {'diracnet'},
-    'diracnets.image_headers': set(),
-    'diracnets.onnx': set(),
-    'diracnets.deploy': set(),
-    'diracnets.preprocessing': {'diracnets.image_headers'},
-    'diracnets.checkpoint': {'diracnet', 'diracnets.metadata'},
     'diracnets.fold': {'diracconv', 'diracnet'},
-    'diracnets.modular': {'diracconv', 'diracnet', 'diracnets.fold'},
+    'diracnets.deploy': set(),
+    'diracnets.modular': {'diracconv', 'diracnet', 'diracnets.fold', 'diracnets.models.plain'},
+    'diracnets.metadata': {'diracnet'},
+    'diracnets.checkpoint': {'diracnet', 'diracnets.metadata'},
+    'diracnets.image_headers': set(),
+    'diracnets.preprocessing': {'diracnet', 'diracnets.image_headers'},
+    'diracnets.onnx': {'diracnets.metadata'},
     'diracnets.quantization': {'diracnets.fold', 'diracnets.onnx', 'diracnets.preprocessing'},
-    'diracnets.loading': LIBRARY,
+    'diracnets.formats': {'diracnets.checkpoint', 'diracnets.metadata', 'diracnets.onnx'},
+    'diracnets.loading': {
+        'diracnet', 'diracnets.checkpoint', 'diracnets.fold', 'diracnets.metadata',
+        'diracnets.models', 'diracnets.onnx', 'diracnets.preprocessing',
+    },
     'diracnets': LIBRARY,
     'cli': set(),
+    'training.files': set(),
+    'training.log': {'training.files'},
     'training': {*LIBRARY, 'training', 'cli'},
     'train': {*LIBRARY, 'training', 'cli'},
     'export': {*LIBRARY, 'training', 'cli'},
     'predict': {*LIBRARY, 'cli'},
-    'plot': {'training', 'cli'},
+    'plot': {'training.log', 'cli'},
+    'test': {'cli'},
     'hubconf': {'diracnet'},
     'experiments': {*LIBRARY, 'experiments', 'training', 'cli', 'train', 'export', 'hubconf',
                     'plot'},
 }
+OPTIONAL = {  # third-party packages that the library imports inside functions
+    'PIL', 'cv2', 'numpy', 'onnx', 'onnxruntime', 'onnxscript', 'safetensors', 'torchvision',
+    'tqdm',
+}
 
 
-def module_of(path):
+def module_name(path):
     return '.'.join(path.relative_to(ROOT).with_suffix('').parts).removesuffix('.__init__')
 
 
-def imports():
-    """Returns {module: the project's modules that it imports, anywhere in its text}."""
-    modules = {module_of(path) for path in FILES}
-    found = {}
-    for path in FILES:
-        names = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                submodules = {f'{node.module}.{alias.name}' for alias in node.names} & modules
-                names |= submodules or {node.module}
-        found[module_of(path)] = names & modules
-    return found
+MODULES = {module_name(path): ast.parse(path.read_text()) for path in FILES}
+
+
+def walk_module_level(tree):
+    """Yields the nodes of a module that run when it is imported: no function bodies."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield node
+            yield from walk_module_level(node)
+
+
+def imported_names(nodes):
+    """Returns the names of the modules in import statements; of this project also submodules."""
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f'{node.module}.{alias.name}' for alias in node.names} & MODULES.keys() or {
+                node.module}
+    return names
+
+
+def project_imports():
+    """Returns {module: modules of this project that it imports, inside functions too}."""
+    return {
+        name: imported_names(ast.walk(tree)) & MODULES.keys() for name, tree in MODULES.items()
+    }
+
+
+def packages(names):
+    return {name.partition('.')[0] for name in names}
 
 
 def layer_of(module):
-    """The most specific entry of MAY_IMPORT that contains a module."""
+    """Returns the most specific entry of MAY_IMPORT that contains a module."""
     parts = module.split('.')
     prefixes = ['.'.join(parts[:n]) for n in range(len(parts), 0, -1)]
     return next(prefix for prefix in prefixes if prefix in MAY_IMPORT)
 
 
-def test_imports_follow_the_layering():
-    wrong = {
-        (module, other) for module, others in imports().items() for other in others
+def test_imports_follow_the_layers():
+    violations = {
+        (module, other) for module, others in project_imports().items() for other in others
         if not any(other == allowed or other.startswith(f'{allowed}.')
                    for allowed in MAY_IMPORT[layer_of(module)])
     }
-    assert not wrong
-    assert {layer_of(module) for module in imports()} == MAY_IMPORT.keys()
+    assert not violations
+    assert {layer_of(module) for module in MODULES} == MAY_IMPORT.keys()
 
 
-def test_no_import_cycle():
-    order = list(graphlib.TopologicalSorter(imports()).static_order())
+def test_imports_have_no_cycle():
+    order = list(graphlib.TopologicalSorter(project_imports()).static_order())
     assert order.index('diracconv') < order.index('train')
+
+
+@pytest.mark.parametrize('script', sorted(
+    {module_name(path) for path in ROOT.glob('*.py')} - LIBRARY - {'cli'}))
+def test_scripts_are_imported_only_by_experiments(script):
+    importers = {name for name, imported in project_imports().items() if script in imported}
+    assert packages(importers) <= {'experiments'}
+
+
+@pytest.mark.parametrize('module', sorted(
+    name for name in MODULES if packages([name]) <= LIBRARY))
+def test_library_imports_only_torch_at_module_level(module):
+    tree = MODULES[module]
+    required = {*sys.stdlib_module_names, 'torch', *LIBRARY}
+    assert packages(imported_names(walk_module_level(tree))) <= required
+    assert packages(imported_names(ast.walk(tree))) <= required | OPTIONAL
+
+
+@pytest.mark.parametrize('module', ['cli', 'training.files', 'training.log'])
+def test_command_line_and_log_import_only_the_standard_library(module):
+    imported = packages(imported_names(walk_module_level(MODULES[module])))
+    assert imported <= {*sys.stdlib_module_names, 'training'}
+
+
+def test_import_diracnets_loads_no_other_package_than_torch():
+    script = ('import sys, torch; before = set(sys.modules); import diracnets; '
+              'print(*{name.partition(".")[0] for name in set(sys.modules) - before})')
+    printed = subprocess.run(
+        [sys.executable, '-c', script], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert set(printed.split()) - sys.stdlib_module_names == LIBRARY
