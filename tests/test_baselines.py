@@ -537,12 +537,13 @@ def test_wide_resnet_applies_dropout_between_convolutions_of_block():
         for layer in (block.conv1, block.conv2):
             nn.init.dirac_(layer.weight)
         o = F.batch_norm(x, None, None, training=True).relu()
-        kept = F.batch_norm(o, None, None, training=True).relu()
-        passed = block.train()(x) - x
-        left = passed[kept > 0.1]
-        assert (left.abs() < 1e-5).double().mean().item() == pytest.approx(0.3, abs=0.02)
-        whole = left.abs() >= 1e-5
-        torch.testing.assert_close(left[whole], kept[kept > 0.1][whole] / 0.7, rtol=1e-3, atol=1e-3)
+        activated = F.batch_norm(o, None, None, training=True).relu()
+        out = block.train()(x) - x
+        values = out[activated > 0.1]
+        assert (values.abs() < 1e-5).double().mean().item() == pytest.approx(0.3, abs=0.02)
+        survives = values.abs() >= 1e-5
+        expected = activated[activated > 0.1][survives] / 0.7
+        torch.testing.assert_close(values[survives], expected, rtol=1e-3, atol=1e-3)
         assert torch.equal(block.eval()(x), block(x))
 
 
@@ -605,34 +606,34 @@ def test_densenet_applies_dropout_after_each_convolution_but_the_first():
 
 @pytest.mark.parametrize('droprate', [0, 0.3])
 def test_densenet_checkpointing_saves_memory_with_equal_results(droprate):
-    kept, results = [], []
+    stored, results = [], []
     images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
     options = {'layers': 22, 'growth': 8, 'droprate': droprate}
-    start = create_model('densenet', 'CIFAR10', **options).state_dict()
+    initial = create_model('densenet', 'CIFAR10', **options).state_dict()
     for checkpointing in (False, True):
         model = create_model('densenet', 'CIFAR10', checkpointing=checkpointing, **options)
-        model.load_state_dict(start)
+        model.load_state_dict(initial)
         torch.manual_seed(1)
         sizes = []
 
-        def keep(tensor, sizes=sizes):
+        def count_values(tensor, sizes=sizes):
             sizes.append(tensor.numel())
             return tensor
 
-        def keep_features(block, inputs, features, sizes=sizes):  # the inputs of the recomputation
+        def count_features(block, inputs, features, sizes=sizes):  # the inputs of the recomputation
             sizes.append(features.numel())
 
         for module in model.modules():
             if isinstance(module, densenet.DenseBlock) and checkpointing:
-                module.register_forward_hook(keep_features)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                module.register_forward_hook(count_features)
+        with torch.autograd.graph.saved_tensors_hooks(count_values, lambda tensor: tensor):
             loss = F.cross_entropy(model(images), labels)
-        kept.append(sum(sizes))
+        stored.append(sum(sizes))
         loss.backward()
         gradients = {f'{name}.grad': p.grad for name, p in model.named_parameters()}
         results.append({'loss': loss.detach(), **model.state_dict(), **gradients})
         assert {m.momentum for m in model.modules() if hasattr(m, 'running_mean')} == {0.1}
-    assert kept[1] < kept[0] / 2
+    assert stored[1] < stored[0] / 2
     for key, expected in results[0].items():
         assert torch.equal(results[1][key], expected), key
 

@@ -168,12 +168,12 @@ def test_fold_module_keeps_hook_options():
     conv.register_forward_pre_hook(
         lambda module, args, keywords: seen.append('before'), with_kwargs=True)
     conv.register_forward_hook(
-        lambda module, args, keywords, output: seen.append('behind'), with_kwargs=True)
+        lambda module, args, keywords, output: seen.append('after'), with_kwargs=True)
     around = nn.DataParallel(nn.Sequential(conv, fails))
     around.register_forward_hook(lambda *_: seen.append('always'), always_call=True)
     with pytest.raises(ArithmeticError):
         fold(around)(torch.zeros(1, 3, 4, 4))
-    assert seen == ['before', 'behind', 'always']
+    assert seen == ['before', 'after', 'always']
 
 
 @pytest.mark.parametrize('wrap', [nn.DataParallel, lambda net: torch.optim.swa_utils.AveragedModel(
@@ -511,11 +511,12 @@ def test_load_reads_run_folder(run_folder):
 def test_topology_from_params_equals_make_topology(arguments, width):
     with torch.device('meta'):
         params, folded = define_diracnet(*arguments)[1], DiracNet(*arguments).state_dict()
-    found = Topology.from_params(params)
+    topology = Topology.from_params(params)
     depth, _, dataset, num_classes = arguments
-    assert (found.depth, found.width, found.imagenet) == (depth, width, dataset == 'ImageNet')
-    assert found.num_classes == params['fc.bias'].numel()
-    assert found == Topology.from_params(folded) == make_topology(*arguments)
+    assert (topology.depth, topology.width) == (depth, width)
+    assert topology.imagenet == (dataset == 'ImageNet')
+    assert topology.num_classes == params['fc.bias'].numel()
+    assert topology == Topology.from_params(folded) == make_topology(*arguments)
 
 
 @pytest.mark.parametrize('kind', DAMAGES)

@@ -1,7 +1,7 @@
 """DiracNet v1, the form of 2017 (Zagoruyko & Komodakis, arXiv 1706.00388v1).
 
 Its blocks are NCReLU, convolution, batch norm. NCReLU also keeps the negative part, so each
-convolution has twice the input channels. One alpha and one beta are shared by a whole layer.
+convolution has twice the input channels. All filters of a layer share one alpha and one beta.
 """
 
 import torch
