@@ -43,7 +43,7 @@ MAY_IMPORT = {  # module or package: the modules and packages of this project th
     'plot': {'training.log', 'cli'},
     'test': {'cli'},
     'hubconf': {'diracnet'},
-    'experiments': {*LIBRARY, 'experiments', 'training', 'cli', 'train', 'export', 'hubconf',
+    'experiments': {*LIBRARY, 'experiments', 'training', 'cli', 'train', 'hubconf',
                     'plot'},
 }
 OPTIONAL = {  # third-party packages that the library imports inside functions
