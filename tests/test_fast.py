@@ -269,7 +269,7 @@ def test_deploy_raises_when_a_model_cannot_be_compiled():
         def forward(self, x):
             return self.conv(x) if x.sum() > 0 else x
 
-    with pytest.raises(ValueError, match=r'Depends cannot be compiled as one graph \(.*\): ') as error:
+    with pytest.raises(ValueError, match=r'Depends cannot be compiled .*\(.*\): ') as error:
         deploy(Depends(), (1, 3, 8, 8), torch.float32)
     assert '\n' not in str(error.value)
 

@@ -89,8 +89,9 @@ def expand_path(text):
 
 
 def _families():
-    small, large = ([name for name, row in ARCHITECTURES.items() if ('ImageNet' in row.datasets) == large
-                     and len(row.datasets) < 3] for large in (False, True))
+    small, large = ([name for name, row in ARCHITECTURES.items()
+                     if ('ImageNet' in row.datasets) == large and len(row.datasets) < 3]
+                    for large in (False, True))
     every = [name for name, row in ARCHITECTURES.items() if name not in small + large]
     return (f'family of networks: {", ".join(every)}; for images of up to {MAX_SMALL} pixels alone '
             f'{", ".join(small)}; above, {", ".join(large)} (default: diracnet)')
