@@ -1,11 +1,11 @@
-"""W_hat once more, slowly, to compare with."""
+"""Slow reference implementation of W_hat."""
 
 import torch
 from torch import nn
 
 
 def slow_w_hat(weight, alpha, beta, groups):
-    """Equation 3 filter by filter in float64, with torch's own dense delta."""
+    """Computes equation 3 filter by filter in float64, with the dense delta of torch."""
     delta = torch.zeros_like(weight, dtype=torch.float64)
     nn.init.dirac_(delta, groups)
     filters = [

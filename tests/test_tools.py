@@ -1,4 +1,4 @@
-"""Torch's tools at work on the layer and the network: torch.func, export, quantisation."""
+"""PyTorch tools on layers and networks: torch.func, export, tracing, quantization."""
 
 import copy
 import io
@@ -32,13 +32,13 @@ def seed():
     torch.manual_seed(0)
 
 
-def drawn(shape=(4, 2, 3, 3)):
-    """W, alpha and beta in float64."""
+def random_params(shape=(4, 2, 3, 3)):
+    """Returns random W, alpha and beta in float64."""
     return [torch.randn(size, dtype=torch.float64) for size in (shape, shape[:1], shape[:1])]
 
 
 def small(number=1):
-    """Small DiracNets in float64."""
+    """Returns small DiracNets in float64."""
     made = [Network(*define_diracnet(10, 0.5, 'CIFAR10')).double() for _ in range(number)]
     return made if number > 1 else made[0]
 
@@ -50,9 +50,9 @@ def batch(n=4, dtype=torch.float64):
 # ---------------------------------------------------------------- torch.func
 
 
-def test_derivatives_of_w_hat_under_torch_func():
-    """Against those of equation 3, filter by filter, and its slopes by finite differences."""
-    primals, tangents = drawn(), drawn()
+def test_dirac_weight_derivatives_under_torch_func():
+    """The references are autograd of the slow equation 3, and finite differences for jvp."""
+    primals, tangents = random_params(), random_params()
     probe = torch.randn(4, 2, 3, 3, dtype=torch.float64)
 
     def ours(*args):
@@ -85,17 +85,17 @@ def grad_of(function, primals):
 
 
 @pytest.mark.parametrize('batched', [(0, 0, 0), (None, 0, None), (None, None, 0), (1, None, 1)])
-def test_w_hat_under_vmap(batched):
+def test_dirac_weight_under_vmap(batched):
     many = [torch.stack([p, p.flip(0), -p], dim or 0) if dim is not None else p
-            for p, dim in zip(drawn(), batched)]
+            for p, dim in zip(random_params(), batched)]
     found = vmap(lambda *args: dirac_weight(*args, 2), batched)(*many)
     for i in range(3):
         one = [p if dim is None else p.select(dim, i) for p, dim in zip(many, batched)]
         torch.testing.assert_close(found[i], slow_w_hat(*one, 2))
 
 
-def test_forward_mode_over_reverse_is_the_double_backward():
-    primals, tangents = drawn(), drawn()
+def test_dirac_weight_forward_over_reverse_equals_double_backward():
+    primals, tangents = random_params(), random_params()
     leaves = [p.clone().requires_grad_() for p in primals]
     loss = dirac_weight(*leaves, 2).pow(3).sum()
     slopes = torch.autograd.grad(loss, leaves, create_graph=True)
@@ -109,8 +109,8 @@ def test_forward_mode_over_reverse_is_the_double_backward():
     torch.testing.assert_close(found, list(expected))
 
 
-def test_second_derivatives_of_an_all_zero_filter_are_finite():
-    primals = drawn()
+def test_dirac_weight_second_derivatives_are_finite_when_filter_is_zero():
+    primals = random_params()
     primals[0][1] = 0
 
     def loss(*args):
@@ -120,7 +120,7 @@ def test_second_derivatives_of_an_all_zero_filter_are_finite():
         assert all(block.isfinite().all() for row in second(*primals) for block in row)
 
 
-def test_per_sample_gradients_of_a_network():
+def test_network_per_sample_gradients_equal_backward():
     network, (inputs, labels) = small().eval(), batch()
     params = {name: p.detach() for name, p in network.named_parameters()}
     buffers = dict(network.named_buffers())
@@ -138,14 +138,14 @@ def test_per_sample_gradients_of_a_network():
 
 
 @pytest.mark.parametrize('training', [True, False])
-def test_ensemble_of_networks(training):
+def test_network_ensemble_equals_each_network(training):
     networks, (inputs, _) = [network.train(training) for network in small(3)], batch()
     stacked = torch.func.stack_module_state(networks)
     base = copy.deepcopy(networks[0]).to('meta')
     found = vmap(lambda *state: functional_call(base, state, (inputs,)))(*stacked)
     for network, logits in zip(networks, found):
         torch.testing.assert_close(logits, network(inputs))
-    for name, buffer in networks[1].named_buffers():  # the running statistics move as they should
+    for name, buffer in networks[1].named_buffers():
         torch.testing.assert_close(stacked[1][name][1], buffer)
 
 
@@ -161,14 +161,14 @@ UNFOLDED = {
     '1d': (lambda: DiracConv1d(4, 6, 3, padding=1), (2, 4, 9)),
     '2d': (lambda: DiracConv2d(4, 6, 3, groups=2), (2, 4, 8, 8)),
     '3d': (lambda: DiracConv3d(6, 4, 3), (2, 6, 5, 5, 5)),
-    'parametrised': (lambda: dirac_of(nn.Conv2d(4, 4, 3)), (2, 4, 8, 8)),
+    'parametrized': (lambda: dirac_of(nn.Conv2d(4, 4, 3)), (2, 4, 8, 8)),
     'network': (lambda: small().float(), (2, 3, 16, 16)),
 }
 CLOSE = {'rtol': 1e-4, 'atol': 1e-5}
 
 
 def forms(kind):
-    """A module, its inputs, and what the folded one makes of them."""
+    """Returns a module, inputs, and the outputs of the folded module."""
     make, shape = UNFOLDED[kind]
     module, inputs = make().eval(), torch.randn(shape)
     with torch.no_grad():
@@ -178,7 +178,7 @@ def forms(kind):
 @pytest.mark.parametrize(
     ('kind', 'strict'), [*((kind, False) for kind in UNFOLDED), ('2d', True)]
 )
-def test_torch_export_of_unfolded_modules(kind, strict):
+def test_torch_export_equals_folded_module(kind, strict):
     module, inputs, expected = forms(kind)
     file = io.BytesIO()
     torch.export.save(torch.export.export(module, (inputs,), strict=strict), file)
@@ -187,7 +187,7 @@ def test_torch_export_of_unfolded_modules(kind, strict):
 
 
 @pytest.mark.parametrize('kind', UNFOLDED)
-def test_onnx_export_of_unfolded_modules(kind):
+def test_onnx_export_equals_folded_module(kind):
     module, inputs, expected = forms(kind)
     program = torch.onnx.export(module, (inputs,), dynamo=True, verbose=False, input_names=['x'])
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
@@ -197,7 +197,7 @@ def test_onnx_export_of_unfolded_modules(kind):
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning', 'ignore::FutureWarning')
 @pytest.mark.parametrize('kind', UNFOLDED)
-def test_traced_modules_are_saved(kind):
+def test_traced_module_equals_folded_module_when_loaded(kind):
     module, inputs, expected = forms(kind)
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(module, (inputs,)), file)
@@ -205,7 +205,7 @@ def test_traced_modules_are_saved(kind):
     torch.testing.assert_close(torch.jit.load(file)(inputs), expected, **CLOSE)
 
 
-def test_symbolic_trace_has_one_step_for_w_hat():
+def test_symbolic_trace_keeps_dirac_weight_as_leaf():
     traced = torch.fx.symbolic_trace(DiracConv2d(4, 4, 3))
     calls = [node.target for node in traced.graph.nodes if node.op == 'call_function']
     assert calls == [diracconv.dirac_weight, torch.conv2d]
@@ -216,8 +216,8 @@ def test_symbolic_trace_has_one_step_for_w_hat():
     lambda: nn.Sequential(DiracConv2d(3, 4, 3, padding=1), nn.ReLU(), DiracConv2d(4, 4, 3)),
     lambda: fold(small().float()),
 ], ids=['layers', 'folded network'])
-def test_quantisation_aware_training(make):
-    """What is fake-quantised in training, and packed then, is W_hat: by channel, in 8 bits."""
+def test_quantization_aware_training_quantizes_w_hat(make):
+    """W_hat is fake-quantized in training, and stored in 8 bits per channel afterwards."""
     network, (inputs, _) = make().train(), batch(dtype=torch.float32)
     expected = network(inputs).detach()
     prepared = prepare_qat_fx(network, get_default_qat_qconfig_mapping('x86'), (inputs,))
