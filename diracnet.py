@@ -1,14 +1,14 @@
 """DiracNets (Zagoruyko & Komodakis, arXiv 1706.00388), functional and folded.
 
-`define_diracnet` gives the network that is trained, a function of its parameters:
+`define_diracnet` returns the model for training as a function and its parameters:
 
     f, params = define_diracnet(depth=28, width=1, dataset='CIFAR10')
     logits = f(inputs, params, mode=True)           # mode: True in training
 
-`Network(f, params)` carries the two as one nn.Module. `DiracNet` is what is deployed: batch norm
-and the Dirac term folded into plain convolutions, with published weights for ImageNet:
+`Network(f, params)` is the same as an nn.Module. `DiracNet` is the model for deployment: batch norm
+and the Dirac parametrization are folded into plain convolutions. It has published ImageNet weights:
 
-    net = diracnet18(pretrained=True)
+    model = diracnet18(pretrained=True)
 """
 
 import functools
@@ -16,93 +16,98 @@ import hashlib
 import itertools
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
-from os.path import basename, exists, join
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diracconv import ALPHA_INIT, BETA_INIT, dirac_weight
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
-CIFAR_STEM, CIFAR_CHANNELS = 3, (16, 32, 64)  # kernel of the stem; channels of groups at width 1
+CIFAR_STEM, CIFAR_CHANNELS = 3, (16, 32, 64)  # stem kernel size; channels of groups at width 1
 IMAGENET_STEM, IMAGENET_CHANNELS = 7, (64, 128, 256, 512)
-IMAGENET_BLOCKS = {18: (4, 4, 4, 4), 34: (6, 8, 12, 6)}  # by depth: convolutions in each group
-BLOCK = re.compile(r'(?:features\.)?group(\d+)\.block(\d+)\.')  # before a parameter's name
+IMAGENET_BLOCKS = {18: (4, 4, 4, 4), 34: (6, 8, 12, 6)}  # depth: blocks in each group
+BLOCK = re.compile(r'(?:features\.)?group(\d+)\.block(\d+)\.')  # prefix of a parameter's name
 CLASSES = {'CIFAR10': 10, 'CIFAR100': 100, 'ImageNet': 1000}
 MODEL_URLS = {
     18: 'https://s3.amazonaws.com/modelzoo-networks/diracnet18v2folded-a2174e15.pth',
     34: 'https://s3.amazonaws.com/modelzoo-networks/diracnet34v2folded-dfb15d34.pth',
 }
+Params = Mapping[str, Tensor]  # flat name, such as 'group0.block0.conv', -> tensor
+
+
+# ---------------------------------------------------------------- topology
 
 
 @dataclass(frozen=True)
 class Topology:
-    """The sizes that make one DiracNet (section 3.2, tables 1 and 5)."""
+    """The sizes that define one DiracNet (section 3.2, tables 1 and 5)."""
 
-    stem: int  # kernel of the first convolution: 3, or 7 with stride 2 and a max-pool after it
-    channels: tuple  # of each group; the stem has those of the first
-    blocks: tuple  # convolutions in each group
+    stem: int  # kernel size of the first convolution: 3, or 7 with stride 2 and a max-pool
+    channels: tuple[int, ...]  # of each group; the stem has as many as the first group
+    blocks: tuple[int, ...]  # convolutions in each group
     num_classes: int
     in_channels: int = 3
 
     @classmethod
-    def from_params(cls, params):
-        """Reads the Topology of a DiracNet off its parameters, functional or folded, by shape.
+    def from_params(cls, params: Params) -> 'Topology':
+        """Infers the Topology of a functional or folded DiracNet from its parameter shapes.
 
-        params: flat name -> tensor. Raises ValueError for those of no DiracNet; whether all of
-        them are there is for `check_params` to say.
+        params: flat name -> tensor. Raises ValueError if they are not those of a DiracNet. Use
+        `check_params` to verify that all of them are present.
         """
         stem = _shape_of(params, 'features.conv.weight' if is_folded(params) else 'conv', 4)
         num_classes, channels = _shape_of(params, 'fc.weight', 2)
-        found = {match.groups() for match in map(BLOCK.match, params) if match}
-        counts = Counter(int(group) for group, _ in found)
+        names = {match.groups() for match in map(BLOCK.match, params) if match}
+        counts = Counter(int(group) for group, _ in names)
         blocks = tuple(counts[group] for group in sorted(counts))
         if stem[-1] == IMAGENET_STEM:
-            regular, expected = blocks in IMAGENET_BLOCKS.values(), 'those of depth 18 or 34'
+            valid, expected = blocks in IMAGENET_BLOCKS.values(), 'those of depth 18 or 34'
         else:
-            regular = len(blocks) == 3 and len(set(blocks)) == 1 and blocks[0] % 2 == 0
+            valid = len(blocks) == 3 and len(set(blocks)) == 1 and blocks[0] % 2 == 0
             expected = 'three groups of the same even number'
-        if not regular:
-            counted = ', '.join(map(str, blocks)) or 'no'
-            raise ValueError(f'holds groups of {counted} blocks: expected {expected}')
+        if not valid:
+            numbers = ', '.join(map(str, blocks)) or 'no'
+            raise ValueError(f'the groups have {numbers} blocks: expected {expected}')
         sizes = cls(stem[-1], (channels,), blocks, num_classes)
         return make_topology(sizes.depth, sizes.width, sizes.kind, num_classes, stem[1])
 
     @property
-    def imagenet(self):
-        """Whether the stem is the one for large images."""
+    def imagenet(self) -> bool:
+        """Whether the stem is the one for ImageNet-size images."""
         return self.stem == IMAGENET_STEM
 
     @property
-    def kind(self):
-        """The images it is for: 'ImageNet', or 'CIFAR10', of which CIFAR100 differs in classes."""
+    def kind(self) -> str:
+        """'ImageNet', or 'CIFAR10' for all small images."""
         return 'ImageNet' if self.imagenet else 'CIFAR10'
 
     @property
-    def depth(self):
-        """Layers, as the paper counts them: on CIFAR two more than there are."""
+    def depth(self) -> int:
+        """The depth as the paper counts it: for CIFAR two more than the number of layers."""
         return sum(self.blocks) + (2 if self.imagenet else 4)
 
     @property
-    def width(self):
-        """The factor on the numbers of channels."""
+    def width(self) -> float:
+        """The multiplier of the numbers of channels."""
         return self.channels[-1] / (IMAGENET_CHANNELS if self.imagenet else CIFAR_CHANNELS)[-1]
 
-    def matches(self, depth, width):
-        """Whether it is that of a depth and width, which may round down to the same channels."""
+    def matches(self, depth: int, width: float) -> bool:
+        """Whether this is the Topology of a depth and width, whose channels are rounded down."""
+        sizes = depth, width, self.kind, self.num_classes, self.in_channels
         try:
-            net = make_topology(depth, width, self.kind, self.num_classes, self.in_channels)
-            return net == self
+            return self == make_topology(*sizes)
         except ValueError:
             return False
 
-    def layers(self):
-        """Yields (name, in channels, out channels) of the convolutions after the stem."""
+    def layers(self) -> Iterator[tuple[str, int, int]]:
+        """Yields (name, in channels, out channels) of each convolution after the stem."""
         cin = self.channels[0]
         for g, (cout, blocks) in enumerate(zip(self.channels, self.blocks)):
             for b in range(blocks):
@@ -110,42 +115,38 @@ class Topology:
                 cin = cout
 
 
-def is_folded(params):
-    """Tells the parameters of a folded network from those of a functional one."""
-    return 'features.conv.bias' in params  # others have batch norm there, and a stem without bias
-
-
 def _shape_of(params, name, ndim):
     if name not in params:
         raise ValueError(f'{name} is missing: expected the parameters of a DiracNet')
     if getattr(params[name], 'ndim', None) != ndim:
-        raise ValueError(f'{name} is wrong: expected a tensor of {ndim} dimensions')
+        raise ValueError(f'{name} is invalid: expected a tensor with {ndim} dimensions')
     return params[name].shape
 
 
-def check_integers(**sizes):
-    """Raises ValueError that names a size that is no integer, as 16.0 is not."""
+def check_integers(**sizes: Any) -> None:
+    """Raises ValueError that names a size that is not an integer (16.0 is not)."""
     for name, value in sizes.items():
         if not isinstance(value, Integral):
             raise ValueError(f'{name} {value!r}: expected an integer')
 
 
-def make_topology(depth, width, dataset, num_classes=None, in_channels=3):
+def make_topology(
+    depth: int, width: float, dataset: str, num_classes: int | None = None, in_channels: int = 3
+) -> Topology:
     """Returns the Topology of a DiracNet.
 
-    depth: 6n + 4 for the CIFAR networks, 18 or 34 for ImageNet; width: the factor on the numbers of
-    channels, which are rounded down; dataset: 'CIFAR10', 'CIFAR100' or 'ImageNet'; num_classes: in
-    place of the dataset's own; in_channels: of the images, 3 for RGB. Raises ValueError that names
-    the nearest valid choices.
+    depth: 6n + 4 for CIFAR, 18 or 34 for ImageNet. width: the multiplier of the numbers of
+    channels, which are rounded down. dataset: 'CIFAR10', 'CIFAR100' or 'ImageNet'. num_classes: by
+    default that of the dataset. in_channels: channels of the images. Raises ValueError that names
+    the nearest valid values.
     """
     if dataset not in CLASSES:
         raise ValueError(f'unknown dataset {dataset!r}: expected one of {", ".join(CLASSES)}')
     num_classes = CLASSES[dataset] if num_classes is None else num_classes
     check_integers(depth=depth, num_classes=num_classes, in_channels=in_channels)
-    if num_classes < 1:
-        raise ValueError(f'num_classes {num_classes}: expected at least 1')
-    if in_channels < 1:
-        raise ValueError(f'in_channels {in_channels}: expected at least 1')
+    for name, value in {'num_classes': num_classes, 'in_channels': in_channels}.items():
+        if value < 1:
+            raise ValueError(f'{name} {value}: expected at least 1')
     if dataset == 'ImageNet':
         stem, channels = IMAGENET_STEM, IMAGENET_CHANNELS
         if depth not in IMAGENET_BLOCKS:
@@ -166,23 +167,57 @@ def make_topology(depth, width, dataset, num_classes=None, in_channels=3):
     return Topology(stem, channels, blocks, num_classes, in_channels)
 
 
-def check_params(params, expected):
-    """Raises ValueError naming the keys and shapes in which parameters differ from `expected`."""
-    differ = [f'{name} is missing' for name in expected.keys() - params.keys()]
-    differ += [f'{name} is unknown' for name in params.keys() - expected.keys()]
-    differ += [
+# ---------------------------------------------------------------- parameters
+
+
+def is_folded(params: Params) -> bool:
+    """Returns whether parameters are those of a folded DiracNet."""
+    return 'features.conv.bias' in params  # other models have a stem without bias
+
+
+def find_nonfinite(tensors: Params) -> str | None:
+    """Returns the name of the first tensor that contains NaN or Inf, or None."""
+    return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
+
+
+def check_params(params: Params, expected: Params) -> None:
+    """Raises ValueError that lists the names and shapes that differ from `expected`."""
+    errors = [f'{name} is missing' for name in expected.keys() - params.keys()]
+    errors += [f'{name} is unknown' for name in params.keys() - expected.keys()]
+    errors += [
         f'{name} is {tuple(params[name].shape)}, expected {tuple(expected[name].shape)}'
         for name in expected.keys() & params.keys()
         if params[name].shape != expected[name].shape
     ]
-    if differ:
-        more = f', and {len(differ) - 5} more' if len(differ) > 5 else ''
+    if errors:
+        more = f', and {len(errors) - 5} more' if len(errors) > 5 else ''
         raise ValueError(
-            f'the checkpoint does not fit the network: {", ".join(sorted(differ)[:5])}{more}'
+            f'the checkpoint does not fit the network: {", ".join(sorted(errors)[:5])}{more}'
         )
 
 
-def _bn_params(prefix, channels):
+def init_params(topology: Topology) -> dict[str, Tensor]:
+    """Initializes the parameters of a DiracNet: flat name -> tensor (section 3.2).
+
+    All tensors except running statistics require grad.
+    """
+    kaiming = nn.init.kaiming_normal_  # fan-in, gain sqrt(2)
+    cin, cout = topology.in_channels, topology.channels[0]
+    params = {'conv': kaiming(torch.empty(cout, cin, topology.stem, topology.stem))}
+    params.update(_init_batch_norm('bn', cout))
+    for name, cin, cout in topology.layers():
+        params[f'{name}.conv'] = kaiming(torch.empty(cout, cin, 3, 3))
+        params[f'{name}.alpha'] = torch.full((cout,), ALPHA_INIT)
+        params[f'{name}.beta'] = torch.full((cout,), BETA_INIT)
+        params.update(_init_batch_norm(f'{name}.bn', cout))
+    params['fc.weight'] = kaiming(torch.empty(topology.num_classes, topology.channels[-1]))
+    params['fc.bias'] = torch.zeros(topology.num_classes)
+    for name, tensor in params.items():
+        tensor.requires_grad_('running_' not in name)
+    return params
+
+
+def _init_batch_norm(prefix, channels):
     return {
         f'{prefix}.weight': torch.rand(channels),
         f'{prefix}.bias': torch.zeros(channels),
@@ -191,275 +226,275 @@ def _bn_params(prefix, channels):
     }
 
 
-def init_params(net):
-    """Draws the parameters of a Topology: a flat dict from dotted name to tensor (section 3.2).
+# ---------------------------------------------------------------- functional model
 
-    Everything but the running statistics requires grad.
+
+def dirac_weights(
+    params: Params, names: Iterable[str], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Computes W_hat (eq. 3) of the named blocks: name of W in `params` -> W_hat.
+
+    Consecutive blocks of one shape are computed together, like the groups of one convolution.
+    dtype: of the result (default: that of the parameters).
     """
-    kaiming = nn.init.kaiming_normal_  # fan-in, gain sqrt(2)
-    params = {'conv': kaiming(torch.empty(net.channels[0], net.in_channels, net.stem, net.stem))}
-    params.update(_bn_params('bn', net.channels[0]))
-    for name, cin, cout in net.layers():
-        params[f'{name}.conv'] = kaiming(torch.empty(cout, cin, 3, 3))
-        params[f'{name}.alpha'] = torch.full((cout,), ALPHA_INIT)
-        params[f'{name}.beta'] = torch.full((cout,), BETA_INIT)
-        params.update(_bn_params(f'{name}.bn', cout))
-    params['fc.weight'] = kaiming(torch.empty(net.num_classes, net.channels[-1]))
-    params['fc.bias'] = torch.zeros(net.num_classes)
-    for name, tensor in params.items():
-        tensor.requires_grad_('running_' not in name)
-    return params
-
-
-def _batch_norm(x, params, prefix, mode, tracked=True):
-    return F.batch_norm(
-        x,
-        params[f'{prefix}.running_mean'],
-        params[f'{prefix}.running_var'],
-        params[f'{prefix}.weight'],
-        params[f'{prefix}.bias'],
-        training=mode,
-        momentum=BN_MOMENTUM * tracked,
-        eps=BN_EPS,
-    )
-
-
-def dirac_weights(params, names, dtype=None):
-    """Computes W_hat (eq. 3) of the blocks of these names: a dict of the names of W in `params`.
-
-    Neighbours of one shape are computed together, as if they were the groups of one convolution.
-    dtype: of the result, where it is another than that of the parameters.
-    """
-    found = {}
-    for _, alike in itertools.groupby(names, key=lambda name: params[f'{name}.conv'].shape):
-        alike = list(alike)
+    weights = {}
+    for _, group in itertools.groupby(names, key=lambda name: params[f'{name}.conv'].shape):
+        group = list(group)
         weight, alpha, beta = (
-            torch.cat([params[f'{name}.{part}'] for name in alike])
-            for part in ('conv', 'alpha', 'beta')
+            torch.cat([params[f'{name}.{leaf}'] for name in group])
+            for leaf in ('conv', 'alpha', 'beta')
         )
-        w_hat = dirac_weight(weight, alpha, beta, groups=len(alike)).to(dtype or weight.dtype)
-        found.update(zip([f'{name}.conv' for name in alike], w_hat.chunk(len(alike))))
-    return found
+        w_hat = dirac_weight(weight, alpha, beta, groups=len(group)).to(dtype or weight.dtype)
+        weights.update(zip([f'{name}.conv' for name in group], w_hat.chunk(len(group))))
+    return weights
 
 
-def _group(x, params, names, mode, tracked=True):
-    """Runs the blocks of these names on what a ReLU returned: (N, C, H, W) to (N, C', H, W).
+def _batch_norm(x, params, prefix, mode, update_stats=True):
+    mean, var, weight, bias = (
+        params[f'{prefix}.{leaf}'] for leaf in ('running_mean', 'running_var', 'weight', 'bias')
+    )
+    return F.batch_norm(x, mean, var, weight, bias, mode, BN_MOMENTUM * update_stats, BN_EPS)
+
+
+def _group(x, params, names, mode, update_stats=True):
+    """Applies the named blocks to the output of a ReLU: (N, C, H, W) to (N, C', H, W).
 
     params: with W_hat in place of W.
     """
     for i, name in enumerate(names):
         if i > 0:
-            x = F.relu(x, inplace=True)  # batch norm need not keep what it returned
+            x = F.relu(x, inplace=True)  # batch norm does not need its output in the backward pass
         x = F.conv2d(x, params[f'{name}.conv'], padding=1)
-        x = _batch_norm(x, params, f'{name}.bn', mode, tracked)
+        x = _batch_norm(x, params, f'{name}.bn', mode, update_stats)
     return x
 
 
 def _checkpointed_group(x, params, names, mode, dirac):
-    """As `_group`, with W itself in params: keeps the outputs of about the root of the blocks."""
+    """Applies blocks as `_group` does, but stores only about sqrt(len(names)) of their outputs.
+
+    params: with W.
+    """
     length = max(1, round(len(names) ** 0.5))
     for start in range(0, len(names), length):
-        first = iter([True])
+        is_first_pass = iter([True])
 
-        def blocks(x, names=names[start : start + length], first=first):
-            # a batch counts once in the running statistics, though it passes twice
-            tracked = next(first, False)
-            filters = dirac_weights(params, names if dirac else [])
-            return _group(x, {**params, **filters}, names, mode, tracked)
+        def segment(x, names=names[start : start + length], is_first_pass=is_first_pass):
+            # the second pass over a batch, in backward, must not update the running statistics
+            update_stats = next(is_first_pass, False)
+            weights = dirac_weights(params, names if dirac else [])
+            return _group(x, {**params, **weights}, names, mode, update_stats)
 
         if start > 0:
             x = F.relu(x, inplace=True)
-        x = checkpoint(blocks, x, use_reentrant=False)
+        x = checkpoint(segment, x, use_reentrant=False)
     return x
 
 
-def forward(net, inputs, params, mode, checkpointing=False, dirac=True):
-    """Runs the network of a Topology: inputs (N, in_channels, H, W) to logits (N, num_classes).
+def forward(
+    topology: Topology, inputs: Tensor, params: Params, mode: bool,
+    checkpointing: bool = False, dirac: bool = True,
+) -> Tensor:
+    """Runs a DiracNet: inputs (N, in_channels, H, W) to logits (N, num_classes).
 
-    With mode=True batch norm uses the statistics of the batch and updates the running ones.
-    checkpointing: compute most blocks again in the backward pass, for less memory. dirac=False:
-    filters are W itself, as in ordinary convolutions, to measure what W_hat costs.
+    With mode=True, batch norm uses batch statistics and updates the running statistics.
+    checkpointing: recompute most blocks in the backward pass to save memory. dirac=False: use W in
+    place of W_hat, to measure the cost of W_hat.
     """
-    x = F.conv2d(inputs, params['conv'], stride=1 + net.imagenet, padding=net.stem // 2)
+    stride, padding = 1 + topology.imagenet, topology.stem // 2
+    x = F.conv2d(inputs, params['conv'], stride=stride, padding=padding)
     x = _batch_norm(x, params, 'bn', mode)
-    if net.imagenet:
+    if topology.imagenet:
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
     run_group = _group
     if checkpointing and mode:
         run_group = functools.partial(_checkpointed_group, dirac=dirac)
     elif dirac:
-        # all at once: the many small steps to W_hat take five times as long between convolutions,
-        # which leave nothing of it in the caches
-        # and cast at once too, to what autocast has made of x
-        params = {**params, **dirac_weights(params, [name for name, _, _ in net.layers()], x.dtype)}
-    for g, blocks in enumerate(net.blocks):
+        # all W_hat at once, cast to the dtype of autocast: between convolutions, which evict the
+        # parameters from the caches, their many small operations take five times as long
+        names = [name for name, _, _ in topology.layers()]
+        params = {**params, **dirac_weights(params, names, x.dtype)}
+    for g, blocks in enumerate(topology.blocks):
         if g > 0:
             x = F.max_pool2d(x, kernel_size=2)
         names = [f'group{g}.block{b}' for b in range(blocks)]
-        # a block begins with ReLU, which is also the one that follows the stem on CIFAR
+        # a block starts with ReLU; for CIFAR, the first one also serves as the ReLU of the stem
         x = run_group(F.relu(x, inplace=True), params, names, mode)  # (N, channels[g], H', W')
     x = F.relu(x).mean(dim=(2, 3))  # (N, channels[-1])
     return F.linear(x, params['fc.weight'], params['fc.bias'])
 
 
 def define_diracnet(
-    depth, width, dataset, num_classes=None, checkpointing=False, in_channels=3
-):
-    """Returns (f, params): the network as a function and its parameters, newly drawn.
+    depth: int, width: float, dataset: str, num_classes: int | None = None,
+    checkpointing: bool = False, in_channels: int = 3,
+) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
+    """Returns (f, params): a DiracNet as a function, and its randomly initialized parameters.
 
-    `f(inputs, params, mode)` takes inputs (N, in_channels, H, W), square, and returns logits
-    (N, num_classes); mode=True is training. checkpointing: less memory in training for more time,
-    with the same results. The other arguments and the errors are those of `topology`.
+    `f(inputs, params, mode)` maps square inputs (N, in_channels, H, W) to logits (N, num_classes);
+    mode=True is training. checkpointing: less memory in training for more time, with the same
+    results. The other arguments and the errors are those of `make_topology`.
     """
-    net = make_topology(depth, width, dataset, num_classes, in_channels)
-    return functools.partial(forward, net, checkpointing=checkpointing), init_params(net)
+    topology = make_topology(depth, width, dataset, num_classes, in_channels)
+    return functools.partial(forward, topology, checkpointing=checkpointing), init_params(topology)
 
 
 class Network(nn.Module):
-    """Carries a functional definition, so that torch.compile, DDP and other tools take it.
+    """A functional model as an nn.Module, for torch.compile, DDP and other tools.
 
-    Its state dict has the flat names of `params`; running statistics are its buffers, all else its
-    parameters, which require grad.
+    The state dict has the flat names of `params`. Running statistics are buffers. All other tensors
+    are parameters that require grad.
     """
 
-    def __init__(self, f, params):
+    def __init__(self, f: Callable[..., Tensor], params: Params) -> None:
         super().__init__()
         self.f = f
         for name, tensor in params.items():
-            # a dot may not stand in a parameter's name: each part is a module of its own
-            *parts, leaf = name.split('.')
+            # parameter names cannot contain dots, so each prefix is a submodule
+            *prefixes, leaf = name.split('.')
             owner = self
-            for part in parts:
-                if not hasattr(owner, part):
-                    owner.add_module(part, nn.Module())
-                owner = getattr(owner, part)
+            for prefix in prefixes:
+                if not hasattr(owner, prefix):
+                    owner.add_module(prefix, nn.Module())
+                owner = getattr(owner, prefix)
             if 'running_' in leaf:
                 owner.register_buffer(leaf, tensor)
             else:
                 owner.register_parameter(leaf, nn.Parameter(tensor.detach()))
 
-    def forward(self, inputs):
+    def forward(self, inputs: Tensor) -> Tensor:
         params = dict(self.named_parameters())
         params.update(self.named_buffers())
         return self.f(inputs, params, self.training)
 
 
-class DiracNet(nn.Module):
-    """The folded network: a chain of ReLU and plain convolutions, (N, C, H, W) to logits.
+# ---------------------------------------------------------------- modules
 
-    Its state dict has the keys of the published folded checkpoints: `features.conv.weight|bias`,
-    `features.group{g}.block{b}.conv.weight|bias`, `fc.weight|bias`. Arguments and errors are those
-    of `topology`; `DiracNet.of` takes a Topology.
+
+def stem_conv(topology: Topology, bias: bool) -> nn.Conv2d:
+    """Returns the first convolution: (N, in_channels, H, W) to (N, channels[0], H', W')."""
+    return nn.Conv2d(
+        topology.in_channels, topology.channels[0], topology.stem, 1 + topology.imagenet,
+        padding=topology.stem // 2, bias=bias,
+    )
+
+
+def make_layers(
+    topology: Topology,
+    stem: Mapping[str, nn.Module],
+    block: Callable[[int, int], nn.Module],
+    group: Callable[[OrderedDict], nn.Module] = nn.Sequential,
+    last_relu: bool = True,
+) -> OrderedDict[str, nn.Module]:
+    """Returns the layers of a DiracNet before the linear layer, by name.
+
+    In sequence they map images (N, in_channels, H, W) to features (N, channels[-1], 1, 1). stem:
+    the first layers, by name. block: makes a block from (in channels, out channels). group: makes
+    the module of a group from its blocks. last_relu: a ReLU before the average pooling.
+    """
+    layers = OrderedDict(stem)
+    if topology.imagenet:
+        layers['max_pool'] = nn.MaxPool2d(3, stride=2, padding=1)
+    for name, members in itertools.groupby(topology.layers(), lambda row: row[0].split('.')[0]):
+        if name != 'group0':
+            layers[f'{name}_pool'] = nn.MaxPool2d(2)
+        layers[name] = group(OrderedDict(
+            (block_name.split('.')[1], block(cin, cout)) for block_name, cin, cout in members
+        ))
+    if last_relu:
+        layers['relu'] = nn.ReLU()
+    layers['avg_pool'] = nn.AdaptiveAvgPool2d(1)
+    return layers
+
+
+class DiracNet(nn.Module):
+    """The folded DiracNet, a chain of ReLU and plain convolutions: (N, C, H, W) to logits.
+
+    The state dict has the keys of the published folded checkpoints: `features.conv.weight|bias`,
+    `features.group{g}.block{b}.conv.weight|bias`, `fc.weight|bias`. The arguments and errors are
+    those of `make_topology`.
     """
 
-    def __init__(self, depth=18, width=1, dataset='ImageNet', num_classes=None, in_channels=3):
+    def __init__(
+        self, depth: int = 18, width: float = 1, dataset: str = 'ImageNet',
+        num_classes: int | None = None, in_channels: int = 3,
+    ) -> None:
         super().__init__()
-        net = make_topology(depth, width, dataset, num_classes, in_channels)
-        conv = nn.Conv2d(
-            in_channels, net.channels[0], net.stem, 1 + net.imagenet, padding=net.stem // 2
-        )
-        self.features = nn.Sequential(OrderedDict(conv=conv))
-        if net.imagenet:
-            self.features.add_module('max_pool', nn.MaxPool2d(3, stride=2, padding=1))
-        for name, cin, cout in net.layers():
-            group, block = name.split('.')
-            if not hasattr(self.features, group):
-                if group != 'group0':
-                    self.features.add_module(f'{group}_pool', nn.MaxPool2d(2))
-                self.features.add_module(group, nn.Sequential())
-            getattr(self.features, group).add_module(block, nn.Sequential(OrderedDict(
-                relu=nn.ReLU(), conv=nn.Conv2d(cin, cout, 3, padding=1)
-            )))
-        self.features.add_module('relu', nn.ReLU())
-        self.features.add_module('avg_pool', nn.AdaptiveAvgPool2d(1))
-        self.fc = nn.Linear(net.channels[-1], net.num_classes)
+        topology = make_topology(depth, width, dataset, num_classes, in_channels)
+        stem = {'conv': stem_conv(topology, bias=True)}
+        self.features = nn.Sequential(make_layers(topology, stem, self._block))
+        self.fc = nn.Linear(topology.channels[-1], topology.num_classes)
+
+    @staticmethod
+    def _block(cin, cout):
+        return nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=nn.Conv2d(cin, cout, 3, padding=1)))
 
     @classmethod
-    def from_topology(cls, net):
-        return cls(net.depth, net.width, net.kind, net.num_classes, net.in_channels)
+    def from_topology(cls, t: Topology) -> 'DiracNet':
+        return cls(t.depth, t.width, t.kind, t.num_classes, t.in_channels)
 
-    def forward(self, inputs):
+    def forward(self, inputs: Tensor) -> Tensor:
         return self.fc(self.features(inputs).flatten(1))
 
 
 # ---------------------------------------------------------------- published weights
 
 
-def find_nonfinite(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """Returns the name of the first tensor that contains NaN or Inf, or None."""
-    return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
+def sha256(path: str | Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def check_finite(params):
-    """Raises ValueError naming a tensor of flat parameters with NaN or an infinity in it."""
-    for name, tensor in params.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f'{name} holds NaN or an infinity: expected finite numbers')
+def check_hash(path: str | Path, expected: str) -> None:
+    """Raises ValueError if the SHA-256 of a file does not start with the expected digits."""
+    actual = sha256(path)[: len(expected)]
+    if actual != expected:
+        raise ValueError(f'its SHA-256 begins with {actual}, expected {expected}')
 
 
-def sha256(path):
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def load_published(url: str, get_params: Callable[[Any], Params]) -> Params:
+    """Loads the parameters of a published checkpoint through the cache of torch.hub, on the CPU.
 
-
-def check_hash(path, expected):
-    """Raises ValueError for a file whose SHA-256 begins otherwise than expected."""
-    found = sha256(path)[: len(expected)]
-    if found != expected:
-        raise ValueError(f'its SHA-256 begins with {found}, expected {expected}')
-
-
-def load_published(url, params_of):
-    """Loads the parameters in a published file through torch.hub's cache, on the CPU.
-
-    params_of: from what the file holds to a flat dict of them; raises ValueError for those of
-    another network. Where the file's name ends in the start of its SHA-256, that is checked each
-    time. Raises RuntimeError that says which file to put where if they cannot be had, or hold NaN.
+    get_params: returns the flat parameters in the contents of the file; raises ValueError if they
+    are those of another model. If the file name ends in digits of its SHA-256, they are checked.
+    Raises RuntimeError that says where to put the file if it cannot be loaded or contains NaN.
     """
-    path = join(torch.hub.get_dir(), 'checkpoints', basename(url))
+    path = Path(torch.hub.get_dir(), 'checkpoints', url.rpartition('/')[2])
     try:
-        named = re.search(r'-([0-9a-f]+)\.\w+$', path)
-        if named and exists(path):  # torch.hub checks what it fetches, and that alone
-            check_hash(path, named[1])
-        contents = torch.hub.load_state_dict_from_url(
+        digits = re.search(r'-([0-9a-f]+)\.\w+$', path.name)
+        if digits and path.exists():  # torch.hub checks the hash of downloads, but not of the cache
+            check_hash(path, digits[1])
+        params = get_params(torch.hub.load_state_dict_from_url(
             url, map_location='cpu', check_hash=True, weights_only=True
-        )
-        params = params_of(contents)
-        check_finite(params)
+        ))
+        if name := find_nonfinite(params):
+            raise ValueError(f'{name} contains NaN or Inf')
         return params
-    except Exception as error:  # damaged bytes make torch.load raise almost anything
+    except Exception as error:  # torch.load of a corrupt file may raise almost anything
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
-        raise RuntimeError(
-            f'cannot load {url} ({reason}): put the file from there at {path}'
-        ) from error
+        raise RuntimeError(f'{url}: {reason}; put the file from there at {path}') from error
 
 
 def _diracnet(depth, pretrained):
-    net = DiracNet(depth)
+    model = DiracNet(depth)
     if pretrained:
-        def params_of(contents):
-            check_params(contents, net.state_dict())
+        def get_params(contents):
+            check_params(contents, model.state_dict())
             return contents
 
-        net.load_state_dict(load_published(MODEL_URLS[depth], params_of))
-    return net
+        model.load_state_dict(load_published(MODEL_URLS[depth], get_params))
+    return model
 
 
-def diracnet18(pretrained=False):
-    """DiracNet-18 for ImageNet, folded: (N, 3, 224, 224) to (N, 1000) logits.
+def diracnet18(pretrained: bool = False) -> DiracNet:
+    """Returns the folded DiracNet-18 for ImageNet: (N, 3, 224, 224) to logits (N, 1000).
 
-    pretrained: load the published weights, fetched once into torch.hub's cache, where their hash is
-    checked each time. Their inputs are RGB in [0, 1], resized with OpenCV, less mean (.485, .456,
-    .406), over std (.229, .224, .225). Raises RuntimeError that says which file to put where if
-    they cannot be had.
+    pretrained: load the published weights, downloaded once into the cache of torch.hub; their hash
+    is checked each time. Inputs are RGB in [0, 1], resized with OpenCV and normalized with mean
+    (.485, .456, .406) and std (.229, .224, .225). Raises RuntimeError that says where to put the
+    file if the weights cannot be loaded.
     """
     return _diracnet(18, pretrained)
 
 
-def diracnet34(pretrained=False):
-    """DiracNet-34 for ImageNet, folded; as `diracnet18` otherwise."""
+def diracnet34(pretrained: bool = False) -> DiracNet:
+    """Returns the folded DiracNet-34 for ImageNet. See `diracnet18`."""
     return _diracnet(34, pretrained)

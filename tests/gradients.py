@@ -1,4 +1,4 @@
-"""Writes the gradients of the first steps of a training in float64, batch norm in test mode.
+"""Writes the gradients of the first training steps in float64, with batch norm in evaluation mode.
 
     PYTHONPATH=. torchrun --nproc_per_node=2 tests/gradients.py FILE
 """
@@ -21,7 +21,7 @@ def main():
     run = prepare(opt, device, checkpoint.Lock(opt.save))
     run.model.eval()
     network = DistributedDataParallel(run.model) if distributed.world_size() > 1 else run.model
-    # 49 = 3 * 16 + 1: in the last batch, of one image, the other ranks have none
+    # 49 = 3 * 16 + 1: the last batch has one image, so the other ranks have none
     images = run.splits.train.subset(torch.arange(49)).augmented(pad=4, flip='none')
     loader = make_loader(images, 16, 0, 1, distributed.rank(), distributed.world_size())
     gradients = []

@@ -1,4 +1,4 @@
-"""The networks: counts, names, logits of the functional and of the folded form, downloads."""
+"""The functional and the folded DiracNet: parameters, logits, invalid arguments, downloads."""
 
 import copy
 import functools
@@ -36,7 +36,7 @@ def seed():
 
 
 def trained(depth, width, dataset, num_classes=None, size=32, steps=3, in_channels=3):
-    """A network after a few steps of SGD, its batch norms full of real statistics."""
+    """Returns (f, params) after a few steps of SGD, with running statistics of real batches."""
     f, params = define_diracnet(depth, width, dataset, num_classes, in_channels=in_channels)
     classes = len(params['fc.bias'])
     optimizer = torch.optim.SGD([p for p in params.values() if p.requires_grad], lr=0.1)
@@ -53,13 +53,13 @@ def trained(depth, width, dataset, num_classes=None, size=32, steps=3, in_channe
     (34, 2, 'CIFAR10', 1_854_378), (28, 5, 'CIFAR10', 9_124_250), (28, 10, 'CIFAR10', 36_450_090),
     (28, 1, 'CIFAR100', 374_580), (18, 1, 'ImageNet', 11_523_368), (34, 1, 'ImageNet', 21_638_952),
 ])
-def test_parameter_counts(depth, width, dataset, published):
+def test_define_diracnet_has_published_parameter_count(depth, width, dataset, published):
     with torch.device('meta'):
         _, params = define_diracnet(depth, width, dataset)
     assert sum(p.numel() for p in params.values() if p.requires_grad) == published
 
 
-def test_names_and_initialisation():
+def test_init_params_names_and_distributions():
     _, params = define_diracnet(10, 4, 'CIFAR10', num_classes=7)
     bn = ['weight', 'bias', 'running_mean', 'running_var']
     expected = ['conv', *(f'bn.{leaf}' for leaf in bn)]
@@ -83,7 +83,7 @@ def test_names_and_initialisation():
 
 
 def modular_network():
-    """The network that the docs build from DiracConv2d modules, DiracNet-28-1 for CIFAR-10."""
+    """Returns the DiracNet-28-1 for CIFAR-10 that the docs build from DiracConv2d modules."""
     text = text_of('docs/networks.md')
     code = re.search(r'```python\n(from diracconv import DiracConv2d\n.*?)```', text, re.S).group(1)
     names = {}
@@ -91,7 +91,7 @@ def modular_network():
     return names['network']
 
 
-def test_modules_and_function_give_the_same_logits():
+def test_function_equals_modules_of_docs():
     f, params = trained(28, 1, 'CIFAR10', steps=1)
     network = modular_network()
     state = {k: v for k, v in network.state_dict().items() if not k.endswith('batches_tracked')}
@@ -109,7 +109,7 @@ def test_modules_and_function_give_the_same_logits():
         torch.testing.assert_close(ours, theirs)
 
 
-def test_imagenet_network_against_torch_modules():
+def test_function_equals_reference_when_dataset_is_imagenet():
     f, params = trained(18, 0.125, 'ImageNet', num_classes=5, size=64, steps=1)
     params = {name: tensor.double() for name, tensor in params.items()}
     inputs = torch.randn(2, 3, 96, 96, dtype=torch.float64)
@@ -135,7 +135,7 @@ def test_imagenet_network_against_torch_modules():
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
-def test_without_w_hat_filters_are_w(checkpointing):
+def test_forward_uses_w_when_dirac_is_false(checkpointing):
     f, params = trained(10, 0.5, 'CIFAR10', steps=1)
     ordinary = functools.partial(f, checkpointing=checkpointing, dirac=False)
     state = {name: tensor.double() for name, tensor in params.items()}
@@ -156,7 +156,7 @@ def test_without_w_hat_filters_are_w(checkpointing):
     torch.testing.assert_close(ordinary(inputs, state, True), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_mode_decides_over_running_statistics():
+def test_function_updates_running_statistics_when_mode_is_true():
     f, params = define_diracnet(10, 1, 'CIFAR10')
     inputs = torch.randn(8, 3, 16, 16)
     before = {name: tensor.detach().clone() for name, tensor in params.items()}
@@ -171,15 +171,15 @@ def test_mode_decides_over_running_statistics():
 
 
 @pytest.mark.parametrize('size', [4, 7, 20, 32, 48])
-def test_any_square_input_that_survives_the_pooling(size):
+def test_function_accepts_square_inputs(size):
     f, params = define_diracnet(10, 0.5, 'CIFAR100')
     assert f(torch.randn(2, 3, size, size), params, mode=False).shape == (2, 100)
 
 
 @pytest.mark.parametrize(('depth', 'dataset', 'size'), [(10, 'CIFAR10', 16), (18, 'ImageNet', 64)])
 @pytest.mark.parametrize('channels', [1, 4])
-def test_other_channels_than_three(depth, dataset, size, channels):
-    """Filters and images with zeros in the channels that one has more give the same logits."""
+def test_models_accept_other_numbers_of_channels(depth, dataset, size, channels):
+    """Zero filters and images in additional channels do not change the logits."""
     f, params = trained(depth, 0.25, dataset, 5, size, in_channels=channels)
     g, rgb = define_diracnet(depth, 0.25, dataset, 5)
     assert params['conv'].shape[1] == channels
@@ -201,18 +201,19 @@ def test_other_channels_than_three(depth, dataset, size, channels):
     net.load_state_dict(fold_by_hand(params))
     torch.testing.assert_close(net(inputs), expected, rtol=1e-4, atol=1e-5)
     for names in (params, folded.state_dict()):
-        assert make_topology(depth, 0.25, dataset, 5, channels) == diracnet.Topology.from_params(names)
+        expected = make_topology(depth, 0.25, dataset, 5, channels)
+        assert diracnet.Topology.from_params(names) == expected
 
 
-def test_fractional_widths_round_down():
+def test_make_topology_rounds_channels_down():
     assert make_topology(16, 0.3, 'CIFAR10').channels == (4, 9, 19)
     assert make_topology(18, 0.75, 'ImageNet').channels == (48, 96, 192, 384)
 
 
-def test_integers_of_numpy_are_integers():
-    net = make_topology(np.int64(16), 1, 'CIFAR10', np.int32(5))
-    assert net == make_topology(16, 1, 'CIFAR10', 5)
-    assert len(init_params(net)['fc.bias']) == 5
+def test_make_topology_accepts_numpy_integers():
+    topology = make_topology(np.int64(16), 1, 'CIFAR10', np.int32(5))
+    assert topology == make_topology(16, 1, 'CIFAR10', 5)
+    assert len(init_params(topology)['fc.bias']) == 5
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
@@ -232,12 +233,12 @@ def test_integers_of_numpy_are_integers():
     ((16, 1, 'CIFAR10', 5, False, 3.0), 'in_channels 3.0: expected an integer'),
     ((16, 1, 'CIFAR10', 5, False, 0), 'in_channels 0: expected at least 1'),
 ])
-def test_what_is_no_diracnet(arguments, message):
+def test_define_diracnet_raises_when_argument_is_invalid(arguments, message):
     with pytest.raises(ValueError, match=message):
         define_diracnet(*arguments)
 
 
-def test_network_carries_the_function():
+def test_network_equals_function():
     f, params = define_diracnet(10, 1, 'CIFAR10')
     network = Network(f, params)
     assert sorted(network.state_dict()) == sorted(params)
@@ -261,7 +262,7 @@ def test_network_compiles_to_one_graph():
 
 
 def fold_by_hand(params):
-    """Folds batch norm and Dirac term in float64: the state dict of a DiracNet."""
+    """Folds batch norm and W_hat in float64: returns the state dict of a DiracNet."""
     params = {name: tensor.double() for name, tensor in params.items()}
     state = {'fc.weight': params['fc.weight'], 'fc.bias': params['fc.bias']}
     for name in [name for name in params if name.endswith('conv')]:
@@ -282,7 +283,7 @@ def fold_by_hand(params):
 @pytest.mark.parametrize(('depth', 'width', 'dataset', 'size'), [
     (16, 1, 'CIFAR10', 32), (28, 2, 'CIFAR100', 32), (18, 0.25, 'ImageNet', 96),
 ])
-def test_folded_network_gives_the_same_logits(depth, width, dataset, size):
+def test_diracnet_equals_function_when_folded(depth, width, dataset, size):
     f, params = trained(depth, width, dataset, size=size)
     net = DiracNet(depth, width, dataset).eval()
     net.load_state_dict(fold_by_hand(params))
@@ -290,10 +291,10 @@ def test_folded_network_gives_the_same_logits(depth, width, dataset, size):
     with torch.no_grad():
         expected = f(inputs, params, False)
         assert (net(inputs) - expected).abs().max() < 1e-4
-    assert expected.std() > 1e-3  # the logits differ enough for the comparison to mean something
+    assert expected.std() > 1e-3  # the logits differ enough for the comparison to be meaningful
 
 
-def test_folded_network_is_a_chain_of_relu_and_convolutions():
+def test_diracnet_is_a_chain_of_relu_and_convolutions():
     printed = str(DiracNet(18))
     layers = re.findall(r'(Conv2d\(\d+, \d+|ReLU|MaxPool2d|AdaptiveAvgPool2d|Linear)', printed)
     expected = ['Conv2d(3, 64', 'MaxPool2d']
@@ -317,7 +318,7 @@ def renamed_by_its_hash(file):
 
 @pytest.fixture
 def published(tmp_path, monkeypatch):
-    """Serves a folded checkpoint on the loopback, its hash in its name; torch.hub starts empty."""
+    """Serves a folded checkpoint, with its hash in its name, on localhost; empties the cache."""
     (tmp_path / 'www').mkdir()
     file = tmp_path / 'www' / 'folded.pth'
     torch.save(DiracNet(18).state_dict(), file)
@@ -338,7 +339,7 @@ def published(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_pretrained_weights_are_fetched_once(published):
+def test_diracnet18_downloads_weights_once(published):
     served, cached = published
     state = torch.load(served)
     net = diracnet18(pretrained=True)
@@ -349,7 +350,7 @@ def test_pretrained_weights_are_fetched_once(published):
 
 
 @pytest.mark.parametrize('defect', ['missing', 'altered', 'damaged cache'])
-def test_pretrained_weights_that_cannot_be_had(published, defect):
+def test_diracnet18_raises_when_weights_cannot_be_loaded(published, defect):
     served, cached = published
     if defect == 'missing':
         served.unlink()
@@ -365,8 +366,8 @@ def test_pretrained_weights_that_cannot_be_had(published, defect):
 
 
 @pytest.mark.parametrize('defect', ['bit', 'nan', 'other network'])
-def test_published_weights_are_checked_each_time(published, defect):
-    """In the cache, where users put them by hand: all of these are files that torch.load takes."""
+def test_diracnet18_checks_hash_when_weights_are_cached(published, defect):
+    """Users may put files into the cache by hand. torch.load reads all of these."""
     served, cached = published
     diracnet18(pretrained=True)
     state = torch.load(cached)
@@ -380,16 +381,16 @@ def test_published_weights_are_checked_each_time(published, defect):
     with pytest.raises(RuntimeError, match='put the file from') as error:
         diracnet18(pretrained=True)
     expected = re.search(r'-(\w{8})\.pth', cached.name)[1]
-    assert re.search(rf'its SHA-256 begins with \w{{8}}, expected {expected}\)', str(error.value))
+    assert re.search(rf'its SHA-256 begins with \w{{8}}, expected {expected};', str(error.value))
     assert str(error.value).endswith(str(cached))
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda state: {**state, 'fc.bias': torch.full((1000,), torch.inf)}, 'fc.bias holds NaN or an'),
+    (lambda state: {**state, 'fc.bias': torch.full((1000,), torch.inf)}, 'fc.bias contains NaN'),
     (lambda state: {**state, 'fc.bias': torch.zeros(10)}, r'fc.bias is \(10,\), expected'),
     (lambda state: [1, 2], 'AttributeError'),
 ])
-def test_published_weights_of_the_right_hash_and_no_sense(published, monkeypatch, change, message):
+def test_diracnet18_raises_when_contents_are_invalid(published, monkeypatch, change, message):
     served, cached = published
     cached.parent.mkdir(parents=True)
     file = cached.parent / 'new'
