@@ -17,7 +17,7 @@ import sys
 import train
 from cli import ArgumentParser
 
-EVENTS = ('open', 'os.mkdir', 'os.remove', 'os.rename')  # of Python's audit hooks
+EVENTS = ('open', 'os.link', 'os.mkdir', 'os.remove', 'os.rename')  # of Python's audit hooks
 BYTES = 50  # that are still written
 
 
