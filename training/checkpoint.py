@@ -91,7 +91,7 @@ def save(folder, state, names=(MODEL_FILE,), checked=False):
 
 
 def quarantine(folder):
-    """Renames a corrupt model.pt7, so that the next save does not overwrite previous.pt7 with it."""
+    """Renames a corrupt model.pt7, so that the next save does not keep it as previous.pt7."""
     path = os.path.join(folder, MODEL_FILE)
     try:
         if os.path.exists(path):

@@ -50,12 +50,12 @@ def _store_of_this_start(store, rank, world_size):
     """Returns a PrefixStore whose prefix only the processes of this (re)start share.
 
     torchrun keeps one store over restarts, with the addresses of the dead processes; a process that
-    reads one of them may wait forever. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart a new
-    store, but torchrun reads it, not the processes that it starts, so each user would have to set
-    it. The restart count is no prefix either: it differs between machines.
+    reads such an address waits forever. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart a
+    new store, but torchrun reads that variable before it starts this process, so every user would
+    have to set it. The restart count does not identify a restart: each machine has its own.
 
-    Therefore the first process chooses a random prefix and sends it to each process that asks with
-    a random token. It also answers requests of dead processes, which does no harm.
+    Therefore the first process chooses a random prefix, and sends it to each process that asks with
+    a random token. Requests of dead processes are answered, too, without effect.
     """
     if rank > 0:
         token = uuid.uuid4().hex
