@@ -1,7 +1,9 @@
 """Runs that are stopped, killed, damaged or fed nonsense, and runs on several processes."""
 
 import contextlib
+import errno
 import io
+import itertools
 import operator
 import os
 import re
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 
 import train
 from corruption import png_of
+from diracnets.checkpoint import load_dict_file
 from experiments.kill import attack_points, children_of, flat, survive
 from pages import ROOT, text_of
 from runs import (
@@ -61,6 +64,16 @@ def images(tmp_path_factory):
     return root
 
 
+def small_state(epoch):
+    """The contents of a checkpoint as train.py writes it, of a small model."""
+    return {
+        'params': {'conv': torch.randn(4, 3, 3, 3), 'fc.bias': torch.zeros(2)},
+        'optimizer': {'state': {0: {'momentum_buffer': torch.randn(4, 3, 3, 3)}}},
+        'epoch': epoch, 'step': 0, 'args': {'depth': 10, 'width': 0.25, 'save': 'logs/a'},
+        'rng': checkpoint.rng_state(), 'versions': checkpoint.versions(),
+    }
+
+
 # ---------------------------------------------------------------- stopped and killed
 
 
@@ -74,6 +87,47 @@ def test_killed_runs_end_like_the_one_that_was_not(tmp_path):
     alive, _, differ = survive(tmp_path, kills=3, epochs=20, seed=1)
     assert differ == []
     assert alive == 3
+
+
+@pytest.mark.parametrize('has_links', [True, False])
+def test_save_leaves_complete_checkpoints_when_killed_at_any_file_operation(
+    tmp_path, monkeypatch, has_links
+):
+    """A forked process saves epoch 2 and dies before its first, second, ... file operation."""
+    def no_link(source, target):
+        raise OSError(errno.EPERM, 'Operation not permitted')
+
+    if not has_links:
+        monkeypatch.setattr(os, 'link', no_link)
+    names = ['epoch-N.pt7', 'best.pt7', 'model.pt7']
+    for point in itertools.count(1):
+        folder, operations = tmp_path / str(point), itertools.count(1)
+        folder.mkdir()
+        checkpoint.save(folder, small_state(1), ['best.pt7', 'model.pt7'])
+
+        def die(event, arguments):
+            if (event in ('open', 'os.link', 'os.remove', 'os.rename')
+                    and str(arguments[0]).startswith(str(folder)) and next(operations) == point):
+                os._exit(1)
+
+        pid = os.fork()
+        if pid == 0:
+            sys.addaudithook(die)
+            checkpoint.save(folder, small_state(2), names)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        epochs = {path.name: load_dict_file(str(path))['epoch'] for path in folder.glob('*.pt7')}
+        assert checkpoint.load(folder)['epoch'] == epochs.get('model.pt7', 1)
+        assert epochs['best.pt7'] >= epochs.get('model.pt7', 1)
+        checkpoint.save(folder, small_state(3), names)
+        assert not list(folder.glob('*.tmp'))
+        assert {load_dict_file(str(folder / name))['epoch'] for name in names} == {3}
+        assert load_dict_file(str(folder / 'previous.pt7'))['epoch'] == epochs.get('model.pt7', 1)
+        inodes = {(folder / name).stat().st_ino for name in names}
+        assert len(inodes) == (1 if has_links else 3)
+        if status == 0:
+            break
+    assert point > 8
 
 
 @pytest.mark.parametrize(('number', 'where'), [
@@ -262,12 +316,7 @@ def test_few_open_files_end_a_process_that_needs_more(tmp_path):
 def small_checkpoint(tmp_path_factory):
     """The bytes of a checkpoint as train.py writes it, of a small network."""
     folder = tmp_path_factory.mktemp('small')
-    checkpoint.save(str(folder), {
-        'params': {'conv': torch.randn(4, 3, 3, 3), 'fc.bias': torch.zeros(2)},
-        'optimizer': {'state': {0: {'momentum_buffer': torch.randn(4, 3, 3, 3)}}},
-        'epoch': 3, 'step': 0, 'args': {'depth': 10, 'width': 0.25, 'save': 'logs/a'},
-        'rng': checkpoint.rng_state(), 'versions': checkpoint.versions(),
-    })
+    checkpoint.save(folder, small_state(3))
     return (folder / 'model.pt7').read_bytes()
 
 
