@@ -125,14 +125,12 @@ class FilterMuon:
             f.grad = None
         self.adam.zero_grad()
 
-    def step(self, closure=None):
-        loss = None if closure is None else closure()
+    def step(self):
         for f, matrix in zip(self.filters, self.muon.param_groups[0]['params']):
             matrix.grad = None if f.grad is None else f.grad.reshape(len(f), -1)
             matrix.data.copy_(len(f) ** 0.5 * F.normalize(matrix.data, dim=(0, 1)))
         self.muon.step()
         self.adam.step()
-        return loss
 
     def state_dict(self):
         """Returns the state dict of one optimizer: parameters of AdamW follow those of Muon."""
