@@ -524,7 +524,7 @@ def test_torchrun_restarts_and_resumes_when_a_process_is_killed(images, tmp_path
         wait_for_epochs(agents, folder, 3)
         victim = agents[-1].pid
         os.kill(children_of(victim)[-1], signal.SIGKILL)
-        outputs = [agent.communicate(timeout=120) for agent in agents]
+        outputs = [agent.communicate(timeout=300) for agent in agents]
     assert [agent.returncode for agent in agents] == [0] * machines, outputs
     assert [s['epoch'] for s in stats_of(folder)] == list(range(1, 31))
     printed = ''.join(out for out, _ in outputs)
