@@ -442,9 +442,9 @@ def test_rank_zero_first_loads_on_one_machine_after_the_other(monkeypatch, rank,
 def test_check_ranks_agree_fails_when_steps_differ(monkeypatch):
     run = SimpleNamespace(epoch=2, step=7, opt=SimpleNamespace(save='run'))
     check_ranks_agree(run)
-    monkeypatch.setattr(distributed, 'all_reduce', lambda numbers, op: (
+    monkeypatch.setattr('training.setup.all_reduce', lambda numbers, op: (
         [0, 0] if op == torch.distributed.ReduceOp.MIN else numbers))
-    with pytest.raises(ValueError, match='run: here 2 epochs and 7 steps are done, in another'):
+    with pytest.raises(ValueError, match='run: .* 2 epochs and 7 steps'):
         check_ranks_agree(run)
 
 

@@ -668,7 +668,7 @@ def test_meters_weight_every_image_equally():
     (['--save', '\ud800'], r"--save '\ud800': expected a folder that can be written"),
     (['--image_size', '48'], '--image_size 48: expected 32, of CIFAR10'),
     (['--randomcrop_pad', '32'], '--randomcrop_pad 32: expected less than the image, 32'),
-    (['--gpu_id', '99'], '--gpu_id 99: CUDA has none of this number here: expected'),
+    (['--gpu_id', '99'], '--gpu_id 99: no such CUDA device'),
     (['--gpu_id', 'first'], "--gpu_id 'first': expected "),
     (['--save', '/dev/null/x'], "--save '/dev/null/x': expected a folder that can be written"),
     (['--save', ''], "--save '': expected a folder"),
