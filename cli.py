@@ -1,4 +1,4 @@
-"""How commands end, one line on stderr and an exit status, and how they print a table."""
+"""Helpers of the commands: argument parsing, errors and exit status, printing. No torch import."""
 
 import argparse
 import contextlib
@@ -8,60 +8,58 @@ import re
 import signal
 import sys
 
-# what the user can mend: status 2; other errors are the world's, such as a full disk: status 1
+# errors that the user can fix: exit status 2; environment errors, such as a full disk: status 1
 USER_ERRORS = (
     ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError
 )
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage, and exit status 2."""
+    """An ArgumentParser that prints errors as one line, without usage, and exits with status 2."""
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
         for word in args:
-            if re.fullmatch('-[^=]*=--', word):  # which argparse takes for an empty list
-                self.error(f'{word}: expected another value than --')
+            if re.fullmatch('-[^=]*=--', word):  # argparse would parse it as an empty list
+                self.error(f'{word}: expected a value other than --')
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f'{self.prog}: {message}\n')
 
 
-def _end(number, frame):
+def _exit_now(number, frame):
     os._exit(128 + number)
 
 
 def exit_on_ctrl_c():
-    """Has Ctrl-C end the process without a traceback, until exit_on_error sees to it.
+    """Makes Ctrl-C exit without a traceback until `exit_on_error` takes over.
 
-    For what comes before, the import of torch above all. Where Ctrl-C is ignored it stays so.
+    A command calls it before slow imports, such as torch. Where Ctrl-C is ignored it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+        signal.signal(signal.SIGINT, _exit_now)
 
 
 def require_packages(prog, extra, *names):
-    """Ends the process in one line, with status 2, where packages of an extra are missing.
+    """Exits with one line on stderr and status 2 if a package is not installed.
 
-    extra: of pyproject.toml, which installs them.
+    extra: the extra of pyproject.toml that installs the packages.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"{prog}: {', '.join(missing)} missing: expected pip install '.[{extra}]'",
-              file=sys.stderr)
+        print(f"{prog}: {', '.join(missing)} missing; pip install '.[{extra}]'", file=sys.stderr)
         sys.exit(2)
 
 
 @contextlib.contextmanager
 def exit_on_error(prog, expected=(ValueError, OSError, RuntimeError)):
-    """Turns the errors that a user can meet into one line on stderr, without a traceback.
+    """Turns errors of the given classes into one line on stderr and an exit status.
 
-    expected: their classes; another one is a fault of the program, and keeps its traceback. Exit
-    status: the error's own `status` if it has one, 2 for USER_ERRORS, 1 for the rest; 130 for
-    Ctrl-C.
+    Errors of other classes are bugs and keep their traceback. The exit status is the error's
+    `status` if it has one, 2 for USER_ERRORS, 1 for other errors, and 130 for Ctrl-C.
     """
-    if signal.getsignal(signal.SIGINT) is _end:
+    if signal.getsignal(signal.SIGINT) is _exit_now:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
@@ -76,38 +74,37 @@ def _one_line(error):
     if isinstance(error, OSError) and error.filename:
         return f'{error.filename}: {error.strerror}'
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    # a worker process sends its traceback first, which names the class before the message
+    # an error of a DataLoader worker: a traceback, whose last line is class and message
     return re.sub(r'^[\w.]+Error: ', '', lines[-1]) if len(lines) > 1 else lines[0]
 
 
 def say(*lines):
-    """Prints lines that are only shown: where they cannot be, stderr says so, and all goes on."""
+    """Prints lines to stdout; if stdout is closed, warns once on stderr and continues."""
     try:
         print(*lines, sep='\n', flush=True)
     except OSError as error:  # a closed terminal, `| head -1`, a full disk
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # also for what comes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for all later output
         with contextlib.suppress(OSError):
-            print(f'no more is shown ({error.strerror})', file=sys.stderr)
+            print(f'stdout: cannot be written ({error.strerror}); output is discarded',
+                  file=sys.stderr)
 
 
-def table(head, rows, left=()):
-    """Returns the lines of a table in Markdown that reads well as it is: cells are text.
+def table(header, rows, left=()):
+    """Returns the lines of an aligned Markdown table; header and rows are lists of strings.
 
-    left: titles of the columns that are aligned to the left, beside the first; the others to the
-    right.
+    left: titles of the columns to align left in addition to the first; others are aligned right.
     """
-    to_left = [i == 0 or title in left for i, title in enumerate(head)]
-    widths = [max(3, *map(len, column)) for column in zip(head, *rows)]
-    rule = ['-' * width if is_left else '-' * (width - 1) + ':'
-            for width, is_left in zip(widths, to_left)]
+    is_left = [i == 0 or title in left for i, title in enumerate(header)]
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows)]
+    rule = ['-' * width if to_left else '-' * (width - 1) + ':'
+            for width, to_left in zip(widths, is_left)]
     return [
-        '| ' + ' | '.join(cell.ljust(width) if is_left else cell.rjust(width)
-                          for cell, width, is_left in zip(cells, widths, to_left)) + ' |'
-        for cells in (head, rule, *rows)
+        '| ' + ' | '.join(cell.ljust(width) if to_left else cell.rjust(width)
+                          for cell, width, to_left in zip(cells, widths, is_left)) + ' |'
+        for cells in (header, rule, *rows)
     ]
 
 
-def print_table(head, rows, left=()):
+def print_table(header, rows, left=()):
     """Prints a `table`."""
-    for line in table(head, rows, left):
-        print(line, flush=True)
+    print(*table(header, rows, left), sep='\n', flush=True)

@@ -32,7 +32,7 @@ from diracnets.preprocessing import normalize
 from diracnets.quantization import calibration_set, equalize, quantize
 from training import data
 from training.evaluation import top1
-from training.files import errors_that_name, folder_beside, write
+from training.files import path_in_errors, sibling_tempdir, write_synced
 from training.options import DATASETS
 from training.timing import rates
 
@@ -167,11 +167,11 @@ def export(opt):
     models, tolerances = {'unfolded': unfolded}, dict.fromkeys(['unfolded', *contents], TOLERANCE)
     if opt.int8:
         tolerances[os.path.basename(opt.to)] = INT8_TOLERANCE
-    with folder_beside(opt.to) as folder:
+    with sibling_tempdir(opt.to) as folder:
         for number, (title, content) in enumerate(contents.items()):
             path = os.path.join(folder, f'{number}{opt.extension}')
-            with errors_that_name(opt.to):
-                write(path, content)
+            with path_in_errors(opt.to):
+                write_synced(path, content)
             models[title] = FORMATS[opt.extension].open(path, folded)
         expected = copy.deepcopy(unfolded).double()(inputs.double())
         memory = sum(tensor.nbytes for tensor in unfolded.state_dict().values())
@@ -185,7 +185,7 @@ def export(opt):
         if test:
             rows['top-1, %'] = [f'{top1(model, test, loaded.preprocess, title):.2f}'
                                 for title, model in models.items()]
-        with errors_that_name(opt.to):
+        with path_in_errors(opt.to):
             os.replace(path, opt.to)  # the last file
     print_table(['', *models], [[name, *cells] for name, cells in rows.items()])
     print(f'written to {opt.to}')

@@ -173,7 +173,7 @@ def main(argv=None, splits=None):
         with exit_on_error('train.py', (ValueError, OSError)):
             if opt.gpu_id:
                 os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read when CUDA is first used
-            device = distributed.start(opt.deterministic)
+            device = distributed.init(opt.deterministic)
             if opt.gpu_id and device.type != 'cuda':
                 raise ValueError(f'--gpu_id {opt.gpu_id}: no such CUDA device; use another number, '
                                  'or omit the option to train on the CPU')
@@ -193,7 +193,7 @@ def main(argv=None, splits=None):
                     print_header(run.args, run.model, run.splits, run.forward)
                     train(run, f'{script} {shlex.join(resume_argv)}')
         finally:
-            distributed.end()
+            distributed.shutdown()
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Runs train.py, and attacks it at one of the points where it touches the folder of its run.
 
-    python -m experiments.touch FOLDER POINT HOW FLAGS...
+    python -m experiments.inject_fault FOLDER POINT HOW FLAGS...
 
 FOLDER: that of --save; POINT: counted from 1, in the order in which files there are opened, renamed
 or removed; HOW: `kill` ends the process with SIGKILL before it, `half` in the middle of writing
@@ -17,7 +17,7 @@ import sys
 import train
 from cli import ArgumentParser
 
-EVENTS = ('open', 'os.mkdir', 'os.remove', 'os.rename')  # of Python's audit hooks
+EVENTS = ('open', 'os.link', 'os.mkdir', 'os.remove', 'os.rename')  # of Python's audit hooks
 BYTES = 50  # that are still written
 
 
@@ -49,7 +49,7 @@ def attack(folder, point, how):
 
 
 def main():
-    parser = ArgumentParser(prog='experiments.touch', description=__doc__,
+    parser = ArgumentParser(prog='experiments.inject_fault', description=__doc__,
                      usage='%(prog)s FOLDER POINT HOW FLAGS...',
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=os.path.realpath, help='that of --save')

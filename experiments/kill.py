@@ -116,7 +116,7 @@ EXPECTED = {'kill': {-signal.SIGKILL}, 'half': {-signal.SIGXFSZ, 0}, 'full': {1,
 
 def touch(save, point, how):
     """Runs a training that is attacked at a point: (exit status, what it said)."""
-    command = [sys.executable, '-m', 'experiments.touch', str(save), str(point), how]
+    command = [sys.executable, '-m', 'experiments.inject_fault', str(save), str(point), how]
     done = subprocess.run([*command, *POINT_OPTIONS], cwd=ROOT, stdout=subprocess.DEVNULL,
                           stderr=subprocess.PIPE, text=True)
     return done.returncode, done.stderr.strip().splitlines()

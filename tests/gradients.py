@@ -17,7 +17,7 @@ from training.setup import prepare
 def main():
     opt = options.parse_options(['--dataset', 'Digits', '--depth', '10', '--dtype', 'double',
                                   '--save', sys.argv[1] + '.run'])
-    device = distributed.start()
+    device = distributed.init()
     run = prepare(opt, device, checkpoint.Lock(opt.save))
     run.model.eval()
     network = DistributedDataParallel(run.model) if distributed.world_size() > 1 else run.model
@@ -33,7 +33,7 @@ def main():
         run.optimizer.step()
     if distributed.rank() == 0:
         torch.save(gradients, sys.argv[1])
-    distributed.end()
+    distributed.shutdown()
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""How commands end: Ctrl-C at any time."""
+"""cli.py: Ctrl-C at any time, missing packages, help."""
 
 import os
 import signal
@@ -24,8 +24,8 @@ def run(*arguments, **kwargs):
     ('train.py', 'torch'), ('export.py', 'torch'), ('predict.py', 'torch'),
     ('plot.py', 'matplotlib'),
 ])
-def test_ctrl_c_while_it_imports(tmp_path, script, imported):
-    """What takes the time is replaced by a module that presses the keys."""
+def test_ctrl_c_during_imports_exits_without_output(tmp_path, script, imported):
+    """A fake module in place of the slow one sends the signal."""
     (tmp_path / f'{imported}.py').write_text(INTERRUPT + 'raise SystemExit(7)\n')
     environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
     assert run(ROOT / script, env=environment) == (130, '', '')
@@ -34,14 +34,14 @@ def test_ctrl_c_while_it_imports(tmp_path, script, imported):
     assert ignored == (7, 'still here\n', '')
 
 
-def test_ctrl_c_in_main_can_be_answered(tmp_path):
+def test_ctrl_c_in_exit_on_error_runs_finally_blocks(tmp_path):
     (tmp_path / 'interrupt.py').write_text(INTERRUPT)
     text = '\n'.join([
         'import cli', 'cli.exit_on_ctrl_c()', 'with cli.exit_on_error("x.py"):',
-        '    try:', '        import interrupt', '    finally:', '        print("answered")',
+        '    try:', '        import interrupt', '    finally:', '        print("cleaned up")',
     ])
     environment = {**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{tmp_path}'}
-    assert run('-c', text, env=environment) == (130, 'answered\n', '')
+    assert run('-c', text, env=environment) == (130, 'cleaned up\n', '')
 
 
 HIDDEN = """
@@ -55,15 +55,18 @@ importlib.machinery.PathFinder.find_spec = lambda name, *rest: (
 @pytest.mark.parametrize(('script', 'missing', 'extra'), [
     ('plot.py', 'matplotlib', 'plot'), ('test.py', 'pytest', 'test'),
 ])
-def test_a_missing_package_is_one_line(tmp_path, script, missing, extra):
-    """As in an environment without it, of which Python hears before anything else."""
+def test_require_packages_names_the_missing_package_and_its_extra(
+    tmp_path, script, missing, extra
+):
     (tmp_path / 'sitecustomize.py').write_text(HIDDEN.replace('{names}', repr({missing})))
     environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
-    expected = f"{script}: {missing} missing: expected pip install '.[{extra}]'\n"
-    assert run(ROOT / script, 'logs', env=environment) == (2, '', expected)
+    status, printed, error = run(ROOT / script, 'logs', env=environment)
+    assert (status, printed, error.count('\n')) == (2, '', 1)
+    assert error.startswith(f'{script}: {missing} missing')
+    assert f"pip install '.[{extra}]'" in error
 
 
-def test_help_of_the_tests_is_their_own():
+def test_help_of_test_py_shows_pytest_examples():
     status, shown, _ = run(ROOT / 'test.py', '--help')
     assert status == 0
     assert 'python test.py -k fold' in shown

@@ -1,4 +1,4 @@
-"""What a person sees of a training: in a terminal, in its last line and in its log."""
+"""Console output of a run: the progress bar, the line of each epoch, the last line."""
 
 import fcntl
 import io
@@ -30,7 +30,7 @@ def images(tmp_path_factory):
 
 
 def in_terminal(*words):
-    """Runs a command whose stdout and stderr are a terminal: (exit status, what stands there)."""
+    """Runs a command in a terminal; returns (exit status, output)."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 40, 100, 0, 0))
     process = subprocess.Popen(words, cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs)
@@ -39,7 +39,7 @@ def in_terminal(*words):
     while True:
         try:
             part = os.read(ours, 4096)
-        except OSError:  # as Linux says that the other side is closed
+        except OSError:  # EIO: the process closed the terminal
             part = b''
         if not part:
             break
@@ -48,7 +48,7 @@ def in_terminal(*words):
     return process.wait(), shown.decode()
 
 
-def test_the_bar_is_ended_before_an_error(images, tmp_path):
+def test_progress_bar_is_cleared_before_an_error_message(images, tmp_path):
     status, shown = in_terminal(
         sys.executable, 'train.py', '--dataset', 'Folder', '--dataroot', str(images), '--depth',
         '10', '--batch_size', '4', '--lr', '1e30', '--dtype', 'float', '--save', str(tmp_path))
@@ -65,7 +65,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_bar_moves_with_each_step(monkeypatch):
+def test_progress_bar_advances_with_each_step(monkeypatch):
     monkeypatch.setattr(sys, 'stderr', Terminal())
     seen = meters.Meters(10, 12, 'short')
     with seen.bar:
@@ -76,7 +76,7 @@ def test_the_bar_moves_with_each_step(monkeypatch):
     assert seen.summary('train')['train_loss'] == 1.0
 
 
-def test_long_steps_show_their_loss(monkeypatch):
+def test_meters_read_the_loss_of_each_step_when_steps_are_long(monkeypatch):
     clock = iter(range(0, 1000, 2))  # seconds
     monkeypatch.setattr(meters.time, 'perf_counter', lambda: next(clock))
     seen = meters.Meters(10, 8, 'slow')
@@ -84,20 +84,20 @@ def test_long_steps_show_their_loss(monkeypatch):
     assert seen.loss.n == 4
 
 
-def test_validation_in_the_line_of_an_epoch(images, tmp_path, capsys):
+def test_epoch_line_shows_validation_and_test_accuracy(images, tmp_path, capsys):
     run(images, tmp_path / 'run', '--val', 8)
     lines = capsys.readouterr().out.splitlines()
     for stats in stats_of(tmp_path / 'run'):
         assert (f'==> id: {tmp_path / "run"} ({stats["epoch"]}/2), val_acc: '
                 f'{stats["val_acc"]:.2f}, test_acc: {stats["test_acc"]:.2f}') in lines
     epochs = read_log(tmp_path / 'run' / 'log.txt')
-    _, accuracy, _ = plot.draw({'run': epochs}).axes
+    _, accuracy, _ = plot.plot_logs({'run': epochs}).axes
     assert [list(line.get_ydata()) for line in accuracy.lines] == [
         [stats[f'{split}_acc'] for stats in epochs] for split in ('train', 'val', 'test')]
 
 
 @pytest.mark.parametrize('elsewhere', [True, False])
-def test_a_finished_run_says_that_nothing_was_left(images, tmp_path, capsys, elsewhere):
+def test_resume_of_a_finished_run_writes_nothing(images, tmp_path, capsys, elsewhere):
     first, save = tmp_path / 'run', tmp_path / ('other' if elsewhere else 'run')
     run(images, first)
     before = {path: path.read_bytes() for path in first.iterdir()}
@@ -108,11 +108,3 @@ def test_a_finished_run_says_that_nothing_was_left(images, tmp_path, capsys, els
                            f'{first} has 2 epochs, --epochs is 2; best test_acc ')
     assert sorted(tmp_path.iterdir()) == [first]
     assert {path: path.read_bytes() for path in first.iterdir()} == before
-
-
-def test_older_logs_have_the_rate_under_another_name(tmp_path):
-    log = tmp_path / 'log.txt'
-    log.write_text('json_stats: {"epoch": 1, "lr": 0.02}\n'
-                   'json_stats: {"epoch": 2, "lr": 0.1, "epoch_lr": 0.004}\n'
-                   'json_stats: {"epoch": 3}\n')
-    assert [stats.get('epoch_lr') for stats in read_log(log)] == [0.02, 0.004, None]

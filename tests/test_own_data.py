@@ -188,7 +188,7 @@ def test_flips_and_crops_are_options_apart(capsys):
     assert parsed('--dataset', 'Digits', '--flip', 'all') == (True, True, 'all')
     assert parsed('--no-augment', '--no-crop') == (False, False, 'horizontal')
     error = refused(capsys, '--no-augment', '--flip', 'all')
-    assert '--no-augment and --flip all both given: expected one of them' in error
+    assert '--no-augment and --flip all' in error
 
 
 def test_a_run_is_flipped_and_cropped_as_asked(pairs, tmp_path):
@@ -292,7 +292,7 @@ def test_files_know_their_mean_and_deviation(pairs, tmp_path, capsys):
     evaluate += ['--resume', tmp_path / 'run', '--normalise']
     assert 'mean is [0.2, 0.4, 0.6], not [0.5, 0.5, 0.5]; std is' in refused(
         capsys, *evaluate, '[0.5,0.5,0.5,1,1,1]')
-    assert 'measured with --evaluate: expected' in refused(capsys, *evaluate, 'measured')
+    assert '--normalise measured: ' in refused(capsys, *evaluate, 'measured')
 
 
 def test_a_run_that_measured_goes_on(pairs, tmp_path):
@@ -538,10 +538,10 @@ def test_data_beside_a_name_are_refused(pairs, capsys):
     for flags in (['--dataset', 'CIFAR10'], ['--image_size', '32']):
         with pytest.raises(SystemExit):
             train.main(flags, sets)
-        assert 'and data from Python: expected one of them' in capsys.readouterr().err
+        assert 'and data from Python' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train.main([], DataSplits.from_arrays(None, pairs[2]))
-    assert 'no training images: expected some, or --evaluate' in capsys.readouterr().err
+    assert 'no training images' in capsys.readouterr().err
 
 
 def test_folded_network_of_given_data(pairs, by_folder):

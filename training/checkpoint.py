@@ -1,8 +1,9 @@
-"""What a run is on disk: checkpoints that survive a crash at any moment, and a log of whole lines.
+"""Checkpoints of a run: written atomically, restored with their random states, one run a folder.
 
-A checkpoint is a plain dict that loads with weights only: `params` (flat name -> tensor, running
-statistics included), `optimizer`, `epoch` (finished ones), `step` (finished ones of the next
-epoch), `totals` (of the meters in these steps), `rng`, `best`, `classes`, `args` and `versions`.
+A checkpoint is a plain dict that loads with `weights_only=True`: `params` (flat name to tensor,
+running statistics included), `optimizer`, `epoch` (finished epochs), `step` (finished steps of the
+next epoch), `totals` (sums of the meters over these steps), `rng`, `best`, `classes`, `args` and
+`versions`.
 """
 
 import fcntl
@@ -15,18 +16,19 @@ import sys
 import numpy as np
 import torch
 
+from diracnet import find_nonfinite
 from diracnets.checkpoint import MODEL_FILE, PREVIOUS_FILE, load_dict, load_dict_file
-from training.files import write_beside
+from training.files import link_or_copy, replacement, sync_folder, write_synced
 from training.optimizers import moments
 
-QUARANTINED_FILE = 'damaged.pt7'  # a model.pt7 in whose place the one before it served
+QUARANTINED_FILE = 'damaged.pt7'  # a corrupt model.pt7, which previous.pt7 replaced
 REQUIRED = ('params', 'optimizer', 'epoch', 'args')
 
 
 class DivergedError(Exception):
-    """The loss, or what was learnt, is no number any more."""
+    """The loss, a parameter or a momentum is NaN or Inf."""
 
-    status = 3  # with which the command ends
+    status = 3  # exit status of the command
 
 
 def versions():
@@ -34,7 +36,7 @@ def versions():
 
 
 def rng_state():
-    """The states of the global generators, as plain types."""
+    """Returns the states of the global random number generators as plain types."""
     name, keys, *rest = np.random.get_state()
     return {
         'python': random.getstate(),
@@ -52,44 +54,44 @@ def set_rng_state(state):
         torch.cuda.set_rng_state_all(state['cuda'])
 
 
-def check_finite(checkpoint):
-    """Raises DivergedError for parameters, running statistics or momenta that are no numbers."""
+def check_finite(state):
+    """Raises DivergedError if a parameter, running statistic or momentum is NaN or Inf."""
     momenta = {
         f'the {name} of parameter {number}': moment
-        for number, state in checkpoint['optimizer']['state'].items()
-        for name, moment in moments(state).items()
+        for number, buffers in state['optimizer']['state'].items()
+        for name, moment in moments(buffers).items() if moment is not None
     }
-    for name, tensor in {**checkpoint['params'], **momenta}.items():
-        if tensor is not None and not tensor.isfinite().all():
-            raise DivergedError(f'{name} is not finite after step {checkpoint["step"]}')
+    name = find_nonfinite({**state['params'], **momenta})
+    if name:
+        raise DivergedError(f'{name} is not finite after step {state["step"]}')
 
 
-def save(folder, checkpoint, names=(MODEL_FILE,)):
-    """Writes a checkpoint under several names."""
-    for name in names:
-        _save(folder, checkpoint, name)
+def save(folder, state, names=(MODEL_FILE,), checked=False):
+    """Writes a checkpoint once and links it under each of the names, synced to disk on return.
 
+    names: such as ['epoch-3.pt7', 'best.pt7', 'model.pt7'], replaced atomically in this order; an
+    existing model.pt7 becomes previous.pt7. checked: `check_finite` passed already.
 
-def _save(folder, checkpoint, name):
-    """Writes a checkpoint: when this returns it is on the disk, and until then the last one is.
-
-    Raises DivergedError, and writes nothing, if it holds numbers that are not finite; OSError if it
-    cannot be written: the last checkpoint is whole then.
+    Raises DivergedError and writes nothing if a tensor is not finite; raises OSError if the file
+    cannot be written. After an error or a crash the last checkpoint is complete.
     """
-    check_finite(checkpoint)
-    path, written = os.path.join(folder, name), io.BytesIO()
-    torch.save(checkpoint, written)  # into memory: of a full disk torch would say something else
-    write_beside(path, written.getbuffer())
-    if name == MODEL_FILE and os.path.exists(path):
-        os.replace(path, os.path.join(folder, PREVIOUS_FILE))
-    os.replace(path + '.tmp', path)
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)  # of the folder: the new names are on the disk too
-    os.close(descriptor)
+    if not checked:
+        check_finite(state)
+    serialized = io.BytesIO()  # torch.save to a file hides the reason of an OSError
+    torch.save(state, serialized)
+    *copies, last = (os.path.join(folder, name) for name in names)
+    with replacement(last) as temporary:
+        write_synced(temporary, serialized.getbuffer())
+        for path in copies:
+            with replacement(path) as link:
+                link_or_copy(temporary, link)
+        if names[-1] == MODEL_FILE and os.path.exists(last):
+            os.replace(last, os.path.join(folder, PREVIOUS_FILE))
+    sync_folder(folder)
 
 
 def quarantine(folder):
-    """Renames a model.pt7 that cannot be read, so that no later save puts it in previous.pt7."""
+    """Renames a corrupt model.pt7, so that the next save does not keep it as previous.pt7."""
     path = os.path.join(folder, MODEL_FILE)
     try:
         if os.path.exists(path):
@@ -99,30 +101,30 @@ def quarantine(folder):
 
 
 class Lock:
-    """The right to write into a folder: one training has it at a time, no longer than it lives.
+    """An exclusive lock on the folder of a run, held by one process at a time.
 
-    A context manager that gives it back. Where the file system has no locks, stderr says so, and
-    there is none.
+    A context manager that releases the lock. The system releases it when the process dies. On a
+    file system without locks `acquire` prints a warning, and nothing is locked.
     """
 
     def __init__(self, folder):
         self.folder, self.descriptor = folder, None
 
     def acquire(self):
-        """Raises ValueError if another process has it."""
+        """Locks the folder unless this object holds the lock. Raises ValueError if another does."""
         if self.descriptor is not None:
             return
         self.descriptor = os.open(self.folder, os.O_RDONLY)
-        os.register_at_fork(after_in_child=self.release)  # a reading process does not keep it
+        os.register_at_fork(after_in_child=self.release)  # DataLoader workers do not hold the lock
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f'{self.folder}: another training writes there: expected another --save'
+                f'{self.folder}: another run writes to this folder; use another --save'
             ) from error
         except OSError as error:
-            print(f'{self.folder} cannot be locked ({error.strerror}): a second training there '
-                  'would not be noticed', file=sys.stderr)
+            print(f'{self.folder}: cannot be locked ({error.strerror}); do not start a second run '
+                  'with this --save', file=sys.stderr)
 
     def release(self):
         descriptor, self.descriptor = self.descriptor, None
@@ -137,7 +139,7 @@ class Lock:
 
 
 def load(path):
-    """Loads what a training goes on from: path and errors are those of `load_dict`."""
+    """Loads a checkpoint to resume from; `path` and errors are those of `load_dict`."""
     return load_dict(path, REQUIRED)
 
 

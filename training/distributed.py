@@ -1,4 +1,4 @@
-"""The processes that torchrun starts, and what they add up; alone, there is one."""
+"""The processes of torchrun, and reductions over them; without torchrun there is one process."""
 
 import os
 import time
@@ -9,67 +9,70 @@ import torch.distributed as dist
 
 
 def available_cores():
-    """The CPU cores that fall to this process, of those that torchrun's here may use."""
+    """Returns the number of CPU cores per process of this machine."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return max(1, allowed // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
-def start(deterministic=False):
-    """Joins the processes of torchrun, if it started this one; returns this one's device.
+def init(deterministic=False):
+    """Joins the process group if torchrun started this process; returns the device to use.
 
-    NCCL on CUDA, gloo on the CPU. deterministic: have CUDA add in the same order each time, where
-    it can. Raises ValueError where there are more processes than GPUs.
+    The backend is NCCL on CUDA and gloo on the CPU. deterministic: use deterministic CUDA kernels
+    where they exist. Raises ValueError if there are more processes than GPUs.
     """
-    cuda, local = torch.cuda.is_available(), int(os.environ.get('LOCAL_RANK', 0))
-    if cuda and local >= torch.cuda.device_count():
-        raise ValueError(f'process {local} of this machine has no GPU: expected --nproc_per_node '
-                         f'of at most {torch.cuda.device_count()}')
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get('LOCAL_RANK', 0))
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(f'process {local_rank} of this machine has no GPU; use --nproc_per_node '
+                         f'{torch.cuda.device_count()} or less')
     torch.backends.cudnn.benchmark = cuda and not deterministic
     if deterministic and cuda:
-        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read at its first use
-        # max-pooling warns: its windows do not overlap on small images, and so add in no order
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS reads it at first use
+        # only a warning: the backward pass of max-pooling has no deterministic kernel, but its
+        # windows do not overlap on small images, so that the order of additions does not matter
         torch.use_deterministic_algorithms(True, warn_only=True)
     if 'LOCAL_RANK' not in os.environ:
         return torch.device('cuda' if cuda else 'cpu')
-    store, number, count = next(dist.rendezvous('env://'))
-    store = _fresh_store(store, number, count)
+    store, rank, world_size = next(dist.rendezvous('env://'))
+    store = _store_of_this_start(store, rank, world_size)
     dist.init_process_group(
-        'nccl' if cuda else 'gloo', store=store, rank=number, world_size=count
+        'nccl' if cuda else 'gloo', store=store, rank=rank, world_size=world_size
     )
     if not cuda:
-        if os.environ.get('OMP_NUM_THREADS') == '1':  # as torchrun sets it where nobody did
+        if os.environ.get('OMP_NUM_THREADS') == '1':  # torchrun's default
             torch.set_num_threads(available_cores())
         return torch.device('cpu')
-    device = torch.device('cuda', local)
+    device = torch.device('cuda', local_rank)
     torch.cuda.set_device(device)
     return device
 
 
-def _fresh_store(store, rank, world_size):
-    """Returns the part of torchrun's store that these processes, and none before them, write to.
+def _store_of_this_start(store, rank, world_size):
+    """Returns a PrefixStore whose prefix only the processes of this (re)start share.
 
-    torchrun keeps its store when it starts processes again, with the addresses of the dead ones: a
-    process that reads one of those waits for ever. The count of restarts does not tell them apart,
-    as each machine counts its own. So the first process makes a new name, and answers with it each
-    process that calls; a call that a dead one left is answered too, and heard by nobody.
+    torchrun keeps one store over restarts, with the addresses of the dead processes; a process that
+    reads such an address waits forever. TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart a
+    new store, but torchrun reads that variable before it starts this process, so every user would
+    have to set it. The restart count does not identify a restart: each machine has its own.
+
+    Therefore the first process chooses a random prefix, and sends it to each process that asks with
+    a random token. Requests of dead processes are answered, too, without effect.
     """
     if rank > 0:
-        caller = uuid.uuid4().hex
-        store.set(f'call/{rank}', caller)
-        name = store.get(f'answer/{caller}').decode()  # waits for it
-        store.set(f'{name}/heard/{rank}', '')
-        return dist.PrefixStore(name, store)
-    name, silent = uuid.uuid4().hex, set(range(1, world_size))
-    while silent:
-        for other in silent:
-            if store.check([f'call/{other}']):
-                store.set(f'answer/{store.get(f"call/{other}").decode()}', name)
-        silent = {other for other in silent if not store.check([f'{name}/heard/{other}'])}
-        time.sleep(0.01)  # in seconds
-    return dist.PrefixStore(name, store)
+        token = uuid.uuid4().hex
+        store.set(f'request/{rank}', token)
+        prefix = store.get(f'prefix/{token}').decode()  # blocks until it is set
+        store.add(f'{prefix}/received', 1)
+        return dist.PrefixStore(prefix, store)
+    prefix = uuid.uuid4().hex
+    while store.add(f'{prefix}/received', 0) < world_size - 1:
+        for other in range(1, world_size):
+            if store.check([f'request/{other}']):
+                store.set(f'prefix/{store.get(f"request/{other}").decode()}', prefix)
+        time.sleep(0.01)  # seconds
+    return dist.PrefixStore(prefix, store)
 
 
-def end():
+def shutdown():
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -83,25 +86,25 @@ def world_size():
 
 
 def all_reduce(numbers, op=dist.ReduceOp.SUM):
-    """Combines a list of numbers over all processes."""
+    """Reduces a list of numbers elementwise over all processes; returns a list."""
     if world_size() == 1:
         return numbers
     device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
-    numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(numbers, op)
-    return numbers.tolist()
+    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op)
+    return tensor.tolist()
 
 
-def rank_zero_first(act):
-    """Calls act() in the first process of each machine, in turn, then in the others.
+def rank_zero_first(load):
+    """Calls load() in the first process of each machine, one machine at a time, then in the others.
 
-    So what one downloads, all read, whether machines share a disk or not.
+    So the first one downloads, and the others find the files, on shared and on separate disks.
     """
     if world_size() == 1:
-        return act()
+        return load()
     first, result = int(os.environ['LOCAL_RANK']) == 0, None
     for turn in range(world_size()):
         if first and rank() == turn:
-            result = act()
+            result = load()
         dist.barrier()
-    return result if first else act()
+    return result if first else load()

@@ -1,4 +1,4 @@
-"""Writing files so that a crash or a full disk leaves the old one or the new one, complete."""
+"""Files that are replaced atomically: after a crash the old or the new file exists, complete."""
 
 import contextlib
 import os
@@ -6,29 +6,65 @@ import tempfile
 from pathlib import Path
 
 
-def write(path, content):
-    """Writes bytes into a new file: when this returns they are on the disk. Raises OSError."""
+def atomic_write(path, content):
+    """Replaces the file at `path` by these bytes, which are synced to disk on return.
+
+    Raises OSError, naming `path`; the previous file is unchanged then.
+    """
+    with replacement(path) as temporary:
+        write_synced(temporary, content)
+    sync_folder(os.path.dirname(path))
+
+
+@contextlib.contextmanager
+def replacement(path):
+    """Yields the name of a temporary file beside `path`, which replaces it after the block.
+
+    The block creates the file. An error removes it; an OSError is raised again naming `path`.
+    """
+    temporary = f'{path}.tmp'
+    try:
+        if os.path.lexists(temporary):  # left by a killed process; a link is not followed
+            os.remove(temporary)
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        if isinstance(error, OSError) and error.strerror:  # else it names a file already
+            raise OSError(f'{path}: cannot be written ({error.strerror}); the previous file is '
+                          'unchanged') from error
+        raise
+
+
+def write_synced(path, content):
+    """Writes bytes to a new file and syncs it to disk. Raises OSError, also if the file exists."""
     with open(path, 'xb') as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def write_beside(path, content):
-    """Writes bytes into the file that is to take the place of `path`: raises OSError."""
+def link_or_copy(source, path):
+    """Makes `path` a hard link to `source`, or a synced copy on file systems without links."""
     try:
-        if os.path.lexists(path + '.tmp'):  # of a run that was killed; a link is not followed
-            os.remove(path + '.tmp')
-        write(path + '.tmp', content)
-    except OSError as error:
-        if os.path.exists(path + '.tmp'):
-            os.remove(path + '.tmp')
-        raise OSError(f'{path} cannot be written ({error.strerror}); the last one stays') from error
+        os.link(source, path)
+    except OSError:
+        write_synced(path, Path(source).read_bytes())
+
+
+def sync_folder(folder):
+    """Syncs the file names in a folder to disk, so that renames survive a power failure."""
+    descriptor = os.open(folder or '.', os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
-def errors_that_name(path):
-    """Has an OSError name the file that was asked for, in place of one on the way to it."""
+def path_in_errors(path):
+    """Raises an OSError of the block again with `path` in place of the path of a temporary file."""
     try:
         yield
     except OSError as error:
@@ -36,18 +72,21 @@ def errors_that_name(path):
 
 
 @contextlib.contextmanager
-def folder_beside(path):
-    """A temporary folder beside a file to come; folders made for one that does not come go."""
+def sibling_tempdir(path):
+    """Yields a temporary folder beside a file to be written, whose parent folders it creates.
+
+    On an error the created parent folders are removed.
+    """
     target = Path(path).absolute().parent
-    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    created = [folder for folder in (target, *target.parents) if not folder.exists()]
     try:
-        with errors_that_name(path):
+        with path_in_errors(path):
             target.mkdir(parents=True, exist_ok=True)
             folder = tempfile.TemporaryDirectory(dir=target)
         with folder as name:
             yield name
     except BaseException:
-        for folder in made:  # the innermost first
+        for folder in created:  # the innermost first
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise

@@ -4,30 +4,29 @@ import json
 import operator
 import os
 
-from training.files import write_beside
+from training.files import atomic_write
 
 LOG_FILE = 'log.txt'
-LOG_PREFIX = 'json_stats: '  # before each record of the log
+LOG_PREFIX = 'json_stats: '  # starts each record
 
 
 def append_log(folder, stats):
-    """Adds a line to the log: when this returns it is on the disk. Raises OSError."""
+    """Appends a record to the log and syncs it to disk. Raises OSError."""
     path = os.path.join(folder, LOG_FILE)
     try:
         with open(path, 'a') as log:
-            log.write(f'{LOG_PREFIX}{json.dumps(stats)}\n')  # one write: a line is whole or missing
+            log.write(_record(stats))  # a single write: the line is complete or missing
             log.flush()
             os.fsync(log.fileno())
     except OSError as error:
-        raise OSError(f'{path} cannot be written ({error.strerror})') from error
+        raise OSError(f'{path}: cannot be written ({error.strerror})') from error
 
 
 def read_log(path):
-    """Reads a log.txt: a list of dicts, one for each epoch, in order.
+    """Reads a log.txt: a list of dicts, one per epoch, in order of epochs.
 
-    An epoch that ran again counts as it was last. A record that a crash cut short is left out, also
-    where a later one follows it in the same line. `epoch_lr` is the learning rate of an epoch's
-    first step; older logs call it `lr`, which is the option --lr now.
+    Of repeated epochs the last record counts. Records that a crash truncated are skipped, also
+    where the next record follows on the same line.
     """
     epochs = {}
     with open(path, encoding='utf-8', errors='replace') as log:
@@ -35,21 +34,19 @@ def read_log(path):
     for record in records:
         try:
             stats, _ = json.JSONDecoder().raw_decode(record)
-            number = operator.index(stats['epoch'])
+            epochs[operator.index(stats['epoch'])] = stats
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if 'lr' in stats:
-            stats.setdefault('epoch_lr', stats['lr'])
-        epochs[number] = stats
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 
 def truncate_log(folder, epoch):
-    """Leaves the epochs up to `epoch` in the log: those after it are about to run again."""
+    """Removes the records of the epochs after `epoch`, which are about to run again."""
     path = os.path.join(folder, LOG_FILE)
-    if not os.path.exists(path):
-        return
-    kept = [stats for stats in read_log(path) if stats['epoch'] <= epoch]
-    lines = ''.join(f'{LOG_PREFIX}{json.dumps(stats)}\n' for stats in kept)
-    write_beside(path, lines.encode())
-    os.replace(path + '.tmp', path)
+    if os.path.exists(path):
+        records = [_record(stats) for stats in read_log(path) if stats['epoch'] <= epoch]
+        atomic_write(path, ''.join(records).encode())
+
+
+def _record(stats):
+    return f'{LOG_PREFIX}{json.dumps(stats)}\n'

@@ -1,7 +1,6 @@
-"""What moves the parameters: SGD as in the paper, or Muon on the filters; and how fast, over time.
+"""Optimizers, SGD as in the paper or Muon on the filters, and learning rate schedules.
 
-Each group of parameters has the rate of its own that it is to have at most as `initial_lr`, as
-torch's schedulers do.
+`initial_lr` of a parameter group is its maximum learning rate, as in torch's schedulers.
 """
 
 import math
@@ -14,56 +13,56 @@ from diracnets.models.registry import ARCHITECTURES
 
 OPTIMIZERS = ('sgd', 'muon')
 SCHEDULES = ('step', 'cosine', 'onecycle', 'linear')
-MUON_MOMENTUM, NEWTON_SCHULZ_STEPS = 0.6, 3  # of airbench94_muon, for few epochs
+MUON_MOMENTUM, NEWTON_SCHULZ_STEPS = 0.6, 3  # as airbench94_muon, for few epochs
 ADAM_BETAS = 0.85, 0.95
-WARM_UP = 0.2  # share of a linear schedule
+WARM_UP = 0.2  # fraction of a linear schedule
 
 
-# ---------------------------------------------------------------- over time
+# ---------------------------------------------------------------- learning rate
 
 
 def lr_factor(opt, done):
-    """The share of the highest learning rate when `done` epochs, or parts of one, are done.
+    """Returns the learning rate as a fraction of its maximum after `done` epochs, a float.
 
-    `step` drops it at the start of the epochs of --epoch_step, counted from 1. `cosine` lowers it
-    to 0. `onecycle` raises it from 1/25 in the first 30 %, then lowers it to 1/250000 (arXiv
-    1708.07120, with the defaults of torch's OneCycleLR; the momentum stays). `linear` raises it
-    from 0 in the first 20 %, then lowers it to 0, in straight lines.
+    `step` drops at the start of the epochs of --epoch_step, counted from 1. `cosine` falls to 0.
+    `onecycle` rises from 1/25 in the first 30 %, then falls to 1/250000 (arXiv 1708.07120, with the
+    defaults of torch's OneCycleLR, but a constant momentum). `linear` rises from 0 in the first
+    20 %, then falls to 0.
     """
     if opt.lr_schedule == 'step':
         return opt.lr_decay_ratio ** sum(epoch <= done + 1 for epoch in opt.epoch_step)
 
-    def half_cosine(start, end, part):
-        return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+    def half_cosine(start, end, progress):
+        return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
-    part = done / opt.epochs
+    progress = done / opt.epochs
     if opt.lr_schedule == 'linear':
-        return min(part / WARM_UP, (1 - part) / (1 - WARM_UP))
+        return min(progress / WARM_UP, (1 - progress) / (1 - WARM_UP))
     if opt.lr_schedule == 'cosine':
-        return half_cosine(1, 0, part)
-    if part < 0.3:
-        return half_cosine(1 / 25, 1, part / 0.3)
-    return half_cosine(1, 1 / 250_000, (part - 0.3) / 0.7)
+        return half_cosine(1, 0, progress)
+    if progress < 0.3:
+        return half_cosine(1 / 25, 1, progress / 0.3)
+    return half_cosine(1, 1 / 250_000, (progress - 0.3) / 0.7)
 
 
-def set_learning_rate(optimizer, share):
-    """Sets the rate of each group to a share of its highest one.
+def set_learning_rate(optimizer, factor):
+    """Sets the learning rate of each group to `factor` times its maximum.
 
-    The momentum stays (the original lost it where the rate drops).
+    Momentum buffers stay; the original code created a new optimizer, without them, at each drop.
     """
     for group in optimizer.param_groups:
-        group['lr'] = group['initial_lr'] * share
+        group['lr'] = group['initial_lr'] * factor
 
 
 # ---------------------------------------------------------------- optimizers
 
 
-def make_optimizer(network, opt):
-    """The optimizer that --optimizer names, of the parameters that require grad.
+def make_optimizer(model, opt):
+    """Returns the optimizer of --optimizer for the parameters that require gradients.
 
-    Raises ValueError for a torch without Muon.
+    Raises ValueError if this version of torch has no Muon.
     """
-    params = [p for p in network.parameters() if p.requires_grad]
+    params = [p for p in model.parameters() if p.requires_grad]
     optimizer = {'sgd': _sgd, 'muon': _muon}[opt.optimizer](params, opt)
     for group in optimizer.param_groups:
         group['initial_lr'] = group['lr']
@@ -71,22 +70,23 @@ def make_optimizer(network, opt):
 
 
 def _sgd(params, opt):
-    """SGD; the decay leaves one-dimensional tensors (alpha, beta, biases, batch norm) alone.
+    """Returns SGD without weight decay on 1-D tensors (alpha, beta, biases, batch norm).
 
-    Except in the families whose papers decay them all.
+    Architectures whose papers decay all parameters have `decay_all`.
     """
     decayed = [p.dim() > 1 or ARCHITECTURES[opt.model].decay_all for p in params]
     groups = [
         {'params': [p for p, d in zip(params, decayed) if d], 'weight_decay': opt.weight_decay},
         {'params': [p for p, d in zip(params, decayed) if not d], 'weight_decay': 0.0},
     ]
-    fused = params[0].is_cuda  # one kernel for all parameters
+    fused = params[0].is_cuda  # one kernel updates all parameters
     return torch.optim.SGD(groups, lr=opt.lr, momentum=0.9, nesterov=opt.nesterov, fused=fused)
 
 
 def _muon(params, opt):
     if not hasattr(torch.optim, 'Muon'):
-        raise ValueError(f'--optimizer muon with torch {torch.__version__}: expected 2.9 or newer')
+        raise ValueError(f'--optimizer muon: torch {torch.__version__} has no Muon; install torch '
+                         '2.9 or newer')
     return FilterMuon(
         [p for p in params if p.dim() > 2], [p for p in params if p.dim() <= 2],
         opt.lr, opt.adam_lr,
@@ -94,19 +94,19 @@ def _muon(params, opt):
 
 
 class FilterMuon:
-    """torch's Muon on filters, of which each is a row of a matrix, and AdamW on all else.
+    """torch's Muon on filters, with one filter per matrix row, and AdamW on all other parameters.
 
-    What torch's optimizers are to a training: `param_groups`, `state` and the methods below. Before
-    its step, which is orthogonal whatever the gradient, each matrix is scaled to the norm that one
-    with rows of norm 1 has, so that the rate alone says how far it turns, as airbench94_muon does.
-    In W_hat and before batch norm this scale means nothing to the network; elsewhere (AlexNet, the
-    last convolution of a Wide ResNet's block) it does, and the weights are not kept. A decay would
-    mean nothing here.
+    It has the interface of torch's optimizers that a run needs: `param_groups`, `state` and the
+    methods below. As in airbench94_muon, each matrix is scaled before its step to the norm of a
+    matrix with rows of norm 1. Muon's update is orthogonal, so the learning rate alone determines
+    the relative change. In W_hat and before batch norm this scale has no effect on the outputs;
+    elsewhere it changes them (AlexNet, the last convolution of a Wide ResNet block). Weight decay
+    is 0, as it would be undone by the scaling.
     """
 
     def __init__(self, filters, others, lr, adam_lr):
         self.filters = filters
-        # torch's takes matrices alone: these share the memory of the filters
+        # torch's Muon accepts only matrices; these share the memory of the filters
         matrices = [nn.Parameter(f.detach().view(len(f), -1)) for f in filters]
         self.muon = torch.optim.Muon(matrices, lr, 0.0, MUON_MOMENTUM,
                                      ns_steps=NEWTON_SCHULZ_STEPS)
@@ -125,17 +125,15 @@ class FilterMuon:
             f.grad = None
         self.adam.zero_grad()
 
-    def step(self, closure=None):
-        loss = None if closure is None else closure()
+    def step(self):
         for f, matrix in zip(self.filters, self.muon.param_groups[0]['params']):
             matrix.grad = None if f.grad is None else f.grad.reshape(len(f), -1)
             matrix.data.copy_(len(f) ** 0.5 * F.normalize(matrix.data, dim=(0, 1)))
         self.muon.step()
         self.adam.step()
-        return loss
 
     def state_dict(self):
-        """As of one optimizer: the parameters are numbered on."""
+        """Returns the state dict of one optimizer: parameters of AdamW follow those of Muon."""
         muon, adam = self.muon.state_dict(), self.adam.state_dict()
         numbered = {len(self.filters) + number: state for number, state in adam['state'].items()}
         return {'state': {**muon['state'], **numbered},
@@ -150,24 +148,24 @@ class FilterMuon:
         self.adam.load_state_dict({'state': adam, 'param_groups': [group]})
 
 
-# ---------------------------------------------------------------- what they remember
+# ---------------------------------------------------------------- state
 
 
 def moments(state):
-    """What an optimizer remembers of a parameter: {name: tensor of the parameter's shape, or None}.
+    """Returns the momentum buffers of a parameter: {name: tensor of the same shape, or None}.
 
-    state: of one parameter, as of a state dict. Raises KeyError for one of another optimizer.
+    state: the optimizer's state of that parameter. Raises KeyError for that of another optimizer.
     """
     names = ('exp_avg', 'exp_avg_sq') if 'step' in state else ('momentum_buffer',)
     return {name: state[name] for name in names}
 
 
 def check_state(optimizer):
-    """Raises ValueError if a momentum cannot be that of its parameter."""
+    """Raises ValueError if there is no momentum, or the shape of one is not its parameter's."""
     if not optimizer.state:
-        raise ValueError('the optimizer holds no momentum: expected one for each parameter')
+        raise ValueError('the optimizer has no momentum: expected one for each parameter')
     for parameter, state in optimizer.state.items():
         for moment in moments(state).values():
             if moment is not None and moment.shape != parameter.shape:
                 raise ValueError(
-                    f'a momentum is {tuple(moment.shape)}: expected {tuple(parameter.shape)}')
+                    f'a momentum is {tuple(moment.shape)}, expected {tuple(parameter.shape)}')

@@ -1,4 +1,4 @@
-"""What fine-tuning starts from: the parameters of another training, or the published ones."""
+"""Fine-tuning: initializes a model from another run, a file, or the published weights."""
 
 from cli import say
 from diracnet import check_params, is_folded
@@ -8,42 +8,45 @@ from diracnets.preprocessing import MAX_SMALL, Preprocessing
 from training import options
 from training.distributed import rank
 
-NO_PARAMETERS = {'checkpointing', 'droprate'}  # options of a network that add none
+NO_PARAMETERS = {'checkpointing', 'droprate'}  # model options that do not change the parameters
 
 
-def load_pretrained(network, opt, inputs, classes):
-    """Starts the network from --pretrained, and prints what becomes of its last layer.
+def load_pretrained(model, opt, preprocess, classes):
+    """Loads --pretrained into the model and prints whether its last layer was loaded too.
 
-    It is kept for the same classes, and for as many where the file does not name them; for others
-    the newly drawn one stays. classes: the names of those to be learnt. Raises ValueError for
-    parameters that do not fit otherwise, OSError for published ones that cannot be had.
+    The last layer is loaded for equal class names, or an equal number of classes if the file does
+    not name them; otherwise it stays randomly initialized. classes: the class names of the training
+    set. Raises ValueError if other parameters do not fit, OSError if published weights are not
+    available.
     """
-    saved, expected = _read(opt.pretrained), network.state_dict()
-    names = [name for name, _ in network.named_parameters()]
+    contents, expected = _read(opt.pretrained), model.state_dict()
+    names = [name for name, _ in model.named_parameters()]
     layer = names[-1].rpartition('.')[0]  # with or without a bias
     last = [name for name in names if name.rpartition('.')[0] == layer]
-    before = (max(saved.params[last[0]].shape[:1], default=0) if last[0] in saved.params
-              else len(classes))
-    kept, said = _last_layer(before, saved.classes, classes)
-    params = saved.params if kept else {**saved.params, **{name: expected[name] for name in last}}
+    params = contents.params
+    num_classes = max(params[last[0]].shape[:1], default=0) if last[0] in params else len(classes)
+    same_classes, reason = _compare_classes(num_classes, contents.classes, classes)
+    if not same_classes:
+        params = {**params, **{name: expected[name] for name in last}}
     try:
-        told = file_preprocessing(saved)
+        file_inputs = file_preprocessing(contents)
         check_params(params, expected)
     except ValueError as error:
-        differ = '; '.join(_differences(saved, opt, inputs))
-        raise ValueError(f'--pretrained {saved.path}: {differ or error}') from error
-    network.load_state_dict(params)
+        differences = '; '.join(_differences(contents, opt, preprocess))
+        raise ValueError(f'--pretrained {contents.path}: {differences or error}') from error
+    model.load_state_dict(params)
     if rank() == 0:
-        say(f'--pretrained {saved.path}: the last layer, of {before} classes, {said}')
-        was, now = _normalisation(told or inputs), _normalisation(inputs)
-        if was != now:
-            say(f'--pretrained {saved.path}: inputs were normalised by {was}, and are by {now} '
-                f'here: --normalise {was} keeps what they were')
+        action = 'loaded' if same_classes else 'newly initialized'
+        say(f'--pretrained {contents.path}: last layer ({num_classes} classes) {action}: {reason}')
+        before, now = _normalization(file_inputs or preprocess), _normalization(preprocess)
+        if before != now:
+            say(f'--pretrained {contents.path}: inputs were normalized by {before}, now by {now}; '
+                f'for the same normalization use --normalise {before}')
 
 
-def _normalisation(inputs):
-    """The means and deviations of inputs, as --normalise takes them."""
-    return '[' + ','.join(f'{value:.5g}' for value in (*inputs.mean, *inputs.std)) + ']'
+def _normalization(preprocess):
+    """Formats means and stds as a value of --normalise."""
+    return '[' + ','.join(f'{value:.5g}' for value in (*preprocess.mean, *preprocess.std)) + ']'
 
 
 def _read(source):
@@ -57,43 +60,44 @@ def _read(source):
     return make_contents(source, {'args': args}, params)
 
 
-def _last_layer(before, known, names):
-    """Whether the last layer is kept, and how that is said.
+def _compare_classes(num_classes, file_classes, classes):
+    """Returns whether the classes of a file are those of the training set, and the reason.
 
-    before: the number of its classes; known: their names, or None; names: of those to be learnt.
+    num_classes, file_classes: of the file, whose names may be None.
     """
-    if before != len(names):
-        return False, f'is replaced by a new one of {len(names)}'
-    if not known or len(known) != before:
-        return True, 'is kept: the file does not say which they are'
-    for number, (was, now) in enumerate(zip(known, names)):
-        if was != now:
-            return False, f'is replaced by a new one: class {number} was {was}, is {now}'
-    return True, 'is kept: they are the same'
+    if num_classes != len(classes):
+        return False, f'the training set has {len(classes)} classes'
+    if not file_classes or len(file_classes) != num_classes:
+        return True, 'the file has no class names'
+    for number, (before, now) in enumerate(zip(file_classes, classes)):
+        if before != now:
+            return False, f'class {number} was {before}, is {now}'
+    return True, 'same classes'
 
 
-def _differences(saved, opt, inputs):
-    """Lists in what the network of a file, as far as that is known, is another than is trained."""
-    if is_folded(saved.params):
-        return ['holds a folded network: expected the parameters it was folded from']
-    found, asked = dict(saved.args), {'model': opt.model, **options.model_options(opt)}
-    kind = Preprocessing.from_args(found).kind if 'dataset' in found else None
-    if found.get('model', 'diracnet') == 'diracnet':
+def _differences(contents, opt, preprocess):
+    """Lists the differences between the model of a file, as far as known, and the one to train."""
+    if is_folded(contents.params):
+        return ['contains a folded network; use the checkpoint that it was folded from']
+    file_args, args = dict(contents.args), {'model': opt.model, **options.model_options(opt)}
+    kind = Preprocessing.from_args(file_args).kind if 'dataset' in file_args else None
+    if file_args.get('model', 'diracnet') == 'diracnet':
         try:
-            net = saved.topology()
-        except ValueError:  # of another family, and says nothing of itself
+            topology = contents.topology()
+        except ValueError:  # another architecture, without metadata
             return []
-        found = {'model': 'diracnet', 'depth': net.depth, 'width': net.width, **found}
-        kind = net.kind
-    differ = [f'{name} {_shown(found[name])}, expected {_shown(value)}'
-              for name, value in asked.items()
-              if name not in NO_PARAMETERS and found.get(name, value) != value]
-    if kind and (kind == 'ImageNet') != (inputs.kind == 'ImageNet'):
-        differ.append(f'for images {_sizes(kind)}, expected {_sizes(inputs.kind)}')
-    return differ
+        file_args = {'model': 'diracnet', 'depth': topology.depth, 'width': topology.width,
+                     **file_args}
+        kind = topology.kind
+    differences = [f'{name} {_format(file_args[name])}, expected {_format(value)}'
+                   for name, value in args.items()
+                   if name not in NO_PARAMETERS and file_args.get(name, value) != value]
+    if kind and (kind == 'ImageNet') != (preprocess.kind == 'ImageNet'):
+        differences.append(f'for images {_sizes(kind)}, expected {_sizes(preprocess.kind)}')
+    return differences
 
 
-def _shown(value):
+def _format(value):
     return f'{value:g}' if isinstance(value, float) else value
 
 

@@ -117,7 +117,8 @@ class Run:
         improved = accuracy >= self.best
         self.best = max(self.best, accuracy)
         keep = self.opt.keep_every and self.epoch % self.opt.keep_every == 0
-        self.save([f'epoch-{self.epoch}.pt7'] * bool(keep) + [BEST_FILE] * improved + [MODEL_FILE])
+        names = [f'epoch-{self.epoch}.pt7'] * bool(keep) + [BEST_FILE] * improved + [MODEL_FILE]
+        self.save(names, checked=True)
         if rank() == 0:
             shown = ', '.join(f'{name}: {value:.2f}' for name, value in accuracies.items())
             say(f'==> id: {self.opt.save} ({self.epoch}/{self.opt.epochs}), {shown}')
@@ -133,15 +134,16 @@ class Run:
             'versions': checkpoint.versions(), 'launcher': os.getppid(),
         }
 
-    def save(self, names=(MODEL_FILE,)):
+    def save(self, names=(MODEL_FILE,), checked=False):
         """Write a checkpoint into the folder, under one or several names; all ranks call this.
 
-        Raises DivergedError, and writes nothing, for a non-finite loss or parameter.
+        checked: the state is known to be finite. Otherwise raises DivergedError, and writes
+        nothing, for a non-finite loss or parameter.
         """
         totals = self.meters.totals() if self.step else None
         self.saved = time.monotonic()
         if rank() == 0:
-            checkpoint.save(self.opt.save, {**self.state(), 'totals': totals}, names)
+            checkpoint.save(self.opt.save, {**self.state(), 'totals': totals}, names, checked)
 
     def restore(self, state, path):
         """Take over the state in a checkpoint; raise ValueError if it is not of this run."""

@@ -1,49 +1,49 @@
-"""What TensorBoard shows of a run: one file of events for each start of its training."""
+"""TensorBoard events of a run: a new file for each start or resume."""
 
 import sys
 
 
 class TensorBoardWriter:
-    """Writes the figures of each epoch and, for TensorBoard's table of runs, the options.
+    """Writes the metrics of each epoch and, for the HParams view, the options of the run.
 
-    folder: that of the run, where the first epoch makes the file; options: plain values.
+    folder: that of the run; options: plain values. The first epoch creates the file.
     """
 
     def __init__(self, folder, options):
         self.folder, self.options = folder, options
-        self.writer = self.end = None
+        self.writer = self.end_summary = None
 
-    def write(self, stats, network):
-        """Writes an epoch's losses, accuracies and learning rate, and means of each alpha and beta.
+    def write(self, stats, model):
+        """Writes losses, accuracies, learning rate and the mean of each alpha and beta.
 
-        What is only shown may fail, with a word on stderr: the epoch is in the log.
+        stats: the log record of the epoch. A failure prints a warning and does not stop training.
         """
-        figures = {name: value for name, value in stats.items()
+        metrics = {name: value for name, value in stats.items()
                    if name.split('_')[-1] in ('loss', 'acc', 'acc5')}
-        curves = {**figures, 'epoch_lr': stats['epoch_lr']}
-        for name, parameter in network.named_parameters():
+        scalars = {**metrics, 'epoch_lr': stats['epoch_lr']}
+        for name, parameter in model.named_parameters():
             if name.split('.')[-1] in ('alpha', 'beta'):
-                curves[f'mean/{name}'] = parameter.mean().item()
+                scalars[f'mean/{name}'] = parameter.mean().item()
         try:
             if self.writer is None:
-                self._open(stats['epoch'], figures)
-            for name, value in curves.items():
+                self._open(stats['epoch'], metrics)
+            for name, value in scalars.items():
                 self.writer.add_scalar(name, value, stats['epoch'])
             if stats['epoch'] == stats['epochs']:
-                self.writer.file_writer.add_summary(self.end)
+                self.writer.file_writer.add_summary(self.end_summary)
             self.writer.flush()
         except OSError as error:
-            self.writer = None  # the next epoch tries another file
-            print(f'{self.folder}: no events for TensorBoard ({error})', file=sys.stderr)
+            self.writer = None  # the next epoch opens another file
+            print(f'{self.folder}: no TensorBoard events written ({error})', file=sys.stderr)
 
-    def _open(self, epoch, figures):
-        """Makes the file, of this epoch and those after it, which any older file loses."""
-        from torch.utils.tensorboard import SummaryWriter  # an extra, and slow to import
+    def _open(self, epoch, metrics):
+        """Opens a file whose events replace those of older files from this epoch on."""
+        from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
         from torch.utils.tensorboard.summary import hparams
 
         options = {name: value if isinstance(value, (bool, int, float)) else str(value)
                    for name, value in self.options.items()}
-        *beginning, self.end = hparams(options, dict.fromkeys(figures, 0.0))
+        *start_summaries, self.end_summary = hparams(options, dict.fromkeys(metrics, 0.0))
         self.writer = SummaryWriter(self.folder, purge_step=epoch)
-        for summary in beginning:  # not by add_hparams, which makes another file
+        for summary in start_summaries:  # add_hparams would write them to another file
             self.writer.file_writer.add_summary(summary)
