@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import sys
 import threading
 import time
 import warnings
@@ -565,6 +566,76 @@ def test_read_image_rejects_special_and_large_files(tmp_path, monkeypatch):
     monkeypatch.setattr(image_files, 'MAX_BYTES', 1000)
     with pytest.raises(DataError, match=r'bytes: .* 1,000 \(MAX_BYTES\)'):
         image_files.read_image(str(link))
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'L', 'LA', 'P', '1', 'CMYK'])
+def test_image_to_array_transposes_pil_images_by_exif_orientation(mode):
+    image = PIL.Image.fromarray(SMOOTH).convert(mode)
+    image.getexif()[0x112] = 6  # rotate by 90 degrees
+    expected = np.rot90(np.array(PIL.Image.fromarray(SMOOTH).convert(mode).convert('RGB')), -1)
+    np.testing.assert_array_equal(preprocessing.image_to_array(image), expected)
+    pixels = preprocessing.image_to_array(image, rgb=False)
+    assert pixels.shape == (120, 90, 1 if mode == 'L' else 3)
+    np.testing.assert_array_equal(pixels, expected[..., : pixels.shape[2]])
+
+
+def test_image_to_array_is_the_same_for_paths_arrays_and_tensors(tmp_path):
+    path = tmp_path / 'image.png'
+    cv2.imwrite(str(path), SMOOTH[..., ::-1])
+    tensor = torch.from_numpy(SMOOTH).permute(2, 0, 1)
+    read_only = SMOOTH.copy()
+    read_only.flags.writeable = False
+    for image in (path, str(path), SMOOTH, read_only, tensor, tensor.float() / 255,
+                  (tensor / 255).double().requires_grad_(), PIL.Image.fromarray(SMOOTH)):
+        for rgb in (True, False):
+            pixels = preprocessing.image_to_array(image, rgb)
+            np.testing.assert_array_equal(pixels, SMOOTH)
+            assert pixels.dtype == np.uint8
+            assert pixels.flags.c_contiguous
+            assert pixels.flags.writeable
+
+
+@pytest.mark.parametrize('image', [SMOOTH[..., 0], SMOOTH[..., :1], SMOOTH[..., [0, 1, 2, 0, 1]]])
+def test_image_to_array_takes_other_channels_when_rgb_is_false(image):
+    channels = image.reshape(90, 120, -1)
+    tensor = torch.from_numpy(channels.copy()).permute(2, 0, 1)
+    for source in (image, channels, tensor):
+        np.testing.assert_array_equal(preprocessing.image_to_array(source, rgb=False), channels)
+        with pytest.raises(DataError, match=r'uint8 \(.*expected .*\(H, W, 3\)'):
+            preprocessing.image_to_array(source)
+
+
+@pytest.mark.parametrize(('image', 'message'), [
+    (SMOOTH / 255, r'float64 \(90, 120, 3\)'),
+    (torch.full((3, 9, 9), 1.5), r'float32 \(3, 9, 9\)'),
+    (torch.full((3, 9, 9), torch.nan), r'float32 \(3, 9, 9\)'),
+    (torch.zeros(3, 0, 0), r'float32 \(3, 0, 0\)'),
+    (SMOOTH[None], r'uint8 \(1, 90, 120, 3\)'),
+    (None, r'object \(\)'),
+    (PIL.Image.fromarray(SMOOTH[..., 0].astype(np.uint16)), 'mode I;16'),
+    (PIL.Image.fromarray(SMOOTH[..., 0].astype(np.float32)), 'mode F'),
+])
+@pytest.mark.parametrize('rgb', [True, False])
+def test_image_to_array_rejects_other_values(image, message, rgb):
+    with pytest.raises(DataError, match=message):
+        preprocessing.image_to_array(image, rgb)
+
+
+def test_image_readers_name_the_missing_package(tmp_path, monkeypatch):
+    for ending in ('jpg', 'bmp'):
+        (tmp_path / f'image.{ending}').write_bytes(encoded(ending))
+    monkeypatch.setitem(sys.modules, 'PIL', None)
+    assert preprocessing.image_to_array(tmp_path / 'image.jpg').shape == (90, 120, 3)
+    with pytest.raises(DataError, match='image.bmp: .*install pillow'):
+        image_files.read_image(tmp_path / 'image.bmp')
+    image_files.import_opencv.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'cv2', None)
+        for image in (tmp_path / 'image.jpg', SMOOTH):
+            with pytest.raises(DataError, match='install opencv-python-headless'):
+                preprocessing.image_to_array(image)
+    monkeypatch.delattr(cv2.utils, 'logging', raising=False)  # as in older versions
+    assert image_files.import_opencv() is cv2
 
 
 def test_load_splits_ends_its_threads_when_an_image_is_corrupt(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Data sets by name, from class folders and from arrays: training, validation and test images.
 
-`load_splits` loads the splits of a data set by name; `DataSplits.from_arrays` makes them from arrays
+`load_splits` loads a data set by name; `DataSplits.from_arrays` makes splits from arrays
 or torch Datasets. `training.loader` makes batches, uint8 (N, C, H, W), of a split; they are
 normalized by `diracnets.preprocessing.normalize` on the training device.
 """
