@@ -54,7 +54,7 @@ class OpenCVErrors:
         return self
 
     def __exit__(self, kind, error, traceback):
-        if isinstance(error, import_opencv().error):
+        if error is not None and isinstance(error, import_opencv().error):
             reason = ' '.join((error.err or 'OpenCV').split())
             raise DataError(f'{self.path}: not a readable image ({reason})') from error
 
@@ -97,26 +97,27 @@ _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 
 
-def _parse_jpeg(content):
-    """Parses the segments of a JPEG file up to its first scan: returns (size, has_exif, scan).
+def _find_segment(content, kinds):
+    """Returns the position of a JPEG file's first segment of these kinds, up to the first scan.
 
-    size: (height, width), None if absent; scan: position of the first scan, None if truncated.
+    The position is that of the segment's length. Returns None if there is no such segment.
     """
-    size, has_exif, position = None, False, len(_JPEG_START)
-    try:
-        while marker := _JPEG_MARKER.search(content, position):
-            kind, position = marker[1][0], marker.end()
-            if kind in _WITHOUT_LENGTH:
-                continue
-            if kind == _START_OF_SCAN:
-                return size, has_exif, position
-            if kind in _FRAMES and size is None:
-                size = struct.unpack_from('>HH', content, position + 3)
-            has_exif |= kind == _APP1
-            position += struct.unpack_from('>H', content, position)[0]
-    except struct.error:
-        pass
-    return size, has_exif, None
+    kind, position = None, len(_JPEG_START)
+    while kind != _START_OF_SCAN and (marker := _JPEG_MARKER.search(content, position)):
+        kind, position = marker[1][0], marker.end()
+        if kind in kinds:
+            return position
+        if kind not in _WITHOUT_LENGTH:
+            position += int.from_bytes(content[position : position + 2], 'big')
+    return None
+
+
+def _frame_size(content):
+    """Returns the (height, width) in the frame header of a JPEG file, or None."""
+    position = _find_segment(content, _FRAMES)
+    if position is None or position + 7 > len(content):
+        return None
+    return struct.unpack_from('>HH', content, position + 3)
 
 
 def jpeg_size(content: bytes) -> tuple[int, int] | None:
@@ -124,10 +125,10 @@ def jpeg_size(content: bytes) -> tuple[int, int] | None:
 
     Returns None for a JPEG file with EXIF data too: its orientation may swap height and width.
     """
-    if not content.startswith(_JPEG_START):
+    if not content.startswith(_JPEG_START) or _find_segment(content, {_APP1}) is not None:
         return None
-    size, has_exif, _ = _parse_jpeg(content)
-    return size if size and all(size) and not has_exif else None
+    size = _frame_size(content)
+    return size if size and all(size) else None
 
 
 _WARNING_FILTERS = threading.Lock()  # catch_warnings is not thread-safe
@@ -162,10 +163,11 @@ def _read_header(content, path):
     thumbnails with end markers of their own.
     """
     if content.startswith(_JPEG_START):
-        size, _, scan = _parse_jpeg(content)
-        if content.endswith(_JPEG_END):
-            return size, False
-        return size, scan is None or content.find(_JPEG_END, scan) < 0
+        is_truncated = not content.endswith(_JPEG_END)
+        if is_truncated:
+            scan = _find_segment(content, {_START_OF_SCAN})
+            is_truncated = scan is None or content.find(_JPEG_END, scan) < 0
+        return _frame_size(content), is_truncated
     if content.startswith(_PNG_START):  # Pillow rejects chunks that libpng ignores
         height, width = (int.from_bytes(content[i : i + 4], 'big') for i in (20, 16))
         return (height, width), content.rfind(_PNG_END) < 0
