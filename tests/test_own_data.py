@@ -363,7 +363,7 @@ def test_docs_example_trains_on_arrays(tmp_path, monkeypatch, capsys):
     stats = stats_of(tmp_path / 'runs' / 'mine')
     assert [s['epoch'] for s in stats] == [1, 2, 3]
     assert stats[-1]['test_acc'] > 80  # of ten digits
-    assert 'given: 1500 training and 297 test images, 10 classes' in capsys.readouterr().out
+    assert '1500 training and 297 test images, 10 classes' in capsys.readouterr().out
     with pytest.raises(SystemExit):
         exec(text, names)
     assert re.search('runs/mine .*--resume auto', capsys.readouterr().err)
