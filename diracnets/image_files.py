@@ -200,4 +200,5 @@ def decode_image(content: bytes, path: str | os.PathLike, reduction: int = 1) ->
 
 def read_image(path: str | bytes | os.PathLike) -> np.ndarray:
     """Reads an image file: returns uint8 (H, W, 3), RGB. Raises DataError that names the path."""
+    import_opencv()  # a missing package is reported before a missing file
     return decode_image(read_bytes(path), path)
