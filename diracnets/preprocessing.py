@@ -1,302 +1,267 @@
-"""From an image, a file or pixels, to the input of a network: read, resize, crop, normalise.
+"""Image files, PIL images, arrays and tensors to model inputs: decode, resize, crop, normalize.
 
-Images are read and resized with OpenCV, as those that the original models were trained on: other
-libraries' pixels differ, and the stated accuracies need these.
+OpenCV decodes and resizes images, as for the original models: other libraries return other pixels,
+and the published accuracies depend on them.
 """
+
+from __future__ import annotations
 
 import math
 import os
-import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 
-from diracnets.image_headers import is_cut, size_in_head
+from diracnets.image_files import (
+    MAX_PIXELS,
+    DataError,
+    OpenCVErrors,
+    check_pixels,
+    import_opencv,
+    read_image,
+)
 
-try:
-    import cv2
+if TYPE_CHECKING:
     import numpy as np
-except ImportError:  # the networks, folded or not, do without
-    cv2 = None
-else:
-    if 'OPENCV_LOG_LEVEL' not in os.environ:  # what is wrong is said once, by a DataError
-        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
-MAX_SMALL = 64  # pixels: up to this size inputs are whole images, above the middle of larger ones
-DEFAULT_SIZE = 32  # pixels, of images that say nothing else
-MAX_PIXELS = 2**28 // 3  # of an image, as it is read and as it is resized: 256 MiB, as in Pillow
-MAX_BYTES = 2**30  # of an image file
+MAX_SMALL = 64  # pixels: larger inputs are center crops; images up to this size are used whole
+DEFAULT_SIZE = 32  # pixels, of a data set without a size of its own
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
-MAX_MEAN = 1e9  # of a channel, and of its deviation: far beyond what images have
-_READ = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)  # no FIFO's wait
-IMAGE_SIZES = {'CIFAR10': 32, 'CIFAR100': 32, 'Digits': 32, 'ImageNet': 224}  # pixels, of each data set
-NORMALIZATION = {  # by kind: mean and standard deviation of the channels of images in [0, 1]
-    'CIFAR10': ((125.3 / 255, 123.0 / 255, 113.9 / 255), (63.0 / 255, 62.1 / 255, 66.7 / 255)),
-    'ImageNet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+MAX_MEAN = 1e9  # of a channel's mean and std: far above the values of real images
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Facts about a data set. `diracnet.CLASSES` contains the number of classes of each kind."""
+
+    size: int | None = None  # pixels; None: chosen by the user
+    mean: tuple[float, ...] | None = None  # of each channel in [0, 1]; None: that of the kind
+    std: tuple[float, ...] | None = None
+    flip: str = 'horizontal'  # the default of --flip
+    test_folders: tuple[str, ...] = ()  # of a data set of image files, in order of preference
+
+
+_CIFAR = {'size': 32, 'mean': (125.3 / 255, 123.0 / 255, 113.9 / 255),
+          'std': (63.0 / 255, 62.1 / 255, 66.7 / 255)}
+DATASETS = {
+    'CIFAR10': DatasetInfo(**_CIFAR),
+    'CIFAR100': DatasetInfo(**_CIFAR),
+    'Digits': DatasetInfo(32, flip='none'),  # a mirrored 2 is not a digit
+    'ImageNet': DatasetInfo(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225),
+                            test_folders=('val',)),
+    'Folder': DatasetInfo(test_folders=('test', 'val')),
 }
-NORMALIZATION['CIFAR100'] = NORMALIZATION['CIFAR10']
+KINDS = tuple(name for name, info in DATASETS.items() if info.mean)  # with a normalization
 
 
-class DataError(ValueError):
-    """What is wrong with a data set, and where."""
-
-
-def _are_of_channels(mean, std):
-    """Whether these can be the mean and the deviation of each channel: tuples of numbers."""
-    given = [values if isinstance(values, tuple) else () for values in (mean, std)]
-    numbers = all(type(v) in (int, float) and abs(v) < MAX_MEAN for v in sum(given, ()))
-    return numbers and len(given[0]) == len(given[1]) > 0 and min(given[1]) > 0
+def _is_normalization(mean, std):
+    """Returns whether mean and std are tuples with one valid number for each channel."""
+    mean, std = (values if isinstance(values, tuple) else () for values in (mean, std))
+    numeric = all(type(v) in (int, float) and abs(v) < MAX_MEAN for v in mean + std)
+    return numeric and len(mean) == len(std) > 0 and min(std) > 0
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the inputs of a network are: (N, C, size, size), in [0, 1], less mean, over std.
+    """The transform from an image to a model input (C, size, size): (pixels - mean) / std.
 
-    The channels are RGB, or those of images of one's own. Of a network of others than three whose
-    file tells no mean and deviation they are 0 and 1.
+    Pixels are in [0, 1]. The channels are RGB, or those of the user's own images. A model with
+    other than three channels whose file has no normalization gets mean 0 and std 1.
     """
 
-    kind: str  # 'CIFAR10', 'CIFAR100' or 'ImageNet': which networks are for such images
+    kind: str  # one of KINDS: the data set whose architectures fit these images
     size: int  # pixels
-    mean: tuple  # of each channel
-    std: tuple
+    mean: tuple[float, ...]  # of each channel
+    std: tuple[float, ...]
 
     @property
-    def channels(self):
-        """Of the images: 3, unless the network's are no RGB ones."""
+    def channels(self) -> int:
+        """The number of image channels: 3 for RGB."""
         return len(self.mean)
 
     @property
-    def shape(self):
-        """Of one input: (channels, size, size)."""
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one input: (channels, size, size)."""
         return self.channels, self.size, self.size
 
     @classmethod
-    def for_dataset(cls, dataset, image_size=None, mean=None, std=None):
-        """The inputs that the images of a data set become.
+    def for_dataset(cls, dataset: str, image_size: int | None = None,
+                    mean: Sequence[float] | None = None,
+                    std: Sequence[float] | None = None) -> Preprocessing:
+        """Returns the preprocessing of a data set, one of DATASETS.
 
-        dataset: one of IMAGE_SIZES, whose images have that size, or 'Folder', for images of one's own;
-        image_size: pixels of a Folder (without, 32); mean, std: of each channel, in place of those
-        of the kind. Up to 64 pixels inputs are those of the CIFAR networks, above of the ImageNet
-        ones. Raises ValueError for another name, or another size than the data set's, and for what
-        can be no mean and deviation.
+        image_size: pixels, for 'Folder' only (default 32); mean, std: of each channel, by default
+        those of the data set. Inputs of up to 64 pixels are for the CIFAR architectures, larger
+        ones for those of ImageNet. Raises ValueError for an unknown name, for another size than
+        the data set's, and for an invalid mean or std.
         """
-        if dataset != 'Folder' and dataset not in IMAGE_SIZES:
-            raise ValueError(f'unknown dataset {dataset!r}: expected one of {", ".join(IMAGE_SIZES)}, '
-                             'Folder')
-        size = IMAGE_SIZES.get(dataset, DEFAULT_SIZE if image_size is None else image_size)
+        if dataset not in DATASETS:
+            raise ValueError(f'dataset {dataset!r}: expected one of {", ".join(DATASETS)}')
+        info = DATASETS[dataset]
+        size = info.size or (DEFAULT_SIZE if image_size is None else image_size)
         if size < 1 or image_size not in (None, size):
-            raise ValueError(f'image_size {image_size}: expected {IMAGE_SIZES.get(dataset, "at least 1")}'
-                             f', of {dataset}')
-        kind = 'ImageNet' if size > MAX_SMALL else 'CIFAR10'
-        kind = dataset if dataset in NORMALIZATION else kind
+            raise ValueError(f'image_size {image_size}: expected {info.size or "at least 1"} '
+                             f'for {dataset}')
+        kind = dataset if dataset in KINDS else 'ImageNet' if size > MAX_SMALL else 'CIFAR10'
         if mean is None and std is None:
-            return cls(kind, size, *NORMALIZATION[kind])
-        given = [tuple(v) if isinstance(v, list) else v for v in (mean, std)]
-        if not _are_of_channels(*given):
-            raise ValueError(f'mean {mean}, std {std}: expected the mean of each channel and, '
-                             'above 0, its deviation')
-        return cls(kind, size, *given)
+            return cls(kind, size, DATASETS[kind].mean, DATASETS[kind].std)
+        mean, std = (tuple(v) if isinstance(v, list) else v for v in (mean, std))
+        if not _is_normalization(mean, std):
+            raise ValueError(f'mean {mean}, std {std}: expected one mean and one std above 0 for '
+                             'each channel')
+        return cls(kind, size, mean, std)
 
     @classmethod
-    def from_args(cls, args):
-        """The inputs of a training, by its options in a checkpoint.
+    def from_args(cls, args: dict) -> Preprocessing:
+        """Returns the preprocessing of a training run from the `args` of its checkpoint.
 
-        Older ones say 32 of every data set, also of those that have a size of their own, and no
-        mean and deviation, which were those of the kind.
+        Older checkpoints contain image_size 32 for every data set, and no mean and std: those of
+        the data set apply.
         """
         dataset = args['dataset']
         size = args.get('image_size') if dataset == 'Folder' else None
         return cls.for_dataset(dataset, size, args.get('mean'), args.get('std'))
 
     @classmethod
-    def from_dict(cls, said):
-        """The inputs whose fields a file says: a dict, as `dataclasses.asdict` makes it.
+    def from_dict(cls, values: dict) -> Preprocessing:
+        """Returns the preprocessing with these fields, a dict as of `dataclasses.asdict`.
 
-        Raises ValueError for what is no such dict.
+        Raises ValueError for unknown, missing and invalid values.
         """
-        known = [f.name for f in fields(cls)]
-        if said.keys() != set(known):
-            raise ValueError(f'inputs of {", ".join(map(repr, said)) or "nothing"}: expected '
-                             + ', '.join(known))
-        inputs = cls(**{name: tuple(value) if isinstance(value, list) else value
-                        for name, value in said.items()})
-        most = math.isqrt(MAX_PIXELS)
-        if type(inputs.size) is not int or not 1 <= inputs.size <= most:
-            raise ValueError(f'inputs of size {inputs.size!r}: expected 1 to {most} pixels')
-        if inputs.kind not in [*NORMALIZATION]:
-            raise ValueError(f'inputs of kind {inputs.kind!r}: expected one of '
-                             + ', '.join(NORMALIZATION))
-        if not _are_of_channels(inputs.mean, inputs.std):
-            raise ValueError(f'inputs of mean {inputs.mean!r}, std {inputs.std!r}: expected a '
-                             'number for each channel')
-        return inputs
+        names = [f.name for f in fields(cls)]
+        if values.keys() != set(names):
+            raise ValueError(f'inputs of {", ".join(map(repr, values)) or "nothing"}: expected '
+                             + ', '.join(names))
+        preprocess = cls(**{name: tuple(value) if isinstance(value, list) else value
+                            for name, value in values.items()})
+        max_size = math.isqrt(MAX_PIXELS)
+        if type(preprocess.size) is not int or not 1 <= preprocess.size <= max_size:
+            raise ValueError(f'inputs of size {preprocess.size!r}: expected 1 to {max_size} pixels')
+        if preprocess.kind not in list(KINDS):
+            raise ValueError(f'inputs of kind {preprocess.kind!r}: expected one of '
+                             + ', '.join(KINDS))
+        if not _is_normalization(preprocess.mean, preprocess.std):
+            raise ValueError(f'inputs of mean {preprocess.mean!r}, std {preprocess.std!r}: '
+                             'expected a number for each channel')
+        return preprocess
 
-    def __call__(self, image):
-        """Makes an input of an image as in testing: (3, size, size), or (1, size, size), float32.
+    def __call__(self, image: str | bytes | os.PathLike | np.ndarray | torch.Tensor
+                 ) -> torch.Tensor:
+        """Returns the input for an image as in testing: float32 (3, size, size) or (1, size, size).
 
-        image: the path of a file, a PIL image, or an array, uint8 (H, W, 3), RGB. It is resized by
-        OpenCV (cubic; above 64 pixels to 256 / 224 of the size, of which the middle is cut), so
-        that the same pixels give the same input. Raises DataError that names a file that is no
-        image, and says what another array or PIL image is.
+        image: as for `image_to_array`, in RGB. OpenCV resizes the image (cubic) to `size`, or above
+        64 pixels to 256 / 224 of `size`, and the center is cropped: the same pixels always give the
+        same input. Raises DataError for an unreadable file and for other arrays and images.
         """
-        pixels, name = _pixels(image)
-        image = torch.from_numpy(_as_in_testing(pixels, name, self.size))  # (S, S, 3)
+        name = image if isinstance(image, (str, bytes, os.PathLike)) else 'the image'
+        pixels = _resize_for_testing(image_to_array(image), name, self.size)
         if self.channels == 1:
-            image = torch.from_numpy(cv2.cvtColor(image.numpy(), cv2.COLOR_RGB2GRAY))[..., None]
-        return normalize(image.permute(2, 0, 1)[None], self)[0]
+            cv2 = import_opencv()
+            pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
+        return normalize(torch.from_numpy(pixels).permute(2, 0, 1)[None], self)[0]
 
 
-def preprocess(dataset='ImageNet', image_size=None):
-    """Returns the transform, from an image to an input, of a data set's networks.
+def preprocess(dataset: str = 'ImageNet', image_size: int | None = None) -> Preprocessing:
+    """Returns the test transform of a data set, a callable from an image to an input (C, S, S).
 
-    It takes the path of a file, a PIL image, or an array, uint8 (H, W, 3), RGB. Arguments and
-    errors are those of `Preprocessing.for_dataset`, the transform is its `read`: that with which the accuracy of a
-    network was measured.
+    Reported accuracies are measured with this transform. Arguments and errors are those of
+    `Preprocessing.for_dataset`; `Preprocessing.__call__` describes the images.
     """
     return Preprocessing.for_dataset(dataset, image_size)
 
 
-def normalize(images, inputs, dtype=torch.float32):
-    """Turns uint8 images (N, C, H, W) into inputs: scaled to [0, 1], less mean, over deviation.
+def normalize(images: torch.Tensor, preprocessing: Preprocessing,
+              dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Converts uint8 images (N, C, H, W) to inputs: (images / 255 - mean) / std.
 
-    Raises ValueError for images of other channels than the inputs'.
+    Raises ValueError if the number of channels is not that of the preprocessing.
     """
-    if images.shape[1] != inputs.channels:
-        raise ValueError(f'images of {images.shape[1]} channels: expected {inputs.channels}, those '
-                         'of the network')
+    if images.shape[1] != preprocessing.channels:
+        raise ValueError(f'images of {images.shape[1]} channels: expected '
+                         f'{preprocessing.channels}, the channels of the model')
     mean, std = (
         torch.tensor(values, dtype=dtype, device=images.device).mul_(255).view(-1, 1, 1)
-        for values in (inputs.mean, inputs.std)
+        for values in (preprocessing.mean, preprocessing.std)
     )
     return images.to(dtype).sub_(mean).div_(std)
 
 
-class NamedErrors:
-    """A context that turns an error of OpenCV into a DataError that names the file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if isinstance(error, cv2.error):
-            why = ' '.join((error.err or 'OpenCV').split())
-            raise DataError(f'{self.path}: not a readable image ({why})') from error
+# ---------------------------------------------------------------- images to arrays
 
 
-def _check_opencv():
-    if cv2 is None:
-        raise DataError('cv2 is missing: expected OpenCV, as of pip install opencv-python-headless')
+def image_to_array(image: str | bytes | os.PathLike | np.ndarray | torch.Tensor,
+                   rgb: bool = True) -> np.ndarray:
+    """Converts an image to a uint8 array (H, W, C).
 
-
-def read_bytes(path):
-    """Reads a file: uint8 (bytes,).
-
-    Raises DataError that names one that cannot be read, is no ordinary file, such as a FIFO or a
-    device, or has more than MAX_BYTES.
+    image: the path of a file; a PIL image with 8 bits a channel; an array, uint8 (H, W, C); or a
+    tensor (C, H, W), uint8 or floating point in [0, 1]. rgb: require or convert to RGB; otherwise
+    arrays and tensors may have any number of channels or be (H, W), and greyscale PIL images keep
+    one channel. PIL images are transposed by their EXIF orientation, as OpenCV does for files.
+    Raises DataError for another type, shape or mode, and for an unreadable file.
     """
-    _check_opencv()
-    try:
-        file = os.open(path, _READ)
-        try:
-            status = os.fstat(file)
-            if not stat.S_ISREG(status.st_mode):
-                raise DataError(f'{path}: not an ordinary file')
-            if status.st_size > MAX_BYTES:
-                raise DataError(f'{path}: {status.st_size:,} bytes: expected at most {MAX_BYTES:,} '
-                                '(MAX_BYTES)')
-            return np.frombuffer(os.read(file, status.st_size), np.uint8)
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise DataError(f'{path}: not readable ({error.strerror})') from error
+    if isinstance(image, (str, bytes, os.PathLike)):
+        return read_image(image)
+    import_opencv()  # before NumPy, which OpenCV requires: one error for both
+    import numpy as np
+
+    if hasattr(image, 'getexif'):
+        from PIL import ImageOps
+
+        if image.mode.startswith(('I', 'F')):  # convert() would clip these to 8 bits
+            raise DataError(f'a PIL image of mode {image.mode}: expected 8 bits a channel')
+        image = ImageOps.exif_transpose(image)
+        image = np.array(image if image.mode == 'L' and not rgb else image.convert('RGB'))
+    elif not isinstance(image, torch.Tensor):
+        image = np.asarray(image)
+    dtype, shape = str(image.dtype).removeprefix('torch.'), tuple(image.shape)
+    if isinstance(image, torch.Tensor):
+        if image.is_floating_point() and image.numel() and image.min() >= 0 and image.max() <= 1:
+            image, dtype = image.mul(255).round().byte(), 'uint8'
+        image = image.movedim(0, -1) if image.ndim == 3 else image
+    if dtype != 'uint8' or not (image.shape[2:] == (3,) if rgb else image.ndim in (2, 3)):
+        shapes = ('(H, W, 3)', '(3, H, W)') if rgb else ('(H, W) or (H, W, C)', '(C, H, W)')
+        raise DataError(f'an image of {dtype} {shape}: expected a path, a PIL image, an array '
+                        f'uint8 {shapes[0]}, or a tensor {shapes[1]}, uint8 or in [0, 1]')
+    if isinstance(image, torch.Tensor):
+        image = image.cpu().numpy()
+    image = np.require(image, requirements=['C', 'W'])
+    return image[..., None] if image.ndim == 2 else image
 
 
-def _check_pixels(path, height, width, what=''):
-    if height < 1 or width < 1:
-        raise DataError(f'{path}: not a readable image (of {width} x {height} pixels)')
-    if height * width > MAX_PIXELS:
-        raise DataError(f'{path}: {width} x {height} pixels{what}: expected at most '
-                        f'{MAX_PIXELS:,} (MAX_PIXELS)')
+# ---------------------------------------------------------------- resizing and cropping
 
 
-def decode_image(content, path, reduction=1):
-    """Makes an image of the content of a file: uint8 (H, W, 3), RGB.
-
-    reduction: 1, or 2, 4 or 8 for an image of that part of the height and width, rounded up, which
-    JPEG files give in less time. Raises DataError that names the path of an unreadable one, and of
-    one of more than MAX_PIXELS, which is known before memory is taken for them. (Of kinds of files
-    that `size_in_head` does not know, OpenCV itself refuses those of more than 2^30 pixels.)
-    """
-    size = size_in_head(content)
-    if size:
-        _check_pixels(path, *size)
-    how = cv2.IMREAD_COLOR if reduction == 1 else getattr(cv2, f'IMREAD_REDUCED_COLOR_{reduction}')
-    with NamedErrors(path):
-        image = None if len(content) == 0 or is_cut(content) else cv2.imdecode(content, how)
-        if image is None:
-            raise DataError(f'{path}: not a readable image')
-        return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def read_image(path):
-    """Reads an image file: uint8 (H, W, 3), RGB. Raises DataError that names an unreadable one."""
-    return decode_image(read_bytes(path), path)
-
-
-def _resized(height, width, shorter):
+def _resized_shape(height, width, shorter):
     scale = shorter / min(height, width)
     return max(shorter, round(height * scale)), max(shorter, round(width * scale))
 
 
-def resize_and_crop(image, shorter, size):
-    """Resizes the shorter side to `shorter` (cubic) and cuts the middle `size` x `size` pixels."""
+def resize_and_crop(image: np.ndarray, shorter: int, size: int) -> np.ndarray:
+    """Resizes the shorter side to `shorter` (cubic) and crops the center `size` x `size` pixels."""
     height, width = image.shape[:2]
     if min(height, width) != shorter:
-        height, width = _resized(height, width, shorter)
+        cv2 = import_opencv()
+        height, width = _resized_shape(height, width, shorter)
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
 
 
-def _as_in_testing(image, name, size):
+def _resize_for_testing(image, name, size):
     shorter = size if size <= MAX_SMALL else size * 256 // 224
-    _check_pixels(name, *image.shape[:2])
-    _check_pixels(name, *_resized(*image.shape[:2], shorter), ' after resizing')
-    with NamedErrors(name):
+    check_pixels(name, *image.shape[:2])
+    check_pixels(name, *_resized_shape(*image.shape[:2], shorter), ' after resizing')
+    with OpenCVErrors(name):
         return resize_and_crop(image, shorter, size)
 
 
-def read_test_image(path, size):
-    """Reads an image file as it is in testing: uint8 (size, size, 3), RGB.
+def read_test_image(path: str | os.PathLike, size: int) -> np.ndarray:
+    """Reads an image file as in testing: returns uint8 (size, size, 3), RGB.
 
-    Up to MAX_SMALL the shorter side is resized to `size`, above to 256 / 224 of it; the middle is
-    cut. Raises DataError that names an unreadable file, and one so long and narrow that it would
-    have more than MAX_PIXELS then.
+    The shorter side is resized to `size` (above MAX_SMALL to 256 / 224 of it), and the center is
+    cropped. Raises DataError that names the path for an unreadable file, and for a long, narrow
+    image of more than MAX_PIXELS after resizing.
     """
-    return _as_in_testing(read_image(path), path, size)
-
-
-def _pixels(image):
-    """The pixels of a path, a PIL image or an array, and its name: uint8 (H, W, 3), RGB."""
-    if isinstance(image, (str, bytes, os.PathLike)):
-        return read_image(image), image
-    _check_opencv()
-    if hasattr(image, 'getexif'):  # of PIL, which is there then
-        return _of_pil(image), 'the image'
-    pixels = np.asarray(image)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-        raise DataError(f'an image of {pixels.dtype} {pixels.shape}: expected a path, a PIL image '
-                        'or an array, uint8 (H, W, 3)')
-    return np.ascontiguousarray(pixels), 'the image'
-
-
-def _of_pil(image):
-    from PIL import ImageOps
-
-    if image.mode.startswith(('I', 'F')):  # of which PIL would keep what is below 256
-        raise DataError(f'a PIL image of mode {image.mode}: expected 8 bits a channel')
-    return np.array(ImageOps.exif_transpose(image).convert('RGB'))  # turned, as OpenCV does
+    return _resize_for_testing(read_image(path), path, size)

@@ -96,9 +96,9 @@ def with_metadata(path, text, tmp_path):
 
 
 def png_of(width, height):
-    """A PNG file of 69 bytes whose head declares these sides, and that has no pixels."""
-    head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
-    chunks = [(b'IHDR', head), (b'IDAT', bytes(12)), (b'IEND', b'')]
+    """Returns a PNG file of 69 bytes without pixels whose header contains this size."""
+    header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    chunks = [(b'IHDR', header), (b'IDAT', bytes(12)), (b'IEND', b'')]
     return b'\x89PNG\r\n\x1a\n' + b''.join(
         struct.pack('>I', len(content)) + kind + content
         + struct.pack('>I', zlib.crc32(kind + content)) for kind, content in chunks
@@ -110,13 +110,13 @@ def jpeg_segment(kind, content):
 
 
 def jpeg_parts(jpeg):
-    """Cuts a JPEG file before its frame's head, behind it, and before its (first) scan."""
+    """Splits a JPEG file into (start, frame header, tables, scans)."""
     frame = min(at for at in map(jpeg.find, (b'\xff\xc0', b'\xff\xc2')) if at > 0)
-    behind = frame + 2 + struct.unpack_from('>H', jpeg, frame + 2)[0]
+    end = frame + 2 + struct.unpack_from('>H', jpeg, frame + 2)[0]
     scan = jpeg.index(b'\xff\xda')
-    return jpeg[:frame], jpeg[frame:behind], jpeg[behind:scan], jpeg[scan:]
+    return jpeg[:frame], jpeg[frame:end], jpeg[end:scan], jpeg[scan:]
 
 
-# Exif data by which an image is turned by a quarter
-TURNED = jpeg_segment(0xE1, b'Exif\0\0MM\0*\0\0\0\x08\0\x01' + struct.pack(
+# EXIF data with an orientation of 90 degrees
+ROTATED = jpeg_segment(0xE1, b'Exif\0\0MM\0*\0\0\0\x08\0\x01' + struct.pack(
     '>HHIHHI', 0x112, 3, 1, 6, 0, 0))

@@ -215,7 +215,7 @@ def test_the_checkpoint_stays_when_a_worker_is_killed(large_images, tmp_path):
         os.kill(workers[0], signal.SIGKILL)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.startswith('train.py: a process that reads images died (DataLoader worker')
+    assert 'died (DataLoader worker' in errors
     assert errors.count('\n') == 1
     saved = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
     assert saved['epoch'] >= 1
@@ -268,7 +268,7 @@ except WorkerError as error:
     assert done.returncode == 0, done.stderr
     dead, error = done.stdout.splitlines()
     assert dead == '2 dead'
-    assert error.startswith('a process that reads images died (DataLoader worker')
+    assert 'died (DataLoader worker' in error
 
 
 def test_sigterm_saves_when_workers_are_stalled(large_images, tmp_path):

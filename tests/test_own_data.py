@@ -1,4 +1,4 @@
-"""Images of one's own: how they are mirrored and normalised, and given from Python."""
+"""The user's own images: augmentation, normalization, and training on arrays and Datasets."""
 
 import os
 import re
@@ -26,19 +26,19 @@ from training.loader import iterate_batches, make_loader
 
 RNG = np.random.default_rng(0)
 MEAN, STD = (0.2, 0.4, 0.6), (0.1, 0.2, 0.3)
-GIVEN = ['--depth', 10, '--batch_size', 12, '--epochs', 2, '--epoch_step', '[2]']  # as `run` says
+OPTIONS = ['--depth', 10, '--batch_size', 12, '--epochs', 2, '--epoch_step', '[2]']  # as in `run`
 
 
 @pytest.fixture(scope='module')
 def pairs(tmp_path_factory):
-    """The folder of 32 training and 10 test images, and the same as two pairs of arrays."""
+    """Returns a folder of 32 training and 10 test images, and the same images as two pairs."""
     root = tmp_path_factory.mktemp('images')
-    found = []
+    arrays = []
     for folder, n, seed in (('train', 16, 0), ('test', 5, 1)):
         written = write_images(root / folder, n=n, seed=seed)
         images = np.stack([written[path] for path in sorted(written)])
-        found.append((images, np.repeat([0, 1], n)))
-    return root, *found
+        arrays.append((images, np.repeat([0, 1], n)))
+    return root, *arrays
 
 
 @pytest.fixture(scope='module')
@@ -48,84 +48,84 @@ def by_folder(pairs, tmp_path_factory):
     return folder
 
 
-def go(sets, folder, *options_):
-    train.main([str(option) for option in (*GIVEN, '--save', folder, *options_)], sets)
+def train_on(splits, folder, *words):
+    train.main([str(word) for word in (*OPTIONS, '--save', folder, *words)], splits)
 
 
 # ---------------------------------------------------------------- flips
 
 
 def eight_ways(image):
-    """Lists the four turns of an image (S, S, C) and of its mirror image, as bytes."""
+    """Returns the four rotations of an image (S, S, C) and of its mirror image, as bytes."""
     return [np.rot90(i, k).tobytes() for i in (image, image[:, ::-1]) for k in range(4)]
 
 
 @pytest.mark.parametrize(('flip', 'ways'), [('none', [0]), ('horizontal', [0, 4]),
                                             ('all', range(8))])
-def test_flips_of_small_images(flip, ways):
+def test_flips_of_memory_images_are_uniform(flip, ways):
     images = RNG.integers(0, 256, (50, 9, 9, 3), dtype=np.uint8)
     dataset = data.MemoryImages(images, np.arange(50)).augmented(flip=flip)
     counts = np.zeros(8, int)
     for seed in range(40):
         batch, _, _ = dataset[torch.arange(50), seed, torch.arange(50)]
-        for image, taken in zip(images, batch.permute(0, 2, 3, 1).contiguous().numpy()):
-            counts[eight_ways(image).index(taken.tobytes())] += 1
+        for image, flipped in zip(images, batch.permute(0, 2, 3, 1).contiguous().numpy()):
+            counts[eight_ways(image).index(flipped.tobytes())] += 1
     expected = 2000 / len(ways)
     assert set(np.flatnonzero(counts)) == set(ways)
     assert counts[list(ways)] == pytest.approx(expected, abs=4 * expected**0.5)
 
 
 @pytest.mark.parametrize('reflect', [True, False])
-def test_turned_crops_are_those_of_the_padded_image(reflect):
+def test_augment_crops_and_flips_the_padded_image(reflect):
     images = RNG.integers(1, 256, (20, 8, 8, 2), dtype=np.uint8)
     mode = {'mode': 'reflect'} if reflect else {}
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)), **mode)
-    found = set()
+    settings = augmentation.Augmentation(pad=2, flip='all', reflect=reflect)
+    indices, offsets_and_flips = torch.arange(20), set()
     for seed in range(60):
-        how, every = augmentation.Augmentation(pad=2, flip='all', reflect=reflect), torch.arange(20)
-        draws = augmentation.sample_aug_params(every, every, how, seed)
-        taken = augmentation.augment(torch.from_numpy(images), every, draws, how)
-        for whole, crop in zip(padded, taken.numpy()):
-            lying = {way: k for k, way in enumerate(eight_ways(crop))}
-            places = [(top, left, lying[place]) for top in range(5) for left in range(5)
-                      if (place := whole[top : top + 8, left : left + 8].tobytes()) in lying]
-            assert len(places) == 1
-            found.update(places)
-    assert len(found) == 5 * 5 * 8
+        aug_params = augmentation.sample_aug_params(indices, indices, settings, seed)
+        crops = augmentation.augment(torch.from_numpy(images), indices, aug_params, settings)
+        for image, crop in zip(padded, crops.numpy()):
+            ways = {way: k for k, way in enumerate(eight_ways(crop))}
+            matches = [(top, left, ways[window]) for top in range(5) for left in range(5)
+                       if (window := image[top : top + 8, left : left + 8].tobytes()) in ways]
+            assert len(matches) == 1
+            offsets_and_flips.update(matches)
+    assert len(offsets_and_flips) == 5 * 5 * 8
 
 
-def test_flips_of_files_without_crops(tmp_path):
+def test_flips_of_image_files_without_crops(tmp_path):
     write_images(tmp_path, n=4, size=(80, 90))
     paths, labels, _ = data.list_images(str(tmp_path))
-    still = data.ImageFiles(paths, labels, 70)
-    whole = still[torch.arange(8), None, torch.arange(8)][0].permute(0, 2, 3, 1).numpy()
+    dataset = data.ImageFiles(paths, labels, 70)
+    unflipped = dataset[torch.arange(8), None, torch.arange(8)][0].permute(0, 2, 3, 1).numpy()
     for flip, ways in (('none', {0}), ('horizontal', {0, 4}), ('all', set(range(8)))):
-        images, found = still.augmented(crop=False, flip=flip), set()
+        images, sampled = dataset.augmented(crop=False, flip=flip), set()
         for seed in range(12):
             batch = images[torch.arange(8), 100 * seed, torch.arange(8)][0].permute(0, 2, 3, 1)
-            found |= {eight_ways(image).index(taken.tobytes())
-                      for image, taken in zip(whole, batch.contiguous().numpy())}
-        assert found == ways
+            sampled |= {eight_ways(image).index(flipped.tobytes())
+                        for image, flipped in zip(unflipped, batch.contiguous().numpy())}
+        assert sampled == ways
 
 
 @pytest.mark.parametrize('kind', ['memory', 'files', 'pairs'])
-def test_alternating_flips_mirror_each_image_in_every_second_epoch(tmp_path, kind):
+def test_alternating_flip_flips_each_image_in_every_second_epoch(tmp_path, kind):
     write_images(tmp_path, n=15, size=(70, 70))
     paths, labels, _ = data.list_images(str(tmp_path))
     dataset = data.ImageFiles(paths, labels, 70)
-    whole = dataset[torch.arange(30), None, torch.arange(30)][0].permute(0, 2, 3, 1)
+    unflipped = dataset[torch.arange(30), None, torch.arange(30)][0].permute(0, 2, 3, 1)
     if kind == 'memory':
-        dataset = data.MemoryImages(whole, labels)
+        dataset = data.MemoryImages(unflipped, labels)
     if kind == 'pairs':
-        dataset = data.DatasetImages([*zip(whole.numpy(), labels)], 2)
+        dataset = data.DatasetImages([*zip(unflipped.numpy(), labels)], 2)
     loader = make_loader(dataset.augmented(crop=False, flip='alternating'), 8, 0, seed=3)
     epochs = []
     for epoch in (1, 2, 3):
         loader.sampler.set_epoch(epoch)
         order = torch.as_tensor(np.concatenate([indices for indices, *_ in loader.sampler]))
-        taken = torch.cat([images for images, _, _ in loader]).permute(0, 2, 3, 1)
-        ways = torch.tensor([[torch.equal(i, whole[n]), torch.equal(i, whole[n].flip(1))]
-                             for n, i in zip(order, taken)])
+        images = torch.cat([images for images, _, _ in loader]).permute(0, 2, 3, 1)
+        ways = torch.tensor([[torch.equal(i, unflipped[n]), torch.equal(i, unflipped[n].flip(1))]
+                             for n, i in zip(order, images)])
         assert (ways.sum(1) == 1).all()
         epochs.append(ways[order.argsort(), 1])
     assert epochs[0].sum() == 15
@@ -135,50 +135,50 @@ def test_alternating_flips_mirror_each_image_in_every_second_epoch(tmp_path, kin
 
 @pytest.mark.parametrize('kind', ['memory', 'pairs'])
 @pytest.mark.parametrize('side', [3, 4])
-def test_a_square_is_cut_out_of_each_image(side, kind):
+def test_cutout_makes_one_square_of_each_image_grey(side, kind):
     images = RNG.integers(0, 128, (20, 7, 7, 3), dtype=np.uint8)  # never grey
-    every, found = torch.arange(20), set()
+    indices, squares = torch.arange(20), set()
     if kind == 'memory':
         dataset = data.MemoryImages(images, np.arange(20))
     else:
         dataset = data.DatasetImages([*zip(images, range(20))], 20)
     for seed in range(60):
-        taken, labels, _ = dataset.augmented(pad=2, cutout=side)[every, seed, every]
-        whole, _, _ = dataset.augmented(pad=2)[every, seed, every]
-        for image, before in zip(*(i.permute(0, 2, 3, 1).numpy() for i in (taken, whole))):
+        cut, labels, _ = dataset.augmented(pad=2, cutout=side)[indices, seed, indices]
+        uncut, _, _ = dataset.augmented(pad=2)[indices, seed, indices]
+        for image, before in zip(*(i.permute(0, 2, 3, 1).numpy() for i in (cut, uncut))):
             grey = (image == 128).all(2)
             assert (image[~grey] == before[~grey]).all()
             rows, cols = (np.flatnonzero(grey.any(axis)) for axis in (1, 0))
             assert grey[rows[0] : rows[-1] + 1, cols[0] : cols[-1] + 1].all()
             assert grey.sum() == len(rows) * len(cols)
-            found.add((rows[0], rows[-1], cols[0], cols[-1]))
+            squares.add((rows[0], rows[-1], cols[0], cols[-1]))
         assert labels.tolist() == list(range(20))
-    # the middle may be each of 7 x 7 pixels, and a part lie outside
+    # the center may be any of 7 x 7 pixels, and the square is clipped
     ends = {(max(0, m - side // 2), min(6, m - side // 2 + side - 1)) for m in range(7)}
-    assert found == {rows + cols for rows in ends for cols in ends}
+    assert squares == {rows + cols for rows in ends for cols in ends}
 
 
-def test_cutting_out_draws_nothing_else():
-    """What a seed crops and mirrors is the same with --cutout as without."""
-    every = torch.arange(30)
-    plain, cut = (augmentation.sample_aug_params(every, every, augmentation.Augmentation(pad=4, cutout=side), 5)
-                  for side in (0, 8))
-    generator = torch.Generator().manual_seed(5)  # as it was drawn before there was --cutout
+def test_sample_aug_params_is_the_same_with_cutout():
+    """A seed gives the same crops and flips with --cutout and without."""
+    indices = torch.arange(30)
+    generator = torch.Generator().manual_seed(5)  # the order of samples before --cutout existed
     shifts = torch.randint(-4, 5, (2, 30, 1), generator=generator)
-    mirrored = torch.rand(1, 30, 1, generator=generator) < 0.5
-    for draws in (plain, cut):
-        assert torch.equal(draws[0], shifts)
-        assert torch.equal(draws[1], mirrored)
+    flips = torch.rand(1, 30, 1, generator=generator) < 0.5
+    for side in (0, 8):
+        settings = augmentation.Augmentation(pad=4, cutout=side)
+        aug_params = augmentation.sample_aug_params(indices, indices, settings, 5)
+        assert torch.equal(aug_params.shifts, shifts)
+        assert torch.equal(aug_params.flips, flips)
 
 
-def test_where_nothing_can_be_cut_out(capsys):
+def test_cutout_is_rejected_for_large_files_and_without_augmentation(capsys):
     for words in (['--dataset', 'ImageNet'], ['--no-augment']):
         error = refused(capsys, *words, '--cutout', '8')
-        assert '--cutout 8: expected files of up to 64 pixels, or images from Python' in error
-    assert '--cutout 32: expected less than the image, 32' in refused(capsys, '--cutout', '32')
+        assert re.search('--cutout 8: .*64 pixels', error)
+    assert re.search('--cutout 32: .* 32', refused(capsys, '--cutout', '32'))
 
 
-def test_flips_and_crops_are_options_apart(capsys):
+def test_flip_and_crop_are_separate_options(capsys):
     def parsed(*line):
         opt = options.parse_options(list(line))
         return opt.augment, opt.crop, opt.flip
@@ -191,72 +191,72 @@ def test_flips_and_crops_are_options_apart(capsys):
     assert '--no-augment and --flip all' in error
 
 
-def test_a_run_is_flipped_and_cropped_as_asked(pairs, tmp_path):
-    """Of images that are their own mirror images, flips alone change nothing."""
+def test_run_flips_and_crops_by_its_options(pairs, tmp_path):
+    """Flips alone do not change symmetric images."""
     half = RNG.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
     half = np.concatenate([half, half[:, ::-1]], axis=1)
     images = np.concatenate([half, half[:, :, ::-1]], axis=2)
     images = (images // 2 + images.swapaxes(1, 2) // 2).astype(np.uint8)
-    sets = DataSplits.from_arrays((images, np.arange(24) % 2), (images[:6], np.arange(6) % 2))
-    for name, options_ in {'plain': ['--no-augment'], 'flips': ['--no-crop', '--flip', 'all'],
-                           'crops': ['--flip', 'none'], 'squares': ['--no-crop', '--cutout', '4'],
-                           }.items():
-        go(sets, tmp_path / name, '--epochs', 1, *options_)
+    splits = DataSplits.from_arrays((images, np.arange(24) % 2), (images[:6], np.arange(6) % 2))
+    for name, words in {'plain': ['--no-augment'], 'flips': ['--no-crop', '--flip', 'all'],
+                        'crops': ['--flip', 'none'], 'squares': ['--no-crop', '--cutout', '4'],
+                        }.items():
+        train_on(splits, tmp_path / name, '--epochs', 1, *words)
     plain = params_of(tmp_path / 'plain')
     assert all(torch.equal(p, plain[k]) for k, p in params_of(tmp_path / 'flips').items())
     for name in ('crops', 'squares'):
         assert not torch.equal(params_of(tmp_path / name)['conv'], plain['conv'])
 
 
-def test_older_runs_go_on_as_they_were_augmented(by_folder, pairs, tmp_path, capsys):
+def test_resume_of_an_older_run_keeps_its_augmentation(by_folder, pairs, tmp_path, capsys):
     older = torch.load(by_folder / 'model.pt7', weights_only=True)
     for name in ('flip', 'crop', 'cutout', 'normalise', 'mean', 'std'):
         del older['args'][name]
     torch.save(older, tmp_path / 'model.pt7')
     with pytest.raises(SystemExit):
         run(pairs[0], tmp_path / 'new', '--flip', 'all', '--epochs', 3, '--resume', tmp_path)
-    assert 'flip was horizontal, is all: expected the same' in capsys.readouterr().err
+    assert 'flip was horizontal, is all' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(pairs[0], tmp_path / 'new', '--cutout', 4, '--epochs', 3, '--resume', tmp_path)
-    assert 'cutout was 0, is 4: expected the same' in capsys.readouterr().err
+    assert 'cutout was 0, is 4' in capsys.readouterr().err
     run(pairs[0], tmp_path / 'new', '--epochs', 3, '--resume', tmp_path)
     assert diracnets.load(tmp_path).preprocess == Preprocessing.for_dataset('Folder', 32)
 
 
-# ---------------------------------------------------------------- mean and deviation
+# ---------------------------------------------------------------- normalization
 
 
 @pytest.mark.parametrize('size', [32, 72])
-def test_measured_mean_and_deviation(tmp_path, size):
+def test_measure_normalization_is_the_mean_and_std_of_all_pixels(tmp_path, size):
     write_images(tmp_path / 'train', n=9, size=(size, size + 3))
     for path in (tmp_path / 'train').rglob('*.png'):  # channels that differ
         cv2.imwrite(str(path), (cv2.imread(str(path)) * [0.3, 0.6, 0.9] + 20).astype(np.uint8))
     shutil.copytree(tmp_path / 'train', tmp_path / 'test')
     inputs = Preprocessing.for_dataset('Folder', size)
-    sets = data.load_splits('Folder', str(tmp_path), inputs)
-    whole = sets.train[torch.arange(18), None, torch.arange(18)][0].double().numpy() / 255
-    mean, std = data.measure_normalization(sets.train, nthread=2)
-    assert mean == pytest.approx(whole.mean((0, 2, 3)), abs=1e-6)
-    assert std == pytest.approx(whole.std((0, 2, 3)), abs=1e-6)
+    splits = data.load_splits('Folder', str(tmp_path), inputs)
+    pixels = splits.train[torch.arange(18), None, torch.arange(18)][0].double().numpy() / 255
+    mean, std = data.measure_normalization(splits.train, nthread=2)
+    assert mean == pytest.approx(pixels.mean((0, 2, 3)), abs=1e-6)
+    assert std == pytest.approx(pixels.std((0, 2, 3)), abs=1e-6)
 
 
 @pytest.mark.parametrize('channels', [1, 5])
-def test_channels_of_arrays(channels):
+def test_splits_from_arrays_of_any_number_of_channels(channels):
     images = RNG.integers(0, 200, (30, 8, 8, channels), dtype=np.uint8)
     labels = np.arange(30) % 3
-    given = images[..., 0] if channels == 1 else images
-    sets = DataSplits.from_arrays((given, labels), (given[:6], labels[:6]))
-    assert (sets.train.shape, sets.classes) == ((8, 8, channels), ['0', '1', '2'])
-    opt = options.parse_options(['--normalise', 'measured'], sets)
-    assert options.parse_options([], sets) == opt  # there is no other for such images
-    mean, std = data.measure_normalization(sets.train, 0)
+    array = images[..., 0] if channels == 1 else images
+    splits = DataSplits.from_arrays((array, labels), (array[:6], labels[:6]))
+    assert (splits.train.shape, splits.classes) == ((8, 8, channels), ['0', '1', '2'])
+    opt = options.parse_options(['--normalise', 'measured'], splits)
+    assert options.parse_options([], splits) == opt  # there is no default for such images
+    mean, std = data.measure_normalization(splits.train, 0)
     inputs = Preprocessing.for_dataset('Folder', 8, mean, std)
     assert inputs.channels == channels
-    batch, _, _ = sets.test[torch.tensor([4, 2]), None, torch.arange(2)]
+    batch, _, _ = splits.test[torch.tensor([4, 2]), None, torch.arange(2)]
     expected = (images[[4, 2]] / 255 - images.mean((0, 1, 2)) / 255) / (
         images.std((0, 1, 2)) / 255)
     np.testing.assert_allclose(data_inputs(batch, inputs), expected, atol=2e-5)
-    with pytest.raises(ValueError, match=f'images of {channels} channels: expected 3'):
+    with pytest.raises(ValueError, match=f'{channels} channels: expected 3'):
         data_inputs(batch, Preprocessing.for_dataset('Folder', 8))
 
 
@@ -264,7 +264,7 @@ def data_inputs(batch, inputs):
     return normalize(batch, inputs, torch.float64).permute(0, 2, 3, 1).numpy()
 
 
-def test_files_know_their_mean_and_deviation(pairs, tmp_path, capsys):
+def test_normalise_option_is_stored_in_checkpoints_and_exported_files(pairs, tmp_path, capsys):
     root = pairs[0]
     numbers = f'[{",".join(map(str, MEAN + STD))}]'
     run(root, tmp_path / 'run', '--normalise', numbers, '--dtype', 'float', '--epochs', 1)
@@ -295,7 +295,7 @@ def test_files_know_their_mean_and_deviation(pairs, tmp_path, capsys):
     assert '--normalise measured: ' in refused(capsys, *evaluate, 'measured')
 
 
-def test_a_run_that_measured_goes_on(pairs, tmp_path):
+def test_resume_keeps_the_measured_normalization(pairs, tmp_path):
     run(pairs[0], tmp_path / 'whole', '--normalise', 'measured')
     run(pairs[0], tmp_path / 'run', '--normalise', 'measured', '--epochs', 1)
     run(pairs[0], tmp_path / 'run', '--normalise', 'measured', '--resume', 'auto')
@@ -309,23 +309,23 @@ def test_a_run_that_measured_goes_on(pairs, tmp_path):
     '[0.5,0.5,0.5]', '[0.5,0.5,0.5,0,1,1]', '[]', '[0.5,"a"]', '{}', '7', 'mine', '[1e999,1]',
     f'[1{400 * "0"},1]', '[' * 20_000,
 ])
-def test_what_is_no_mean_and_deviation(capsys, numbers):
-    assert 'expected measured, or a list of the mean of each channel' in refused(
-        capsys, '--dataset', 'Folder', '--normalise', numbers)
+def test_normalise_option_rejects_invalid_values(capsys, numbers):
+    error = refused(capsys, '--dataset', 'Folder', '--normalise', numbers)
+    assert re.search('--normalise.*: .*expected', error)
 
 
-def test_mean_of_other_channels_than_the_images(pairs, tmp_path, capsys):
+def test_normalise_option_rejects_another_number_of_channels(pairs, tmp_path, capsys):
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', pairs[0], '--depth', 10,
                     '--normalise', '[0.5,0.5]', '--save', tmp_path / 'run')
-    assert '--normalise of 1 channels: expected 3, of the images' in error
+    assert re.search('--normalise .*1 channels: expected 3', error)
     assert not (tmp_path / 'run').exists()
 
 
-# ---------------------------------------------------------------- given from Python
+# ---------------------------------------------------------------- arrays and Datasets
 
 
 class Items(Dataset):
-    """The images of a pair, one by one, as one of the things that a Dataset may give."""
+    """A Dataset of the images of a pair, as arrays, PIL images or tensors."""
 
     classes = ('cat', 'dog')
 
@@ -342,67 +342,67 @@ class Items(Dataset):
 
 
 @pytest.mark.parametrize('kind', ['arrays', 'PIL', 'array', 'tensor', 'float'])
-def test_given_data_train_as_the_same_images_in_a_folder(pairs, by_folder, tmp_path, kind):
-    _, *given = pairs
+def test_training_on_arrays_equals_training_on_the_same_files(pairs, by_folder, tmp_path, kind):
     if kind == 'arrays':
-        sets = DataSplits.from_arrays(*given, classes=['cat', 'dog'])
+        splits = DataSplits.from_arrays(*pairs[1:], classes=['cat', 'dog'])
     else:
-        sets = DataSplits.from_arrays(*(Items(pair, kind) for pair in given))
+        splits = DataSplits.from_arrays(*(Items(pair, kind) for pair in pairs[1:]))
     workers = {'PIL': 2}.get(kind, 0)
-    go(sets, tmp_path / 'run', '--flip', 'all', '--nthread', workers)
+    train_on(splits, tmp_path / 'run', '--flip', 'all', '--nthread', workers)
     assert_same_run(tmp_path / 'run', by_folder)
-    assert sets.train.augmentation.flip == 'none'  # what was given is as it was
+    assert splits.train.augmentation.flip == 'none'  # the splits are not modified
 
 
-def test_the_lines_of_the_docs(tmp_path, monkeypatch, capsys):
+def test_docs_example_trains_on_arrays(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (text,) = [text for language, text in blocks('docs/training.md') if language == 'python']
     assert len([line for line in text.splitlines() if line]) <= 10
     names = {}
     exec(text, names)
+    splits = next(value for value in names.values() if isinstance(value, DataSplits))
     stats = stats_of(tmp_path / 'runs' / 'mine')
     assert [s['epoch'] for s in stats] == [1, 2, 3]
     assert stats[-1]['test_acc'] > 80  # of ten digits
-    assert 'given: 1500 training and 297 test images, 10 classes' in capsys.readouterr().out
+    assert '1500 training and 297 test images, 10 classes' in capsys.readouterr().out
     with pytest.raises(SystemExit):
         exec(text, names)
-    assert 'runs/mine holds a run: expected --resume auto' in capsys.readouterr().err
-    train.main(['--evaluate', '--resume', 'runs/mine'], names['sets'])
+    assert re.search('runs/mine .*--resume auto', capsys.readouterr().err)
+    train.main(['--evaluate', '--resume', 'runs/mine'], splits)
     accuracy = capsys.readouterr().out.splitlines()[-1]
     assert accuracy == f'test_acc: {stats[-1]["test_acc"]:.2f}'
 
     cv2.imwrite('digit.png', names['images'][1600])
-    batch, _, _ = names['sets'].test[torch.tensor([100]), None, torch.arange(1)]
+    batch, _, _ = splits.test[torch.tensor([100]), None, torch.arange(1)]
     trained = diracnets.load('runs/mine')
-    given = normalize(batch, trained.preprocess)
-    assert given.shape == (1, 1, 8, 8)
+    expected = normalize(batch, trained.preprocess)
+    assert expected.shape == (1, 1, 8, 8)
     with torch.no_grad():
-        logits = trained.model(given)
+        logits = trained.model(expected)
         for name in ('net.pth', 'net.onnx'):
             export.main(['runs/mine', '--to', name])
-            network, inputs, *_ = predict.load_classifier(name)
-            torch.testing.assert_close(inputs('digit.png')[None], given)
-            torch.testing.assert_close(network(given), logits, rtol=1e-3, atol=1e-3)
+            model, preprocess, *_ = predict.load_classifier(name)
+            torch.testing.assert_close(preprocess('digit.png')[None], expected)
+            torch.testing.assert_close(model(expected), logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize('model', ['diracnet-v1', 'plain', 'resnet', 'wide-resnet'])
-def test_any_channels_in_networks_with_a_depth(model, tmp_path):
+def test_models_with_a_depth_take_any_number_of_channels(model, tmp_path):
     images = RNG.integers(0, 256, (30, 8, 8, 5), dtype=np.uint8)
-    sets = DataSplits.from_arrays(*[(images, np.arange(30) % 3)] * 2)
-    go(sets, tmp_path, '--model', model, '--width', 1, '--epochs', 1)
+    splits = DataSplits.from_arrays(*[(images, np.arange(30) % 3)] * 2)
+    train_on(splits, tmp_path, '--model', model, '--width', 1, '--epochs', 1)
     assert diracnets.load(tmp_path).preprocess.channels == 5
 
 
-def test_other_networks_take_three_channels(tmp_path, capsys):
+def test_other_models_reject_other_than_three_channels(tmp_path, capsys):
     images = RNG.integers(0, 256, (30, 8, 8, 5), dtype=np.uint8)
-    sets = DataSplits.from_arrays(*[(images, np.arange(30) % 3)] * 2)
+    splits = DataSplits.from_arrays(*[(images, np.arange(30) % 3)] * 2)
     with pytest.raises(SystemExit):
-        train.main(['--model', 'densenet', '--save', str(tmp_path / 'run')], sets)
+        train.main(['--model', 'densenet', '--save', str(tmp_path / 'run')], splits)
     assert 'densenet: expected 3 input channels, got 5' in capsys.readouterr().err
 
 
-def test_given_data_are_held_out_and_stopped_and_go_on(pairs, tmp_path, capsys):
-    class Stopping(Items):
+def test_run_on_a_dataset_is_interrupted_and_resumed(pairs, tmp_path, capsys):
+    class Interrupting(Items):
         left = 60
 
         def __getitem__(self, i):
@@ -414,42 +414,41 @@ def test_given_data_are_held_out_and_stopped_and_go_on(pairs, tmp_path, capsys):
     _, train_pair, test_pair = pairs
     arrays = DataSplits.from_arrays(train_pair, test_pair, ['cat', 'dog'])
     more = ['--val', 8, '--nthread', 0]
-    go(arrays, tmp_path / 'whole', *more)
-    with pytest.raises(SystemExit) as stopped:
-        go(DataSplits.from_arrays(Stopping(train_pair, 'array'), Items(test_pair, 'array')), tmp_path / 'run',
-           *more)
-    assert stopped.value.code == 143
-    assert 'saved; go on with: python SCRIPT, its options --depth 10' in capsys.readouterr().out
-    go(arrays, tmp_path / 'run', *more, '--resume', 'auto')
+    train_on(arrays, tmp_path / 'whole', *more)
+    with pytest.raises(SystemExit) as exit_info:
+        train_on(DataSplits.from_arrays(Interrupting(train_pair, 'array'),
+                                        Items(test_pair, 'array')), tmp_path / 'run', *more)
+    assert exit_info.value.code == 143
+    assert ' --depth 10 ' in capsys.readouterr().out.splitlines()[-1]  # the command that resumes
+    train_on(arrays, tmp_path / 'run', *more, '--resume', 'auto')
     assert_same_run(tmp_path / 'run', tmp_path / 'whole')
     assert all('val_acc' in epoch for epoch in stats_of(tmp_path / 'run'))
 
 
-def test_a_run_goes_on_with_its_own_data_alone(pairs, tmp_path, capsys):
+def test_resume_rejects_other_data(pairs, tmp_path, capsys):
     _, (images, labels), test_pair = pairs
     names = ['cat', 'dog']
 
-    def refusal(sets, *options_):
-        with pytest.raises(SystemExit) as stopped:
-            go(sets, tmp_path, '--epochs', 2, '--resume', 'auto', *options_)
-        assert stopped.value.code == 2
+    def refusal(splits):
+        with pytest.raises(SystemExit) as exit_info:
+            train_on(splits, tmp_path, '--epochs', 2, '--resume', 'auto')
+        assert exit_info.value.code == 2
         error = capsys.readouterr().err
         assert error.count('\n') == 1
         return error
 
-    go(DataSplits.from_arrays((images, labels), test_pair, names), tmp_path, '--epochs', 1)
+    train_on(DataSplits.from_arrays((images, labels), test_pair, names), tmp_path, '--epochs', 1)
     capsys.readouterr()
     fewer = DataSplits.from_arrays((images[4:], labels[4:]), test_pair, names)
-    assert ('given was 32 + 10 images (32, 32, 3), is 28 + 10 images (32, 32, 3): expected the '
-            'same, or --force') in refusal(fewer)
-    small = DataSplits.from_arrays((images[:, :16, :16], labels), (test_pair[0][:, :16, :16], test_pair[1]), names)
+    assert 'given was 32 + 10 images (32, 32, 3), is 28 + 10 images (32, 32, 3)' in refusal(fewer)
+    small = DataSplits.from_arrays((images[:, :16, :16], labels),
+                                   (test_pair[0][:, :16, :16], test_pair[1]), names)
     assert 'image_size was 32, is 16; ' in refusal(small)
     others = DataSplits.from_arrays((images, labels), test_pair, ['owl', 'yak'])
     assert 'the data set 2 (owl to yak)' in refusal(others)
     with pytest.raises(SystemExit):
         train.main(['--evaluate', '--resume', str(tmp_path)], small)
-    assert 'test images are (16, 16, 3): expected (32, 32, 3), as those of' in (
-        capsys.readouterr().err)
+    assert 'images are (16, 16, 3): expected (32, 32, 3)' in capsys.readouterr().err
 
 
 def test_random_transforms_of_a_dataset_follow_the_seed(pairs, tmp_path):
@@ -459,8 +458,8 @@ def test_random_transforms_of_a_dataset_follow_the_seed(pairs, tmp_path):
             return torch.where(torch.rand(32, 32) < 0.1, 0, image), label
 
     def epoch(workers):
-        sets = DataSplits.from_arrays(Noisy(pairs[1], 'tensor'), Items(pairs[2], 'tensor'))
-        return torch.cat([images for images, *_ in make_loader(sets.train, 12, workers, seed=1)])
+        splits = DataSplits.from_arrays(Noisy(pairs[1], 'tensor'), Items(pairs[2], 'tensor'))
+        return torch.cat([images for images, *_ in make_loader(splits.train, 12, workers, seed=1)])
 
     assert torch.equal(epoch(0), epoch(2))
 
@@ -469,13 +468,13 @@ def arrays(n=6, shape=(8, 8, 3), dtype=np.uint8, labels=None):
     return np.ones((n, *shape), dtype), np.arange(n) % 2 if labels is None else labels
 
 
-@pytest.mark.parametrize(('given', 'message'), [
+@pytest.mark.parametrize(('sources', 'message'), [
     ((arrays(dtype=np.float32), arrays()), r'images are torch.float32 \(6, 8, 8, 3\): expected'),
-    ((arrays(shape=(8, 9, 3)), arrays()), '6 images of 8 x 9 pixels: expected square ones'),
-    ((arrays(shape=(4, 4)), arrays()), '6 images of 4 x 4 pixels: expected square ones of 8'),
+    ((arrays(shape=(8, 9, 3)), arrays()), '6 images of 8 x 9 pixels: expected square'),
+    ((arrays(shape=(4, 4)), arrays()), '6 images of 4 x 4 pixels: .* 8 pixels'),
     ((arrays(n=0), arrays()), '0 images'),
     ((arrays(), arrays(shape=(8, 8))), r'are \(8, 8, 3\), test images \(8, 8, 1\): expected the'),
-    ((arrays(labels=np.ones(6)), arrays()), r'labels are torch.float64 \(6,\): expected numbers'),
+    ((arrays(labels=np.ones(6)), arrays()), r'labels are torch.float64 \(6,\): expected'),
     ((arrays(labels=np.zeros((6, 1), int)), arrays()), r'labels are torch.int64 \(6, 1\)'),
     ((arrays(), arrays(), ['a']), '1 classes: expected two or more'),
     ((arrays(labels=np.arange(6)), arrays(), ['a', 'b']), 'labels are 0 to 5: expected 0 to 1'),
@@ -483,32 +482,32 @@ def arrays(n=6, shape=(8, 8, 3), dtype=np.uint8, labels=None):
     (([*zip(*arrays())], arrays()), '6 arrays: expected images and labels'),
     ((Items(arrays(labels=[2] * 6), 'PIL'), arrays()), 'item 0 of the Dataset: label 2: expected'),
     ((Items(arrays(dtype=np.int64), 'array'), arrays()),
-     r'item 0 of the Dataset: an image of torch.int64 \(8, 8, 3\): expected uint8'),
+     r'item 0 of the Dataset: an image of int64 \(8, 8, 3\): expected'),
     ((Items(arrays(labels=[[1]] * 6), 'PIL'), arrays()), "item 0 of the Dataset: 'list' object"),
-    ((Items(arrays(n=0), 'array'), arrays()), 'a Dataset of 0 images: expected some'),
-    ((TensorDataset(torch.ones(6, 3, 8, 8)), arrays()), 'a Dataset without classes: expected'),
+    ((Items(arrays(n=0), 'array'), arrays()), 'a Dataset of 0 images: '),
+    ((TensorDataset(torch.ones(6, 3, 8, 8)), arrays()), 'a Dataset without classes: '),
 ])
-def test_what_cannot_be_trained_on(given, message):
+def test_splits_from_arrays_rejects_invalid_data(sources, message):
     with pytest.raises(data.DataError, match=message):
-        DataSplits.from_arrays(*given)
+        DataSplits.from_arrays(*sources)
 
 
-def test_items_of_several_sizes_end_in_one_line(pairs, tmp_path, capsys):
+def test_run_ends_with_one_line_when_items_have_several_sizes(pairs, tmp_path, capsys):
     class Growing(Items):
         def __getitem__(self, i):
             return np.zeros((8 + i, 8 + i, 3), np.uint8), self.labels[i]
 
-    sets = DataSplits.from_arrays(Growing(pairs[1], ''), Growing(pairs[2], ''))
-    with pytest.raises(SystemExit) as stopped:
-        go(sets, tmp_path, '--nthread', 1)
-    assert stopped.value.code == 2
+    splits = DataSplits.from_arrays(Growing(pairs[1], ''), Growing(pairs[2], ''))
+    with pytest.raises(SystemExit) as exit_info:
+        train_on(splits, tmp_path, '--nthread', 1)
+    assert exit_info.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith('train.py: item ')
-    assert error.endswith(': expected (8, 8, 3), as the first')
+    assert ': expected (8, 8, 3)' in error
 
 
 class Failing(Items):
-    """The items of a pair, but that the last ones raise what `kind` is."""
+    """A Dataset of the images of a pair whose last items raise `kind`, an exception."""
 
     def __getitem__(self, i):
         if i > len(self.labels) // 2:
@@ -517,35 +516,36 @@ class Failing(Items):
 
 
 @pytest.mark.parametrize('error', [RuntimeError('stack expects'), EOFError('no more input')])
-def test_an_error_of_a_dataset_in_a_reading_process_stays_what_it_is(pairs, error):
-    sets = DataSplits.from_arrays(Failing(pairs[1], error), Items(pairs[2], 'array'))
+def test_worker_keeps_the_type_of_an_error_of_a_dataset(pairs, error):
+    splits = DataSplits.from_arrays(Failing(pairs[1], error), Items(pairs[2], 'array'))
     with pytest.raises(type(error), match=str(error)):
-        list(iterate_batches(make_loader(sets.train, 4, nthread=1)))
+        list(iterate_batches(make_loader(splits.train, 4, nthread=1)))
 
 
-def test_an_item_that_cannot_be_read_ends_in_one_line_after_a_save(pairs, tmp_path, capsys):
+def test_run_saves_and_ends_with_one_line_when_an_item_is_unreadable(pairs, tmp_path, capsys):
     truncated = Failing(pairs[1], OSError('image file is truncated'))
-    with pytest.raises(SystemExit) as stopped:
-        go(DataSplits.from_arrays(truncated, Items(pairs[2], 'array')), tmp_path, '--batch_size', 2)
-    assert stopped.value.code == 2
+    splits = DataSplits.from_arrays(truncated, Items(pairs[2], 'array'))
+    with pytest.raises(SystemExit) as exit_info:
+        train_on(splits, tmp_path, '--batch_size', 2)
+    assert exit_info.value.code == 2
     assert re.fullmatch(r'train.py: item \d+ of the Dataset: image file is truncated',
                         capsys.readouterr().err.splitlines()[-1])
     assert (tmp_path / 'model.pt7').exists()
 
 
-def test_data_beside_a_name_are_refused(pairs, capsys):
-    sets = DataSplits.from_arrays(*pairs[1:])
+def test_main_rejects_arrays_with_a_data_set_name_and_without_training_images(pairs, capsys):
+    splits = DataSplits.from_arrays(*pairs[1:])
     for flags in (['--dataset', 'CIFAR10'], ['--image_size', '32']):
         with pytest.raises(SystemExit):
-            train.main(flags, sets)
+            train.main(flags, splits)
         assert 'and data from Python' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         train.main([], DataSplits.from_arrays(None, pairs[2]))
     assert 'no training images' in capsys.readouterr().err
 
 
-def test_folded_network_of_given_data(pairs, by_folder):
-    """What was folded takes the inputs of the run, whose file alone is read."""
+def test_folded_model_takes_the_inputs_of_its_run(pairs, by_folder):
+    """The folded model takes inputs of the run's preprocessing."""
     trained = diracnets.load(by_folder)
     batch = torch.from_numpy(pairs[2][0]).permute(0, 3, 1, 2)
     inputs = torch.from_numpy(data_inputs(batch, trained.preprocess)).permute(0, 3, 1, 2)
@@ -554,6 +554,6 @@ def test_folded_network_of_given_data(pairs, by_folder):
         torch.testing.assert_close(folded(inputs), network(inputs))
 
 
-def test_tensors_number_their_classes():
+def test_splits_from_arrays_number_their_classes():
     images, labels = torch.zeros(6, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 0, 1, 2])
     assert DataSplits.from_arrays((images, labels), (images, labels)).classes == ['0', '1', '2']

@@ -1,6 +1,6 @@
-"""Batches of a data set: which images each has, and the processes that read them.
+"""DataLoaders over data sets whose items are batches: their order, seeds and worker processes.
 
-What a batch is training/images.py says; the order and the seeds of all follow from one seed.
+`training.datasets` defines a batch. The order and the seeds of all batches follow from one seed.
 """
 
 import os
@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from diracnets.preprocessing import DataError
+from diracnets.image_files import DataError
 from training.datasets import MemoryImages
 
 
 class BatchSampler(Sampler):
-    """Yields (indices, seed, share) for each batch, the last partial one included: see Images.
+    """Yields (indices, seed, local_indices) for each batch, including the last, partial one.
 
-    seed: with one, the order and the seeds of the batches follow from it and the epoch, which
-    `set_epoch` sets; without, images come in order and are not augmented. Of each batch, process
-    `rank` of `world_size` takes its share; shares differ by one image at most.
+    `BatchDataset` describes the items. seed: with a seed, the order and the seeds of the batches
+    follow from it and from the epoch, which `set_epoch` sets; with None, images come in order and
+    are not augmented. Each of `world_size` ranks gets an equal part of a batch, up to one image.
     """
 
     def __init__(self, length, batch_size, seed=None, rank=0, world_size=1):
@@ -32,7 +32,7 @@ class BatchSampler(Sampler):
         self.set_epoch(1)
 
     def set_epoch(self, epoch, step=0):
-        """Sets the epoch, and the steps of it that are done already."""
+        """Sets the epoch and the number of its steps to skip."""
         self.epoch, self.step = epoch, step
 
     def __len__(self):
@@ -44,91 +44,93 @@ class BatchSampler(Sampler):
             mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(mixed[0] >> np.uint64(1)))
             order = torch.randperm(self.length, generator=generator)
-            drawn = torch.randint(2**61, (len(self),), generator=generator)
-            seeds = (2 * drawn + self.epoch % 2).tolist()  # odd in odd epochs: augment.in_turn
+            seeds = torch.randint(2**61, (len(self),), generator=generator)
+            seeds = (2 * seeds + self.epoch % 2).tolist()  # odd in odd epochs: alternating_flip
         batches = list(zip(order.split(self.batch_size), seeds))
         for indices, seed in batches[self.step :]:
-            share = np.array_split(np.arange(len(indices)), self.world_size)[self.rank]
-            yield indices.numpy(), seed, share  # a tensor would open a file for each worker
+            positions = np.arange(len(indices))
+            local_indices = np.array_split(positions, self.world_size)[self.rank]
+            yield indices.numpy(), seed, local_indices  # a tensor would open a file for each worker
 
 
 class WorkerError(OSError):
-    """A process that reads images died."""
+    """A DataLoader worker died."""
 
 
 def iterate_batches(loader):
-    """Yields the batches of a loader. Raises WorkerError where a process that reads them died.
+    """Yields the batches of a loader; raises WorkerError when it waits for a dead worker.
 
-    It does so where a batch is waited for. torch would raise at once, out of SIGCHLD, in the middle
-    of a step, and half of one must not be saved.
+    torch would raise from its SIGCHLD handler at once, in the middle of a training step, and an
+    incomplete step must not be saved.
     """
-    before = signal.getsignal(signal.SIGCHLD)
+    handler = signal.getsignal(signal.SIGCHLD)
     try:
-        reading = iter(loader)  # this starts the workers, and sets torch's answer to the signal
+        batches = iter(loader)  # starts the workers, and sets torch's SIGCHLD handler
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, before)
-        yield from reading
+            signal.signal(signal.SIGCHLD, handler)
+        yield from batches
     except (RuntimeError, EOFError, ConnectionError) as error:
         if 'DataLoader worker (pid' in str(error):
             reason = str(error).splitlines()[0]
         elif (isinstance(error, RuntimeError) or str(error).startswith('Caught ')
               or not loader.num_workers):
-            raise  # of the data set itself
-        else:  # it died while it handed a batch over, before torch saw that it is dead
+            raise  # an error of the data set
+        else:  # the worker died while it sent a batch, before torch noticed
             reason = f'DataLoader worker: {type(error).__name__}'
-        raise WorkerError(f'a process that reads images died ({reason}): expected enough memory, '
-                          'or fewer --nthread') from error
+        raise WorkerError(f'a worker process died ({reason}); free memory, or lower '
+                          '--nthread') from error
 
 
-def _start_worker(_):
+def _init_worker(_):
     cv2.setNumThreads(0)  # the workers are the parallelism
-    os.setpgid(0, 0)  # Ctrl-C and SIGTERM to the group are the training's to answer
-    sys.excepthook = _report
+    os.setpgid(0, 0)  # the training process handles Ctrl-C and SIGTERM sent to the group
+    sys.excepthook = _report_exception
 
 
-def _report(kind, error, traceback):
-    """Prints what a thread of a worker raised, but that a training which ends fetches no batch.
+def _report_exception(kind, error, traceback):
+    """Prints an exception of a worker's thread, unless the training process has ended.
 
-    The thread is the one that hands over the open files of batches; what goes wrong in reading
-    reaches the training through the loader.
+    The thread sends the file descriptors of batches. Errors of the data set reach the training
+    process through the loader.
     """
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, traceback)
 
 
 def _check_open_files(workers, loaders):
-    """Raises DataError where so many workers may not open their files: they would wait for ever.
+    """Raises DataError if the workers may exceed the limit on open files, and block forever.
 
-    Queues, processes and the tensors on their way (torch passes each as an open file) were counted
-    with 1 to 16 workers: at most 6 open files for each and 8 beside, in each of the loaders.
+    Measured with 1 to 16 workers: queues, processes and tensors in transit, which torch passes as
+    file descriptors, take at most 6 open files for each worker and 8 more for each loader.
     """
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if allowed == resource.RLIM_INFINITY or not os.path.isdir('/dev/fd'):
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY or not os.path.isdir('/dev/fd'):
         return
     needed = len(os.listdir('/dev/fd')) + loaders * (6 * workers + 8)
-    if needed > allowed:
-        raise DataError(f'{workers} worker processes need {needed} open files, {allowed} are '
-                        'allowed: expected a higher ulimit -n, or a lower nthread')
+    if needed > limit:
+        raise DataError(f'{workers} DataLoader workers need {needed} open files, the limit is '
+                        f'{limit}; raise ulimit -n, or lower --nthread')
 
 
 def make_loader(dataset, batch_size, nthread=4, seed=None, rank=0, world_size=1):
-    """Returns a DataLoader over a data set of `load`: see Images for what a batch is.
+    """Returns a DataLoader over a BatchDataset.
 
-    nthread: worker processes, for images that are not in memory; the others: see BatchSampler,
-    which is the loader's `sampler`. Raises DataError for more workers than may open their files.
+    nthread: number of workers, for images that are not in memory; seed, rank, world_size: those of
+    the BatchSampler, the loader's `sampler`. Raises DataError if the workers need more open files
+    than the limit.
     """
     in_memory = isinstance(dataset, MemoryImages)
     on_gpu = in_memory and dataset.images.is_cuda
     workers = 0 if in_memory else nthread
     if workers:
-        _check_open_files(workers, 1 if seed is None else 2)  # training has the test's beside it
+        _check_open_files(workers, 1 if seed is None else 2)  # training also has a test loader
     return DataLoader(
         dataset,
         batch_size=None,  # the sampler makes the batches
         sampler=BatchSampler(len(dataset), batch_size, seed, rank, world_size),
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_init_worker,
         pin_memory=torch.cuda.is_available() and not on_gpu,
-        generator=torch.Generator(),  # the loader draws from it, and not from the global one
+        generator=torch.Generator(),  # the loader samples from this one, not from the global one
     )

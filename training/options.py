@@ -14,7 +14,7 @@ from cli import ArgumentParser
 from diracnets.models.blocks import BLOCKS
 from diracnets.models.diracnet_fast import ACTIVATIONS
 from diracnets.models.registry import ARCHITECTURES
-from diracnets.preprocessing import IMAGE_SIZES, MAX_SMALL, Preprocessing
+from diracnets.preprocessing import DATASETS, MAX_SMALL, Preprocessing
 from training import data, distributed
 from training.augmentation import FLIPS
 from training.optimizers import OPTIMIZERS, SCHEDULES
@@ -29,7 +29,6 @@ RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
 NETWORKS_BY_SIZE = (f'images of up to {MAX_SMALL} pixels take the CIFAR networks, larger ones the '
                     'ImageNet networks')
 MODEL_OPTIONS = sorted({name for row in ARCHITECTURES.values() for name in row.options})
-DATASETS = (*IMAGE_SIZES, 'Folder')
 # may differ when a run is resumed; every other option changes its result
 FREE_ON_RESUME = {
     'checkpointing', 'dataroot', 'deterministic', 'epochs', 'evaluate', 'force', 'gpu_id',
