@@ -1,15 +1,21 @@
-# make train: sets up .venv and trains a DiracNet on data that needs no download
-# make test:  sets up .venv with the test extras and runs every test, in two processes of one thread
+# make train: set up .venv and train a DiracNet on data that needs no download
+# make test:  set up .venv with the test extra and run every test
+# make check: run the linter and the fast tests, as before each commit
 
 PYTHON ?= python3
 BIN := .venv/bin
+TEST := OMP_NUM_THREADS=1 $(BIN)/python test.py -n 2 --dist worksteal --max-worker-restart 0
 
 train: .venv/train.done
 	$(BIN)/python train.py --dataset Digits --depth 16 --epochs 20 --epoch_step [12,17] \
 	    --batch_size 64 --save checkpoints/digits_$$(date +%Y%m%d_%H%M%S)
 
 test: .venv/test.done
-	OMP_NUM_THREADS=1 $(BIN)/python test.py -n 2 --dist loadfile --max-worker-restart 0
+	$(TEST)
+
+check: .venv/test.done
+	$(BIN)/ruff check .
+	$(TEST) -m "not slow"
 
 .venv/train.done: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -20,4 +26,4 @@ test: .venv/test.done
 	$(BIN)/pip install -e '.[test]'
 	touch $@
 
-.PHONY: train test
+.PHONY: train test check

@@ -1,6 +1,6 @@
 """Options of the test run, and fixtures that several test modules take.
 
-The numbers that must hold are those of the CPU; `python -m experiments.gpu` checks those of a GPU.
+Tests run on the CPU, except those with the marker `gpu`: `python test.py -m gpu`.
 """
 
 import os
@@ -14,17 +14,20 @@ from diracnets.preprocessing import Preprocessing, normalize
 from runs import run
 from training import data
 
-os.environ['CUDA_VISIBLE_DEVICES'] = ''  # read at the first use of CUDA, here and in subprocesses
+
+def pytest_configure(config):
+    if config.option.markexpr != 'gpu':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''  # read at the first use of CUDA, also in processes
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        '--fuzz', type=int, default=60, help='cases of each fuzz test (default: 60; all: 500)'
+        '--fuzz', type=int, default=60, help='examples of each fuzz test (default: 60; all: 500)'
     )
 
 
 def _train_a_little(depth, width, dataset, num_classes, batches):
-    """Trains on the batches of (inputs, labels): returns (f, params), each with real statistics."""
+    """Trains one step on each batch (inputs, labels); returns (f, params)."""
     torch.manual_seed(0)
     f, params = define_diracnet(depth, width, dataset, num_classes)
     network = Network(f, params).to(batches[0][0].dtype)
@@ -46,14 +49,15 @@ def train_a_little():
 @pytest.fixture(scope='session')
 def digits():
     """All 1,797 digits as inputs (N, 3, 32, 32), and their labels."""
-    sets = data.load_splits('Digits')
-    images = torch.cat([sets.train.images, sets.test.images]).permute(0, 3, 1, 2)
-    return normalize(images, Preprocessing.for_dataset('CIFAR10')), torch.cat([sets.train.labels, sets.test.labels])
+    splits = data.load_splits('Digits')
+    images = torch.cat([splits.train.images, splits.test.images]).permute(0, 3, 1, 2)
+    labels = torch.cat([splits.train.labels, splits.test.labels])
+    return normalize(images, Preprocessing.for_dataset('CIFAR10')), labels
 
 
 @pytest.fixture(scope='session')
 def trained(digits):
-    """(f, params) of a small DiracNet that has learnt something of the digits."""
+    """(f, params) of a small DiracNet after 120 steps on digits."""
     inputs, labels = digits
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     batches = [(inputs[i], labels[i]) for i in order[:1280].split(64)]
@@ -62,7 +66,7 @@ def trained(digits):
 
 @pytest.fixture(scope='session')
 def run_folder(trained, tmp_path_factory):
-    """The folder of a run, with the checkpoint that train.py would have left there."""
+    """A run folder that contains model.pt7 with the parameters of `trained`."""
     folder = tmp_path_factory.mktemp('run')
     args = {'depth': 10, 'width': 0.5, 'dataset': 'Digits', 'image_size': 32}
     torch.save(
@@ -75,7 +79,7 @@ def run_folder(trained, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def whole(images, tmp_path_factory):
-    """A run of three epochs that nothing stopped, on the `images` of the test's module."""
+    """The folder of an uninterrupted run of three epochs on the `images` of the test module."""
     folder = tmp_path_factory.mktemp('whole') / 'run'
     run(images, folder, '--epochs', 3)
     return folder

@@ -235,7 +235,9 @@ SMALLEST = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'dataset', 'options'), SMALLEST)
+@pytest.mark.parametrize(('name', 'dataset', 'options'), [
+    pytest.param(*row, marks=pytest.mark.slow if row[1] == 'ImageNet' else ()) for row in SMALLEST
+])
 def test_model_trains_and_folds_with_equal_logits(name, dataset, options):
     model = create_model(name, dataset, num_classes=5, **options)
     size, n = (64, 4) if dataset == 'ImageNet' else (16, 64)

@@ -53,6 +53,14 @@ def test_native_bfloat16_agrees_with_cpuinfo():
     assert ('bf16' in shown) == native
 
 
+@pytest.mark.parametrize(('capabilities', 'native'), [
+    ({'avx512_bf16': True, 'avx2': True}, True), ({'avx512_bf16': False, 'avx2': True}, False),
+])
+def test_native_bfloat16_depends_on_bfloat16_instructions_alone(monkeypatch, capabilities, native):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities)
+    assert native_bfloat16('cpu')[0] is native
+
+
 def test_run_prints_its_dtype_and_the_reason(images, tmp_path, capsys):
     run(images, tmp_path, '--epochs', 1)
     expected = 'bfloat16' if native_bfloat16('cpu')[0] else 'float'
@@ -111,6 +119,7 @@ def test_batches_are_channels_last():
 # ---------------------------------------------------------------- compilation
 
 
+@pytest.mark.slow
 def test_compile_does_not_change_training(images, tmp_path):
     same = ['--dtype', 'double', '--batch_size', 10]
     run(images, tmp_path / 'eager', *same)
@@ -183,6 +192,7 @@ def test_checkpointing_gives_the_same_run(images, tmp_path):
     assert all(torch.equal(tensor, checkpointed[name]) for name, tensor in plain.items())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library')
 def test_keep_freed_memory_respects_malloc_variables():
     code = """if True:
@@ -219,6 +229,7 @@ def test_train_and_evaluate_keep_freed_memory_on_the_cpu(images, tmp_path, monke
 # ---------------------------------------------------------------- deployed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('dtype', 'tolerance', 'agree'), [
     (torch.bfloat16, 0.03, 970), (torch.float32, 1e-5, 1000),
 ])
@@ -253,6 +264,7 @@ class Tells(torch.nn.Module):
         return self.conv(x) if torch.compiler.is_compiling() else torch.zeros(1)
 
 
+@pytest.mark.slow
 def test_deploy_compiles_every_shape_and_model():
     """Also beyond torch's recompile limit (8; here 1), which counts per code object."""
     first, second = Tells(), Tells()

@@ -348,6 +348,21 @@ def test_validation_split_selects_the_best_checkpoint(images, tmp_path):
     assert stats[0]['images_per_second'] == pytest.approx(24 / stats[0]['train_time'])
 
 
+def test_best_checkpoint_is_that_of_the_highest_accuracy(images, tmp_path, monkeypatch):
+    accuracies = iter([50.0, 75.0, 25.0])
+
+    def summary(meters, prefix, original=Meters.summary):
+        return {**original(meters, prefix),
+                **({'test_acc': next(accuracies)} if prefix == 'test' else {})}
+
+    monkeypatch.setattr(Meters, 'summary', summary)
+    run(images, tmp_path, '--epochs', 3)
+    best, last = (torch.load(tmp_path / name, weights_only=True)
+                  for name in ('best.pt7', 'model.pt7'))
+    assert (best['epoch'], best['best']) == (2, 75)
+    assert (last['epoch'], last['best']) == (3, 75)
+
+
 def test_label_smoothing_applies_to_training_only(images, tmp_path):
     run(images, tmp_path / 'hard', '--lr', 0, '--epochs', 1)
     run(images, tmp_path / 'soft', '--lr', 0, '--epochs', 1, '--label_smoothing', 0.9)
@@ -407,16 +422,19 @@ SMALLEST = {  # the smallest model of each
     'resnet18': [*IMAGENET, '--block', 'acb'],
     'resnet34': IMAGENET,
     'resnet50': IMAGENET,
-    'alexnet': [*IMAGENET, '--batch_size', 64],
+    'alexnet': [*IMAGENET, '--batch_size', 16],
     'mobilenet': [*IMAGENET, '--block', 'dbb'],
 }
 
 
-@pytest.mark.parametrize('name', SMALLEST)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow if '--image_size' in options else ())
+    for name, options in SMALLEST.items()
+])
 def test_every_architecture_trains_resumes_and_folds(name, tmp_path):
     size = (72, 72) if '--image_size' in SMALLEST[name] else (32, 32)
-    write_sets(tmp_path / 'images', 32, 4, size)
-    common = ['--dataset', 'Folder', '--dataroot', tmp_path / 'images', '--batch_size', 16,
+    write_sets(tmp_path / 'images', 8, 2, size)
+    common = ['--dataset', 'Folder', '--dataroot', tmp_path / 'images', '--batch_size', 8,
               '--lr', 0.01, '--model', name.split(',')[0], *SMALLEST[name]]
 
     def go(folder, *more):

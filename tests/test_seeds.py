@@ -1,0 +1,28 @@
+"""Seeds of batches, and of the images in a batch: none may be used twice."""
+
+import torch
+from torch.utils.data import Dataset
+
+from training.datasets import DatasetImages
+from training.loader import BatchSampler
+
+
+def test_every_batch_has_a_seed_of_its_own():
+    sampler, seeds = BatchSampler(20, 4, seed=1), []
+    for epoch in (1, 2):
+        sampler.set_epoch(epoch)
+        seeds += [seed for _, seed, _ in sampler]
+    assert len(set(seeds)) == 10
+
+
+class Noise(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return torch.randint(256, (3, 8, 8), dtype=torch.uint8), 0
+
+
+def test_images_of_a_batch_get_different_transforms():
+    images, *_ = DatasetImages(Noise(), 2)[torch.arange(4), 7, torch.arange(4)]
+    assert len(torch.unique(images, dim=0)) == 4
