@@ -1,6 +1,6 @@
 # make train: set up .venv and train a DiracNet on data that needs no download
 # make test:  set up .venv with the test extra and run every test
-# make check: run the linter and the fast tests, as before each commit
+# make check: run the fast tests, those without the marker `slow`
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +14,6 @@ test: .venv/test.done
 	$(TEST)
 
 check: .venv/test.done
-	$(BIN)/ruff check .
 	$(TEST) -m "not slow"
 
 .venv/train.done: requirements.txt

@@ -1,10 +1,12 @@
-"""Runs every test of tests/: the numbers that must hold.
+"""Runs the tests in tests/.
 
-    python test.py              # all of them
-    python test.py -k fold      # those with this in their names
-    python test.py --fuzz 500   # with so many cases of each that draws nonsense at random
+    python test.py                  # all tests, except those that need a GPU
+    python test.py -m "not slow"    # the fast tests
+    python test.py -m gpu           # the tests that need a GPU
+    python test.py -k fold          # tests with this in their names
+    python test.py --fuzz 500       # 500 examples in each fuzz test
 
-Arguments are pytest's, which `python -m pytest --help` lists.
+All arguments are those of pytest: `python -m pytest --help` lists them.
 """
 
 import argparse
