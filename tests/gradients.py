@@ -1,9 +1,4 @@
-"""Writes the gradients of the first training steps in float64, with batch norm in evaluation mode.
-
-    PYTHONPATH=. torchrun --nproc_per_node=2 tests/gradients.py FILE
-"""
-
-import sys
+"""Gradients of the first training steps, on any number of ranks: see test_survival.py."""
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -14,9 +9,10 @@ from training.loader import make_loader
 from training.setup import prepare
 
 
-def main():
+def write_gradients(path):
+    """Writes the gradients of four steps in float64, with batch norm in evaluation mode."""
     opt = options.parse_options(['--dataset', 'Digits', '--depth', '10', '--dtype', 'double',
-                                  '--save', sys.argv[1] + '.run'])
+                                 '--save', f'{path}.run'])
     device = distributed.init()
     run = prepare(opt, device, checkpoint.Lock(opt.save))
     run.model.eval()
@@ -32,9 +28,5 @@ def main():
         gradients.append({name: p.grad.clone() for name, p in run.model.named_parameters()})
         run.optimizer.step()
     if distributed.rank() == 0:
-        torch.save(gradients, sys.argv[1])
+        torch.save(gradients, path)
     distributed.shutdown()
-
-
-if __name__ == '__main__':
-    main()

@@ -28,7 +28,7 @@ from experiments.kill import children_of
 from pages import ROOT
 from runs import (
     assert_same_run,
-    environment,
+    on_ranks,
     params_of,
     refused,
     run,
@@ -340,13 +340,7 @@ def test_sighup_stays_ignored_under_nohup():
     (3, ['--batch_size', 2]),
 ])
 def test_ranks_without_images_in_a_batch(images, tmp_path, ranks, options):
-    words = small_run(images, tmp_path / 'run', '--epochs', 1, *options)[1:]
-    done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', *words],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=environment(),
-    )
-    assert done.returncode == 0, done.stderr
+    on_ranks(tmp_path, ranks, run, images, tmp_path / 'run', '--epochs', 1, *options)
     (stats,) = stats_of(tmp_path / 'run')
     assert all(math.isfinite(value) for value in stats.values() if isinstance(value, float))
 

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from diracnets import quantization
 from diracnets.onnx import to_onnx
 from diracnets.quantization import calibration_set
 from pages import blocks
+from runs import in_child
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {'depth': 10, 'width': 0.5, 'dataset': 'CIFAR10', 'num_classes': 10}
@@ -143,18 +145,22 @@ def test_export_writes_nothing_when_the_outputs_differ(run_folder, tmp_path, cap
     assert os.listdir(tmp_path) == []
 
 
+def export_on_a_full_disk(argv):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    export.main(argv)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('ending', RUN)
 def test_export_names_the_file_when_the_disk_is_full(run_folder, tmp_path, ending):
-    """In a new process, which torch's own writers would abort; a file limit acts as the disk."""
-    path = tmp_path / f'diracnet{ending}'
-    done = subprocess.run(
-        [sys.executable, 'export.py', str(run_folder), '--to', str(path)], cwd=ROOT,
-        capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )
-    assert done.returncode == 1
-    assert done.stderr == f'export.py: {path}: {os.strerror(errno.EFBIG)}\n'
-    assert os.listdir(tmp_path) == []
+    """In a child process, which torch's own writers would abort; a file limit acts as the disk."""
+    folder = tmp_path / 'exported'
+    folder.mkdir()
+    path = folder / f'diracnet{ending}'
+    status, _, errors = in_child(
+        tmp_path, export_on_a_full_disk, [str(run_folder), '--to', str(path)])
+    assert (status, errors) == (1, f'export.py: {path}: {os.strerror(errno.EFBIG)}\n')
+    assert os.listdir(folder) == []
 
 
 @pytest.fixture(scope='module')
@@ -486,32 +492,46 @@ def test_hub_models_have_the_published_sizes(torch_home, monkeypatch):
         assert all(word in text for word in ('Inputs (N, 3,', 'std', 'classes', 'figures'))
 
 
-def test_code_blocks_in_the_deploying_docs_run(run_folder, images, torch_home, tmp_path):
+def run_shell_line(line, project):
+    """Runs a line of a bash block, a command of this repository in this process."""
+    words = [os.path.expanduser(word) for word in shlex.split(line, comments=True)]
+    commands = {'export.py': export.main, 'predict.py': predict.main}
+    if words[:1] == ['python'] and words[1] in commands:
+        commands[words[1]](words[2:])
+        return
+    done = subprocess.run(['bash', '-ec', line], cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, f'{line}\n{done.stdout}\n{done.stderr}'
+
+
+def test_code_blocks_in_the_deploying_docs_run(
+    run_folder, images, torch_home, tmp_path, monkeypatch
+):
     """Runs the page's blocks as they stand, in a copy of the project, on small stand-ins."""
     project = tmp_path / 'project'
     others = ('.*', '__pycache__', '*.egg-info', 'build', 'checkpoints', 'logs', 'runs', 'tests')
     shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(*others))
     (file,) = (torch_home / 'hub' / 'checkpoints').glob('diracnet18v2folded-*.pth')
-    source = (project / 'diracnet.py').read_text()
-    assert source.count('diracnet18v2folded-a2174e15.pth') == 1
-    (project / 'diracnet.py').write_text(
-        source.replace('diracnet18v2folded-a2174e15.pth', file.name)
-    )
+    monkeypatch.setitem(diracnet.MODEL_URLS, 18, f'http://127.0.0.1:1/{file.name}')
     shutil.copytree(run_folder, project / 'logs' / 'diracnet-28-2')
     shutil.copytree(images, tmp_path / 'home' / 'images')
     shutil.copy(next(images.rglob('*.png')), project / 'cat.jpg')
-    env = {
-        **os.environ, 'HOME': str(tmp_path / 'home'), 'TORCH_HOME': str(torch_home),
+    variables = {
+        'HOME': str(tmp_path / 'home'), 'TORCH_HOME': str(torch_home),
         'PATH': os.path.dirname(sys.executable) + os.pathsep + os.environ['PATH'],
         # pip installs this copy into another folder and downloads nothing
         'PIP_NO_INDEX': '1', 'PIP_NO_DEPS': '1', 'PIP_NO_BUILD_ISOLATION': '0',
         'PIP_TARGET': str(tmp_path / 'installed'),
     }
-    found = blocks('docs/deploying.md')
-    assert {language for language, _ in found} == {'bash', 'python'}
-    for language, text in found:
-        command = ['bash', '-ec', text] if language == 'bash' else [sys.executable, '-c', text]
-        done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, f'{text}\n{done.stdout}\n{done.stderr}'
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(project)
+    page = blocks('docs/deploying.md')
+    assert {language for language, _ in page} == {'bash', 'python'}
+    for language, text in page:
+        if language == 'python':
+            exec(text, {'__name__': 'block'})
+        else:
+            for line in text.replace('\\\n', ' ').splitlines():
+                run_shell_line(line, project)
     for name in ('diracnet.onnx', 'diracnet-int8.onnx', 'diracnet.safetensors'):
         assert (project / name).exists()

@@ -62,6 +62,12 @@ def test_plot_logs_plots_losses_accuracies_and_rates(tmp_path):
     assert 'resnet (52.00 % at epoch 2)' in legend
 
 
+def test_legend_shows_the_accuracy_of_the_last_epoch(tmp_path):
+    log = write(tmp_path / 'run', record(1, test_acc=60.0), record(2, test_acc=55.0))
+    figure = plot.plot_logs({'run': plot.read_log(log)})
+    assert 'run (55.00 % at epoch 2)' in [text.get_text() for text in figure.legends[0].texts]
+
+
 def test_plot_logs_leaves_a_gap_when_a_record_lacks_a_metric(tmp_path):
     log = write(tmp_path / 'old', 'json_stats: {"epoch": 1, "test_acc": 9.0}\n', record(2))
     loss, accuracy, _ = plot.plot_logs({'old': plot.read_log(log)}).axes
@@ -117,14 +123,17 @@ def test_command_fails_when_the_extension_is_unknown(tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize(('text', 'status'), [('', 2), ('json_stats: {"epo', 2), (None, 2)])
-def test_command_fails_when_a_log_has_no_epochs(tmp_path, text, status):
+def test_command_fails_when_a_log_has_no_epochs(tmp_path, monkeypatch, capsys, text, status):
+    monkeypatch.chdir(tmp_path)
     if text is not None:
         (tmp_path / 'log.txt').write_text(text)
-    done = run('log.txt', cwd=tmp_path)
-    assert done.returncode == status
-    assert done.stderr.startswith('plot.py: ')
-    assert 'log.txt' in done.stderr
-    assert done.stderr.count('\n') == 1
+    with pytest.raises(SystemExit) as exit:
+        plot.main(['log.txt'])
+    assert exit.value.code == status
+    error = capsys.readouterr().err
+    assert error.startswith('plot.py: ')
+    assert 'log.txt' in error
+    assert error.count('\n') == 1
     assert not (tmp_path / 'training.png').exists()
 
 

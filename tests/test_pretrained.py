@@ -121,7 +121,8 @@ def test_pretrained_fails_for_folded_parameters(before, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(('model', 'last_parameters'), [
-    ('plain', 2), ('densenet121', 2), ('mobilenet', 2), ('diracnet-fast', 1),
+    ('plain', 2), pytest.param('densenet121', 2, marks=pytest.mark.slow), ('mobilenet', 2),
+    ('diracnet-fast', 1),
 ])
 def test_last_layer_of_other_architectures(model, last_parameters, tmp_path, capsys):
     kind = ARCHITECTURES[model].datasets[0]
