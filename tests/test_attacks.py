@@ -170,6 +170,7 @@ def small_run(images, save, *more):
             *map(str, more)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('where', ['| head -1', '> /dev/full'])
 def test_a_closed_stdout_does_not_stop_training(images, tmp_path, where):
     line = f'{" ".join(small_run(images, tmp_path / "run"))} {where}; exit ${{PIPESTATUS[0]}}'
@@ -210,6 +211,7 @@ def run_with_workers(images, save):
                     os.kill(worker, signal.SIGCONT)  # a stopped process never ends
 
 
+@pytest.mark.slow
 def test_the_checkpoint_stays_when_a_worker_is_killed(large_images, tmp_path):
     with run_with_workers(large_images, tmp_path / 'run') as (process, workers):
         os.kill(workers[0], signal.SIGKILL)
@@ -241,6 +243,7 @@ def test_iterate_batches_raises_worker_error_when_a_worker_dies_during_a_transfe
     assert raised.value is error
 
 
+@pytest.mark.slow
 def test_iterate_batches_raises_worker_error_when_workers_are_killed(large_images):
     # in a new process, where torch has not handled SIGCHLD yet
     script = f'''
@@ -271,6 +274,7 @@ except WorkerError as error:
     assert 'died (DataLoader worker' in error
 
 
+@pytest.mark.slow
 def test_sigterm_saves_when_workers_are_stalled(large_images, tmp_path):
     with run_with_workers(large_images, tmp_path / 'run') as (process, workers):
         for worker in workers:
@@ -288,6 +292,7 @@ def test_sigterm_saves_when_workers_are_stalled(large_images, tmp_path):
     assert 'stopped by SIGTERM in epoch' in printed
 
 
+@pytest.mark.slow
 def test_a_killed_run_releases_its_lock(large_images, tmp_path):
     with run_with_workers(large_images, tmp_path / 'run') as (process, workers):
         def opened(pid):  # realpath: no error for files closed meanwhile
@@ -335,6 +340,7 @@ def test_sighup_stays_ignored_under_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('ranks', 'options'), [
     (2, ['--batch_size', 64, '--val', 1]), (2, ['--batch_size', 1, '--val', 1]),
     (3, ['--batch_size', 2]),

@@ -649,6 +649,7 @@ def test_densenet121_is_the_torchvision_model():
     assert create_model('densenet121', num_classes=7).classifier.out_features == 7
 
 
+@pytest.mark.slow
 def test_docs_table_equals_computed_sizes():
     lines = text_of('docs/networks.md').splitlines()
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]

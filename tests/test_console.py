@@ -48,6 +48,7 @@ def in_terminal(*words):
     return process.wait(), shown.decode()
 
 
+@pytest.mark.slow
 def test_progress_bar_is_cleared_before_an_error_message(images, tmp_path):
     status, shown = in_terminal(
         sys.executable, 'train.py', '--dataset', 'Folder', '--dataroot', str(images), '--depth',

@@ -54,6 +54,7 @@ def tiny(experiment, place, *options):
     return place / 'logs' / experiment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('experiment', [e for e in EXPERIMENTS if e not in ('cost', 'int8')])
 def test_a_tiny_budget_goes_to_its_figure(experiment, place, monkeypatch):
     small = functools.partial(interleaved.product_rate, size=256)  # of 4096 it takes most of a minute
@@ -72,6 +73,7 @@ def test_a_tiny_budget_goes_to_its_figure(experiment, place, monkeypatch):
     assert cv2.imread(str(folder / f'{experiment}.png')).std() > 10
 
 
+@pytest.mark.slow
 def test_int8_to_its_figure(digit_files, place):
     folder = tiny('int8', place, '--dataset', 'Folder', '--dataroot', digit_files)
     row, *_ = rows = read(folder / 'measured.csv')
@@ -82,6 +84,7 @@ def test_int8_to_its_figure(digit_files, place):
     assert cv2.imread(str(folder / 'int8.png')).std() > 10
 
 
+@pytest.mark.slow
 def test_cost_to_its_figure(monkeypatch, place):
     monkeypatch.setattr(measures, 'TURNS', 2)
     monkeypatch.setattr(measures, 'STEPS', 1)
@@ -92,6 +95,7 @@ def test_cost_to_its_figure(monkeypatch, place):
     assert cv2.imread(str(folder / 'cost.png')).std() > 10
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     table = tiny('init', tmp_path, '--only', 'plain, 1, *') / 'results.csv'
     before = read(table)
@@ -105,6 +109,7 @@ def test_what_is_done_is_not_done_again(tmp_path, monkeypatch, capsys):
     assert 'plain, 10, seed 1; 0.0 h left' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_command_says_how_long_it_took(tmp_path, monkeypatch, capsys):
     tiny('depth', tmp_path, '--only', 'plain*')
     clock = itertools.count(0, 900)  # a quarter of an hour between two looks at it
@@ -113,6 +118,7 @@ def test_a_command_says_how_long_it_took(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith('; this command took 0.25 h\n')
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_the_training_of_the_row(tmp_path, capsys):
     only = '--only', 'diracnet, *'
     row, = read(tiny('delta', tmp_path, *only) / 'results.csv')
@@ -335,6 +341,7 @@ def test_histograms_of_activations_sum_to_one(place):
         assert 0.98 < sum(row['share'] for row in bins) < 1 + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('model', 'number', 'shape'), [
     ('diracnet', 0, (16, 3, 3, 3)), ('plain', 0, (16, 3, 3, 3)), ('diracnet', 2, (16, 16, 3, 3)),
 ])
@@ -383,6 +390,7 @@ def test_points_are_means_and_deviations_over_seeds():
     assert (list(circles.get_xdata()), list(mean.get_xdata())) == ([1, 2, 6], [3])
 
 
+@pytest.mark.slow
 def test_the_list_says_hours(capsys):
     run.main(['--list'])
     out = capsys.readouterr().out

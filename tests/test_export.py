@@ -209,6 +209,7 @@ def test_calibration_set_is_spread_over_the_sorted_paths(tmp_path, monkeypatch):
     assert (metadata['images'], metadata['of']) == (4, 12)
 
 
+@pytest.mark.slow
 def test_export_converts_diverse_branches_and_keeps_the_accuracy(images, tmp_path, capsys):
     data = ['--dataset', 'Folder', '--dataroot', str(images)]
     flags = [*data, '--model', 'plain', '--depth', '10', '--width', '0.5', '--block', 'dbb']
@@ -236,6 +237,7 @@ def test_export_converts_diverse_branches_and_keeps_the_accuracy(images, tmp_pat
     assert f'test_acc: {table["top-1, %"]["unfolded"]}' == accuracies[0]
 
 
+@pytest.mark.slow
 def test_int8_of_the_fast_diracnet(images, tmp_path, capsys):
     """Symbolic shape inference of ONNX Runtime fails for its last pooling, to one pixel."""
     folder, path = tmp_path / 'run', str(tmp_path / 'int8.onnx')
@@ -317,6 +319,7 @@ def test_commands_refuse_a_corrupt_file(trained, tmp_path, capsys, kind):
     assert not (tmp_path / 'x.pth').exists()
 
 
+@pytest.mark.slow
 def test_export_refuses_a_malicious_pickle(trained, tmp_path):
     path = damaged('malicious', trained[1], tmp_path)
     command = [sys.executable, 'export.py', path, '--to', str(tmp_path / 'x.onnx')]
@@ -503,6 +506,7 @@ def run_shell_line(line, project):
     assert done.returncode == 0, f'{line}\n{done.stdout}\n{done.stderr}'
 
 
+@pytest.mark.slow
 def test_code_blocks_in_the_deploying_docs_run(
     run_folder, images, torch_home, tmp_path, monkeypatch
 ):

@@ -189,6 +189,7 @@ def test_load_reads_older_metadata(files, trained, tmp_path):
 # ---------------------------------------------------------------- predict.py
 
 
+@pytest.mark.slow
 def test_predict_continues_when_an_image_is_unreadable(files, images, tmp_path):
     good = sorted(map(str, images.rglob('*.png')))[:2]
     broken, missing = str(tmp_path / 'broken.png'), str(tmp_path / 'missing.png')

@@ -55,6 +55,7 @@ def test_what_ended_before_it_was_killed_is_no_check(tmp_path, monkeypatch):
         gpu_checks.killed_and_resumed(tmp_path)
 
 
+@pytest.mark.slow
 def test_resuming_is_the_same_bits(tmp_path):
     assert gpu_checks.resuming(CPU, tmp_path, 2) == [
         ('tensors that differ after SIGKILL and resuming', 0, 0)]

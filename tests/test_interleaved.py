@@ -23,6 +23,7 @@ def test_interval_of_the_median():
     assert interleaved.median_interval([3.0] * 12) == (3, 3, 3)
 
 
+@pytest.mark.slow
 def test_sides_work_in_turns_each_in_a_process_of_its_own(tmp_path):
     path = tmp_path / 'calls.txt'
     sides = [interleaved.Variant(name, writing, (str(path), name), 1) for name in 'ab']
@@ -45,6 +46,7 @@ def writing(path, name):
     return work
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_is_one_line_and_the_others_end_too():
     sides = [interleaved.Variant('lasting', lasting, (), 1), interleaved.Variant('dying', dying, (3,), 1)]
     with pytest.raises(RuntimeError, match='^dying: its process ended with 9: expected'):

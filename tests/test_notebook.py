@@ -26,6 +26,7 @@ def stored():
     return nbformat.read(ROOT / 'diracnet-export.ipynb', as_version=4)
 
 
+@pytest.mark.slow
 def test_a_fresh_kernel_gives_the_stored_outputs(stored, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))  # no published weights, as when it was stored
     monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')  # and no network

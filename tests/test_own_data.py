@@ -522,6 +522,7 @@ def test_worker_keeps_the_type_of_an_error_of_a_dataset(pairs, error):
         list(iterate_batches(make_loader(splits.train, 4, nthread=1)))
 
 
+@pytest.mark.slow
 def test_run_saves_and_ends_with_one_line_when_an_item_is_unreadable(pairs, tmp_path, capsys):
     truncated = Failing(pairs[1], OSError('image file is truncated'))
     splits = DataSplits.from_arrays(truncated, Items(pairs[2], 'array'))

@@ -82,6 +82,7 @@ def test_short_names_are_paths_when_folder_names_repeat(tmp_path):
     assert plot.short_names(paths) == ['run', 'other']
 
 
+@pytest.mark.slow
 def test_command_plots_files_and_folders(tmp_path):
     write(tmp_path / 'plain', record(1), record(2))
     write(tmp_path / 'resnet', record(1))

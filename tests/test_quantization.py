@@ -87,6 +87,7 @@ def test_conv_pairs_have_only_scale_equivariant_layers_between():
     assert len(conv_pairs(resnet)) < len(convs) - 1
 
 
+@pytest.mark.slow
 def test_equalize_reduces_the_int8_error(uneven, tmp_path):
     inputs = torch.randn(16, 3, 32, 32)
     net, images = uneven.float(), dict(enumerate(inputs))
@@ -100,6 +101,7 @@ def test_equalize_reduces_the_int8_error(uneven, tmp_path):
     assert differences[1] < 0.7 * differences[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('option', ['--equalise', '--equalize'])
 def test_export_equalizes(run_folder, tmp_path, capsys, option):
     write_images(tmp_path / 'images', n=3)

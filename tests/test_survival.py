@@ -90,12 +90,14 @@ def exit_at_file_operation(point, folder):
 # ---------------------------------------------------------------- interrupted and killed
 
 
+@pytest.mark.slow
 def test_resume_after_a_fault_at_a_file_operation(tmp_path):
     """One of them; `python -m experiments.kill --points` tests all."""
     count, wrong = attack_points(tmp_path, points=[9])
     assert (count, wrong) == (3, [])
 
 
+@pytest.mark.slow
 def test_resume_after_kills_gives_the_uninterrupted_run(tmp_path):
     alive, _, differ = survive(tmp_path, kills=2, epochs=8, seed=1)
     assert differ == []
@@ -169,6 +171,7 @@ def test_signal_saves_and_the_printed_command_resumes(
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_process_group_saves_with_workers(tmp_path):
     write_images(tmp_path / 'train', n=8, size=(70, 70))
     write_images(tmp_path / 'test', n=2, size=(70, 70))
@@ -292,6 +295,7 @@ def ended(command, folder, max_open_files=None):
     return status, errors
 
 
+@pytest.mark.slow
 def test_unreadable_image_exits_while_threads_decode_others(tmp_path):
     write_images(tmp_path / 'train', n=1)
     write_images(tmp_path / 'test', n=1)
@@ -305,6 +309,7 @@ def test_unreadable_image_exits_while_threads_decode_others(tmp_path):
     assert ended(command, tmp_path) == (2, f'train.py: {broken}: not a readable image\n')
 
 
+@pytest.mark.slow
 def test_run_fails_when_workers_need_more_open_files(tmp_path):
     write_images(tmp_path / 'train', n=4, size=(70, 70))
     write_images(tmp_path / 'test', n=2, size=(70, 70))
@@ -407,6 +412,7 @@ def test_invalid_options_give_one_line(request, capsys):
 # ---------------------------------------------------------------- several processes
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_the_number_of_ranks(tmp_path):
     """Three ranks, of which two have no image in the last batch."""
     one, many = tmp_path / 'one.pt', tmp_path / 'many.pt'
@@ -484,6 +490,7 @@ def wait_for_epochs(agents, folder, epochs):
         log.exists() and len(read_log(str(log))) >= epochs))
 
 
+@pytest.mark.slow
 def test_evaluate_does_not_depend_on_the_number_of_ranks(images, tmp_path):
     folder = tmp_path / 'run'
     with agents_of(2, images, folder, '--epochs', 2) as agents:
@@ -507,6 +514,7 @@ def test_evaluate_does_not_depend_on_the_number_of_ranks(images, tmp_path):
     assert accuracy * 7 / 100 == pytest.approx(round(accuracy * 7 / 100), abs=0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('machines', [1, 2])
 def test_torchrun_restarts_and_resumes_when_a_process_is_killed(images, tmp_path, machines):
     folder = tmp_path / 'run'
@@ -524,6 +532,7 @@ def test_torchrun_restarts_and_resumes_when_a_process_is_killed(images, tmp_path
     assert printed.count('computing on 2 x cpu') == 2  # before and after the restart
 
 
+@pytest.mark.slow
 def test_sigterm_to_several_processes_saves_at_the_end_of_short_epochs(images, tmp_path):
     folder = tmp_path / 'run'
     with agents_of(1, images, folder, '--epochs', 10_000, '--batch_size', 8) as agents:

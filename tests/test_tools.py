@@ -186,6 +186,7 @@ def test_torch_export_equals_folded_module(kind, strict):
     torch.testing.assert_close(torch.export.load(file).module()(inputs), expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', UNFOLDED)
 def test_onnx_export_equals_folded_module(kind):
     module, inputs, expected = forms(kind)

@@ -118,6 +118,7 @@ def test_wheel_contains_the_library_only(wheel):
     assert [line for line in metadata.requires if 'extra' not in line] == ['torch>=2.4']
 
 
+@pytest.mark.slow
 def test_wheel_works_with_torch_alone_beside_user_files(wheel, torch_alone, tmp_path):
     for name in USER_FILES:
         (tmp_path / name).write_text(f'raise ImportError("imported the {name} of the user")\n')
