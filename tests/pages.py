@@ -1,30 +1,30 @@
-"""The README, the pages of docs/ and the cards of logs/, as the tests read them."""
+"""Reads the README, the pages of docs/ and the model cards of logs/ for the tests."""
 
 import re
 import shlex
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')),
-         *sorted((ROOT / 'logs').glob('*/README.md'))]
+PAGES = [ROOT / 'README.md', ROOT / 'CHANGELOG.md', ROOT / 'CONTRIBUTING.md',
+         *sorted((ROOT / 'docs').glob('*.md')), *sorted((ROOT / 'logs').glob('*/README.md'))]
 
 
 def text_of(path):
-    """The text of a page, commands that go on in the next line as one line."""
+    """Returns the text of a page, with continued command lines joined."""
     return (ROOT / path).read_text().replace('\\\n', ' ')
 
 
 def blocks(path):
-    """Lists the fenced blocks of a page: (language, text)."""
+    """Returns the fenced code blocks of a page as (language, text)."""
     return re.findall(r'^```(\w+)\n(.*?)^```', (ROOT / path).read_text(), re.M | re.S)
 
 
 def commands():
-    """Lists the words of every command that a page shows, in a block or, in backticks, in prose.
+    """Returns the words of every command on the pages, in code blocks or in backticks.
 
-    Comments are left out, and so is what `...` stands for.
+    Comments and words that contain `...` are left out.
     """
-    found = []
+    shown = []
     for page in PAGES:
         text = text_of(page)
         lines = re.findall(r'^ {4}((?:python|torchrun|bash|pip|make) .*)$', text, re.M)
@@ -32,5 +32,5 @@ def commands():
             lines += block.splitlines()
         prose = re.sub(r'^```.*?^```', '', text, flags=re.M | re.S).replace('\n', ' ')
         lines += re.findall(r'`((?:python|torchrun|bash) [^`]+)`', prose)
-        found += [shlex.split(line, comments=True) for line in lines]
-    return [[word for word in words if '...' not in word] for words in found]
+        shown += [shlex.split(line, comments=True) for line in lines]
+    return [[word for word in words if '...' not in word] for words in shown]

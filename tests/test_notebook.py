@@ -1,4 +1,4 @@
-"""The notebook gives in a fresh kernel what is stored in it."""
+"""The stored outputs of the notebook equal those of a fresh kernel."""
 
 import copy
 import re
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def texts(notebook):
-    """Returns the text outputs of each cell; rounding errors differ between machines."""
+    """Returns the text outputs of each code cell, without rounding errors (machine-dependent)."""
     outputs = [
         ''.join(output.get('text', output.get('data', {}).get('text/plain', ''))
                 for output in cell.outputs if output.get('name') != 'stderr')
@@ -27,20 +27,20 @@ def stored():
 
 
 @pytest.mark.slow
-def test_a_fresh_kernel_gives_the_stored_outputs(stored, tmp_path, monkeypatch):
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path))  # no published weights, as when it was stored
-    monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')  # and no network
+def test_notebook_outputs_equal_those_of_a_fresh_kernel(stored, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))  # no published weights, as in the stored run
+    monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')  # no network access
     monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')
     fresh = copy.deepcopy(stored)
     NotebookClient(fresh, timeout=300, resources={'metadata': {'path': str(ROOT)}}).execute()
     assert texts(fresh) == texts(stored)
 
 
-def test_stored_outputs(stored):
+def test_notebook_stores_complete_and_accurate_outputs(stored):
     text = '\n'.join(texts(stored))
     assert 'DiracNet-18: 11,523,368 parameters' in text
-    assert 'DiracNet-34, newly drawn: 21,638,952 parameters' in text
-    assert "this project's DiracNet-28-2" in text
+    assert 'DiracNet-34, randomly initialized: 21,638,952 parameters' in text
+    assert 'DiracNet-28-2 of this repository' in text
     differences = re.findall(r'max difference[^\n]*: (\d+e-\d+)', '\n'.join(
         output.get('text', '') for cell in stored.cells for output in cell.get('outputs', [])
     ))

@@ -1,4 +1,4 @@
-"""What the README and docs/ say can be run, and is where they say."""
+"""Commands, code blocks, links and file tables of the README, docs/ and the model cards."""
 
 import re
 import shlex
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import export
 import plot
@@ -17,11 +18,17 @@ from experiments.bench import BENCHES
 from pages import PAGES, ROOT, blocks, commands, text_of
 from training import options
 
+README_SECTIONS = [
+    'Highlights', 'Installation', 'Quick start', 'Pretrained models', 'Results', 'How it works',
+    'Use in your own network', 'Training', 'Export', 'Documentation',
+    'Limitations and differences from the original', 'Citation and licence',
+]
 
-def test_every_command_is_one_of_ours():
-    found = commands()
-    assert len(found) >= 40
-    for words in found:
+
+def test_every_command_of_the_pages_is_accepted():
+    shown = commands()
+    assert len(shown) >= 40
+    for words in shown:
         line = shlex.join(words)
         if 'train.py' in words:
             if '--help' not in words:
@@ -29,7 +36,7 @@ def test_every_command_is_one_of_ours():
         elif words[:2] == ['python', '-m']:
             assert (ROOT / (words[2].replace('.', '/') + '.py')).exists(), line
             if words[2] == 'experiments.bench':
-                assert words[3] in {*BENCHES, '$what'}, line
+                assert words[3] in {*BENCHES, '$name'}, line
         elif words[0] in ('python', 'bash'):
             assert (ROOT / words[1]).exists(), line
         elif words[0] == 'make':
@@ -38,7 +45,7 @@ def test_every_command_is_one_of_ours():
             assert words[:2] == ['pip', 'install'], line
 
 
-def test_options_of_the_other_commands(capsys):
+def test_export_and_predict_accept_the_options_of_the_pages(capsys):
     parsers = {'export.py': export.parse_options, 'predict.py': predict.parse_options}
     lines = [words for words in commands() if words[0] == 'python' and words[1] in parsers]
     assert len(lines) >= 6
@@ -52,36 +59,50 @@ def test_options_of_the_other_commands(capsys):
 
 @pytest.mark.parametrize('module', [bench, deploy, kill, memory, sizes, inject_fault],
                          ids=lambda module: module.__name__)
-def test_help_of_the_experiments(module, monkeypatch, capsys):
+def test_experiment_help_starts_with_the_docstring(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['x', '--help'])
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit) as exit:
         module.main()
-    assert stopped.value.code == 0
-    shown = ''.join(capsys.readouterr().out.split())  # lines may end at a hyphen
-    assert ''.join(module.__doc__.splitlines()[0].split()) in shown
+    assert exit.value.code == 0
+    printed = ''.join(capsys.readouterr().out.split())  # argparse may break lines at a hyphen
+    assert ''.join(module.__doc__.splitlines()[0].split()) in printed
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_links_and_files(page):
+def test_links_of_a_page_exist(page):
     text = text_of(page)
     for link in re.findall(r'\]\(([^)#]+)\)', text):
         assert link.startswith('https://') or (page.parent / link).exists(), link
 
 
-def test_files_of_the_readme_are_all_there_are():
-    table = text_of('README.md').split('## Files')[1].split('## Citing')[0]
+def test_layout_table_lists_all_tracked_files():
+    table = text_of('CONTRIBUTING.md').split('## Layout')[1].split('##')[0]
     cells = [line.split('|')[1] for line in table.splitlines() if line.startswith('| `')]
-    named = {name.rstrip('/') for cell in cells for name in re.findall(r'`([^`]+)`', cell)}
+    listed = {name.rstrip('/') for cell in cells for name in re.findall(r'`([^`]+)`', cell)}
     if not shutil.which('git') or not (ROOT / '.git').exists():
-        pytest.skip('no repository: nothing tells our files from others')
-    listed = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True,
-                            check=True)
-    paths = [Path(line) for line in listed.stdout.splitlines()]
-    ours = {path.parts[0] for path in paths if len(path.parts) > 1 or path.suffix == '.py'}
-    ours = {name for name in ours if not name.startswith('.')}
-    assert named == ours | {'diracnet-export.ipynb'}
+        pytest.skip('the list of tracked files needs a git repository')
+    output = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True,
+                            check=True).stdout
+    paths = [Path(line) for line in output.splitlines()]
+    tracked = {path.parts[0] for path in paths if len(path.parts) > 1 or path.suffix == '.py'}
+    tracked = {name for name in tracked if not name.startswith('.')}
+    assert listed == tracked | {'diracnet-export.ipynb'}
 
 
-def test_readme_is_short_and_its_first_block_is_w_hat():
-    assert len((ROOT / 'README.md').read_text().splitlines()) <= 150
-    assert blocks('README.md')[0][1].startswith('scale = ')
+def test_readme_has_its_sections_in_order_within_150_lines():
+    text = (ROOT / 'README.md').read_text()
+    assert len(text.splitlines()) <= 150
+    assert re.findall(r'^## (.*)$', text, re.M) == README_SECTIONS
+
+
+def test_python_blocks_of_the_readme_run(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    shape = (8, 8, 3, 3)
+    names = {'weight': torch.randn(shape), 'alpha': torch.ones(8), 'beta': torch.ones(8)}
+    for language, text in blocks('README.md'):
+        assert language == 'python'
+        exec(text, names)
+    assert float(capsys.readouterr().out) < 1e-5
+    assert names['logits'].shape == (16, 10)
+    convolutions = [m for m in names['deployed'].modules() if isinstance(m, torch.nn.Conv2d)]
+    assert {type(m) for m in convolutions} == {torch.nn.Conv2d}
