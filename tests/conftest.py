@@ -1,6 +1,6 @@
 """Options of the test run, and fixtures that several test modules take.
 
-The numbers that must hold are those of the CPU; `python -m experiments.gpu` checks those of a GPU.
+Tests run on the CPU, except those with the marker `gpu`: `python test.py -m gpu`.
 """
 
 import os
@@ -14,7 +14,10 @@ from diracnets.preprocessing import Preprocessing, normalize
 from runs import run
 from training import data
 
-os.environ['CUDA_VISIBLE_DEVICES'] = ''  # read at the first use of CUDA, here and in subprocesses
+
+def pytest_configure(config):
+    if config.option.markexpr != 'gpu':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''  # read at the first use of CUDA, also in processes
 
 
 def pytest_addoption(parser):

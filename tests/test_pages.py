@@ -12,7 +12,7 @@ import pytest
 import export
 import plot
 import predict
-from experiments import bench, deploy, inject_fault, kill, memory, sizes
+from experiments import bench, deploy, sizes
 from experiments.bench import BENCHES
 from pages import PAGES, ROOT, blocks, commands, text_of
 from training import options
@@ -50,7 +50,7 @@ def test_options_of_the_other_commands(capsys):
         assert exit.value.code == 0
 
 
-@pytest.mark.parametrize('module', [bench, deploy, kill, memory, sizes, inject_fault],
+@pytest.mark.parametrize('module', [bench, deploy, sizes],
                          ids=lambda module: module.__name__)
 def test_help_of_the_experiments(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['x', '--help'])
