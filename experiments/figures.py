@@ -197,8 +197,8 @@ def cost(figure, results, measured, logs):
             axes.annotate(f'{time:.2f}', (0.02, y), va='center', fontsize=9)
         axes.set_yticks(range(len(group)), [label(record['what']) for record in group])
         axes.invert_yaxis()
-        axes.set(xlabel=f'time / time of the first (median, 95 % CI, n = {group[0]["n"]:.0f} '
-                        'repetitions)', title=f'{label(title)}, 128 images')
+        axes.set(xlabel=f'time / time of the first (median, 95 % CI, n = {group[0]["n"]:.0f})',
+                 title=f'{label(title)}, 128 images')
 
 
 def int8(figure, results, measured, logs):
@@ -265,7 +265,7 @@ def draw(experiment, logs):
     diverged = len(results) - len(runs)
     figure.suptitle(
         EXPERIMENTS[experiment].__doc__ + (f' ({seed_counts(runs)})' if runs else '')
-        + (f' ({diverged} diverged runs left out)' if diverged else ''))
+        + (f' ({diverged} diverged, left out)' if diverged else ''))
     return figure
 
 

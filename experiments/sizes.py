@@ -61,7 +61,7 @@ def source(recipe):
 
 
 def row(name, dataset, options, recipe):
-    """Returns the cells of a model: sizes in training and deployed, source of its recipe, command."""
+    """Returns the cells of a model: its sizes, training and deployed, and its recipe."""
     with torch.device('meta'):
         model = create_model(name, dataset, **options)
         # the functional form folds into DiracNet, module-based models into themselves

@@ -2,8 +2,8 @@
 
     python -m experiments.tables
 
-A table is the text between `<!-- table: NAME -->` and `<!-- end -->`; the rest of a page stays. NAME
-may start with a folder of logs/: `again/int8` is the table of int8's replication.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of a page stays. NAME may
+start with a folder of logs/: `again/int8` is the table of int8's replication.
 """
 
 import functools

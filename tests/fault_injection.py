@@ -5,10 +5,10 @@
 
 A DiracNet-10-1 is trained on the digits without interruption. Runs with the same options get
 faults: SIGKILL at random moments (every fourth time while a checkpoint is written), or at a file
-operation in the folder of the run (tests/faulty_train.py) SIGKILL before it, death in the middle of
-a write, or a full disk. `--resume auto` resumes them. --points also tries two runs in one folder and
-the death of a DataLoader worker. The exit status is 1 if a parameter, running statistic, momentum,
-random state or metric in the log differs at the end.
+operation in the folder of the run (tests/faulty_train.py) SIGKILL before it, death in the middle
+of a write, or a full disk. `--resume auto` resumes them. --points also tries two runs in one folder
+and the death of a DataLoader worker. The exit status is 1 if a parameter, running statistic,
+momentum, random state or metric in the log differs at the end.
 """
 
 import argparse

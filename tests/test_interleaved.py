@@ -1,4 +1,4 @@
-"""Interleaved timing: worker processes, statistics, results, and the figure of experiments.bench."""
+"""Interleaved timing: worker processes, statistics, results, and the figure of the benchmarks."""
 
 import csv
 import fcntl

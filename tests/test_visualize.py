@@ -46,7 +46,8 @@ def test_predictions_are_those_of_the_unfolded_model(visualized):
 def test_confusion_matrix_counts_pairs():
     pairs = [('a', 'a'), ('a', 'b'), ('b', 'b'), ('c', 'a'), ('a', 'b')]
     rows = [{'class': c, 'labelled': labelled} for c, labelled in pairs]
-    assert visualize.confusion_matrix(rows, ['a', 'b', 'c']).tolist() == [[1, 2, 0], [0, 1, 0], [1, 0, 0]]
+    counts = visualize.confusion_matrix(rows, ['a', 'b', 'c'])
+    assert counts.tolist() == [[1, 2, 0], [0, 1, 0], [1, 0, 0]]
 
 
 def test_mistakes_are_drawn_most_confident_first(visualized):
