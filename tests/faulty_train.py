@@ -3,9 +3,9 @@
     python tests/faulty_train.py FOLDER POINT FAULT OPTIONS...
 
 FOLDER is the --save of the run. POINT counts from 1 the operations that open, link, rename or
-remove a file there. FAULT is `kill` (SIGKILL before the operation), `half` (death in the middle of writing
-the file that it opens) or `full` (a full disk from there on). With POINT 0 there is no fault, and
-the last line on stderr is the number of operations.
+remove a file there. FAULT is `kill` (SIGKILL before the operation), `half` (death in the middle of
+writing the file that it opens) or `full` (a full disk from there on). With POINT 0 there is no
+fault, and the last line on stderr is the number of operations.
 """
 
 import os
