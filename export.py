@@ -34,7 +34,7 @@ from training import data
 from training.evaluation import top1
 from training.files import path_in_errors, sibling_tempdir, write_synced
 from training.options import DATASETS
-from training.timing import rates
+from training.timing import images_per_second
 
 BATCH = 16  # images, for verification and timing
 TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of logits, relative to the largest logit
@@ -180,7 +180,8 @@ def export(opt):
             'parameters': [parameter_count(unfolded), *[parameter_count(folded)] * len(contents)],
             'size, MB': [f'{size / 1e6:.2f}' for size in sizes],
             'max difference': verify(models, tolerances, inputs, expected),
-            'images per second': [f'{rate:,.0f}' for rate in rates(models.values(), inputs)],
+            'images per second': [f'{rate:,.0f}' for rate in
+                                  images_per_second(models.values(), inputs)],
         }
         if test:
             rows['top-1, %'] = [f'{top1(model, test, loaded.preprocess, title):.2f}'

@@ -1,15 +1,16 @@
-"""Measures how fast it is, each thing in turn with what it is compared with.
+"""Measures the speed of training, input, inference and W_hat, each against a baseline.
 
-    python -m experiments.bench train       # epochs, against float32, NCHW, PIL; and freed memory
-    python -m experiments.bench data --images FOLDER    # input pipelines; of class folders of JPEGs
-    python -m experiments.bench infer       # the deployed network
+    python -m experiments.bench train       # epochs, against float32, NCHW, PIL; freed memory
+    python -m experiments.bench data --images FOLDER    # input pipelines; class folders of JPEGs
+    python -m experiments.bench infer       # the deployed model
     python -m experiments.bench depth       # time and memory of a step over depth
-    python -m experiments.bench overhead    # what W_hat, and modules, take of a step
-    python -m experiments.bench profile     # where the time of a step goes: 28-1, the speed-run
-    python -m experiments.bench plot        # logs/bench.png of the last rows of each
+    python -m experiments.bench overhead    # cost of W_hat, and of module-based models, in a step
+    python -m experiments.bench memory      # --checkpointing of DenseNet-BC-100-12
+    python -m experiments.bench profile     # time per operation of a step: 28-1, the speed-run
+    python -m experiments.bench plot        # logs/bench.png of the latest results
 
-The sides of a comparison, of experiments/sides.py, work in turns (experiments/turns.py). Rows are
-appended to logs/bench.csv.
+The variants of a comparison (experiments/variants.py) are timed in interleaved repetitions. Results
+are appended to logs/bench.csv.
 """
 
 import argparse
@@ -18,40 +19,26 @@ import importlib.util
 import statistics
 
 import torchvision
+from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
 import diracnets
 from cli import ArgumentParser, exit_on_error
 from diracnet import DiracNet
-from experiments.interleaved import ROOT, Variant, compare, draw, product_peak
-from experiments.variants import (
-    BATCH,
-    NATIVE,
-    by_pil,
-    checkpointed_step,
-    deployed_diracnet,
-    deployed_resnet,
-    diracnet,
-    eager_diracnet,
-    epoch_giving_memory_back,
-    epoch_of_train,
-    epoch_with_pil,
-    gathered,
-    jpegs_by_opencv,
-    jpegs_by_pil,
-    multiply_adds,
-    onnx_runtime,
-    openvino,
-    repeated,
-    step,
-    step_of,
-    step_of_modules,
-    step_of_ordinary_convolutions,
+from experiments import variants
+from experiments.interleaved import (
+    Variant,
+    compare,
+    latest_comparisons,
+    matmul_peak,
+    pairs_with_baseline,
 )
+from experiments.results import ROOT, label, read_results
+from experiments.variants import BATCH, NATIVE, diracnet, multiply_adds, repeated
 from training import data, distributed, options
 
-DEPLOYED_IMAGES = 64  # through a deployed network in one turn
-STEPS = 5  # of a training in one turn, to find what W_hat takes of it
+DEPLOYED_IMAGES = 64  # per repetition of a deployed model
+STEPS = 5  # training steps per repetition, to measure the cost of W_hat
 TABLE = ROOT / 'logs' / 'bench.csv'
 DEPTHS = (28, 52, 100, 202, 400)
 
@@ -63,21 +50,24 @@ def bench_train(args):
     for depth, width, steps, target in ((28, 1, 16, 3), (34, 2, 4, 3.5), (28, 4, 2, 5)):
         n = steps * BATCH
         work = 3 * multiply_adds(diracnet, depth, width)  # forward and, twice that, backward
-        sizes = depth, width, n
-        sides = [
-            Variant('float32, NCHW, images by PIL', epoch_with_pil, sizes, n, work),
-            Variant('train.py', epoch_of_train, sizes, n, work, NATIVE),
+
+        def variant(name, prepare, dtype=NATIVE, *arguments, sizes=(depth, width, n), work=work):
+            return Variant(name, prepare, (*sizes, *arguments), sizes[-1], work, dtype)
+
+        compared = [
+            variant('float32, NCHW, images by PIL', variants.epoch_with_pil, 'float32'),
+            variant('train.py', variants.epoch_of_train),
         ]
         if (depth, width) == (28, 1):
-            sides += [
-                Variant('train.py --dtype float', epoch_of_train, (*sizes, 'float32'), n, work),
-                Variant('train.py --compile', epoch_of_train, (*sizes, NATIVE, True), n, work, NATIVE),
+            compared += [
+                variant('train.py --dtype float', variants.epoch_of_train, 'float32', 'float32'),
+                variant('train.py --compile', variants.epoch_of_train, NATIVE, NATIVE, True),
             ]
-        compare(f'train {depth}-{width}', sides, args.pairs, TABLE, target)
+        compare(f'train {depth}-{width}', compared, args.repetitions, TABLE, target)
         compare(f'freed memory {depth}-{width}', [
-            Variant('given back', epoch_giving_memory_back, sizes, n, work, NATIVE),
-            Variant('kept, as train.py does', epoch_of_train, sizes, n, work, NATIVE),
-        ], args.pairs, TABLE)
+            variant('given back', variants.epoch_returning_memory),
+            variant('kept, as train.py does', variants.epoch_of_train),
+        ], args.repetitions, TABLE)
 
 
 # ---------------------------------------------------------------- input
@@ -86,19 +76,19 @@ def bench_train(args):
 def bench_data(args):
     n = 10_000
     compare('32 x 32 images', [
-        Variant('PIL, one at a time, 4 workers', by_pil, (n,), n),
-        Variant('a gather for each batch', gathered, (n,), n),
-    ], args.pairs, TABLE)
+        Variant('PIL, one at a time, 4 workers', variants.by_pil, (n,), n),
+        Variant('a gather for each batch', variants.gathered, (n,), n),
+    ], args.repetitions, TABLE)
     if not args.images:
-        print('JPEG files: left out, as there is no --images FOLDER')
+        print('JPEG files: left out, as --images FOLDER is missing')
         return
     workers = min(distributed.available_cores(), options.MAX_WORKERS)
     n = 3 * len(data.list_images(args.images)[0])
+    arguments = args.images, 3, workers
     compare('JPEG files', [
-        Variant(f'ImageFolder with PIL, {workers} workers', jpegs_by_pil,
-             (args.images, 3, workers), n),
-        Variant(f'OpenCV, {workers} workers', jpegs_by_opencv, (args.images, 3, workers), n),
-    ], args.pairs, TABLE, 1.5)
+        Variant(f'ImageFolder with PIL, {workers} workers', variants.jpegs_by_pil, arguments, n),
+        Variant(f'OpenCV, {workers} workers', variants.jpegs_by_opencv, arguments, n),
+    ], args.repetitions, TABLE, 1.5)
 
 
 # ---------------------------------------------------------------- deployed
@@ -109,88 +99,130 @@ def bench_infer(args):
     resnet = multiply_adds(torchvision.models.resnet18, pixels=224)
     for batch in (16, 1):
 
-        def side(name, prepare, work=work, dtype=NATIVE, batch=batch):
+        def variant(name, prepare, work=work, dtype=NATIVE, batch=batch):
             return Variant(name, repeated, (DEPLOYED_IMAGES // batch, prepare, batch),
-                        DEPLOYED_IMAGES, work, dtype)
+                           DEPLOYED_IMAGES, work, dtype)
 
-        sides = [
-            side('float32, NCHW, eager', eager_diracnet, dtype='float32'),
-            side('deploy()', deployed_diracnet),
-            side("deploy() of torchvision's resnet18, folded", deployed_resnet, resnet),
+        compared = [
+            variant('float32, NCHW, eager', variants.eager_diracnet, dtype='float32'),
+            variant('deploy()', variants.deployed_diracnet),
+            variant("deploy() of torchvision's resnet18, folded", variants.deployed_resnet, resnet),
         ]
         for name, package, prepare, dtype in (
-            ('ONNX Runtime', 'onnxruntime', onnx_runtime, 'float32'),
-            ('OpenVINO', 'openvino', openvino, NATIVE),  # it takes bfloat16 by itself
+            ('ONNX Runtime', 'onnxruntime', variants.onnx_runtime, 'float32'),
+            ('OpenVINO', 'openvino', variants.openvino, NATIVE),  # it chooses bfloat16 by itself
         ):
             if importlib.util.find_spec(package):
-                sides.append(side(f'{name}, {dtype}', prepare, dtype=dtype))
+                compared.append(variant(f'{name}, {dtype}', prepare, dtype=dtype))
             else:
                 print(f'{name}: left out, as {package} is not installed')
-        compare(f'DiracNet-18, batch {batch}', sides, args.pairs, TABLE, 4 if batch == 16 else '')
+        compare(f'DiracNet-18, batch {batch}', compared, args.repetitions, TABLE,
+                4 if batch == 16 else '')
 
 
-# ---------------------------------------------------------------- depth and W_hat
+# ---------------------------------------------------------------- depth, W_hat and memory
 
 
 def bench_depth(args):
-    rows = compare('depth, a step of 128 images', [
-        Variant(f'DiracNet-{depth}-1', step, (depth, 1), BATCH,
-             3 * multiply_adds(diracnet, depth, 1), NATIVE)
+    results = compare('depth, a step of 128 images', [
+        Variant(f'DiracNet-{depth}-1', variants.step, (depth, 1), BATCH,
+                3 * multiply_adds(diracnet, depth, 1), NATIVE)
         for depth in DEPTHS
-    ], args.pairs, TABLE)
+    ], args.repetitions, TABLE)
     for name, unit in (('milliseconds', 'ms'), ('peak_memory_mb', 'MB')):
-        values = [row[name] for row in rows]
+        values = [record[name] for record in results]
         slope, base = statistics.linear_regression(DEPTHS, values)
         residuals = [value / (base + slope * depth) - 1 for depth, value in zip(DEPTHS, values)]
         print(f'{name} = {base:.0f} + {slope:.2f} x depth, in {unit}; residuals: '
               + ', '.join(f'{100 * r:+.1f} %' for r in residuals))
     compare('depth 1000 with --checkpointing', [
-        Variant('DiracNet-1000-1', checkpointed_step, (1000,), BATCH,
-             3 * multiply_adds(diracnet, 1000, 1), NATIVE)
-    ], args.pairs, TABLE)
+        Variant('DiracNet-1000-1', variants.checkpointed_step, (1000,), BATCH,
+                3 * multiply_adds(diracnet, 1000, 1), NATIVE)
+    ], args.repetitions, TABLE)
 
 
 def bench_overhead(args):
     for depth, width in ((28, 1), (34, 2)):
         work = 3 * multiply_adds(diracnet, depth, width)
         compare(f'W_hat {depth}-{width}', [
-            Variant('ordinary convolutions', repeated,
-                 (STEPS, step_of_ordinary_convolutions, depth, width), STEPS * BATCH, work, NATIVE),
-            Variant('W_hat', repeated, (STEPS, step, depth, width), STEPS * BATCH, work, NATIVE),
-            Variant('W_hat, in modules', repeated, (STEPS, step_of_modules, depth, width),
-                 STEPS * BATCH, work, NATIVE),
-        ], 4 * args.pairs, TABLE)
+            Variant(name, repeated, (STEPS, prepare, depth, width), STEPS * BATCH, work, NATIVE)
+            for name, prepare in (
+                ('ordinary convolutions', variants.standard_step), ('W_hat', variants.step),
+                ('W_hat, in modules', variants.modular_step))
+        ], 4 * args.repetitions, TABLE)
+
+
+def bench_memory(args):
+    compare('DenseNet-BC-100-12, a step of 64 images', [
+        Variant(name, variants.densenet_step, (checkpointing,), 64)
+        for name, checkpointing in (('without --checkpointing', False), ('--checkpointing', True))
+    ], args.repetitions, TABLE)
+
+
+# ---------------------------------------------------------------- profile
 
 
 def bench_profile(args):
     recipe = options.parse_options(['--recipe', 'speedrun'])
     fast = functools.partial(
         diracnets.create_model, recipe.model, 'CIFAR10', **options.model_options(recipe))
-    for title, one, images, make in (
-        ('DiracNet-28-1', step(28, 1), BATCH, functools.partial(diracnet, 28, 1)),
-        ('the speed-run', step_of(recipe, fast()), recipe.batch_size, fast),
+    for title, step, images, make in (
+        ('DiracNet-28-1', variants.step(28, 1), BATCH, functools.partial(diracnet, 28, 1)),
+        ('the speed-run', variants.step_of(recipe, fast()), recipe.batch_size, fast),
     ):
-        for _ in range(10):  # until memory is laid out
-            one()
-        with profile(activities=[ProfilerActivity.CPU]) as found:
-            for _ in range(args.pairs):
-                one()
+        for _ in range(10):  # warm-up
+            step()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            for _ in range(args.repetitions):
+                step()
         # forward and, twice that, backward; nearly all of it in convolutions
-        show_profile(f'a step of {title}, {images} images', found.key_averages(),
-                     3 * images * args.pairs * multiply_adds(make), args.pairs)
+        show_profile(f'a step of {title}, {images} images', profiler.key_averages(),
+                     3 * images * args.repetitions * multiply_adds(make), args.repetitions)
 
 
 def show_profile(title, events, work, steps):
-    """Prints where the time of steps goes; work: the multiply-adds of all their convolutions."""
-    whole_step = sum(event.self_cpu_time_total for event in events)  # microseconds
-    in_convolutions = sum(event.self_cpu_time_total for event in events
-                          if 'convolution' in event.key)
-    share = in_convolutions / whole_step
-    rate = 2e-3 * work / in_convolutions / product_peak(NATIVE)
-    print(f'{title}: {whole_step / 1000 / steps:.0f} ms; convolutions take {100 * share:.0f} % of '
-          f'it, at {100 * rate:.0f} % of the rate of a product')
+    """Prints the time per operation; `work` counts the multiply-adds of all convolutions."""
+    total = sum(event.self_cpu_time_total for event in events)  # microseconds
+    convolutions = sum(event.self_cpu_time_total for event in events if 'convolution' in event.key)
+    rate = 2e-3 * work / convolutions / matmul_peak(NATIVE)
+    print(f'{title}: {total / 1000 / steps:.0f} ms; convolutions take '
+          f'{100 * convolutions / total:.0f} % of it, at {100 * rate:.0f} % of matmul peak')
     for event in sorted(events, key=lambda event: -event.self_cpu_time_total)[:12]:
-        print(f'{100 * event.self_cpu_time_total / whole_step:5.1f} %  {event.key}')
+        print(f'{100 * event.self_cpu_time_total / total:5.1f} %  {event.key}')
+
+
+# ---------------------------------------------------------------- plot
+
+
+def draw(table):
+    """Draws the latest results of each comparison in a CSV file; returns a matplotlib Figure."""
+    results = read_results(table)
+    depths = [record for title, records in latest_comparisons(results).items()
+              if title.startswith('depth,') for record in records]
+    ratios = [record for _, record in pairs_with_baseline(results)]
+    figure = Figure((12, 0.28 * len(ratios) + 1.5), dpi=110, layout='constrained')
+    bars, lines = figure.subplots(1, 2, width_ratios=(3, 2))
+    for y, record in enumerate(ratios):
+        ratio, low, high = (record[name] for name in ('ratio', 'ratio_low', 'ratio_high'))
+        bars.barh(y, ratio, color='C0')
+        bars.errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], color='black', capsize=2)
+        if record['target']:
+            bars.plot([record['target']] * 2, [y - 0.45, y + 0.45], color='C3', linewidth=2)
+    names = [f'{record["compared"]}: {label(record["what"])} (n = {record["n"]:.0f})'
+             for record in ratios]
+    bars.set_yticks(range(len(ratios)), names, fontsize=7)
+    bars.invert_yaxis()
+    bars.axvline(1, color='grey', linewidth=1)
+    bars.set_xlabel('speedup over the baseline (median, 95 % CI); red: target')
+    numbers = [int(record['what'].split('-')[1]) for record in depths]
+    for name, unit, marker in (('milliseconds', 'time (ms)', 'o-'),
+                               ('peak_memory_mb', 'peak memory (MB)', 's-')):
+        lines.plot(numbers, [record[name] for record in depths], marker,
+                   label=f'{unit}, n = {depths[0]["n"]:.0f}' if depths else unit)
+    lines.set(xlabel='depth (width 1)', ylabel='training step of 128 images', xlim=(0, None),
+              ylim=(0, None))
+    lines.legend()
+    return figure
 
 
 def bench_plot(args):
@@ -199,20 +231,21 @@ def bench_plot(args):
 
 
 BENCHES = {'train': bench_train, 'data': bench_data, 'infer': bench_infer, 'depth': bench_depth,
-           'overhead': bench_overhead, 'profile': bench_profile, 'plot': bench_plot}
+           'overhead': bench_overhead, 'memory': bench_memory, 'profile': bench_profile,
+           'plot': bench_plot}
 
 
 def main(argv=None):
     parser = ArgumentParser(prog='experiments.bench', description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=BENCHES, help='what to measure, or plot')
-    parser.add_argument('--pairs', type=options.at_least(10, int), default=10,
-                        help='turns of each side (default: %(default)s)')
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('bench', choices=BENCHES, help='comparisons to measure, or plot')
+    parser.add_argument('--repetitions', '--pairs', type=options.at_least(10, int), default=10,
+                        help='per variant (default: %(default)s)')
     parser.add_argument('--images', default='', type=options.expand_path,
-                        help='folder of class folders of JPEG files, for data')
+                        help='class folders of JPEG files, for data')
     args = parser.parse_args(argv)
     with exit_on_error('experiments.bench'):
-        BENCHES[args.what](args)
+        BENCHES[args.bench](args)
 
 
 if __name__ == '__main__':

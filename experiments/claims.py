@@ -1,14 +1,14 @@
-"""What the paper and others claim, and the rule by which the rows of an experiment answer it."""
+"""The claims of the paper and of others, and the rules by which results answer them."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from experiments import gpu_results
-from experiments.figures import grouped, mean_and_deviation
+from experiments.results import grouped, mean_std
 
-SAME = 1.0  # points of accuracy that count as no difference
-CHANCE = 10.0  # per cent, of ten classes: what a training that diverged counts as
+TIE_MARGIN = 1.0  # pp of accuracy that count as no difference
+CHANCE = 10.0  # accuracy in per cent of a diverged run, with ten classes
 
 
 @dataclass(frozen=True)
@@ -16,135 +16,136 @@ class Claim:
     experiment: str
     text: str
     source: str
-    answer: Callable  # (rows, measured) to (what was found, 'yes', 'partly' or 'no')
+    answer: Callable  # (results, measured) -> (finding, 'yes', 'partly' or 'no')
 
 
-def accuracies(rows):
-    """Returns {series: {x: mean test accuracy over seeds, those that diverged at chance}}."""
-    found = {}
-    for (series, x), group in grouped(rows, 'series', 'x').items():
-        values = [row['test_acc_percent'] if row['ended'] == 'whole' else CHANCE for row in group]
-        found.setdefault(series, {})[x] = mean_and_deviation(values)[0]
-    return found
+def mean_accuracies(results):
+    """Returns {series: {x: mean test accuracy over seeds}}; diverged runs count as CHANCE."""
+    means = {}
+    for (series, x), seeds in grouped(results, 'series', 'x').items():
+        values = [record['test_acc_percent'] if record['ended'] == 'whole' else CHANCE
+                  for record in seeds]
+        means.setdefault(series, {})[x] = mean_std(values)[0]
+    return means
 
 
-def _said(*holds):
+def verdict(*holds):
     return 'yes' if all(holds) else 'partly' if any(holds) else 'no'
 
 
-def _depth(rows, measured):
-    means = accuracies(rows)
-    deepest = max(means['plain'].keys() & means['diracnet'].keys())  # of both
-    lost = {series: max(means[series].values()) - means[series][deepest]
-            for series in ('plain', 'diracnet')}
-    found = ', '.join(f'{series} loses {points:.1f} points from its best depth to '
-                      f'{deepest:.0f} layers' for series, points in lost.items())
-    return found, _said(lost['plain'] > SAME, lost['diracnet'] <= SAME)
+def _depth(results, measured):
+    means = mean_accuracies(results)
+    deepest = max(means['plain'].keys() & means['diracnet'].keys())
+    drops = {series: max(means[series].values()) - means[series][deepest]
+             for series in ('plain', 'diracnet')}
+    finding = ', '.join(f'{series} loses {drop:.1f} pp from its best depth to {deepest:.0f} layers'
+                        for series, drop in drops.items())
+    return finding, verdict(drops['plain'] > TIE_MARGIN, drops['diracnet'] <= TIE_MARGIN)
 
 
-def _width(rows, measured):
-    means = accuracies(rows)
+def _width(results, measured):
+    means = mean_accuracies(results)
     by_width = all(sorted(of.items()) == sorted(of.items(), key=lambda item: item[1])
                    for of in means.values())
     depths = sorted(means, key=lambda series: float(series.split()[1]))
     by_depth = all(means[a][x] <= means[b][x] for a, b in zip(depths, depths[1:])
                    for x in means[a].keys() & means[b].keys())
-    found = (f'accuracy {"rises" if by_width else "does not always rise"} with width, '
-             f'{"rises" if by_depth else "does not always rise"} with depth')
-    return found, _said(by_width, by_depth)
+    finding = (f'accuracy {"rises" if by_width else "does not always rise"} with width, '
+               f'{"rises" if by_depth else "does not always rise"} with depth')
+    return finding, verdict(by_width, by_depth)
 
 
-def _init(rows, measured):
-    means = accuracies(rows)
-    lost = {series: means[series][1] - min(means[series].values())
-            for series in ('diracnet', 'plain')}
-    found = ', '.join(f"{series} loses {points:.1f} points from Kaiming's start to its worst"
-                      for series, points in lost.items())
-    return found, _said(lost['diracnet'] <= SAME)
+def _init(results, measured):
+    means = mean_accuracies(results)
+    drops = {series: means[series][1] - min(means[series].values())
+             for series in ('diracnet', 'plain')}
+    finding = ', '.join(f"{series} loses {drop:.1f} pp from Kaiming's initialization to its worst"
+                        for series, drop in drops.items())
+    return finding, verdict(drops['diracnet'] <= TIE_MARGIN)
 
 
-def _identity(rows, measured):
-    layers, epochs = (sorted({row[name] for row in measured}) for name in ('layer', 'epoch'))
+def _identity(results, measured):
+    layers, epochs = (sorted({record[name] for record in measured}) for name in ('layer', 'epoch'))
     third = len(layers) // 3
 
     def ratio(epoch, part):
-        return mean_and_deviation([row['dirac_norm'] / row['free_norm'] for row in measured
-                                   if row['epoch'] == epoch and row['layer'] in part])[0]
+        return mean_std([record['dirac_norm'] / record['free_norm'] for record in measured
+                         if record['epoch'] == epoch and record['layer'] in part])[0]
 
-    # W_hat starts as ten parts Dirac to one: what is asked is how much of this stays
-    (first, first_left), (last, last_left) = (
+    # at initialization alpha is ten times beta: the question is how much of that remains
+    (first, first_after), (last, last_after) = (
         [ratio(epoch, part) for epoch in (epochs[0], epochs[-1])]
         for part in (layers[:third], layers[-third:]))
-    found = (f'norm of the Dirac part over the free part: from {first:.1f} to {first_left:.1f} in '
-             f'the first third of the layers, from {last:.1f} to {last_left:.1f} in the last')
-    return found, _said(last_left > 1, last_left > first_left)
+    finding = (f'ratio of the norms of the Dirac and the learned term: from {first:.1f} to '
+               f'{first_after:.1f} in the first third of the layers, from {last:.1f} to '
+               f'{last_after:.1f} in the last')
+    return finding, verdict(last_after > 1, last_after > first_after)
 
 
-def _alpha_drifts(rows, measured):
-    last = max(row['epoch'] for row in measured)
-    drift, _ = mean_and_deviation([math.hypot(row['alpha_mean'] - 1, row['alpha_deviation'])
-                                   for row in measured if row['epoch'] == last])
-    return (f'alpha is {drift:.2f} away from its start at 1 (root mean square of a layer)',
-            _said(drift > 0.1))
+def _alpha_drifts(results, measured):
+    last = max(record['epoch'] for record in measured)
+    drift, _ = mean_std([math.hypot(record['alpha_mean'] - 1, record['alpha_deviation'])
+                         for record in measured if record['epoch'] == last])
+    return (f'alpha differs from its initial value 1 by {drift:.2f} (root mean square of a layer)',
+            verdict(drift > 0.1))
 
 
-def _large(rows, measured):
-    means = {series: of[max(of)] for series, of in accuracies(rows).items()}
-    ahead = means['diracnet'] - means['resnet']
-    return f'DiracNet is {ahead:+.1f} points from the ResNet', _said(ahead < -SAME)
+def _difference(results, series, other):
+    means = {name: of[max(of)] for name, of in mean_accuracies(results).items()}
+    return means[series] - means[other]
 
 
-def _versions(rows, measured):
-    means = {series: of[max(of)] for series, of in accuracies(rows).items()}
-    lag = means['diracnet-v1'] - means['diracnet']
-    return f'v1 is {lag:+.1f} points from v2', _said(lag <= SAME)
+def _large(results, measured):
+    lead = _difference(results, 'diracnet', 'resnet')
+    return f'DiracNet minus ResNet: {lead:+.1f} pp', verdict(lead < -TIE_MARGIN)
 
 
-def _more(measured, compared, what):
-    """How much more time one side took than the first, in per cent: said, and (median, low, high).
-
-    low and high: of its 95 % interval.
-    """
-    row = next(row for row in measured
-               if row['compared'].startswith(compared) and row['what'] == what)
-    more = [100 * (1 / row[name] - 1) for name in ('ratio', 'ratio_high', 'ratio_low')]
-    return ('{:+.1f} % ({:+.1f} to {:+.1f}; '.format(*more)
-            + f'{row["dtype"]}, {row["n"]:.0f} turns)', more)
+def _versions(results, measured):
+    lead = _difference(results, 'diracnet-v1', 'diracnet')
+    return f'v1 minus v2: {lead:+.1f} pp', verdict(lead <= TIE_MARGIN)
 
 
-def _training_cost(rows, measured):
-    found, (more, _, _) = _more(measured, 'a training step', 'diracnet')
-    return f'time of a step {found}', _said(more < 5)
+def _extra_time(measured, compared, name):
+    """Returns the extra time of a variant over the baseline as text and as (median, low, high)."""
+    record = next(record for record in measured
+                  if record['compared'].startswith(compared) and record['what'] == name)
+    extra = [100 * (1 / record[column] - 1) for column in ('ratio', 'ratio_high', 'ratio_low')]
+    return ('{:+.1f} % (95 % CI {:+.1f} to {:+.1f}; '.format(*extra)
+            + f'{record["dtype"]}, n = {record["n"]:.0f})', extra)
 
 
-def _training_cost_on_a_gpu(rows, measured):
-    trainings = gpu_results.trainings(measured).values()
-    eager, compiled = ([gpu_results.more_for_w_hat(sides, form)[0] for sides in trainings]
-                       for form in gpu_results.FORMS)
-    said = [f'{min(of):+.1f} to {max(of):+.1f} %' for of in (eager, compiled)]
-    device = next(row['device'] for sides in trainings for row in sides.values())
-    found = (f'time of a step {said[0]}, with --compile {said[1]} (bfloat16, {len(trainings)} '
-             f'comparisons, {device})')
-    return found, _said(*(more < 5 for more in eager + compiled))
+def _training_cost(results, measured):
+    finding, (extra, _, _) = _extra_time(measured, 'a training step', 'diracnet')
+    return f'time of a step {finding}', verdict(extra < 5)
 
 
-def _inference_cost(rows, measured):
-    found, (more, low, high) = _more(measured, 'inference', 'diracnet, folded')
-    return f'time of inference {found}', _said(low <= 0 <= high or more < 1)
+def _training_cost_on_a_gpu(results, measured):
+    comparisons = gpu_results.training_comparisons(measured).values()
+    default, compiled = ([gpu_results.overhead_of_w_hat(variants, form)[0]
+                          for variants in comparisons] for form in gpu_results.FORMS)
+    ranges = [f'{min(extra):+.1f} to {max(extra):+.1f} %' for extra in (default, compiled)]
+    device = next(record['device'] for variants in comparisons for record in variants.values())
+    finding = (f'time of a step {ranges[0]}, with --compile {ranges[1]} (bfloat16, '
+               f'{len(comparisons)} comparisons, {device})')
+    return finding, verdict(*(extra < 5 for extra in default + compiled))
+
+
+def _inference_cost(results, measured):
+    finding, (extra, low, high) = _extra_time(measured, 'inference', 'diracnet, folded')
+    return f'time of inference {finding}', verdict(low <= 0 <= high or extra < 1)
 
 
 PAPER = 'DiracNets, arXiv 1706.00388'
 CLAIMS = [
     Claim('depth', 'plain networks get worse with depth, DiracNets do not', PAPER, _depth),
     Claim('width', 'both depth and width raise the accuracy', PAPER, _width),
-    Claim('init', 'careful initialisation is mostly not needed', PAPER, _init),
+    Claim('init', 'careful initialization is mostly not needed', PAPER, _init),
     Claim('alpha-beta', 'deep layers stay near the identity', PAPER, _identity),
-    Claim('alpha-beta', 'alpha drifts from the identity', 'Oyedotun et al.', _alpha_drifts),
-    Claim('large', 'DiracNets lag behind ResNets where networks are large', 'Oyedotun et al.',
-          _large),
-    Claim('versions', 'ReLU with alpha and beta for each channel is no worse than NCReLU', PAPER,
+    Claim('alpha-beta', 'alpha drifts away from the identity', 'Oyedotun et al.', _alpha_drifts),
+    Claim('large', 'large DiracNets are less accurate than ResNets', 'Oyedotun et al.', _large),
+    Claim('versions', 'ReLU with alpha and beta per channel is no worse than NCReLU', PAPER,
           _versions),
     Claim('cost', 'W_hat is a minor cost in training', PAPER, _training_cost),
     Claim('gpu', 'W_hat is a minor cost in training', PAPER, _training_cost_on_a_gpu),
-    Claim('cost', 'folded, there is no cost at inference', PAPER, _inference_cost),
+    Claim('cost', 'a folded DiracNet has no extra cost at inference', PAPER, _inference_cost),
 ]

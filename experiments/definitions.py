@@ -1,78 +1,84 @@
-"""The paper's claims as lists of trainings: one short function an experiment.
+"""The claims of the paper as lists of runs: one short function per experiment.
 
-Each returns the trainings of a budget; its docstring says what is asked.
-`python -m experiments.run` trains them (and counts their hours: --list), `python -m
-experiments.figures` draws what came out.
+Each function returns the runs of a budget; its docstring is the question. `python -m
+experiments.run` trains them, `python -m experiments.figures` draws the results. SCRIPTS lists
+commands that run one after another instead.
 """
 
+import functools
 from dataclasses import dataclass, field
+
+import diracnets
+from experiments.variants import multiply_adds
+from training.augmentation import progressive_sizes
+from training.options import model_options, parse_options
 
 COMPARED_MODELS = ('plain', 'dirac-init', 'diracnet', 'resnet')
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One training: a point of a figure, for one seed."""
+    """One training run: one seed of one point of a figure."""
 
-    series: str  # the line of the figure that it belongs to
-    x: float  # where it stands on that line
+    series: str  # the line of the figure
+    x: float  # the position on the line
     seed: int
     options: dict  # of train.py
-    start: str = ''  # what the filters are before it, where not as drawn: see experiments/starts.py
+    init: str = ''  # changed initialization of the filters, see `change_init` in experiments/run.py
 
     @property
-    def run(self):
-        """The name of its folder: the same for the same training in another experiment."""
+    def run_name(self):
+        """The name of the folder: runs that experiments share have the same one."""
         options = {name: value for name, value in self.options.items()
                    if name not in ('model', 'depth', 'width', 'epochs', 'keep_every')}
         sizes = [self.options['model'], *(f'{self.options[name]:g}' for name in ('depth', 'width')
                                           if name in self.options)]
         others = [f'{name}={value}' for name, value in sorted(options.items())]
-        start = [self.start] if self.start else []
-        return '-'.join([*sizes, *start, *others, f'{self.options["epochs"]}ep', f's{self.seed}'])
+        init = [self.init] if self.init else []
+        return '-'.join([*sizes, *init, *others, f'{self.options["epochs"]}ep', f's{self.seed}'])
 
     @property
-    def name(self):
-        """What --only and the table say of it."""
+    def title(self):
+        """The name in progress lines, which --only matches."""
         return f'{self.series}, {self.x:g}, seed {self.seed}'
 
 
-def words_of(options):
-    """Options of train.py as words."""
-    words = []
+def command_line(options):
+    """Returns options of train.py as command-line arguments."""
+    arguments = []
     for name, value in options.items():
         if isinstance(value, bool):
-            words.append(f'--{name}' if value else f'--no-{name}')
+            arguments.append(f'--{name}' if value else f'--no-{name}')
         else:
-            words += [f'--{name}', str(value)]
-    return words
+            arguments += [f'--{name}', str(value)]
+    return arguments
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long each training is, and how many there are."""
+    """Sets how long the runs are, and how many seeds, depths and widths there are."""
 
     epochs: int
     seeds: int
-    options: dict = field(default_factory=dict)  # of every training
+    options: dict = field(default_factory=dict)  # of every run
     dataset: str = 'Folder'
     depths: tuple = (10, 16, 28, 52, 100)
     deeper: tuple = (202, 400)  # with one seed
     widths: tuple = (0.5, 1, 2)
-    layers: int = 28  # of the networks that are compared at one depth
-    large: float = 4  # a width at which DiracNets may lag behind
+    layers: int = 28  # of models that are compared at one depth
+    large: float = 4  # a width at which DiracNets may be worse than ResNets
     thousand: tuple = (100, 202, 400, 1000)  # depths on the digits
-    speedrun: tuple = (  # epochs, which of VARIANTS, seeds: the recipe's own epochs first
+    speedrun: tuple = (  # epochs, slice of VARIANTS, seeds: the recipe's own epochs first
         (8, slice(2), 5), (4, slice(1), 3), (4, slice(2, None), 3))
 
-    def trainings(self, series, x, start='', seeds=None, **options):
+    def runs(self, series, x, init='', seeds=None, **options):
         options = {'width': 1, 'epochs': self.epochs, **self.options, **options}
-        return [RunSpec(series, x, seed, options, start)
+        return [RunSpec(series, x, seed, options, init)
                 for seed in range(1, 1 + min(self.seeds, seeds or self.seeds))]
 
 
 BUDGETS = {
-    # 200,000 images a training, the learning rate falling to zero over them
+    # 200,000 images per run, cosine schedule
     'small': Budget(4, 3, {'lr_schedule': 'cosine', 'keep_every': 1}),
     'paper': Budget(200, 5, {'keep_every': 20}, widths=(1, 2, 4, 10), large=10),
     # for the tests: seconds
@@ -83,7 +89,7 @@ BUDGETS = {
     ),
 }
 INIT_SCALES = (1, 0.1, 0.01)
-VARIANTS = {  # of the recipe of the speed-run: one thing changed at a time
+VARIANTS = {  # of the speed-run recipe: one change each; the names are stored in CSV files
     'the recipe': {},
     'filters start at the identity alone': {'block': 'base'},
     'ReLU': {'activation': 'relu'},
@@ -98,96 +104,99 @@ VARIANTS = {  # of the recipe of the speed-run: one thing changed at a time
 }
 
 
+# ---------------------------------------------------------------- experiments
+
+
 def depth(budget):
-    """Do plain networks get worse with depth, and DiracNets not?"""
-    trainings = [
-        training for layers in budget.depths for model in COMPARED_MODELS
-        for training in budget.trainings(model, layers, model=model, depth=layers)
+    """Does the accuracy of plain networks fall with depth, and that of DiracNets not?"""
+    runs = [
+        run for layers in budget.depths for model in COMPARED_MODELS
+        for run in budget.runs(model, layers, model=model, depth=layers)
     ]
     for layers in budget.deeper:
-        trainings += budget.trainings('diracnet', layers, seeds=1, model='diracnet', depth=layers)
-    return trainings
+        runs += budget.runs('diracnet', layers, seeds=1, model='diracnet', depth=layers)
+    return runs
 
 
 def width(budget):
-    """What do depth and width give, and what do they cost in parameters?"""
+    """How do depth and width change the accuracy and the number of parameters?"""
     return [
-        training for layers in budget.depths[:3] for factor in budget.widths
-        for training in budget.trainings(
+        run for layers in budget.depths[:3] for factor in budget.widths
+        for run in budget.runs(
             f'depth {layers}', factor, model='diracnet', depth=layers, width=factor)
     ]
 
 
 def init(budget):
-    """Does it matter how the filters are started?"""
-    trainings = [
-        training for scale in INIT_SCALES for model in ('diracnet', 'plain')
-        for training in budget.trainings(
+    """Does the accuracy depend on the initialization of the filters?"""
+    runs = [
+        run for scale in INIT_SCALES for model in ('diracnet', 'plain')
+        for run in budget.runs(
             model, scale, '' if scale == 1 else f'scaled-{scale:g}', model=model,
             depth=budget.layers)
     ]
-    return trainings + budget.trainings(
+    return runs + budget.runs(
         'plain, delta-orthogonal', 1, 'delta-orthogonal', model='plain', depth=budget.layers)
 
 
 def alpha_beta(budget):
-    """Where do alpha and beta go, and is a deep layer near the identity?"""
+    """How do alpha and beta change in training, and are deep layers near the identity?"""
     return [
-        training for factor in budget.widths[-2:]
-        for training in budget.trainings(
+        run for factor in budget.widths[-2:]
+        for run in budget.runs(
             f'width {factor:g}', factor, model='diracnet', depth=budget.layers, width=factor)
     ]
 
 
 def _one_depth(budget, models, **options):
     return [
-        training for x, model in enumerate(models)
-        for training in budget.trainings(model, x, model=model, depth=budget.layers, **options)
+        run for x, model in enumerate(models)
+        for run in budget.runs(model, x, model=model, depth=budget.layers, **options)
     ]
 
 
 def delta(budget):
-    """Where channels grow: does delta pass the first ones only, or is it repeated?"""
+    """In channel-expanding layers, is a truncated or a tiled identity better?"""
     return _one_depth(budget, ('diracnet', 'diracnet-repeated'))
 
 
 def versions(budget):
-    """What did the second version (ReLU, alpha and beta for each channel) change?"""
+    """What does v2 change (ReLU, alpha and beta per channel)?"""
     return _one_depth(budget, ('diracnet-v1', 'diracnet'))
 
 
 def large(budget):
-    """Does a DiracNet lag behind the ResNet where networks are wide?"""
+    """Are wide DiracNets less accurate than the ResNet?"""
     return _one_depth(budget, ('plain', 'diracnet', 'resnet'), width=budget.large)
 
 
 def cost(budget):
-    """What does W_hat take of a training step, and of inference?"""
-    return []  # nothing is trained: see experiments/measures.py
+    """How much time does W_hat add to a training step, and to inference?"""
+    return []  # no runs: see experiments/measures.py
 
 
 def int8(budget):
-    """What does int8 take of the accuracy, folded?"""
+    """How much accuracy does int8 quantization of the folded model lose?"""
     return _one_depth(budget, ('plain', 'diracnet', 'resnet'))
 
 
 def thousand(budget):
-    """Do DiracNets of up to a thousand layers learn the digits?"""
+    """Do DiracNets of up to 1,000 layers learn the digits?"""
     return [
-        training for layers in budget.thousand
-        for training in budget.trainings(
+        run for layers in budget.thousand
+        for run in budget.runs(
             f'{layers} layers', layers, seeds=1, model='diracnet', depth=layers,
             dataset='Digits', batch_size=64, epochs=5 * budget.epochs)
     ]
 
 
 def speedrun(budget):
-    """What makes a network accurate in few epochs?"""
+    """Which parts of the recipe make a model accurate in few epochs?"""
     return [
         RunSpec(series, epochs, seed, {
             'recipe': 'speedrun', 'model': 'diracnet-fast', **VARIANTS[series], 'epochs': epochs})
-        for epochs, chosen, seeds in budget.speedrun
-        for series in list(VARIANTS)[chosen] for seed in range(1, 1 + seeds)
+        for epochs, variants, seeds in budget.speedrun
+        for series in list(VARIANTS)[variants] for seed in range(1, 1 + seeds)
     ]
 
 
@@ -196,3 +205,89 @@ EXPERIMENTS = {
     'versions': versions, 'large': large, 'cost': cost, 'int8': int8, 'thousand': thousand,
     'speedrun': speedrun,
 }
+
+
+# ---------------------------------------------------------------- scripts
+
+
+def dtype(dataroot):
+    """Does bfloat16 change the accuracy? Float32 on one thread sums in another order."""
+    options = {'dataset': 'Folder', 'dataroot': dataroot, 'depth': 16, 'epochs': 10,
+               'lr_schedule': 'cosine', 'resume': 'auto'}
+    return [
+        (['train.py', *command_line({**options, 'dtype': precision, 'seed': seed,
+                                     'save': f'logs/dtype/{name}-{seed}'})], environment)
+        for seed in (1, 2, 3) for name, precision, environment in (
+            ('float', 'float', {}), ('bfloat16', 'bfloat16', {}),
+            ('float-1thread', 'float', {'OMP_NUM_THREADS': '1'}))
+    ]
+
+
+def ranks(dataroot):
+    """Does training with two processes equal training with one? The global batch is the same.
+
+    Rounding differs, and batch norm uses the statistics of the images of each process.
+    """
+    options = command_line({'dataset': 'Digits', 'depth': 10, 'batch_size': 64, 'epochs': 12,
+                            'epoch_step': '[8,11]', 'dtype': 'float'})
+    folders = {n: f'logs/ranks-{n}' for n in (1, 2)}
+    return [
+        *((['-m', 'torch.distributed.run', f'--nproc_per_node={n}', 'train.py', *options,
+            '--save', folder], {}) for n, folder in folders.items()),
+        (['plot.py', *folders.values(), '--save', 'logs/ranks.png'], {}),
+    ]
+
+
+def gpu(dataroot):
+    """What are the results of the paper's budget, on a CUDA GPU? First 28-10, then the depths."""
+    options = {'dataset': 'Folder', 'dataroot': dataroot, 'depth': 28, 'width': 10,
+               'compile': True, 'save': 'logs/gpu/diracnet-28-10', 'save_every': 3,
+               'resume': 'auto'}
+    depths = ['-m', 'experiments.run', 'depth', '--budget', 'paper', '--dataroot', str(dataroot)]
+    return [(['train.py', *command_line(options)], {})] + [
+        ([*depths, '--only', models], {})
+        for models in ('diracnet, 28*', 'plain, 28*', 'resnet, 28*', '*, 100*')]
+
+
+SCRIPTS = {'dtype': dtype, 'ranks': ranks, 'gpu': gpu}  # lists of (arguments of python, variables)
+
+
+# ---------------------------------------------------------------- estimated cost
+
+
+# Multiply-adds per second of 2 CPU cores in bfloat16, by width: narrow layers are less efficient.
+# They include loading and testing; docs/results.md compares the estimates with measured hours.
+RATES = {0.5: 2.5e10, 1: 9e10, 2: 1.3e11, 4: 1.7e11}
+DIGITS, CIFAR = 1437, 50_000  # training images
+TIMING_HOURS = {'cost': 0.1}  # of an experiment's timings: 3 to 7 minutes on 2 CPU cores
+
+
+@functools.cache
+def _multiply_adds(model, sizes, pixels):
+    make = functools.partial(diracnets.create_model, model, 'CIFAR10', **dict(sizes))
+    return multiply_adds(make, pixels=pixels)
+
+
+def training_multiply_adds(run, dataset):
+    """Counts the multiply-adds of a run: the forward pass, and twice that for the backward pass."""
+    opt = parse_options(command_line(run.options))
+    sizes = tuple(model_options(opt).items())
+    images = DIGITS if dataset == 'Digits' else CIFAR
+    return 3 * images * sum(_multiply_adds(opt.model, sizes, pixels)
+                            for pixels in progressive_sizes(opt.image_size, opt.grow, opt.epochs))
+
+
+def estimated_seconds(run, dataset):
+    """Estimates the seconds of a run on 2 idle CPU cores, as an upper bound."""
+    # diracnet-fast is as wide, at any width, as the other models at their largest
+    wide = run.options['model'] == 'diracnet-fast'
+    width = max(RATES) if wide else run.options['width']
+    rate = RATES[max((w for w in RATES if w <= width), default=min(RATES))]
+    return training_multiply_adds(run, dataset) / rate
+
+
+def estimated_hours(experiment, budget, runs):
+    """Estimates the hours of an experiment on 2 idle CPU cores, as an upper bound."""
+    seconds = sum(estimated_seconds(run, run.options.get('dataset', budget.dataset))
+                  for run in runs)
+    return seconds / 3600 + TIMING_HOURS.get(experiment, 0)

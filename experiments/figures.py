@@ -1,15 +1,14 @@
-"""Draws what the experiments left, from logs/NAME/*.csv and logs/trainings/ alone.
+"""Draws the figures of the experiments from logs/NAME/*.csv and logs/trainings/.
 
-    python -m experiments.figures             # all that have rows
+    python -m experiments.figures             # all that have results
     python -m experiments.figures depth       # logs/depth/depth.png
 
-Points are means over seeds, grey circles single trainings, bars one standard deviation; n is the
-number of seeds. All is told by markers and dashes too, as colours do not print.
+Points are means over seeds, grey circles single runs, error bars one std; n is the number of seeds.
+Markers and dashes identify the series too, for printing in black and white.
 """
 
 import itertools
-import statistics
-from collections import defaultdict
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -17,11 +16,18 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 
 from cli import ArgumentParser, exit_on_error
 from experiments.definitions import EXPERIMENTS
-from experiments.interleaved import ROOT, read_rows
-from experiments.layers import SHOWN
+from experiments.results import (
+    ROOT,
+    completed,
+    grouped,
+    label,
+    mean_std,
+    read_results,
+    seed_counts,
+)
 from training.log import read_log
 
-STYLES = [  # of the series of a figure, in order; hollow markers show what is under them
+STYLES = [  # of the series of a figure, in order; hollow markers do not hide what is under them
     {'color': color, 'marker': marker, 'linestyle': line, 'capsize': 3,
      'fillstyle': fill, 'markersize': size}
     for color, marker, line, fill, size in (
@@ -30,249 +36,214 @@ STYLES = [  # of the series of a figure, in order; hollow markers show what is u
         ('C7', 'P', '-.', 'none', 9), ('C8', '*', ':', 'none', 9), ('C9', '<', '-', 'full', 6),
     )
 ]
-AT_THE_END = {'fmt': 'o-', 'color': 'black', 'markersize': 3, 'capsize': 2}
-ACCURACY = 'test accuracy (%)'
+LAST_EPOCH = {'fmt': 'o-', 'color': 'black', 'markersize': 3, 'capsize': 2}
+ACCURACY, LOSS = 'test accuracy (%)', 'training loss, last epoch'
+LAYER_STATISTICS = {  # axis label: value of a record of measures.layer_statistics
+    'mean of alpha': lambda record: record['alpha_mean'],
+    'root mean square of beta':
+        lambda record: math.hypot(record['beta_mean'], record['beta_deviation']),
+    'norm of the Dirac term /\nnorm of the learned term':
+        lambda record: record['dirac_norm'] / record['free_norm'],
+}
 
 
-def styles():
-    """The styles of series in order, over and over where there are many."""
-    return itertools.cycle(STYLES)
-
-
-# ---------------------------------------------------------------- rows
-
-
-def read(table):
-    """The rows of a CSV file, numbers as such: none where there is no file."""
-    return [{name: _number(value) for name, value in row.items()} for row in read_rows(table)]
-
-
-def _number(text):
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def whole(rows):
-    """The rows of trainings that came to their end."""
-    return [row for row in rows if row['ended'] == 'whole']
-
-
-def grouped(rows, *names):
-    """Returns {values of the columns `names`: rows}, in the order of the rows."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[tuple(row[name] for name in names)].append(row)
-    return groups
-
-
-def mean_and_deviation(values):
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def counts(rows):
-    """Says how many seeds the points of a figure have, such as 'n = 3' or 'n = 1 to 3'."""
-    sizes = sorted({len(group) for group in grouped(rows, 'series', 'x').values()})
-    return f'n = {sizes[0]}' + (f' to {sizes[-1]}' if len(sizes) > 1 else '')
+def styled(groups):
+    """Yields (style, key, records) of each group; styles repeat where there are many groups."""
+    for style, (key, records) in zip(itertools.cycle(STYLES), groups.items()):
+        yield style, key, records
 
 
 # ---------------------------------------------------------------- axes
 
 
 def log_scale(axes):
-    """Makes the x axis logarithmic, with numbers at its ticks in place of powers of ten."""
+    """Makes the x axis logarithmic with plain numbers as tick labels."""
     axes.set_xscale('log')
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def lines(axes, rows, value, xlabel, ylabel, log=False):
-    """Draws the mean of a column over x, a line a series, with bars of one deviation."""
-    for style, ((series,), of_series) in zip(styles(), grouped(rows, 'series').items()):
-        over_x = sorted(grouped(of_series, 'x').items())
-        means = [mean_and_deviation([row[value] for row in group]) for _, group in over_x]
-        axes.errorbar([x for (x,), _ in over_x], [m for m, _ in means], [d for _, d in means],
-                      label=series, **style)
+def finish(axes, xlabel, ylabel):
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    if log:
-        log_scale(axes)
-        axes.set_xticks(sorted({row['x'] for row in rows}))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8)
 
 
-def points(axes, rows, value, xlabel):
-    """Draws each training of a column as a circle, above mean and deviation of its series."""
-    groups = grouped(rows, 'series')
-    for y, group in enumerate(groups.values()):
-        values = [row[value] for row in group]
-        mean, deviation = mean_and_deviation(values)
+def draw_lines(axes, results, column, xlabel, ylabel, log=False):
+    """Draws the mean of a column over x with error bars of one std, one line per series."""
+    for style, (series,), records in styled(grouped(results, 'series')):
+        points = sorted(grouped(records, 'x').items())
+        means, stds = zip(*(mean_std([record[column] for record in seeds]) for _, seeds in points))
+        axes.errorbar([x for (x,), _ in points], means, stds, label=label(series), **style)
+    finish(axes, xlabel, ylabel)
+    if log:
+        log_scale(axes)
+        axes.set_xticks(sorted({record['x'] for record in results}))
+
+
+def draw_points(axes, results, column, xlabel):
+    """Draws each run as a circle, with the mean and std of its series below."""
+    groups = grouped(results, 'series')
+    for y, records in enumerate(groups.values()):
+        values = [record[column] for record in records]
+        mean, std = mean_std(values)
         axes.plot(values, [y - 0.15] * len(values), 'o', mfc='none', color='0.5', markersize=5)
-        axes.errorbar(mean, y + 0.1, xerr=deviation, fmt='s', color='black', capsize=3)
-        shown = f'{round(mean, 2) + 0:.2f}'  # never -0.00
-        axes.annotate(shown, (mean, y + 0.2), ha='center', va='top', fontsize=8)
-    axes.set_yticks(range(len(groups)), [series for series, in groups], fontsize=8)
+        axes.errorbar(mean, y + 0.1, xerr=std, fmt='s', color='black', capsize=3)
+        text = f'{round(mean, 2) + 0:.2f}'  # never -0.00
+        axes.annotate(text, (mean, y + 0.2), ha='center', va='top', fontsize=8)
+    axes.set_yticks(range(len(groups)), [label(series) for series, in groups], fontsize=8)
     axes.set(xlabel=xlabel, ylim=(len(groups) - 0.3, -0.5))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(alpha=0.25, axis='x')
 
 
-def curves(axes, rows, logs, value, ylabel):
-    """Draws a figure of the logs over epochs: a line a series, the mean of its seeds."""
-    for style, ((series,), group) in zip(styles(), grouped(rows, 'series').items()):
-        runs = [read_log(logs / row['log']) for row in group]
+def draw_curves(axes, results, logs, metric, ylabel):
+    """Draws a metric of the logs over epochs: the mean over seeds, one line per series."""
+    for style, (series,), records in styled(grouped(results, 'series')):
+        runs = [read_log(logs / record['log']) for record in records]
         epochs = [stats['epoch'] for stats in runs[0]]
-        means = [mean_and_deviation([run[i][value] for run in runs]) for i in range(len(epochs))]
-        axes.errorbar(epochs, [m for m, _ in means], [d for _, d in means], label=series, **style)
-    axes.set(xlabel='epoch', ylabel=ylabel)
+        means, stds = zip(*(mean_std([run[i][metric] for run in runs]) for i in range(len(epochs))))
+        axes.errorbar(epochs, means, stds, label=label(series), **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    finish(axes, 'epoch', ylabel)
 
 
-# ---------------------------------------------------------------- figures
-
-
-def depth(figure, rows, measured, logs):
-    test, train = figure.subplots(1, 2)
-    lines(test, rows, 'test_acc_percent', 'depth (layers)', ACCURACY, log=True)
-    lines(train, rows, 'train_loss', 'depth (layers)', 'training loss, last epoch', log=True)
-
-
-def width(figure, rows, measured, logs):
-    by_width, by_parameters = figure.subplots(1, 2)
-    lines(by_width, rows, 'test_acc_percent', 'width (factor on channels)', ACCURACY, log=True)
-    by_size = [{**row, 'x': row['parameters'] / 1e6} for row in rows]
-    lines(by_parameters, by_size, 'test_acc_percent', 'parameters (millions)', ACCURACY)
-    log_scale(by_parameters)
-    by_parameters.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-
-
-def init(figure, rows, measured, logs):
-    test, train = figure.subplots(1, 2)
-    for axes, value, label in ((test, 'test_acc_percent', ACCURACY),
-                               (train, 'train_loss', 'training loss, last epoch')):
-        lines(axes, rows, value, "filters' first deviation (times Kaiming's)", label, log=True)
-
-
-def over_layers(axes, rows, value, ylabel, **style):
-    """Draws a value of the rows of one epoch over the layers: means and deviations over seeds."""
-    layers = sorted(grouped(rows, 'layer').items())
-    means, deviations = zip(*(mean_and_deviation([value(row) for row in seeds])
-                              for _, seeds in layers))
-    axes.errorbar([layer for (layer,), _ in layers], means, deviations, **style)
+def draw_over_layers(axes, records, value, ylabel, **style):
+    """Draws a value over the layers: mean and std over the records (seeds) of a layer."""
+    layers = sorted(grouped(records, 'layer').items())
+    means, stds = zip(*(mean_std([value(record) for record in seeds]) for _, seeds in layers))
+    axes.errorbar([layer for (layer,), _ in layers], means, stds, **style)
     axes.set(xlabel='layer', ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
 
 
-def shade(epoch, last):
-    """The style of an epoch: the darker the later; bars are of the last one alone."""
+# ---------------------------------------------------------------- figures
+
+
+def depth(figure, results, measured, logs):
+    for axes, column, ylabel in zip(figure.subplots(1, 2), ('test_acc_percent', 'train_loss'),
+                                    (ACCURACY, LOSS)):
+        draw_lines(axes, results, column, 'depth (layers)', ylabel, log=True)
+
+
+def width(figure, results, measured, logs):
+    by_width, by_parameters = figure.subplots(1, 2)
+    draw_lines(by_width, results, 'test_acc_percent', 'width (channel factor)', ACCURACY, log=True)
+    by_size = [{**record, 'x': record['parameters'] / 1e6} for record in results]
+    draw_lines(by_parameters, by_size, 'test_acc_percent', 'parameters (millions)', ACCURACY)
+    log_scale(by_parameters)
+    by_parameters.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+
+def init(figure, results, measured, logs):
+    for axes, column, ylabel in zip(figure.subplots(1, 2), ('test_acc_percent', 'train_loss'),
+                                    (ACCURACY, LOSS)):
+        draw_lines(axes, results, column, "initial std of the filters / Kaiming's std", ylabel,
+                   log=True)
+
+
+def epoch_style(epoch, last):
+    """Returns the style of an epoch: later is darker; only the last one has error bars."""
     if epoch == last:
-        return AT_THE_END
+        return LAST_EPOCH
     if epoch == 0:
         return {'fmt': ':', 'color': 'black', 'elinewidth': 0}
     return {'fmt': '-', 'color': f'{0.9 * (1 - epoch / last):.2f}', 'elinewidth': 0}
 
 
-def alpha_beta(figure, rows, measured, logs):
+def alpha_beta(figure, results, measured, logs):
     groups = grouped(measured, 'series')
-    panels = figure.subplots(len(groups), len(SHOWN), squeeze=False)
-    for row_of_axes, ((series,), group) in zip(panels, groups.items()):
+    panels = figure.subplots(len(groups), len(LAYER_STATISTICS), squeeze=False)
+    for row, ((series,), group) in zip(panels, groups.items()):
         epochs = grouped(group, 'epoch')
-        for axes, (label, value) in zip(row_of_axes, SHOWN.items()):
-            for (epoch,), at in sorted(epochs.items()):
-                over_layers(axes, at, value, label, label=f'epoch {epoch:.0f}',
-                            **shade(epoch, max(epochs)[0]))
+        for axes, (ylabel, value) in zip(row, LAYER_STATISTICS.items()):
+            for (epoch,), records in sorted(epochs.items()):
+                draw_over_layers(axes, records, value, ylabel, label=f'epoch {epoch:.0f}',
+                                 **epoch_style(epoch, max(epochs)[0]))
             axes.set_title(series)
-        row_of_axes[0].legend(fontsize=8)
+        row[0].legend(fontsize=8)
 
 
-def at_one_depth(figure, rows, measured, logs):
+def one_depth(figure, results, measured, logs):
     test, train = figure.subplots(1, 2)
-    points(test, rows, 'test_acc_percent', ACCURACY)
-    points(train, rows, 'train_loss', 'training loss, last epoch')
+    draw_points(test, results, 'test_acc_percent', ACCURACY)
+    draw_points(train, results, 'train_loss', LOSS)
 
 
-def versions(figure, rows, measured, logs):
-    (test, loss, *_), histograms = figure.subplots(2, 3)
-    points(test, rows, 'test_acc_percent', ACCURACY)
-    curves(loss, rows, logs, 'train_loss', 'training loss')
-    figure.delaxes(figure.axes[2])
-    first = [row for row in measured if row['seed'] == 1]
-    series = grouped(first, 'series')
-    for style, ((name,), group) in zip(styles(), series.items()):
+def versions(figure, results, measured, logs):
+    (test, loss, unused), histograms = figure.subplots(2, 3)
+    draw_points(test, results, 'test_acc_percent', ACCURACY)
+    draw_curves(loss, results, logs, 'train_loss', 'training loss')
+    figure.delaxes(unused)
+    first_seed = [record for record in measured if record['seed'] == 1]
+    for style, (series,), group in styled(grouped(first_seed, 'series')):
         for axes, ((layer,), bins) in zip(histograms, sorted(grouped(group, 'layer').items())):
-            axes.stairs([row['share'] for row in bins],
-                        [row['from_deviations'] for row in bins]
-                        + [2 * bins[-1]['from_deviations'] - bins[-2]['from_deviations']],
-                        label=f'{name}, layer {layer:.0f}', color=style['color'],
+            edges = [record['from_deviations'] for record in bins]
+            axes.stairs([record['share'] for record in bins], [*edges, 2 * edges[-1] - edges[-2]],
+                        label=f'{series}, layer {layer:.0f}', color=style['color'],
                         linestyle=style['linestyle'])
-            axes.set(xlabel='activation (its deviations)', ylabel='share', yscale='log')
+            axes.set(xlabel='activation / std', ylabel='fraction', yscale='log')
             axes.legend(fontsize=7)
 
 
-def cost(figure, rows, measured, logs):
+def cost(figure, results, measured, logs):
     panels = figure.subplots(1, 2)
     for axes, ((title,), group) in zip(panels, grouped(measured, 'compared').items()):
-        for y, row in enumerate(group):
-            slower = [1 / row[name] for name in ('ratio', 'ratio_high', 'ratio_low')]
-            axes.barh(y, slower[0], color='0.7', edgecolor='black')
-            axes.errorbar(slower[0], y, xerr=[[slower[0] - slower[1]], [slower[2] - slower[0]]],
-                          color='black', capsize=3)
-            axes.annotate(f'{slower[0]:.2f}', (0.02, y), va='center', fontsize=9)
-        axes.set_yticks(range(len(group)), [row['what'] for row in group])
+        for y, record in enumerate(group):
+            time, low, high = (1 / record[name] for name in ('ratio', 'ratio_high', 'ratio_low'))
+            axes.barh(y, time, color='0.7', edgecolor='black')
+            axes.errorbar(time, y, xerr=[[time - low], [high - time]], color='black', capsize=3)
+            axes.annotate(f'{time:.2f}', (0.02, y), va='center', fontsize=9)
+        axes.set_yticks(range(len(group)), [label(record['what']) for record in group])
         axes.invert_yaxis()
-        axes.set(xlabel=f'time over that of the first (median, 95 %, n = {group[0]["n"]:.0f} '
-                        'turns)', title=f'{title}, 128 images')
+        axes.set(xlabel=f'time / time of the first (median, 95 % CI, n = {group[0]["n"]:.0f})',
+                 title=f'{label(title)}, 128 images')
 
 
-def int8(figure, rows, measured, logs):
+def int8(figure, results, measured, logs):
     accuracies, drops = figure.subplots(1, 2)
-    points(accuracies, measured, 'float32_test_acc_percent', f'{ACCURACY}, float32')
+    draw_points(accuracies, measured, 'float32_test_acc_percent', f'{ACCURACY}, float32')
     lost = [
-        {'series': row['series'] + said, 'lost': row['float32_test_acc_percent']
-                                                 - row[f'{form}_test_acc_percent']}
-        for said, form in (('', 'int8'), (', equalised', 'equalised_int8')) for row in measured]
-    points(drops, lost, 'lost', 'accuracy lost in int8 (points)')
+        {'series': record['series'] + suffix,
+         'lost': record['float32_test_acc_percent'] - record[f'{form}_test_acc_percent']}
+        for suffix, form in (('', 'int8'), (', equalized', 'equalised_int8'))
+        for record in measured]
+    draw_points(drops, lost, 'lost', 'accuracy drop of int8 (pp)')
     drops.axvline(0, color='black', linewidth=0.8)
 
 
-def speedrun(figure, rows, measured, logs):
-    few, over_work = figure.subplots(1, 2, width_ratios=(3, 2))
-    epochs = min(row['x'] for row in measured)
-    points(few, [row for row in measured if row['x'] == epochs], 'test_acc_percent', ACCURACY)
-    few.set_title(f'{epochs:.0f} epochs')
-    places = grouped(measured, 'series', 'x')
-    for style, ((series, x), group) in zip(styles(), places.items()):
-        work, accuracy = (mean_and_deviation([row[name] for row in group])
-                          for name in ('machine_tflop', 'test_acc_percent'))
-        over_work.errorbar(work[0], accuracy[0], accuracy[1], work[1],
-                           label=f'{series}, {x:.0f} epochs', **style)
-    over_work.set(xlabel="machine's TFLOP", ylabel=ACCURACY)
-    over_work.margins(y=0.3)  # for the legend
-    over_work.grid(alpha=0.25)
-    over_work.legend(fontsize=7)
+def speedrun(figure, results, measured, logs):
+    accuracies, over_compute = figure.subplots(1, 2, width_ratios=(3, 2))
+    epochs = min(record['x'] for record in measured)
+    draw_points(accuracies, [record for record in measured if record['x'] == epochs],
+                'test_acc_percent', ACCURACY)
+    accuracies.set_title(f'{epochs:.0f} epochs')
+    for style, (series, x), group in styled(grouped(measured, 'series', 'x')):
+        compute, accuracy = (mean_std([record[name] for record in group])
+                             for name in ('machine_tflop', 'test_acc_percent'))
+        over_compute.errorbar(compute[0], accuracy[0], accuracy[1], compute[1],
+                              label=f'{label(series)}, {x:.0f} epochs', **style)
+    over_compute.margins(y=0.3)  # for the legend
+    finish(over_compute, 'matmul-equivalent compute (TFLOP)', ACCURACY)
 
 
-def thousand(figure, rows, measured, logs):
+def thousand(figure, results, measured, logs):
     accuracy, *panels = figure.subplots(1, 3)
-    curves(accuracy, rows, logs, 'test_acc', f'{ACCURACY}, digits')
+    draw_curves(accuracy, results, logs, 'test_acc', f'{ACCURACY}, digits')
     for axes, ((series,), of_series) in zip(panels, grouped(measured, 'series').items()):
-        for style, ((x,), layers) in zip(styles(), sorted(grouped(of_series, 'x').items())):
-            axes.plot([row['layer'] / len(layers) for row in layers],
-                      [row['relative_gradient'] for row in layers], color=style['color'],
+        depths = dict(sorted(grouped(of_series, 'x').items()))
+        for style, (x,), layers in styled(depths):
+            axes.plot([record['layer'] / len(layers) for record in layers],
+                      [record['relative_gradient'] for record in layers], color=style['color'],
                       linestyle=style['linestyle'], linewidth=1, label=f'{x:.0f} layers')
-        axes.set(title=f'{series}, not trained', xlabel='layer / layers', yscale='log',
-                 ylabel='norm of the gradient of the filters\nover that of the filters')
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8)
+        axes.set(title=f'{series}, at initialization', yscale='log')
+        finish(axes, 'layer / layers', 'gradient norm / norm, of the filters')
 
 
 FIGURES = {
-    'depth': depth, 'width': width, 'init': init, 'alpha-beta': alpha_beta, 'delta': at_one_depth,
-    'versions': versions, 'large': at_one_depth, 'cost': cost, 'int8': int8, 'thousand': thousand,
+    'depth': depth, 'width': width, 'init': init, 'alpha-beta': alpha_beta, 'delta': one_depth,
+    'versions': versions, 'large': one_depth, 'cost': cost, 'int8': int8, 'thousand': thousand,
     'speedrun': speedrun,
 }
 TALL = {'versions', 'alpha-beta'}
@@ -282,23 +253,24 @@ OF_MEASURED = {'alpha-beta', 'cost', 'int8', 'speedrun'}  # drawn from measured.
 def draw(experiment, logs):
     """Draws an experiment from its files under `logs`; raises ValueError if there are none."""
     folder = logs / experiment
-    rows, measured = whole(read(folder / 'results.csv')), read(folder / 'measured.csv')
-    if not rows and not measured:
-        raise ValueError(f'{folder}: no results: expected those of python -m experiments.run '
-                         f'{experiment}')
+    results = read_results(folder / 'results.csv')
+    runs, measured = completed(results), read_results(folder / 'measured.csv')
+    if not runs and not measured:
+        raise ValueError(f'{folder}: no results; run python -m experiments.run {experiment}')
     if experiment in OF_MEASURED and not measured:
-        raise ValueError(f'{folder}: nothing measured yet: expected rows in measured.csv')
+        raise ValueError(f'{folder}: nothing in measured.csv yet; run python -m experiments.run '
+                         f'{experiment}')
     figure = Figure((11, 7.4 if experiment in TALL else 4.2), dpi=110, layout='constrained')
-    FIGURES[experiment](figure, rows, measured, logs)
-    diverged = len(read(folder / 'results.csv')) - len(rows)
+    FIGURES[experiment](figure, runs, measured, logs)
+    diverged = len(results) - len(runs)
     figure.suptitle(
-        EXPERIMENTS[experiment].__doc__ + (f' ({counts(rows)})' if rows else '')
-        + (f' ({diverged} diverged: left out)' if diverged else ''))
+        EXPERIMENTS[experiment].__doc__ + (f' ({seed_counts(runs)})' if runs else '')
+        + (f' ({diverged} diverged, left out)' if diverged else ''))
     return figure
 
 
 def save(experiment, logs):
-    """Draws an experiment into its folder: the path of the PNG."""
+    """Draws an experiment into its folder; returns the path of the PNG."""
     path = logs / experiment / f'{experiment}.png'
     draw(experiment, logs).savefig(path)
     return path
@@ -308,11 +280,11 @@ def main(argv=None):
     parser = ArgumentParser(prog='experiments.figures', description=__doc__.splitlines()[0])
     parser.add_argument('experiments', nargs='*', help='which ones (default: all with results)')
     parser.add_argument('--logs', default=ROOT / 'logs', type=Path,
-                        help='folder of the tables (default: logs)')
+                        help='folder of the results (default: logs)')
     opt = parser.parse_args(argv)
-    there = [name for name in EXPERIMENTS if list((opt.logs / name).glob('*.csv'))]
+    with_results = [name for name in EXPERIMENTS if list((opt.logs / name).glob('*.csv'))]
     with exit_on_error('experiments.figures'):
-        for name in opt.experiments or there:
+        for name in opt.experiments or with_results:
             print(save(name, opt.logs))
 
 

@@ -1,18 +1,20 @@
-"""Shows what holds on a CUDA GPU and how fast it is: checks, then rates, the most wanted first.
+"""Measures training and inference rates on a CUDA GPU, the most important comparisons first.
 
-    python -m experiments.gpu                 # some eight minutes; stops by itself
+    python -m experiments.gpu                 # at most 8 minutes
     python -m experiments.gpu --minutes 20
-    python -m experiments.gpu --no-checks --no-compile --minutes 2   # the rates that come soonest
-    python -m experiments.gpu --device cpu    # tries the command itself, on small networks
+    python -m experiments.gpu --no-checks --no-compile --minutes 2   # the fastest to measure
+    python -m experiments.gpu --device cpu    # a dry run with small models
 
-Needs no network and no files: images are random, or scikit-learn's digits. Rows are appended to
-logs/gpu/checks.csv and logs/gpu/gpu_results.csv. The status is 1 where a check does not hold.
+It first runs `python test.py -m gpu`, which compares the GPU with the CPU; if that fails, the exit
+status is 1. It needs no network and no files: images are random. Results are appended to
+logs/gpu/rates.csv.
 """
 
 import argparse
 import functools
 import itertools
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,51 +34,42 @@ from diracnets.deploy import deploy
 from diracnets.fold import fold
 from diracnets.preprocessing import Preprocessing
 from experiments import gpu_results
-from experiments.gpu_checks import check_all
-from experiments.interleaved import (
-    ROOT,
-    Variant,
-    append,
-    device_name,
-    environment,
-    product_rate,
-    ratio_to,
-    shown_ratio,
-    wait,
-)
+from experiments.interleaved import Variant, format_ratio, ratio_columns
+from experiments.results import ROOT, append_results, device_name, environment
 from experiments.variants import diracnet, jpegs_by_opencv, make_sgd, multiply_adds, one_step
 from training import data, distributed
 from training.compute import Forward, compile_model
 from training.options import at_least
+from training.timing import interleave, matmul_gflops, seconds_per_call, synchronize
 
-LEAST, MOST = 5, 20  # turns
-TURN = 0.2  # seconds of work in a turn, at least
-
-
-# ---------------------------------------------------------------- what is timed
+MIN_REPETITIONS, MAX_REPETITIONS = 5, 20
+MIN_SECONDS = 0.2  # of work in one repetition
 
 
-def training_step(make, kind, batch, form, device):
-    """A step of train.py on random images, in the form that `form` names, of what make() makes."""
-    inputs = Preprocessing.for_dataset(kind)
+# ---------------------------------------------------------------- timed work
+
+
+def training_step(make, dataset, batch, form, device):
+    """Prepares a step of train.py on random images; `form` is one of the names in gpu_results."""
+    preprocess = Preprocessing.for_dataset(dataset)
     eager = form == gpu_results.EAGER
-    network = make().to(device)
-    optimizer = make_sgd(network, fused=device.type == 'cuda' and not eager)
-    model = network if form != gpu_results.COMPILED else compile_model(network, device)
-    forward = Forward(inputs, 'float' if eager else 'bfloat16', device)
-    images = torch.randint(256, (batch, inputs.size, inputs.size, 3), dtype=torch.uint8,
-                           device=device).permute(0, 3, 1, 2)
+    model = make().to(device)
+    optimizer = make_sgd(model, fused=device.type == 'cuda' and not eager)
+    compiled = compile_model(model, device) if form == gpu_results.COMPILED else model
+    forward = Forward(preprocess, 'float' if eager else 'bfloat16', device)
+    images = torch.randint(256, (batch, preprocess.size, preprocess.size, 3), dtype=torch.uint8,
+                           device=device).permute(0, 3, 1, 2)  # (N, 3, H, W), channels last
     if eager:
         images = images.contiguous()
     labels = torch.randint(10, (batch,), device=device)
-    return one_step(optimizer, model, forward, (images, labels, batch))
+    return one_step(optimizer, compiled, forward, (images, labels, batch))
 
 
 def inference(make, batch, form, device):
-    """Logits of a batch of 224 x 224 from a folded network: deployed, or as it stands."""
-    network, shape = make().to(device).eval(), (batch, 3, 224, 224)
+    """Prepares the logits of a (N, 3, 224, 224) batch by a folded model, deployed or eager."""
+    model, shape = make().to(device).eval(), (batch, 3, 224, 224)
     inputs = torch.randn(shape, device=device)
-    run = deploy(network, shape) if form == 'deploy()' else torch.no_grad()(network)
+    run = deploy(model, shape) if form == 'deploy()' else torch.no_grad()(model)
     return lambda: run(inputs)
 
 
@@ -86,246 +79,238 @@ def inference(make, batch, form, device):
 @dataclass
 class Comparison:
     title: str
-    sides: list  # each takes its memory beside those of the others
-    target: str = ''  # in words
+    variants: list  # all of them are in memory at the same time
+    target: str = ''  # as text
 
 
-def of_training(depth, width, kind, batch, device, rival, target=''):
-    """DiracNet-depth-width in training, against ordinary convolutions and a network with skips.
+def compare_training(depth, width, dataset, batch, device, rival, target=''):
+    """Compares training of DiracNet-depth-width with standard convolutions and with a ResNet.
 
-    rival: (its name, a function that makes it).
+    `rival` is (name, function that makes the ResNet).
     """
-    size = Preprocessing.for_dataset(kind).size
-    make = functools.partial(diracnet, depth, width, kind)
+    size = Preprocessing.for_dataset(dataset).size
+    make = functools.partial(diracnet, depth, width, dataset)
     forms = [(form, make, form) for form in (*gpu_results.FORMS, gpu_results.EAGER)]
-    forms += [(gpu_results.ordinary(form), functools.partial(make, dirac=False), form)
+    forms += [(gpu_results.standard_convolutions(form), functools.partial(make, dirac=False), form)
               for form in gpu_results.FORMS]
     forms += [(f'{rival[0]}, {form}', rival[1], form) for form in gpu_results.FORMS]
-    sides = [
-        Variant(name, training_step, (make, kind, batch, form, device), batch,
-             3 * multiply_adds(make, pixels=size))
+    variants = [
+        Variant(name, training_step, (make, dataset, batch, form, device), batch,
+                3 * multiply_adds(make, pixels=size))
         for name, make, form in forms
     ]
-    return Comparison(f'training {depth}-{width:g}, batch {batch}', sides, target)
+    return Comparison(f'training {depth}-{width:g}, batch {batch}', variants, target)
 
 
-def of_inference(depth, batch, device, target=''):
-    """The folded DiracNet for ImageNet against torchvision's ResNet of its depth, treated alike."""
+def compare_inference(depth, batch, device, target=''):
+    """Compares the folded DiracNet for ImageNet with torchvision's folded ResNet."""
     resnet = functools.partial(torchvision.models.get_model, f'resnet{depth}')
     makers = {f'DiracNet-{depth}': lambda: DiracNet(depth),
               f'resnet{depth}, folded': lambda: fold(resnet().eval())}
-    sides = [
+    variants = [
         Variant(f'{name}, {form}', inference, (make, batch, form, device), batch,
-             multiply_adds(make, pixels=224))
+                multiply_adds(make, pixels=224))
         for form in ('deploy()', gpu_results.EAGER) for name, make in makers.items()
     ]
-    return Comparison(f'inference {depth}, batch {batch}', sides, target)
+    return Comparison(f'inference {depth}, batch {batch}', variants, target)
 
 
 def write_jpegs(folder, n=64):
-    """Writes n JPEG files of the size of ImageNet's, smooth noise, in two class folders."""
-    noise = np.random.default_rng(0)
+    """Writes n JPEG files of ImageNet's average size, smooth noise, in two class folders."""
+    rng = np.random.default_rng(0)
     for i in range(n):
         path = Path(folder, f'class{i % 2}', f'{i}.jpg')
         path.parent.mkdir(exist_ok=True)
-        coarse = noise.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        coarse = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
         cv2.imwrite(str(path), cv2.resize(coarse, (500, 375), interpolation=cv2.INTER_CUBIC))
 
 
-def of_files(folder, repeats):
-    """What decoding gives by worker processes: a training at 224 needs as many images/s."""
+def compare_loading(folder, repeats):
+    """Compares JPEG decoding by numbers of workers: training at 224 needs the same images/s."""
     n = repeats * len(data.list_images(folder)[0])
     workers = [w for w in (1, 2, 4, 8, 16) if w <= distributed.available_cores()]
-    sides = [Variant(f'{w} workers', jpegs_by_opencv, (folder, repeats, w, 64), n) for w in workers]
-    return Comparison('JPEG files', sides)
+    variants = [Variant(f'{w} workers', jpegs_by_opencv, (folder, repeats, w, 64), n)
+                for w in workers]
+    return Comparison('JPEG files', variants)
 
 
 def comparisons(device, folder):
-    """Yields what is compared, the most wanted first. folder: of JPEG files."""
+    """Yields the comparisons, the most important first; `folder` contains JPEG files."""
 
     def resnet(depth, width):
-        return 'resnet', lambda: diracnets.create_model('resnet', 'CIFAR10', depth=depth, width=width)
+        return 'resnet', functools.partial(
+            diracnets.create_model, 'resnet', 'CIFAR10', depth=depth, width=width)
 
     if device.type == 'cpu':
-        yield of_training(10, 1, 'CIFAR10', 8, device, resnet(10, 1))
-        yield of_inference(18, 1, device)
-        yield of_files(folder, 1)
+        yield compare_training(10, 1, 'CIFAR10', 8, device, resnet(10, 1))
+        yield compare_inference(18, 1, device)
+        yield compare_loading(folder, 1)
         return
-    yield of_training(28, 10, 'CIFAR10', 128, device, resnet(28, 10), '45 % of the product')
-    yield of_training(28, 1, 'CIFAR10', 512, device, resnet(28, 1), '50,000 images/s')
-    yield of_inference(18, 256, device, 'no slower than resnet18')
-    yield of_training(28, 1, 'CIFAR10', 128, device, resnet(28, 1))
-    yield of_training(34, 2, 'CIFAR10', 128, device, resnet(34, 2))
+    for depth, width, batch, target in (
+        (28, 10, 128, '45 % of the product'), (28, 1, 512, '50,000 images/s'),
+    ):
+        yield compare_training(depth, width, 'CIFAR10', batch, device, resnet(depth, width), target)
+    yield compare_inference(18, 256, device, 'no slower than resnet18')
+    for depth, width in ((28, 1), (34, 2)):
+        yield compare_training(depth, width, 'CIFAR10', 128, device, resnet(depth, width))
     for depth in (18, 34):
         rival = functools.partial(torchvision.models.get_model, f'resnet{depth}')
-        yield of_training(depth, 1, 'ImageNet', 256, device, (f'resnet{depth}', rival))
-    yield of_files(folder, 8)
+        yield compare_training(depth, 1, 'ImageNet', 256, device, (f'resnet{depth}', rival))
+    yield compare_loading(folder, 8)
     for depth, batch in itertools.product((18, 34), (1, 16, 256)):
         if (depth, batch) != (18, 256):
-            yield of_inference(depth, batch, device)
+            yield compare_inference(depth, batch, device)
 
 
 # ---------------------------------------------------------------- timing
 
 
-def used(device):
-    return torch.cuda.memory_allocated(device) if device.type == 'cuda' else 0
-
-
-def prepare(side, device):
-    """Prepares and warms up a side: (its work, how often that is done in a turn)."""
-    before = used(device)
-    if device.type == 'cuda':
+def prepare(variant, device):
+    """Prepares and warms up a variant; returns its timer and fills its peak memory."""
+    cuda = device.type == 'cuda'
+    before = torch.cuda.memory_allocated(device) if cuda else 0
+    if cuda:
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(0)
-    work = side.prepare(*side.arguments)
+    work = variant.prepare(*variant.arguments)
     for _ in range(3):
         work()
-    wait(device)
-    if device.type == 'cuda':
-        side.memory = (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    start = time.perf_counter()
-    work()
-    wait(device)
-    return work, max(1, round(TURN / (time.perf_counter() - start)))
+    synchronize(device)
+    if cuda:
+        variant.memory = (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    calls = max(1, round(MIN_SECONDS / seconds_per_call(work, device=device)))
+    return functools.partial(seconds_per_call, work, calls, device)
 
 
 def measure(comparison, device, deadline):
-    """Lets the sides work in turns, until there are MOST turns or the time is over."""
-    works = []
-    bar = tqdm(comparison.sides, comparison.title, unit='side', disable=None, leave=False)
-    for side in bar:
+    """Times the variants in interleaved repetitions until MAX_REPETITIONS or the deadline."""
+    timers = {}
+    bar = tqdm(comparison.variants, comparison.title, unit='variant', disable=None, leave=False)
+    for i, variant in enumerate(bar):
         if time.monotonic() > deadline:
             break
         try:
-            works.append((side, *prepare(side, device)))
-        except RuntimeError as error:  # of memory or a compiler: the other sides are worth having
-            say(f'{comparison.title}: {side.name} left out: {str(error).splitlines()[0]}')
-    for turn in range(MOST):
-        if turn >= LEAST and time.monotonic() > deadline:
-            break
-        for side, work, times in works:
-            start = time.perf_counter()
-            for _ in range(times):
-                work()
-            wait(device)
-            side.seconds.append((time.perf_counter() - start) / times)
+            timers[i] = prepare(variant, device)
+        except RuntimeError as error:  # out of memory, or the compiler: the others still count
+            say(f'{comparison.title}: {variant.name} left out: {str(error).splitlines()[0]}')
+    seconds = interleave(
+        timers.values(), MAX_REPETITIONS, comparison.title,
+        lambda repetition: repetition >= MIN_REPETITIONS and time.monotonic() > deadline)
+    for i, values in zip(timers, seconds):
+        comparison.variants[i].seconds = values
 
 
-def here(device):
-    """The columns that say where a row was measured."""
+def environment_of(device):
+    """Returns the columns that describe the GPU, the machine and the software."""
     return {'device': device_name(device), 'cuda': torch.version.cuda or '', **environment()}
 
 
-def rows_of(comparison, product, where):
-    """The rows of a comparison: rates, and ratios to the first side that was measured.
+def results_of(comparison, peak, columns):
+    """Returns the records of a comparison; `peak` is the matmul peak in TFLOP/s.
 
-    Those of ordinary convolutions are to the DiracNet in the same form: what W_hat costs.
+    Ratios are to the first measured variant, except those of standard convolutions, which are to
+    the DiracNet in the same form: the cost of W_hat.
     """
-    rows, measured = [], [side for side in comparison.sides if len(side.seconds) >= LEAST]
-    by_name = {side.name: side for side in measured}
-    for side in measured:
-        base = by_name.get(gpu_results.PAIRED.get(side.name), measured[0])
-        rate = side.images / statistics.median(side.seconds)
-        tflops = 2e-12 * side.multiply_adds * rate
-        rows.append({
-            'compared': comparison.title, 'what': side.name, 'n': len(side.seconds),
+    results = []
+    measured = {variant.name: variant for variant in comparison.variants
+                if len(variant.seconds) >= MIN_REPETITIONS}
+    for variant in measured.values():
+        baseline = measured.get(gpu_results.BASELINES.get(variant.name),
+                                next(iter(measured.values())))
+        rate = variant.images / statistics.median(variant.seconds)
+        tflops = 2e-12 * variant.multiply_adds * rate
+        results.append({
+            'compared': comparison.title, 'what': variant.name, 'n': len(variant.seconds),
             'images_per_second': round(rate, 1),
-            'milliseconds': round(1000 * statistics.median(side.seconds), 3),
-            **ratio_to(base.seconds, side.seconds), 'ratio_to': base.name,
+            'milliseconds': round(1000 * statistics.median(variant.seconds), 3),
+            **ratio_columns(baseline, variant), 'ratio_to': baseline.name,
             'tflop_per_second': round(tflops, 2),
-            'percent_of_product': round(100 * tflops / product, 1),
-            'product_tflop_per_second': round(product, 1),
-            'target': comparison.target, 'peak_memory_mb': round(side.memory),
-            'batch': side.images, **where,
+            'percent_of_product': round(100 * tflops / peak, 1),
+            'product_tflop_per_second': round(peak, 1),
+            'target': comparison.target, 'peak_memory_mb': round(variant.memory),
+            'batch': variant.images, **columns,
         })
-    return rows
+    return results
 
 
-def show(rows):
-    target = rows[0]['target']
-    print(f'\n{rows[0]["compared"]}: {rows[0]["n"]} turns' + (f'; target: {target}' * bool(target)))
-    print_table(['', 'images/s', 'ms', 'ratio (95 %)', 'to', 'TFLOP/s', 'of the product', 'MB'], [[
-        row['what'], f'{row["images_per_second"]:,.0f}', f'{row["milliseconds"]:,.2f}',
-        shown_ratio(row), row['ratio_to'],
-        f'{row["tflop_per_second"]:,.1f}', f'{row["percent_of_product"]:.0f} %',
-        f'{row["peak_memory_mb"]:,}',
-    ] for row in rows])
+def show(results):
+    """Prints the results of a comparison as a table."""
+    target = results[0]['target']
+    print(f'\n{results[0]["compared"]}: {results[0]["n"]} repetitions'
+          + (f'; target: {target}' if target else ''))
+    head = ['', 'images/s', 'ms', 'ratio (95 % CI)', 'baseline', 'TFLOP/s', '% of matmul peak',
+            'MB']
+    print_table(head, [[
+        record['what'], f'{record["images_per_second"]:,.0f}', f'{record["milliseconds"]:,.2f}',
+        format_ratio(record), record['ratio_to'], f'{record["tflop_per_second"]:,.1f}',
+        f'{record["percent_of_product"]:.0f}', f'{record["peak_memory_mb"]:,}',
+    ] for record in results])
 
 
 # ---------------------------------------------------------------- the command
 
 
-def check(device, table, where):
-    """Runs the checks: whether all of them hold."""
-    with tempfile.TemporaryDirectory() as folder:
-        rows = []
-        for row in tqdm(check_all(device, Path(folder)), 'checking', unit='check', disable=None,
-                        leave=False):
-            rows.append(row)
-    print_table(['check', 'what', 'off by', 'at most', 'holds'],
-                [list(map(str, row.values())) for row in rows], left=('what', 'holds'))
-    append([{**row, **where} for row in rows], table)
-    return all(row['holds'] == 'yes' for row in rows)
+def without_compile(comparison):
+    """Removes the variants with --compile: compilation takes a minute per model."""
+    variants = [v for v in comparison.variants if '--compile' not in v.name]
+    return replace(comparison, variants=variants)
 
 
-def without_compile(comparisons):
-    """Yields the comparisons without train.py --compile, a minute of preparing for each network."""
-    for comparison in comparisons:
-        sides = [side for side in comparison.sides if '--compile' not in side.name]
-        yield replace(comparison, sides=sides)
-
-
-def time_all(device, table, where, deadline, compile=True):
-    size = 8192 if device.type == 'cuda' else 1024
-    product = product_rate('bfloat16', device, size) / 1000  # TFLOP/s
-    say(f'\na bfloat16 product: {product:,.1f} TFLOP/s')
-    with tempfile.TemporaryDirectory() as folder:
-        write_jpegs(folder)
-        compared = comparisons(device, folder)
-        compared = compared if compile else without_compile(compared)
-        time_in_order(compared, product, device, table, where, deadline)
-
-
-def time_in_order(comparisons, product, device, table, where, deadline):
+def time_in_order(comparisons, peak, device, table, columns, deadline):
+    """Measures the comparisons until the deadline and appends their results to a CSV file."""
     for comparison in comparisons:
         if time.monotonic() > deadline:
-            say(f'left out, as the time is over: {comparison.title}')
+            say(f'{comparison.title}: left out, no time left')
             continue
         measure(comparison, device, deadline)
-        rows = rows_of(comparison, product, where)
-        if rows:
-            append(rows, table)
-            show(rows)
-        torch._dynamo.reset()  # compiled networks are kept by code, and so few of them
+        results = results_of(comparison, peak, columns)
+        if results:
+            append_results(results, table)
+            show(results)
+        torch._dynamo.reset()  # it keeps only a few compiled models of the same code
         if device.type == 'cuda':
             torch.cuda.empty_cache()
 
 
-def main(argv=None):
+def run_checks():
+    """Runs the tests that need a GPU in another process; returns its exit status."""
+    return subprocess.run([sys.executable, str(ROOT / 'test.py'), '-m', 'gpu']).returncode
+
+
+def parse_options(argv):
     parser = ArgumentParser(prog='experiments.gpu', description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--minutes', type=at_least(0, float), default=8,
-                        help='after which nothing new is begun (default: %(default)s)')
-    parser.add_argument('--checks', default=True, action=argparse.BooleanOptionalAction,
-                        help='run them before the rates')
-    parser.add_argument('--compile', default=True, action=argparse.BooleanOptionalAction,
-                        help='time train.py --compile too, for which each network takes a minute')
-    parser.add_argument('--device', choices=('cuda', 'cpu'), default='cuda',
-                        help='cpu: to try the command (default: %(default)s)')
-    parser.add_argument('--logs', type=Path, default=ROOT / 'logs' / 'gpu',
-                        help='folder of the tables (default: logs/gpu)')
-    opt = parser.parse_args(argv)
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--minutes', type=at_least(0, float), default=8,
+        help='time limit: nothing starts after it (default: %(default)s)')
+    add('--checks', default=True, action=argparse.BooleanOptionalAction,
+        help='run python test.py -m gpu first (default: yes)')
+    add('--compile', default=True, action=argparse.BooleanOptionalAction,
+        help='time train.py --compile too, one more minute per model (default: yes)')
+    add('--device', choices=('cuda', 'cpu'), default='cuda',
+        help='cpu: a dry run (default: %(default)s)')
+    add('--logs', type=Path, default=ROOT / 'logs' / 'gpu',
+        help='folder of rates.csv (default: logs/gpu)')
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    opt = parse_options(argv)
     deadline = time.monotonic() + 60 * opt.minutes
     with exit_on_error('experiments.gpu'):
         if opt.device == 'cuda' and not torch.cuda.is_available():
-            raise ValueError('no CUDA GPU here: expected one, or --device cpu to try the command')
+            raise ValueError('no CUDA GPU found; use --device cpu for a dry run')
         device = torch.device(opt.device)
-        torch.backends.cudnn.benchmark = opt.device == 'cuda'  # as train.py has it
-        where = here(device)
-        holds = not opt.checks or check(device, opt.logs / 'checks.csv', where)
-        time_all(device, opt.logs / 'gpu_results.csv', where, deadline, opt.compile)
-    if not holds:
+        status = run_checks() if opt.checks and opt.device == 'cuda' else 0
+        torch.backends.cudnn.benchmark = opt.device == 'cuda'  # as in train.py
+        peak = matmul_gflops('bfloat16', device, 8192 if opt.device == 'cuda' else 1024) / 1000
+        say(f'\nbfloat16 matmul peak: {peak:,.1f} TFLOP/s')
+        with tempfile.TemporaryDirectory() as folder:
+            write_jpegs(folder)
+            compared = comparisons(device, folder)
+            time_in_order(compared if opt.compile else map(without_compile, compared), peak,
+                          device, opt.logs / 'rates.csv', environment_of(device), deadline)
+    if status:
         sys.exit(1)
 
 

@@ -1,49 +1,56 @@
-"""Reads what `python -m experiments.gpu` timed: rows of logs/gpu/rates.csv."""
+"""Reads the results of `python -m experiments.gpu`: the records of logs/gpu/rates.csv."""
+
+from experiments.results import CPU
 
 COMPILED = 'train.py --compile'
 FORMS = 'train.py', COMPILED
 EAGER = 'float32, NCHW, eager'
 
 
-def of_last_gpu(measured, compared):
-    """The last rows of what begins so, of the GPU that was timed last: {of: {what: row}}.
-
-    compared: 'training' or 'inference'; of: what follows it, such as '28-10, batch 128'.
-    """
-    rows = [row for row in measured if row['device'] != 'CPU']
-    found = {}
-    for row in rows:
-        if row['device'] == rows[-1]['device'] and row['compared'].startswith(f'{compared} '):
-            found.setdefault(row['compared'].removeprefix(f'{compared} '), {})[row['what']] = row
-    return found
-
-
-def ordinary(form):
+def standard_convolutions(form):
+    """Returns the stored name of the variant with W in place of W_hat."""
     return f'ordinary convolutions, {form}'
 
 
-PAIRED = {ordinary(form): form for form in FORMS}  # their ratios are to the DiracNet so
+BASELINES = {standard_convolutions(form): form for form in FORMS}  # of these variants' ratios
 
 
-def resnet(sides, form):
-    """The row of the ResNet, of CIFAR or torchvision's, in a form: None where it was left out."""
-    return next((row for what, row in sides.items()
-                 if what.startswith('resnet') and what.endswith(f', {form}')), None)
+def latest_comparisons(results, kind):
+    """Returns {settings: {variant: record}} of the GPU that was measured last.
 
-
-def trainings(measured):
-    """The comparisons of training that are whole: a side may lack memory, or --compile be off."""
-    return {of: sides for of, sides in of_last_gpu(measured, 'training').items()
-            if sides.keys() >= {EAGER, *FORMS, *PAIRED} and resnet(sides, COMPILED)}
-
-
-def more_for_w_hat(sides, form):
-    """How much more time a step takes with W_hat than with W in its place, in per cent.
-
-    Returns (median, low, high): over turns, where the ratio is to that form; of earlier rows, whose
-    ratios are to the first side, a quotient of two, and low and high its outer bounds.
+    `kind` is 'training' or 'inference'; the settings follow it in the title of a comparison, such
+    as '28-10, batch 128'.
     """
-    own, other = sides[form], sides[ordinary(form)]
+    results = [record for record in results if record['device'] != CPU]
+    comparisons = {}
+    for record in results:
+        same_gpu = record['device'] == results[-1]['device']
+        if same_gpu and record['compared'].startswith(f'{kind} '):
+            settings = record['compared'].removeprefix(f'{kind} ')
+            comparisons.setdefault(settings, {})[record['what']] = record
+    return comparisons
+
+
+def resnet(variants, form):
+    """Returns the record of the ResNet in a form, or None if it was left out."""
+    return next((record for name, record in variants.items()
+                 if name.startswith('resnet') and name.endswith(f', {form}')), None)
+
+
+def training_comparisons(results):
+    """Returns the complete comparisons of training; a variant may run out of memory."""
+    return {settings: variants
+            for settings, variants in latest_comparisons(results, 'training').items()
+            if variants.keys() >= {EAGER, *FORMS, *BASELINES} and resnet(variants, COMPILED)}
+
+
+def overhead_of_w_hat(variants, form):
+    """Returns (median, low, high) of the extra time of a step with W_hat instead of W, in per cent.
+
+    Newer records hold the ratio to the DiracNet in the same form. In older records both ratios are
+    to the first variant: the result is then a quotient, and the interval its outer bounds.
+    """
+    own, other = variants[form], variants[standard_convolutions(form)]
     if other['ratio_to'] == form:
         return [100 * (other[name] - 1) for name in ('ratio', 'ratio_low', 'ratio_high')]
     return [100 * (other[a] / own[b] - 1) for a, b in (

@@ -1,10 +1,10 @@
-"""Writes CIFAR-10 as JPEG files in class folders, as the experiments are trained on.
+"""Writes CIFAR-10 as JPEG files in class folders, the training data of the experiments.
 
-    python -m experiments.jpeg ../cifar10-jpeg --dataroot .    # which CIFAR-10 is fetched into
+    python -m experiments.jpeg ../cifar10-jpeg --dataroot .    # where CIFAR-10 is downloaded to
 
-FOLDER/train/CLASS/0000.jpg and so on, and test/: of each class in the order of the data set, with
-Pillow's defaults, which are quality 75 and colours at half the resolution. Of the files that the
-rows in logs/ are of, the quantisation tables, the sampling and the headers are the same.
+The files are FOLDER/train/CLASS/0000.jpg and so on, and test/, in the order of the dataset. They
+have Pillow's defaults: quality 75, chroma subsampling 4:2:0. Quantization tables, subsampling and
+headers equal those of the files that the results in logs/ were measured on.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from training import data
 
 
 def write(images, classes, folder):
-    """Writes a set of images in memory as folder/CLASS/NUMBER.jpg."""
+    """Writes images in memory as folder/CLASS/NUMBER.jpg."""
     for name in classes:
         (folder / name).mkdir(parents=True)
     written = Counter()
@@ -32,21 +32,22 @@ def write(images, classes, folder):
 
 def main(argv=None):
     parser = ArgumentParser(prog='experiments.jpeg', description=__doc__.splitlines()[0])
-    parser.add_argument('folder', type=Path, help='to write, which is not there yet')
+    parser.add_argument('folder', type=Path, help='new folder to write')
     parser.add_argument('--dataset', choices=('CIFAR10', 'CIFAR100', 'Digits'), default='CIFAR10',
-                        help='what to write (default: %(default)s)')
+                        help='dataset to write (default: %(default)s)')
     parser.add_argument('--dataroot', default='.', help='folder of its files (default: .)')
     args = parser.parse_args(argv)
     with exit_on_error('experiments.jpeg', (ValueError, OSError)):
         if args.folder.exists():
-            raise ValueError(f'{args.folder}: is there already: expected a new folder')
-        sets = data.load_splits(args.dataset, args.dataroot)
+            raise ValueError(f'{args.folder}: already exists; use another folder')
+        splits = data.load_splits(args.dataset, args.dataroot)
         args.folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=args.folder.parent) as beside:  # whole or not at all
-            write(sets.train, sets.classes, Path(beside, 'images', 'train'))
-            write(sets.test, sets.classes, Path(beside, 'images', 'test'))
-            Path(beside, 'images').rename(args.folder)
-    print(f'{len(sets.train):,} and {len(sets.test):,} images written to {args.folder}')
+        with tempfile.TemporaryDirectory(dir=args.folder.parent) as temporary:
+            images = Path(temporary, 'images')  # renamed when it is complete
+            write(splits.train, splits.classes, images / 'train')
+            write(splits.test, splits.classes, images / 'test')
+            images.rename(args.folder)
+    print(f'{len(splits.train):,} and {len(splits.test):,} images written to {args.folder}')
 
 
 if __name__ == '__main__':

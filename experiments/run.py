@@ -1,32 +1,43 @@
-"""Trains what a claim of the paper rests on, and draws what came out.
+"""Trains the runs of an experiment, measures them and draws the results.
 
     python -m experiments.run depth --dataroot ../cifar10-jpeg
-    python -m experiments.run depth --only 'plain*'        # as another machine does the others
-    python -m experiments.run --list                       # what there is, and its hours
+    python -m experiments.run depth --only 'plain*'        # another machine trains the others
+    python -m experiments.run ranks                        # a script: commands, one by one
+    python -m experiments.run --list                       # all of them, with estimated hours
 
-The experiments are those of experiments/definitions.py. A row of each training goes to
-logs/NAME/results.csv, its log to logs/trainings/. What has a row is not trained again, what was
-stopped goes on where it was, and what another process trains is left to it.
+experiments/definitions.py defines the experiments and scripts. The result of a run is appended to
+logs/NAME/results.csv, its log is copied to logs/trainings/. Finished runs are skipped, interrupted
+runs are resumed, and runs that another process trains are left to it.
 """
 
 import argparse
 import fnmatch
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import diracnets
 import train
 from cli import ArgumentParser, exit_on_error, print_table, say
 from diracnets.checkpoint import MODEL_FILE
 from experiments import figures, measures
-from experiments.cost_estimate import hours_of, seconds, work
-from experiments.definitions import BUDGETS, EXPERIMENTS, words_of
-from experiments.init import started
-from experiments.interleaved import ROOT, append, device_name, environment, read_rows
+from experiments.definitions import (
+    BUDGETS,
+    EXPERIMENTS,
+    SCRIPTS,
+    command_line,
+    estimated_hours,
+    estimated_seconds,
+    training_multiply_adds,
+)
 from experiments.release import write_log
+from experiments.results import CPU, ROOT, append_results, device_name, environment, read_csv
 from training.checkpoint import DivergedError, Lock
 from training.log import LOG_FILE, read_log
 from training.options import DATASETS, expand_path
@@ -34,169 +45,186 @@ from training.options import DATASETS, expand_path
 
 @dataclass(frozen=True)
 class Paths:
-    """Where trainings find their images, and leave what they make."""
+    """The folders that runs read from and write to."""
 
-    logs: Path  # tables, logs and figures, which git keeps
+    logs: Path  # CSV files, logs and figures, tracked by git
     runs: Path  # checkpoints
     dataset: str
     dataroot: str
 
-    def dataset_of(self, training):
-        return training.options.get('dataset', self.dataset)
+    def dataset_of(self, run):
+        return run.options.get('dataset', self.dataset)
 
-    def expand_path(self, training):
-        """Where the run of a training is, or will be."""
-        return self.runs / self.dataset_of(training) / training.run
+    def run_folder(self, run):
+        return self.runs / self.dataset_of(run) / run.run_name
 
-    def table(self, experiment):
+    def results(self, experiment):
         return self.logs / experiment / 'results.csv'
 
-    def row(self, training, experiment):
-        """The row of a training in the table of an experiment, or None."""
-        rows = read_rows(self.table(experiment))
-        key = training.run, self.dataset_of(training)
-        return next((row for row in rows if (row['run'], row['dataset']) == key), None)
+    def result(self, run, experiment):
+        """Returns the record of a run in the results of an experiment, or None."""
+        key = run.run_name, self.dataset_of(run)
+        return next((record for record in read_csv(self.results(experiment))
+                     if (record['run'], record['dataset']) == key), None)
 
-    def row_of_any(self, training):
-        """The row of a training in the first table that has it, or None."""
-        return next(filter(None, (self.row(training, name) for name in EXPERIMENTS)), None)
-
-
-# ---------------------------------------------------------------- one training
+    def result_of_any(self, run):
+        """Returns the first record of a run in the results of all experiments, or None."""
+        return next(filter(None, (self.result(run, name) for name in EXPERIMENTS)), None)
 
 
-def write_start(training, path):
-    """Writes the parameters that a training starts from: those of its seed, then changed."""
-    torch.manual_seed(training.seed)
-    sizes = {name: training.options[name] for name in ('depth', 'width')}
-    network = diracnets.create_model(training.options['model'], 'CIFAR10', **sizes)
-    torch.save(started(network, training.start).state_dict(), path)
+# ---------------------------------------------------------------- one run
 
 
-def train_one(training, place):
-    """Trains, or goes on; returns how it ended: 'whole', or 'diverged'."""
-    words = words_of({
-        'dataset': place.dataset, 'dataroot': place.dataroot, **training.options,
-        'seed': training.seed, 'save': place.folder(training), 'resume': 'auto'})
-    if training.start:
-        start = place.folder(training).with_name(f'{training.run}.start.pth')
-        write_start(training, start)
-        words += ['--pretrained', str(start)]
+@torch.no_grad()
+def change_init(model, init):
+    """Changes the initialization of all filters except 1x1 ones; returns the model.
+
+    `init` is 'scaled-0.1', which multiplies the filters by 0.1, or 'delta-orthogonal': an
+    orthogonal matrix in the kernel's center, zeros around it (Xiao et al., arXiv 1806.05393,
+    algorithm 1). Raises ValueError for another name.
+    """
+    for parameter in model.parameters():
+        if parameter.dim() != 4 or parameter.shape[-1] == 1:
+            continue
+        if init == 'delta-orthogonal':
+            center = parameter.shape[-1] // 2
+            parameter.zero_()
+            nn.init.orthogonal_(parameter[:, :, center, center])
+        elif init.startswith('scaled-'):
+            parameter.mul_(float(init.removeprefix('scaled-')))
+        else:
+            raise ValueError(f'init {init!r}: unknown; use delta-orthogonal or scaled-NUMBER')
+    return model
+
+
+def write_init(run, path):
+    """Writes the initial parameters of a run: those of its seed, then changed."""
+    torch.manual_seed(run.seed)
+    sizes = {name: run.options[name] for name in ('depth', 'width')}
+    model = diracnets.create_model(run.options['model'], 'CIFAR10', **sizes)
+    torch.save(change_init(model, run.init).state_dict(), path)
+
+
+def train_one(run, paths):
+    """Trains or resumes a run; returns 'whole' if it finished, or 'diverged'."""
+    arguments = command_line({
+        'dataset': paths.dataset, 'dataroot': paths.dataroot, **run.options,
+        'seed': run.seed, 'save': paths.run_folder(run), 'resume': 'auto'})
+    if run.init:
+        params = paths.run_folder(run).with_name(f'{run.run_name}.start.pth')
+        write_init(run, params)
+        arguments += ['--pretrained', str(params)]
     try:
-        train.main(words)
-    except SystemExit as ending:
-        if ending.code != DivergedError.status:
+        train.main(arguments)
+    except SystemExit as stopped:
+        if stopped.code != DivergedError.status:
             raise
         return 'diverged'
     return 'whole'
 
 
-def device():
-    """What trains: the name of the GPU, or 'CPU'."""
+def training_device():
+    """Returns the name of the device that train.py uses."""
     return device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))
 
 
-def keep_log(training, place):
-    """Copies the log of a training to where git keeps it: (its epochs, its path under logs/).
+def copy_log(run, paths):
+    """Copies the log of a run into the tracked logs; returns (epochs, path relative to logs/).
 
-    Those of a GPU have a folder of their own, as the same training may have been done on a CPU.
+    Logs of a GPU have a folder of their own, as a CPU may have trained the same run.
     """
-    log = place.folder(training) / LOG_FILE
-    gpu = [] if device() == 'CPU' else [device().replace(' ', '-')]
-    kept = Path('trainings', place.dataset_of(training), *gpu, f'{training.run}.txt')
+    log = paths.run_folder(run) / LOG_FILE
+    gpu = [] if training_device() == CPU else [training_device().replace(' ', '-')]
+    copy = Path('trainings', paths.dataset_of(run), *gpu, f'{run.run_name}.txt')
     if not log.exists():  # it diverged in its first epoch
         return [], ''
     epochs = read_log(log)
-    write_log(epochs, place.logs / kept)
-    return epochs, str(kept)
+    write_log(epochs, paths.logs / copy)
+    return epochs, str(copy)
 
 
-def row_of(training, place, ended):
-    """The row of a training that has ended: what it was, its figures, and where it was made."""
-    epochs, log = keep_log(training, place)
+def result_of(run, paths, ended):
+    """Returns the record of a run that has ended: settings, metrics and environment."""
+    epochs, log = copy_log(run, paths)
     last = epochs[-1] if epochs else {}
     return {
-        'series': training.series, 'x': training.x, 'seed': training.seed, 'ended': ended,
+        'series': run.series, 'x': run.x, 'seed': run.seed, 'ended': ended,
         'test_acc_percent': last.get('test_acc', ''), 'test_loss': last.get('test_loss', ''),
         'train_acc_percent': last.get('train_acc', ''), 'train_loss': last.get('train_loss', ''),
         'epochs': len(epochs),
         'train_seconds': round(sum(stats['train_time'] for stats in epochs)),
         'parameters': last.get('n_parameters', ''),
-        'multiply_adds': work(training, place.dataset_of(training)),
-        'dataset': place.dataset_of(training), 'run': training.run, 'log': log,
-        'device': device(), **environment(), 'dtype': last.get('dtype', ''),
+        'multiply_adds': training_multiply_adds(run, paths.dataset_of(run)),
+        'dataset': paths.dataset_of(run), 'run': run.run_name, 'log': log,
+        'device': training_device(), **environment(), 'dtype': last.get('dtype', ''),
     }
 
 
-def is_done(training, experiment, place):
-    """Whether nothing is left of a training: its row is there, and what is measured of it."""
-    row = place.row(training, experiment)
-    if not row or row['ended'] != 'whole' or experiment not in measures.OF_PARAMETERS:
-        return bool(row)
-    return training.run in measures.measured(experiment, place.logs)
+def is_done(run, experiment, paths):
+    """Returns whether a run has its result and, where the experiment has some, its measures."""
+    result = paths.result(run, experiment)
+    if not result or result['ended'] != 'whole' or experiment not in measures.OF_RUNS:
+        return bool(result)
+    return run.run_name in measures.measured_runs(experiment, paths.logs)
 
 
-def is_to_train(training, experiment, place):
-    """Whether a training has no row in any table, or lacks parameters that are to be measured."""
-    row = place.row_of_any(training)
-    if not row:
+def needs_training(run, experiment, paths):
+    """Returns whether a run has no result anywhere, or lacks the checkpoint to measure."""
+    result = paths.result_of_any(run)
+    if not result:
         return True
-    kept = (place.folder(training) / MODEL_FILE).exists()
-    return row['ended'] == 'whole' and experiment in measures.OF_PARAMETERS and not kept
+    has_checkpoint = (paths.run_folder(run) / MODEL_FILE).exists()
+    return result['ended'] == 'whole' and experiment in measures.OF_RUNS and not has_checkpoint
 
 
-def expect_its_parameters(training, row, place):
-    """Raises ValueError if the run of a training is another one than that of its row.
+def check_same_run(run, result, paths):
+    """Raises ValueError if a checkpoint is not of the run that gave the result.
 
-    What was trained again, as its parameters were gone, may be: on another machine, for one.
+    A replication of a run whose checkpoint was deleted may differ, for example on another machine.
     """
-    log = place.folder(training) / LOG_FILE
+    log = paths.run_folder(run) / LOG_FILE
     epochs = read_log(log) if log.exists() else []
-    there = [str(len(epochs)), *(str(stats['test_acc']) for stats in epochs[-1:])]
-    if there != [row['epochs'], row['test_acc_percent']]:
+    in_log = [str(len(epochs)), *(str(stats['test_acc']) for stats in epochs[-1:])]
+    if in_log != [result['epochs'], result['test_acc_percent']]:
         raise ValueError(
-            f'{log.parent}: epochs and accuracy {", ".join(there)}: expected '
-            f'{row["epochs"]}, {row["test_acc_percent"]}, as its row has; another --logs begins '
-            'anew')
+            f'{log.parent}: epochs and accuracy {", ".join(in_log)}: expected '
+            f'{result["epochs"]}, {result["test_acc_percent"]} as in its result; use another '
+            '--logs to start from scratch')
 
 
-def finish(training, experiment, place):
-    """Sees to it that a training has its row and, where they are measured, its parameters.
-
-    Returns whether anything was trained.
-    """
-    row, to_train = place.row_of_any(training), is_to_train(training, experiment, place)
-    ended = train_one(training, place) if to_train else ''
-    if not row:
-        row = row_of(training, place, ended)
-    elif experiment in measures.OF_PARAMETERS and row['ended'] == 'whole':
-        expect_its_parameters(training, row, place)
-    if not place.row(training, experiment):
-        where = {'series': training.series, 'x': training.x, 'seed': training.seed}
-        append([{**row, **where}], place.table(experiment))
+def finish(run, experiment, paths):
+    """Trains a run if needed and adds its result to the experiment; returns whether it trained."""
+    result, to_train = paths.result_of_any(run), needs_training(run, experiment, paths)
+    ended = train_one(run, paths) if to_train else ''
+    if not result:
+        result = result_of(run, paths, ended)
+    elif experiment in measures.OF_RUNS and result['ended'] == 'whole':
+        check_same_run(run, result, paths)
+    if not paths.result(run, experiment):
+        point = {'series': run.series, 'x': run.x, 'seed': run.seed}
+        append_results([{**result, **point}], paths.results(experiment))
     return to_train
 
 
 # ---------------------------------------------------------------- the command
 
 
-def train_all(trainings, experiment, place):
-    """Trains and measures one after the other; a line before each says how far all are, and the
-    time left.
+def train_all(runs, experiment, paths):
+    """Trains and measures the runs; prints the progress and the time left before each.
 
-    What another process trains now is left to it.
+    Runs that another process trains are left out.
     """
-    counted = [seconds(training, place.dataset_of(training))
-               if is_to_train(training, experiment, place) else 0 for training in trainings]
-    done, took = 0, 0
-    for i, training in enumerate(trainings):
-        pace = took / done if done else 1
-        say(f'\n{experiment}: training {i + 1} of {len(trainings)}: {training.name}; '
-            f'{pace * sum(counted[i:]) / 3600:.1f} h left')
-        begun = time.monotonic()
-        folder = place.folder(training)
+    estimates = [estimated_seconds(run, paths.dataset_of(run))
+                 if needs_training(run, experiment, paths) else 0 for run in runs]
+    estimated, measured = 0, 0  # seconds of the runs that are done
+    for i, run in enumerate(runs):
+        pace = measured / estimated if estimated else 1
+        say(f'\n{experiment}: run {i + 1} of {len(runs)}: {run.title}; '
+            f'{pace * sum(estimates[i:]) / 3600:.1f} h left')
+        start = time.monotonic()
+        folder = paths.run_folder(run)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock_file = folder.with_name(f'{training.run}.lock')
+        lock_file = folder.with_name(f'{run.run_name}.lock')
         lock_file.touch()
         with Lock(lock_file) as lock:
             try:
@@ -204,87 +232,99 @@ def train_all(trainings, experiment, place):
             except ValueError:
                 say('left out: another process trains it')
                 continue
-            trained = finish(training, experiment, place)
-            measures.measure(experiment, training, place)
+            trained = finish(run, experiment, paths)
+            measures.measure(experiment, run, paths)
             if trained:
-                done, took = done + counted[i], took + time.monotonic() - begun
+                estimated, measured = estimated + estimates[i], measured + time.monotonic() - start
 
 
-def run(experiment, trainings, place):
-    """Trains and measures what is left, and draws the figure from all that is there.
+def run_experiment(experiment, runs, paths):
+    """Trains and measures the unfinished runs, and draws the figure of all results.
 
-    Raises ValueError for a table of another data set, and for one that cannot be measured.
+    Raises ValueError if the results are of another dataset, or cannot be measured.
     """
-    if experiment == 'int8' and place.dataset != 'Folder':
-        raise ValueError(f'int8 with {place.dataset}: expected --dataset Folder, on whose training '
-                         'images it is calibrated')
-    others = {row['dataset'] for row in read_rows(place.table(experiment))} - {
-        place.dataset_of(training) for training in trainings}
-    if trainings and others:
-        raise ValueError(f'{place.table(experiment)} has rows of {", ".join(others)}: expected '
+    if experiment == 'int8' and paths.dataset != 'Folder':
+        raise ValueError(f'int8 with {paths.dataset}: it calibrates on image files; use --dataset '
+                         'Folder')
+    others = {record['dataset'] for record in read_csv(paths.results(experiment))} - {
+        paths.dataset_of(run) for run in runs}
+    if runs and others:
+        raise ValueError(f'{paths.results(experiment)}: has results of {", ".join(others)}; use '
                          'another --logs')
-    begun = time.monotonic()
-    left = [training for training in trainings if not is_done(training, experiment, place)]
-    train_all(left, experiment, place)
-    if experiment in measures.OF_UNTRAINED:
-        measures.OF_UNTRAINED[experiment](trainings, place)
-    path = figures.save(experiment, place.logs)
-    done = sum(is_done(training, experiment, place) for training in trainings)
-    hours = (time.monotonic() - begun) / 3600
-    say(f'{experiment}: {done} of {len(trainings)} trainings done, drawn in {path}; this command '
-        f'took {hours:.2f} h')
+    start = time.monotonic()
+    train_all([run for run in runs if not is_done(run, experiment, paths)], experiment, paths)
+    if experiment in measures.WITHOUT_RUNS:
+        measures.WITHOUT_RUNS[experiment](runs, paths)
+    path = figures.save(experiment, paths.logs)
+    done = sum(is_done(run, experiment, paths) for run in runs)
+    hours = (time.monotonic() - start) / 3600
+    say(f'{experiment}: {done} of {len(runs)} runs done, figure in {path}; this command took '
+        f'{hours:.2f} h')
+
+
+def run_script(commands):
+    """Runs Python commands in order; raises RuntimeError if one fails."""
+    for arguments, variables in commands:
+        say('\npython ' + ' '.join(arguments))
+        status = subprocess.run([sys.executable, *arguments], cwd=ROOT,
+                                env={**os.environ, **variables}).returncode
+        if status:
+            raise RuntimeError(f'python {" ".join(arguments)}: failed with exit status {status}')
 
 
 def show_list(budget):
-    """Prints what there is, with the hours that it takes."""
-    rows = []
+    """Prints the experiments with their estimated hours, and the scripts."""
+    lines = []
     for name, define in EXPERIMENTS.items():
-        trainings = define(budget)
-        hours = hours_of(name, budget, trainings)
-        rows.append([name, str(len(trainings)), f'{hours:.1f}', define.__doc__])
-    print_table(['experiment', 'trainings', 'hours', 'asks'], rows, left=['asks'])
-    print('\nhours: of 2 CPU cores in bfloat16 that do nothing else, at most')
+        runs = define(budget)
+        hours = f'{estimated_hours(name, budget, runs):.1f}'
+        lines.append([name, str(len(runs)), hours, define.__doc__])
+    lines += [[name, '', '', define.__doc__.splitlines()[0]] for name, define in SCRIPTS.items()]
+    print_table(['name', 'runs', 'hours', 'question'], lines, left=['question'])
+    print('\nhours: upper bound, on 2 idle CPU cores in bfloat16')
 
 
 def parse_options(argv):
     parser = ArgumentParser(prog='experiments.run', description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('experiment', nargs='?', choices=EXPERIMENTS, help='which one')
-    add('--list', action='store_true', help='print all of them, and end')
+    add('experiment', nargs='?', choices=[*EXPERIMENTS, *SCRIPTS], help='experiment or script')
+    add('--list', action='store_true', help='print all of them and exit')
     add('--budget', default='small', choices=BUDGETS,
         help="small: 4 epochs, 3 seeds; paper: the paper's 200 epochs, 5 seeds; tiny: a test of "
              'the code (default: %(default)s)')
     add('--only', default='*', metavar='PATTERN',
-        help="of the trainings, such as 'plain*' or '*seed 1' (default: all)")
-    add('--dataset', choices=DATASETS, help="data set (default: Folder; tiny's is Digits)")
+        help="train only these runs, such as 'plain*' or '*seed 1' (default: all)")
+    add('--dataset', choices=DATASETS, help="dataset (default: Folder; Digits for budget tiny)")
     add('--dataroot', default='.', type=expand_path,
         help='folder of its files: train/CLASS and test/CLASS of a Folder (default: .)')
     add('--logs', type=Path,
-        help='folder of the tables (default: logs, logs/paper for that budget)')
+        help='folder of the results (default: logs, or logs/paper for that budget)')
     add('--runs', default=ROOT / 'runs', type=Path,
-        help='folder of the checkpoints, which may be deleted after (default: runs)')
+        help='folder of the checkpoints, which may be deleted afterwards (default: runs)')
     opt = parser.parse_args(argv)
     if not opt.experiment and not opt.list:
-        parser.error(f'no experiment: expected one of {", ".join(EXPERIMENTS)}, or --list')
+        parser.error(f'no experiment: use one of {", ".join((*EXPERIMENTS, *SCRIPTS))}, or --list')
     return opt
 
 
 def main(argv=None):
     opt = parse_options(argv)
     budget = BUDGETS[opt.budget]
-    if opt.list:
-        show_list(budget)
-        return
-    trainings = [training for training in EXPERIMENTS[opt.experiment](budget)
-                 if fnmatch.fnmatch(training.name, opt.only)]
-    logs = opt.logs or ROOT / 'logs' / ('' if opt.budget == 'small' else opt.budget)
-    place = Paths(logs, opt.runs, opt.dataset or budget.dataset, opt.dataroot)
     with exit_on_error('experiments.run'):
-        if not trainings and opt.only != '*':
-            raise ValueError(f'--only {opt.only}: no training of {opt.experiment} is called so: '
-                             "expected a pattern such as '*, seed 1'")
-        run(opt.experiment, trainings, place)
+        if opt.list:
+            show_list(budget)
+        elif opt.experiment in SCRIPTS:
+            run_script(SCRIPTS[opt.experiment](opt.dataroot))
+        else:
+            logs = opt.logs or ROOT / 'logs' / ('' if opt.budget == 'small' else opt.budget)
+            paths = Paths(logs, opt.runs, opt.dataset or budget.dataset, opt.dataroot)
+            runs = [run for run in EXPERIMENTS[opt.experiment](budget)
+                    if fnmatch.fnmatch(run.title, opt.only)]
+            if not runs and opt.only != '*':
+                raise ValueError(f'--only {opt.only}: no run of {opt.experiment} matches; use a '
+                                 "pattern such as '*, seed 1'")
+            run_experiment(opt.experiment, runs, paths)
 
 
 if __name__ == '__main__':

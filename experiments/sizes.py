@@ -1,4 +1,4 @@
-"""Prints the sizes of the networks as a table in Markdown, without training or data.
+"""Prints the sizes of the models as a Markdown table, without training or data.
 
     python -m experiments.sizes
 """
@@ -8,12 +8,13 @@ import torch
 from cli import ArgumentParser, print_table
 from diracnet import DiracNet
 from diracnets.fold import fold
-from diracnets.models.registry import count_multiply_adds, create_model
+from diracnets.models.registry import create_model
 from diracnets.preprocessing import Preprocessing
-from experiments.definitions import words_of
+from experiments.definitions import command_line
+from experiments.variants import multiply_adds
 from training.options import RECIPE_FOLDER
 
-NETWORKS = [  # model, dataset, options, recipe
+MODELS = [  # model, dataset, options, recipe
     ('diracnet', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
     ('diracnet', 'CIFAR10', {'depth': 28, 'width': 10}, 'diracnet-cifar'),
     ('diracnet-v1', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
@@ -48,31 +49,30 @@ NETWORKS = [  # model, dataset, options, recipe
 
 
 def command(name, options, recipe):
-    """The training command of a network."""
-    return ' '.join(['python train.py', *words_of({'recipe': recipe, 'model': name, **options})])
+    """Returns the training command of a model."""
+    arguments = command_line({'recipe': recipe, 'model': name, **options})
+    return ' '.join(['python train.py', *arguments])
 
 
 def source(recipe):
-    """What the first line of a recipe's file says behind its subject."""
+    """Returns the source that the first line of a recipe names after its subject."""
     first_line, _, _ = (RECIPE_FOLDER / f'{recipe}.txt').read_text().partition('\n')
     return first_line.partition(': ')[2]
 
 
 def row(name, dataset, options, recipe):
-    """One network's cells: sizes in training and deployed, source of its recipe, command."""
+    """Returns the cells of a model: its sizes, training and deployed, and its recipe."""
     with torch.device('meta'):
-        network = create_model(name, dataset, **options)
-        # the functional form folds into this; the others are networks of modules
-        deployed = DiracNet(dataset=dataset, **options) if name == 'diracnet' else fold(network)
-    parameters, deployed_parameters = (
-        f'{sum(p.numel() for p in form.parameters()):,}' for form in (network, deployed)
-    )
-    multiplications, deployed_multiplications = (
-        f'{count_multiply_adds(form, Preprocessing.for_dataset(dataset).size) / 1e6:,.1f}' for form in (network, deployed)
-    )
+        model = create_model(name, dataset, **options)
+        # the functional form folds into DiracNet, module-based models into themselves
+        deployed = DiracNet(dataset=dataset, **options) if name == 'diracnet' else fold(model)
+    pixels = Preprocessing.for_dataset(dataset).size
+    sizes = []
+    for form in (model, deployed):
+        sizes += [f'{sum(p.numel() for p in form.parameters()):,}',
+                  f'{multiply_adds(lambda form=form: form, pixels=pixels) / 1e6:,.1f}']
     title = ', '.join([name, *(f'{option} {value}' for option, value in options.items())])
-    return (title, dataset, parameters, multiplications, deployed_parameters,
-            deployed_multiplications, source(recipe), f'`{command(name, options, recipe)}`')
+    return title, dataset, *sizes, source(recipe), f'`{command(name, options, recipe)}`'
 
 
 def main():
@@ -80,7 +80,7 @@ def main():
     head = ['model', 'images', 'parameters', 'multiply-adds (M)', 'parameters deployed',
             'multiply-adds deployed (M)', 'source of the recipe', 'command']
     left = {'images', 'source of the recipe', 'command'}
-    print_table(head, [row(*network) for network in NETWORKS], left)
+    print_table(head, [row(*model) for model in MODELS], left)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
-"""What is timed: each function prepares a piece of work, and returns a function that does it.
+"""The timed work: each function prepares it and returns a function that does it.
 
-experiments/bench.py and others say what is compared with what.
+experiments/bench.py, measures.py and gpu.py define the comparisons.
 """
 
 import functools
@@ -13,6 +13,7 @@ import torchvision
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import transforms
 
+import diracnets
 from diracnet import DiracNet, Network, forward, init_params, make_topology
 from diracnets.deploy import deploy, native_bfloat16
 from diracnets.fold import fold
@@ -26,37 +27,37 @@ from training.meters import Meters
 from training.optimizers import make_optimizer
 
 BATCH = 128
-NATIVE = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'  # what train.py computes in
+NATIVE = 'bfloat16' if native_bfloat16('cpu')[0] else 'float32'  # the default dtype of train.py
 CIFAR, IMAGENET = Preprocessing.for_dataset('CIFAR10'), Preprocessing.for_dataset('ImageNet')
 
 
 def repeated(times, prepare, *arguments):
-    """Several calls a turn: the first finds its weights gone from caches that all sides use."""
+    """Does the work `times` times per repetition: the first finds cold caches."""
     work = prepare(*arguments)
 
-    def calls():
+    def run():
         for _ in range(times):
             work()
 
-    return calls
+    return run
 
 
-# ---------------------------------------------------------------- networks
+# ---------------------------------------------------------------- models
 
 
-def diracnet(depth, width, kind='CIFAR10', **more):
-    """A DiracNet for training; more: arguments of `diracnet.forward`."""
-    net = make_topology(depth, width, kind)
-    return Network(functools.partial(forward, net, **more), init_params(net))
+def diracnet(depth, width, dataset='CIFAR10', **options):
+    """Makes a DiracNet for training; `options` are arguments of `diracnet.forward`."""
+    topology = make_topology(depth, width, dataset)
+    return Network(functools.partial(forward, topology, **options), init_params(topology))
 
 
 def modular(depth, width):
-    """The same network of modules."""
+    """Makes the same model of modules."""
     return ModularNetwork.from_params(init_params(make_topology(depth, width, 'CIFAR10')))
 
 
 def multiply_adds(make, *sizes, pixels=32):
-    """Counts those of one image through the network that `make(*sizes)` makes."""
+    """Counts the multiply-adds of one image of pixels x pixels in the model `make(*sizes)`."""
     with torch.device('meta'):
         return count_multiply_adds(make(*sizes), pixels)
 
@@ -69,7 +70,7 @@ def random_images(n):
 
 
 class PilImages(Dataset):
-    """Small images, one at a time, augmented with PIL as in the reference scripts of 2017."""
+    """Small images, augmented one at a time with PIL as in the reference scripts of 2017."""
 
     def __init__(self, n):
         images, self.labels = random_images(n)
@@ -91,7 +92,7 @@ def pil_loader(n):
     return DataLoader(PilImages(n), BATCH, shuffle=True, num_workers=4, persistent_workers=True)
 
 
-def whole(loader):
+def iterate(loader):
     def epoch():
         for _ in loader:
             pass
@@ -101,18 +102,18 @@ def whole(loader):
 
 def gathered(n):
     images = data.MemoryImages(*random_images(n)).augmented(pad=4)
-    return whole(make_loader(images, BATCH, 0, seed=0))
+    return iterate(make_loader(images, BATCH, 0, seed=0))
 
 
 def by_pil(n):
-    return whole(pil_loader(n))
+    return iterate(pil_loader(n))
 
 
 def jpegs_by_opencv(folder, repeats, workers, batch=50):
-    """One pass over JPEG files, decoded, cropped and in batches, without a network."""
+    """Loads JPEG files: decoded, cropped, in batches, without a model."""
     paths, labels, _ = data.list_images(folder)
     images = data.ImageFiles(paths * repeats, labels * repeats, 224).augmented()
-    return whole(make_loader(images, batch, workers, seed=0))
+    return iterate(make_loader(images, batch, workers, seed=0))
 
 
 def jpegs_by_pil(folder, repeats, workers):
@@ -120,35 +121,35 @@ def jpegs_by_pil(folder, repeats, workers):
         transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(),
         transforms.ToTensor(), transforms.Normalize(IMAGENET.mean, IMAGENET.std),
     ]))
-    return whole(DataLoader(ConcatDataset([images] * repeats), 50, shuffle=True,
-                            num_workers=workers, persistent_workers=workers > 0))
+    return iterate(DataLoader(ConcatDataset([images] * repeats), 50, shuffle=True,
+                              num_workers=workers, persistent_workers=workers > 0))
 
 
-# ---------------------------------------------------------------- a step of a training
+# ---------------------------------------------------------------- a training step
 
 
-def make_sgd(network, fused=False):
-    return torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4,
+def make_sgd(model, fused=False):
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4,
                            fused=fused)
 
 
 def make_forward(dtype=NATIVE):
-    """The forward pass of train.py, on the CPU."""
+    """Makes the forward pass of train.py on the CPU."""
     return Forward(CIFAR, {'float32': 'float', 'bfloat16': 'bfloat16'}[dtype], torch.device('cpu'))
 
 
-def step(depth, width, make=diracnet, **more):
-    """One step of a training on 128 images in memory, in the dtype of this machine."""
+def step(depth, width, make=diracnet, **options):
+    """Prepares a training step on 128 images in memory, in the native dtype of the machine."""
     keep_freed_memory()
-    network = make(depth, width, **more)
-    return one_step(make_sgd(network), network, make_forward(), random_batch(BATCH))
+    model = make(depth, width, **options)
+    return one_step(make_sgd(model), model, make_forward(), random_batch(BATCH))
 
 
-def step_of(opt, network):
-    """One step of a training with these options, on whole images."""
+def step_of(opt, model):
+    """Prepares a training step with the options of train.py, on full-size images."""
     keep_freed_memory()
-    return one_step(make_optimizer(network, opt), network, make_forward(),
-                    random_batch(opt.batch_size))
+    batch = random_batch(opt.batch_size)
+    return one_step(make_optimizer(model, opt), model, make_forward(), batch)
 
 
 def random_batch(n):
@@ -157,40 +158,47 @@ def random_batch(n):
 
 
 def one_step(optimizer, model, forward, batch):
-    """Return a function that runs one training step, always on the same batch."""
-    images, labels, n = batch
+    """Returns a function that does a training step, always on the same batch."""
+    images, labels, batch_size = batch
 
-    def one():
-        loss = cross_entropy(forward(model, images), labels, n)
+    def run():
+        loss = cross_entropy(forward(model, images), labels, batch_size)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
-    return one
+    return run
 
 
 def checkpointed_step(depth):
     return step(depth, 1, checkpointing=True)
 
 
-def step_of_ordinary_convolutions(depth, width):
-    """The same step, with W itself in place of W_hat."""
+def standard_step(depth, width):
+    """Prepares the same step with W in place of W_hat."""
     return step(depth, width, dirac=False)
 
 
-def step_of_modules(depth, width):
+def modular_step(depth, width):
     return step(depth, width, modular)
+
+
+def densenet_step(checkpointing):
+    """Prepares forward and backward of DenseNet-BC-100-12 on 64 images (N, 3, 32, 32), float32."""
+    model = diracnets.create_model('densenet', 'CIFAR10', checkpointing=checkpointing)
+    inputs, labels = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    return lambda: F.cross_entropy(model(inputs), labels).backward()
 
 
 # ---------------------------------------------------------------- an epoch
 
 
 def epoch_of_train(depth, width, n, dtype=NATIVE, to_compile=False):
-    """An epoch of train.py, with its meters, on n images in memory."""
+    """Prepares an epoch of train.py, with its meters, on n images in memory."""
     keep_freed_memory()
-    network = diracnet(depth, width)
-    optimizer = make_sgd(network)
-    model = compile_model(network, torch.device('cpu')) if to_compile else network
+    model = diracnet(depth, width)
+    optimizer = make_sgd(model)
+    compiled = compile_model(model, torch.device('cpu')) if to_compile else model
     forward = make_forward(dtype)
     images = data.MemoryImages(*random_images(n)).augmented(pad=4)
     loader = make_loader(images, BATCH, 0, seed=0)
@@ -199,7 +207,7 @@ def epoch_of_train(depth, width, n, dtype=NATIVE, to_compile=False):
         meters = Meters(10, n, '', steps=0)
         with meters.bar:
             for images, labels, batch_size in loader:
-                logits = forward(model, images)
+                logits = forward(compiled, images)
                 loss = cross_entropy(logits, labels, batch_size)
                 optimizer.zero_grad()
                 loss.backward()
@@ -210,22 +218,22 @@ def epoch_of_train(depth, width, n, dtype=NATIVE, to_compile=False):
     return epoch
 
 
-def epoch_giving_memory_back(depth, width, n):
-    """The same, with what a step frees going back to the system, as glibc does by itself."""
-    os.environ['MALLOC_TRIM_THRESHOLD_'] = '131072'  # its default, which keep_freed_memory leaves
+def epoch_returning_memory(depth, width, n):
+    """The same, but freed memory goes back to the system, as is the default of glibc."""
+    os.environ['MALLOC_TRIM_THRESHOLD_'] = '131072'  # the default; keep_freed_memory respects it
     return epoch_of_train(depth, width, n)
 
 
 def epoch_with_pil(depth, width, n):
-    """The same training in float32 and NCHW, each image transformed by PIL in 4 workers."""
-    network = diracnet(depth, width)
-    optimizer = make_sgd(network)
+    """The same training in float32 and NCHW, with PIL transforms in 4 workers."""
+    model = diracnet(depth, width)
+    optimizer = make_sgd(model)
     loader = pil_loader(n)
 
     def epoch():
         for inputs, labels in loader:
             optimizer.zero_grad()
-            F.cross_entropy(network(inputs), labels).backward()
+            F.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
 
     return epoch
@@ -234,22 +242,13 @@ def epoch_with_pil(depth, width, n):
 # ---------------------------------------------------------------- deployed
 
 
-def eager(network, batch):
-    inputs, network = torch.randn(batch, 3, 224, 224), network.eval()
-
-    @torch.no_grad()
-    def run():
-        network(inputs)
-
-    return run
-
-
 def eager_diracnet(batch):
-    return eager(DiracNet(18), batch)
+    inputs, model = torch.randn(batch, 3, 224, 224), DiracNet(18).eval()
+    return lambda: torch.no_grad()(model)(inputs)
 
 
-def deployed(network, batch):
-    run, inputs = deploy(network, (batch, 3, 224, 224)), torch.randn(batch, 3, 224, 224)
+def deployed(model, batch):
+    run, inputs = deploy(model, (batch, 3, 224, 224)), torch.randn(batch, 3, 224, 224)
     return lambda: run(inputs)
 
 

@@ -1,11 +1,11 @@
-"""Draws what a trained network sees: what it confuses, its surest mistakes, filters, its layers.
+"""Draws the predictions and layers of a trained model: confusions, mistakes, filters, statistics.
 
-    python -m experiments.seen logs/diracnet-28-2 --dataset Folder --dataroot ../cifar10-jpeg \\
-        --save logs/diracnet-28-2/seen
+    python -m experiments.visualize logs/diracnet-28-2 --dataset Folder \\
+        --dataroot ../cifar10-jpeg --save logs/diracnet-28-2/seen
 
-Writes, into the folder of --save, predictions.csv with a row for each test image; from it
-confusion.png, and with the images mistakes.png; filters.png, of the layer in the middle of the
-folded network; and, of a DiracNet that is not folded, layers.png: how near the identity each is.
+It writes into the folder of --save: predictions.csv, one record per test image; confusion.png;
+mistakes.png, the most confident mistakes; filters.png, of the folded model's middle convolution;
+and layers.png, for an unfolded DiracNet: how close its layers are to the identity.
 """
 
 import argparse
@@ -19,9 +19,9 @@ import diracnets
 from cli import ArgumentParser, exit_on_error
 from diracnets.fold import fold
 from diracnets.preprocessing import normalize
-from experiments.figures import AT_THE_END, over_layers
-from experiments.interleaved import append
-from experiments.layers import SHOWN, layers_of
+from experiments.figures import LAST_EPOCH, LAYER_STATISTICS, draw_over_layers
+from experiments.measures import layer_statistics
+from experiments.results import append_results
 from plot import plot_filters
 from training import data
 from training.loader import iterate_batches, make_loader
@@ -31,120 +31,120 @@ ROWS, COLUMNS = 4, 8  # of the sheet of mistakes
 
 
 @torch.inference_mode()
-def predictions(network, inputs, images, classes):
-    """A row for each image: its number, its class, the network's, and how sure it is of it."""
-    rows = []
+def predict(model, preprocess, images, classes):
+    """Returns one record per image: its number, its class, the predicted class and probability."""
+    records = []
     for pixels, labels, _ in iterate_batches(make_loader(images, 500)):
-        sure, labelled = network(normalize(pixels, inputs)).softmax(1).max(1)
-        rows += [
-            {'image': len(rows) + i, 'class': classes[label], 'labelled': classes[guess],
+        probabilities, predicted = model(normalize(pixels, preprocess)).softmax(1).max(1)
+        records += [
+            {'image': len(records) + i, 'class': classes[label], 'labelled': classes[prediction],
              'probability_percent': round(100 * p, 3)}
-            for i, (label, guess, p) in enumerate(zip(labels.tolist(), labelled.tolist(),
-                                                      sure.tolist()))
+            for i, (label, prediction, p) in enumerate(zip(labels.tolist(), predicted.tolist(),
+                                                           probabilities.tolist()))
         ]
-    return rows
+    return records
 
 
-def confusion(rows, classes):
-    """Counts (class, labelled as), int64 (C, C)."""
-    number = {name: i for i, name in enumerate(classes)}
+def confusion_matrix(records, classes):
+    """Counts the images per (class, predicted class), int64 (C, C)."""
+    index = {name: i for i, name in enumerate(classes)}
     counts = torch.zeros(len(classes), len(classes), dtype=torch.long)
-    for row in rows:
-        counts[number[row['class']], number[row['labelled']]] += 1
+    for record in records:
+        counts[index[record['class']], index[record['labelled']]] += 1
     return counts
 
 
-def draw_confusion(rows, classes, title):
-    """The shares of each class that are labelled as each, in per cent; the number says them."""
-    counts = confusion(rows, classes)
-    shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+def draw_confusion(records, classes, title):
+    """Draws the confusion matrix in per cent of each class."""
+    counts = confusion_matrix(records, classes)
+    percents = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     size = 2.5 + 0.55 * len(classes)
     figure = Figure(figsize=(size, size), dpi=120, layout='constrained')
     axes = figure.subplots()
-    wrong = shares.masked_fill(torch.eye(len(classes), dtype=torch.bool), 0)
-    axes.imshow(wrong.numpy(), cmap='Greys', vmin=0, vmax=max(2 * wrong.max().item(), 1))
-    for row, line in enumerate(shares.tolist()):
-        for column, share in enumerate(line):
-            if share:
-                axes.text(column, row, f'{share:.1f}', ha='center', va='center', fontsize=8,
+    mistakes = percents.masked_fill(torch.eye(len(classes), dtype=torch.bool), 0)
+    axes.imshow(mistakes.numpy(), cmap='Greys', vmin=0, vmax=max(2 * mistakes.max().item(), 1))
+    for row, line in enumerate(percents.tolist()):
+        for column, percent in enumerate(line):
+            if percent:
+                axes.text(column, row, f'{percent:.1f}', ha='center', va='center', fontsize=8,
                           weight='bold' if row == column else 'normal')
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha='right')
     axes.set_yticks(range(len(classes)), classes)
-    axes.set_xlabel('labelled as')
+    axes.set_xlabel('predicted class')
     axes.set_ylabel('class')
-    right = counts.trace().item()
-    axes.set_title(f'{title}: % of a class labelled as each\n'
-                   f'{right} of {len(rows)} test images right, {100 * right / len(rows):.2f} %',
-                   fontsize=10)
+    accuracy = 100 * counts.trace().item() / len(records)
+    axes.set_title(f'{title}: predictions in % of each class\n'
+                   f'top-1 accuracy {accuracy:.2f} % of {len(records):,} test images', fontsize=10)
     return figure
 
 
-def draw_mistakes(rows, images, title):
-    """The images that are labelled wrongly, the surest first."""
-    wrong = sorted((row for row in rows if row['class'] != row['labelled']),
-                   key=lambda row: -row['probability_percent'])[:ROWS * COLUMNS]
+def draw_mistakes(records, images, title):
+    """Draws the misclassified images, the most confident first."""
+    mistakes = sorted((record for record in records if record['class'] != record['labelled']),
+                      key=lambda record: -record['probability_percent'])[:ROWS * COLUMNS]
     figure = Figure(figsize=(1.5 * COLUMNS, 1.9 * ROWS), dpi=120, layout='constrained')
     panels = [*figure.subplots(ROWS, COLUMNS).flat]
     for axes in panels:
         axes.axis('off')
-    for axes, row in zip(panels, wrong):
-        number = torch.tensor([row['image']])
-        pixels, _, _ = images[number, None, torch.tensor([0])]  # (1, C, S, S)
+    for axes, record in zip(panels, mistakes):
+        index = torch.tensor([record['image']])
+        pixels, _, _ = images[index, None, torch.tensor([0])]  # (1, C, S, S)
         axes.imshow(pixels[0].permute(1, 2, 0).numpy(), cmap='gray', interpolation='nearest')
-        axes.set_title(f'"{row["labelled"]}", {row["probability_percent"]:.1f} %\n'
-                       f'is: {row["class"]}', fontsize=8)
-    figure.suptitle(f'{title}: its surest mistakes, what it takes them for and what they are')
+        axes.set_title(f'"{record["labelled"]}", {record["probability_percent"]:.1f} %\n'
+                       f'is: {record["class"]}', fontsize=8)
+    figure.suptitle(f'{title}: most confident mistakes, predicted and true class')
     return figure
 
 
-def middle_filters(network):
-    """The number of the convolution in the middle of a folded chain, and its weight."""
-    convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-    number = len(convolutions) // 2
-    return number + 1, convolutions[number].weight.detach()
+def middle_filters(model):
+    """Returns (number, weight) of the middle convolution of a folded model."""
+    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+    middle = len(convolutions) // 2
+    return middle + 1, convolutions[middle].weight.detach()
 
 
-def draw_layers(rows, title):
-    """Alpha, beta and the ratio of the norms of W_hat's two parts over the Dirac layers."""
+def draw_layers(records, title):
+    """Draws alpha, beta and the ratio of the norms of W_hat's terms over the Dirac layers."""
     figure = Figure((11, 3.6), dpi=120, layout='constrained')
-    for axes, (label, value) in zip(figure.subplots(1, len(SHOWN)), SHOWN.items()):
-        over_layers(axes, rows, value, label, **AT_THE_END)
+    panels = figure.subplots(1, len(LAYER_STATISTICS))
+    for axes, (ylabel, value) in zip(panels, LAYER_STATISTICS.items()):
+        draw_over_layers(axes, records, value, ylabel, **LAST_EPOCH)
     figure.suptitle(f'{title}: the identity in its layers')
     return figure
 
 
 def parse_options(argv):
-    parser = ArgumentParser(prog='experiments.seen', description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(prog='experiments.visualize', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('model', help='checkpoint, folder of a run, or an exported file')
     parser.add_argument('--dataset', choices=DATASETS, default='Folder',
-                        help='whose test images (default: %(default)s)')
+                        help='dataset of the test images (default: %(default)s)')
     parser.add_argument('--dataroot', default='.', help='folder of its files (default: .)')
-    parser.add_argument('--save', required=True, metavar='FOLDER', help='where to write')
+    parser.add_argument('--save', required=True, metavar='FOLDER', help='folder to write')
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     opt = parse_options(argv)
-    with exit_on_error('experiments.seen', (ValueError, OSError)):
-        trained = diracnets.load(opt.model)
-        sets = data.load_splits(opt.dataset, opt.dataroot, trained.preprocess, training=False)
-        folded, save = fold(trained.model), Path(opt.save)
-        rows = predictions(folded, trained.preprocess, sets.test, sets.classes)
+    with exit_on_error('experiments.visualize', (ValueError, OSError)):
+        loaded = diracnets.load(opt.model)
+        splits = data.load_splits(opt.dataset, opt.dataroot, loaded.preprocess, training=False)
+        model, save, title = fold(loaded.model), Path(opt.save), loaded.title
+        records = predict(model, loaded.preprocess, splits.test, splits.classes)
         table = save / 'predictions.csv'
         new = table.with_suffix('.tmp')
         new.unlink(missing_ok=True)  # of a command that was killed
-        append(rows, new)
+        append_results(records, new)
         new.replace(table)
-        draw_confusion(rows, sets.classes, trained.title).savefig(save / 'confusion.png')
-        draw_mistakes(rows, sets.test, trained.title).savefig(save / 'mistakes.png')
-        number, weight = middle_filters(folded)
-        title = f'{trained.title}, folded: convolution {number}'
-        plot_filters(weight, title).savefig(save / 'filters.png', dpi=120)
-        layers = layers_of(trained.model.state_dict())
+        draw_confusion(records, splits.classes, title).savefig(save / 'confusion.png')
+        draw_mistakes(records, splits.test, title).savefig(save / 'mistakes.png')
+        number, weight = middle_filters(model)
+        plot_filters(weight, f'{title}, folded: convolution {number}').savefig(
+            save / 'filters.png', dpi=120)
+        layers = layer_statistics(loaded.model.state_dict())
         if layers:
-            draw_layers(layers, trained.title).savefig(save / 'layers.png')
-    print(f'{len(rows)} images labelled; drawn in {save}')
+            draw_layers(layers, title).savefig(save / 'layers.png')
+    print(f'{len(records):,} images predicted; figures in {save}')
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 import train
-from experiments.kill import children_of, compare
+from fault_injection import children_of, compare
 from pages import ROOT
 
 

@@ -24,7 +24,7 @@ import predict
 import train
 from diracnets.checkpoint import load_dict, load_dict_file
 from diracnets.preprocessing import DataError, read_test_image
-from experiments.kill import children_of
+from fault_injection import children_of
 from pages import ROOT
 from runs import (
     assert_same_run,

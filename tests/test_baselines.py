@@ -16,7 +16,7 @@ from diracnet import DiracNet, define_diracnet
 from diracnets import create_model, fold
 from diracnets.models import ARCHITECTURES, BLOCKS, count_multiply_adds, densenet, diracnet_v1
 from diracnets.models.plain import PlainNet
-from experiments.sizes import NETWORKS, row
+from experiments.sizes import MODELS, row
 from pages import text_of
 from reference import batch_norm
 from training.options import RECIPE_FOLDER
@@ -653,6 +653,6 @@ def test_densenet121_is_the_torchvision_model():
 def test_docs_table_equals_computed_sizes():
     lines = text_of('docs/networks.md').splitlines()
     cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines]
-    for model in NETWORKS:
+    for model in MODELS:
         assert list(row(*model)) in cells
-    assert {name for name, *_ in NETWORKS} == ARCHITECTURES.keys()
+    assert {name for name, *_ in MODELS} == ARCHITECTURES.keys()

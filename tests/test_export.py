@@ -34,7 +34,9 @@ from diracnets import quantization
 from diracnets.onnx import to_onnx
 from diracnets.quantization import calibration_set
 from pages import blocks
-from runs import in_child
+from runs import (
+    in_child,
+)
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {'depth': 10, 'width': 0.5, 'dataset': 'CIFAR10', 'num_classes': 10}

@@ -32,7 +32,7 @@ def test_released_checkpoint_matches_its_card(name):
     assert len({stats['seed'] for stats in seeds}) == len(seeds)
     assert len({stats['epochs'] for stats in seeds}) == 1
     assert last['n_parameters'] == sum(p.numel() for p in network.parameters())
-    columns, lines = tables.kept(LOGS)
+    columns, lines = tables.pretrained(LOGS)
     row = next(dict(zip(columns, cells)) for cells in lines if f'[{name}]' in cells[0])
     assert float(row['test accuracy, %']) == pytest.approx(last['test_acc'], abs=0.2)  # bfloat16
     figures = [row[column] for column in (
@@ -75,7 +75,7 @@ def test_release_refuses_an_unfinished_run(tmp_path, capsys):
     folder = tmp_path / 'run'
     complete = torch.load(folder / 'model.pt7', weights_only=True)
     for change, to, message in (
-        ({}, folder, f'--to {folder} is the run itself'),
+        ({}, folder, f'--to {folder}: is the run itself'),
         ({'step': 1}, tmp_path / 'kept', f'{folder}: 2 epochs in its checkpoint, 2 in its log'),
         ({'epoch': 1}, tmp_path / 'kept', f'{folder}: 1 epochs in its checkpoint, 2 in its log'),
     ):

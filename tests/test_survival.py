@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import train
 from corruption import png_of
 from diracnets.checkpoint import load_dict_file
-from experiments.kill import attack_points, children_of, flat, survive
+from fault_injection import children_of, flat, inject_faults, kill_at_random
 from gradients import write_gradients
 from pages import text_of
 from runs import (
@@ -92,15 +92,15 @@ def exit_at_file_operation(point, folder):
 
 @pytest.mark.slow
 def test_resume_after_a_fault_at_a_file_operation(tmp_path):
-    """One of them; `python -m experiments.kill --points` tests all."""
-    count, wrong = attack_points(tmp_path, points=[9])
-    assert (count, wrong) == (3, [])
+    """One of them; `python tests/fault_injection.py --points` tests all."""
+    count, problems = inject_faults(tmp_path, points=[9])
+    assert (count, problems) == (3, [])
 
 
 @pytest.mark.slow
 def test_resume_after_kills_gives_the_uninterrupted_run(tmp_path):
-    alive, _, differ = survive(tmp_path, kills=2, epochs=8, seed=1)
-    assert differ == []
+    alive, _, differences = kill_at_random(tmp_path, kills=2, epochs=8, seed=1)
+    assert differences == []
     assert alive == 2
 
 

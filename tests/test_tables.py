@@ -1,12 +1,12 @@
-"""The tables of docs/results.md: that they are as the CSV files, and how a claim is answered."""
+"""The tables of the README and docs: they equal the CSV files; and the answers to the claims."""
 
 import pytest
 
-from experiments import claims, cost_estimate, tables
+from experiments import claims, definitions, tables
 
 
-def rows(**series):
-    """Rows of three seeds around accuracies {x: per cent} of each series."""
+def results(**series):
+    """Returns results of three seeds around the accuracies {x: per cent} of each series."""
     return [
         {'series': name, 'x': x, 'seed': seed, 'ended': 'whole', 'train_loss': 1.0,
          'test_acc_percent': percent + seed - 2, 'parameters': 1000.0}
@@ -14,19 +14,19 @@ def rows(**series):
     ]
 
 
-def answer(experiment, rows=(), measured=(), whose=claims.PAPER):
-    claim, = (c for c in claims.CLAIMS if (c.experiment, c.source) == (experiment, whose))
-    return claim.answer(rows, measured)
+def answer(experiment, results=(), measured=(), source=claims.PAPER):
+    claim, = (c for c in claims.CLAIMS if (c.experiment, c.source) == (experiment, source))
+    return claim.answer(results, measured)
 
 
 @pytest.mark.parametrize('page', tables.PAGES, ids=lambda page: page.stem)
-def test_the_tables_are_as_the_files(page):
+def test_tables_of_a_page_equal_the_csv_files(page):
     page = page.read_text()
-    assert tables.filled(page, tables.ROOT / 'logs') == page
+    assert tables.fill(page, tables.ROOT / 'logs') == page
 
 
-def test_a_table_between_its_marks(tmp_path):
-    # the mean of 70 and 74, and the deviation of two values: their difference over sqrt(2)
+def test_fill_replaces_the_table_between_its_marks(tmp_path):
+    # the mean of 70 and 74; the std of two values is their difference over sqrt(2)
     of_seeds = ['2, 1 diverged', '72.00 ± 2.83', '1.375 ± 0.177', '368,730']
     for name, column, cells in (
         ('delta', 'n', ['diracnet']), ('again/width', 'width', ['diracnet', '2']),
@@ -37,19 +37,19 @@ def test_a_table_between_its_marks(tmp_path):
             'diracnet,2,whole,70,1.5,368730\ndiracnet,2,whole,74,1.25,368730\n'
             'diracnet,2,diverged,,,\n')
         page = f'before\n<!-- table: {name} -->\nold\n<!-- end -->\nafter\n'
-        filled = tables.filled(page, tmp_path)
-        assert filled.startswith(f'before\n<!-- table: {name} -->\n\n| network ')
+        filled = tables.fill(page, tmp_path)
+        assert filled.startswith(f'before\n<!-- table: {name} -->\n\n| model ')
         assert filled.endswith('<!-- end -->\nafter\n')
         head, _, row = (line.split('|') for line in filled.splitlines()[3:6])
         assert head[2].strip() == column
         assert [cell.strip() for cell in row[1:-1]] == cells + of_seeds
-        assert tables.filled(filled, tmp_path) == filled
+        assert tables.fill(filled, tmp_path) == filled
     for name in ('nothing', 'agian/width'):
         with pytest.raises(ValueError, match=name):
-            tables.filled(f'<!-- table: {name} -->\n<!-- end -->', tmp_path)
+            tables.fill(f'<!-- table: {name} -->\n<!-- end -->', tmp_path)
 
 
-def test_a_benchmark_is_told_by_its_last_rows_against_the_first_side(tmp_path):
+def test_bench_shows_the_latest_results_against_the_baseline(tmp_path):
     (tmp_path / 'bench.csv').write_text(
         'compared,what,n,images_per_second,ratio,ratio_low,ratio_high,percent_of_product_peak,'
         'target,peak_memory_mb\n'
@@ -59,29 +59,30 @@ def test_a_benchmark_is_told_by_its_last_rows_against_the_first_side(tmp_path):
         'a,newer,40,12345,12.345,12,12.7,,,830\n')
     head, lines = tables.bench(tmp_path)
     assert lines == [
-        ['a: new', 'old', '40', '2,975', '2.98 (2.5 to 3.04)', '52.8 %', '820, 910', '3: not met'],
+        ['a: new', 'old', '40', '2,975', '2.98 (2.5 to 3.04)', '52.8', '820, 910', '3: not met'],
         ['a: newer', 'old', '40', '12,345', '12.3 (12 to 12.7)', '', '830, 910', ''],
     ]
     assert len(head) == len(lines[0])
 
 
-def test_a_point_whose_trainings_all_diverged_has_no_figures():
-    lost = [{**row, 'ended': 'diverged', 'test_acc_percent': ''} for row in rows(plain={100: 60})]
-    (line,) = tables.results(lost, [], x='depth')[1]
+def test_accuracy_table_has_empty_cells_when_all_runs_diverged():
+    lost = [{**record, 'ended': 'diverged', 'test_acc_percent': ''}
+            for record in results(plain={100: 60})]
+    (line,) = tables.accuracy_table(lost, [], x='depth')[1]
     assert line == ['plain', '100', f'0, {len(lost)} diverged', '', '', '']
 
 
-def test_accuracies_by_depth_leave_out_what_diverged_and_what_is_missing(tmp_path):
+def test_by_depth_leaves_out_diverged_runs(tmp_path):
     (tmp_path / 'depth').mkdir()
     (tmp_path / 'depth' / 'results.csv').write_text(
         'series,x,ended,test_acc_percent\n'
         'plain,100,diverged,\nplain,16,whole,70\nplain,16,whole,74\nresnet,100,whole,80\n')
     assert tables.by_depth(tmp_path) == (
-        ['network', '16 layers', '100 layers'],
+        ['model', '16 layers', '100 layers'],
         [['plain', '72.00 ± 2.83', ''], ['resnet', '', '80.00']])
 
 
-def test_devices_are_compared_where_both_have_trained(tmp_path):
+def test_devices_compares_common_points(tmp_path):
     (tmp_path / 'depth').mkdir()
     head = 'series,x,ended,test_acc_percent,device\n'
     (tmp_path / 'depth' / 'cpu.csv').write_text(head + ''.join(
@@ -95,7 +96,7 @@ def test_devices_are_compared_where_both_have_trained(tmp_path):
     assert len(columns) == len(lines[0])
 
 
-def test_what_was_trained_again_stands_beside_what_it_was(tmp_path):
+def test_again_shows_first_runs_and_replication(tmp_path):
     for folder in (tmp_path / 'delta', tmp_path / 'again' / 'delta'):
         folder.mkdir(parents=True)
     head = 'series,x,ended,test_acc_percent,train_seconds\n'
@@ -109,7 +110,7 @@ def test_what_was_trained_again_stands_beside_what_it_was(tmp_path):
     assert len(columns) == len(lines[0])
 
 
-def test_hours_stand_beside_those_that_are_counted(tmp_path):
+def test_hours_shows_estimates_and_measured_hours(tmp_path):
     head = 'series,x,seed,ended,train_seconds,device\n'
     for folder, row in (
         ('large', 'plain,0,1,whole,900,H100'), ('large', 'resnet,2,1,whole,30000,CPU'),
@@ -125,13 +126,13 @@ def test_hours_stand_beside_those_that_are_counted(tmp_path):
     # three trainings each of three networks of 28 layers at width 4: 868 million multiply-adds
     assert by_name['large'][0] == '9'
     assert float(by_name['large'][1]) == pytest.approx(
-        9 * 3 * 200_000 * 868e6 / cost_estimate.RATES[4] / 3600, rel=0.01)
+        9 * 3 * 200_000 * 868e6 / definitions.RATES[4] / 3600, rel=0.01)
     assert by_name['large'][2:] == ['2.00 of 1', '0.25 of 1']
     assert by_name['delta'][2:] == ['0.10 of 1', '']
     assert by_name['width'][2:] == ['', '']
 
 
-def test_checks_of_a_gpu_are_shown(tmp_path):
+def test_gpu_checks_shows_the_last_record(tmp_path):
     (tmp_path / 'gpu').mkdir()
     (tmp_path / 'gpu' / 'checks.csv').write_text(
         'check,what,off,at_most,holds,device\nfolding,RuntimeError: no kernel,,,failed,H100\n'
@@ -139,7 +140,7 @@ def test_checks_of_a_gpu_are_shown(tmp_path):
         'folding,folded,1e-06,0.0001,yes,H100\nonnx,ONNX,1e-05,0.0001,yes,H100\n'
         'folding,folded,1e-07,0.0001,yes,CPU\n')
     assert tables.gpu_checks(tmp_path) == (
-        ['what', 'off by', 'at most', 'holds'], [
+        ['quantity', 'difference', 'tolerance', 'passed'], [
             ['folded', '1e-06', '0.0001', 'yes'], ['ONNX', '1e-05', '0.0001', 'yes']])
 
 
@@ -163,22 +164,22 @@ percent_of_product,peak_memory_mb,device
 """
 
 
-def test_rates_of_a_gpu_are_those_of_the_last_one(tmp_path):
+def test_gpu_tables_show_the_latest_gpu(tmp_path):
     (tmp_path / 'gpu').mkdir()
     (tmp_path / 'gpu' / 'rates.csv').write_text(RATES)
     columns, lines = tables.gpu_training(tmp_path)
     assert len(columns) == len(lines[0])
-    assert lines == [['10-1, batch 8', '20', '500', '1,000', '4,000', '3,200', '10 %', '10',
-                      '+100 (+50 to +200)', '+4 (-20 to +50)']]  # 28-1 is not whole
+    assert lines == [['10-1, batch 8', '20', '500', '1,000', '4,000', '3,200', '10', '10',
+                      '+100 (+50 to +200)', '+4 (-20 to +50)']]  # 28-1 is incomplete
     assert tables.gpu_inference(tmp_path)[1] == [
-        ['18, batch 1', 'DiracNet-18, deploy()', '16', '1,430', '1.00 (1.00 to 1.00)', '1 %']]
+        ['18, batch 1', 'DiracNet-18, deploy()', '16', '1,430', '1.00 (1.00 to 1.00)', '1']]
 
 
-def test_what_w_hat_costs_on_a_gpu_is_answered(tmp_path):
+def test_claim_on_the_cost_of_w_hat_on_a_gpu(tmp_path):
     (tmp_path / 'gpu').mkdir()
     (tmp_path / 'gpu' / 'rates.csv').write_text(RATES)
-    _, measured = tables.rows_of('gpu', tmp_path)
-    assert tables.unfinished('gpu', [], measured) == ''
+    _, measured = tables.results_of('gpu', tmp_path)
+    assert tables.missing_results('gpu', [], measured) == ''
     assert answer('gpu', measured=measured) == (
         'time of a step +100.0 to +100.0 %, with --compile +4.0 to +4.0 % (bfloat16, 1 '
         'comparisons, GPU)', 'partly')
@@ -187,18 +188,18 @@ def test_what_w_hat_costs_on_a_gpu_is_answered(tmp_path):
         for row, ratio in zip(ordinary, (eager, compiled), strict=True):
             row['ratio'] = ratio
         assert answer('gpu', measured=measured)[1] == expected
-    ordinary[1] |= {'ratio': 1.04, 'ratio_to': 'train.py --compile'}  # as timed from now on
+    ordinary[1] |= {'ratio': 1.04, 'ratio_to': 'train.py --compile'}  # as in newer results
     assert 'with --compile +4.0 to +4.0 %' in answer('gpu', measured=measured)[0]
-    assert tables.unfinished('gpu', [], [row for row in measured if row not in ordinary]) == (
+    assert tables.missing_results('gpu', [], [row for row in measured if row not in ordinary]) == (
         'not run yet')
-    assert tables.unfinished('gpu', [], []) == 'not run yet'
+    assert tables.missing_results('gpu', [], []) == 'not run yet'
 
 
-def test_points_are_in_the_order_of_their_numbers():
-    many = rows(**{'1000 layers': {1000: 50}, '100 layers': {100: 60}})
-    assert [line[0] for line in tables.results(many, [])[1]] == ['100 layers', '1000 layers']
-    two = rows(b={1: 50}, a={1: 60, 0.5: 70})
-    assert [line[:2] for line in tables.results(two, [], x='width')[1]] == [
+def test_accuracy_table_sorts_points_by_number():
+    many = results(**{'1000 layers': {1000: 50}, '100 layers': {100: 60}})
+    assert [line[0] for line in tables.accuracy_table(many, [])[1]] == ['100 layers', '1000 layers']
+    two = results(b={1: 50}, a={1: 60, 0.5: 70})
+    assert [line[:2] for line in tables.accuracy_table(two, [], x='width')[1]] == [
         ['a', '0.5'], ['a', '1'], ['b', '1']]
 
 
@@ -207,58 +208,58 @@ def test_points_are_in_the_order_of_their_numbers():
     ({10: 80, 100: 60}, {10: 80, 100: 70}, 'partly'),
     ({10: 80, 100: 81}, {10: 80, 100: 70}, 'no'),
 ])
-def test_depth_is_answered(plain, diracnet, expected):
-    found, said = answer('depth', rows(plain=plain, diracnet=diracnet))
-    assert said == expected
-    assert f'plain loses {max(plain.values()) - plain[100]:.1f} points' in found
+def test_claim_on_depth(plain, diracnet, expected):
+    finding, verdict = answer('depth', results(plain=plain, diracnet=diracnet))
+    assert verdict == expected
+    assert f'plain loses {max(plain.values()) - plain[100]:.1f} pp' in finding
 
 
-def test_a_training_that_diverged_counts_as_chance():
-    trained = rows(plain={1: 70}, diracnet={1: 70, 0.1: 70})
+def test_mean_accuracies_count_diverged_runs_as_chance():
+    trained = results(plain={1: 70}, diracnet={1: 70, 0.1: 70})
     trained[-1] |= {'ended': 'diverged', 'test_acc_percent': ''}
     # two of three at 69 and 70 per cent, and one at 10
-    assert claims.accuracies(trained)['diracnet'][0.1] == pytest.approx((69 + 70 + 10) / 3)
+    assert claims.mean_accuracies(trained)['diracnet'][0.1] == pytest.approx((69 + 70 + 10) / 3)
     assert answer('init', trained)[1] == 'no'
 
 
-def test_a_claim_waits_for_all_trainings():
-    trainings = tables.EXPERIMENTS['delta'](tables.BUDGETS['small'])
-    done = [{'series': t.series, 'x': t.x, 'seed': t.seed, 'ended': 'whole', 'run': t.run}
-            for t in trainings]
-    assert tables.unfinished('delta', [], []) == 'not run yet'
-    assert tables.unfinished('delta', done[:2], []) == '2 of 6 trainings done'
-    assert tables.unfinished('delta', done, []) == ''
-    assert tables.unfinished('int8', done, []) == '0 of 9 trainings done'
-    assert tables.unfinished('cost', [], [{'compared': 'inference'}]) == (
+def test_missing_results_until_all_runs_are_done():
+    runs = tables.EXPERIMENTS['delta'](tables.BUDGETS['small'])
+    done = [{'series': run.series, 'x': run.x, 'seed': run.seed, 'ended': 'whole',
+             'run': run.run_name} for run in runs]
+    assert tables.missing_results('delta', [], []) == 'not run yet'
+    assert tables.missing_results('delta', done[:2], []) == '2 of 6 runs done'
+    assert tables.missing_results('delta', done, []) == ''
+    assert tables.missing_results('int8', done, []) == '0 of 9 runs done'
+    assert tables.missing_results('cost', [], [{'compared': 'inference'}]) == (
         'one of two comparisons done')
 
 
-def test_width_is_answered():
+def test_claim_on_width():
     rising = {'depth 10': {0.5: 60, 1: 70}, 'depth 16': {0.5: 65, 1: 75}}
-    assert answer('width', rows(**rising))[1] == 'yes'
-    assert answer('width', rows(**{**rising, 'depth 16': {0.5: 65, 1: 64}}))[1] == 'no'
-    assert answer('width', rows(**{**rising, 'depth 16': {0.5: 55, 1: 75}}))[1] == 'partly'
+    assert answer('width', results(**rising))[1] == 'yes'
+    assert answer('width', results(**{**rising, 'depth 16': {0.5: 65, 1: 64}}))[1] == 'no'
+    assert answer('width', results(**{**rising, 'depth 16': {0.5: 55, 1: 75}}))[1] == 'partly'
 
 
-def test_init_is_answered():
-    assert answer('init', rows(plain={1: 70, 0.1: 60}, diracnet={1: 70, 0.1: 70.5}))[1] == 'yes'
-    assert answer('init', rows(plain={1: 70, 0.1: 70}, diracnet={1: 70, 0.1: 60}))[1] == 'no'
-    found, said = answer('init', rows(plain={1: 70, 0.1: 64}, diracnet={1: 70, 0.1: 75}))
-    assert said == 'yes'  # a gain is no loss
-    assert found == ("diracnet loses 0.0 points from Kaiming's start to its worst, "
-                     "plain loses 6.0 points from Kaiming's start to its worst")
+def test_claim_on_init():
+    assert answer('init', results(plain={1: 70, 0.1: 60}, diracnet={1: 70, 0.1: 70.5}))[1] == 'yes'
+    assert answer('init', results(plain={1: 70, 0.1: 70}, diracnet={1: 70, 0.1: 60}))[1] == 'no'
+    finding, verdict = answer('init', results(plain={1: 70, 0.1: 64}, diracnet={1: 70, 0.1: 75}))
+    assert verdict == 'yes'  # a gain is no drop
+    assert 'diracnet loses 0.0 pp' in finding
+    assert 'plain loses 6.0 pp' in finding
 
 
-def test_alpha_and_beta_are_answered():
+def test_claims_on_alpha_and_beta():
     def measured(ratios, alpha, deviation=0.0):
         return [{'epoch': epoch, 'layer': layer, 'dirac_norm': 2 * ratio if epoch else 20.0,
                  'free_norm': 2.0, 'alpha_mean': alpha if epoch else 1,
                  'alpha_deviation': deviation}
                 for epoch in (0, 4) for layer, ratio in enumerate(ratios, 1)]
 
-    found, said = answer('alpha-beta', (), measured((0.5, 1, 3), 1.02))
-    assert said == 'yes'
-    assert 'from 10.0 to 0.5 in the first third of the layers, from 10.0 to 3.0 in' in found
+    finding, verdict = answer('alpha-beta', (), measured((0.5, 1, 3), 1.02))
+    assert verdict == 'yes'
+    assert 'from 10.0 to 0.5 in the first third of the layers, from 10.0 to 3.0 in' in finding
     assert answer('alpha-beta', (), measured((0.9, 1, 0.5), 1.02))[1] == 'no'
     assert answer('alpha-beta', (), measured((3, 1, 2), 1.02))[1] == 'partly'
     for alpha, deviation, expected in ((1.02, 0.05, 'no'), (0.7, 0.0, 'yes'), (1.0, 0.2, 'yes')):
@@ -266,18 +267,18 @@ def test_alpha_and_beta_are_answered():
         assert answer('alpha-beta', (), same, 'Oyedotun et al.')[1] == expected
 
 
-def test_large_and_versions_are_answered():
-    lag = rows(plain={0: 70}, diracnet={1: 80}, resnet={2: 82})
-    assert answer('large', lag, whose='Oyedotun et al.') == (
-        'DiracNet is -2.0 points from the ResNet', 'yes')
-    ahead = rows(plain={0: 70}, diracnet={1: 81.5}, resnet={2: 79})
-    assert answer('large', ahead, whose='Oyedotun et al.') == (
-        'DiracNet is +2.5 points from the ResNet', 'no')
-    assert answer('versions', rows(**{'diracnet-v1': {0: 80}, 'diracnet': {1: 80.5}})) == (
-        'v1 is -0.5 points from v2', 'yes')
+def test_claims_on_large_and_versions():
+    behind = results(plain={0: 70}, diracnet={1: 80}, resnet={2: 82})
+    assert answer('large', behind, source='Oyedotun et al.') == (
+        'DiracNet minus ResNet: -2.0 pp', 'yes')
+    ahead = results(plain={0: 70}, diracnet={1: 81.5}, resnet={2: 79})
+    assert answer('large', ahead, source='Oyedotun et al.') == (
+        'DiracNet minus ResNet: +2.5 pp', 'no')
+    assert answer('versions', results(**{'diracnet-v1': {0: 80}, 'diracnet': {1: 80.5}})) == (
+        'v1 minus v2: -0.5 pp', 'yes')
 
 
-def test_cost_is_answered():
+def test_claims_on_cost():
     def measured(what, ratio, low, high):
         return [{'compared': what, 'what': name, 'dtype': 'float32', 'n': 20.0, 'ratio': ratio,
                  'ratio_low': low, 'ratio_high': high} for name in ('diracnet', 'diracnet, folded')]
@@ -285,7 +286,7 @@ def test_cost_is_answered():
     training, inference = (c for c in claims.CLAIMS if c.experiment == 'cost')
     step = measured('a training step, 28-1', 0.8, 0.5, 1.25)
     assert training.answer((), step) == (
-        'time of a step +25.0 % (-20.0 to +100.0; float32, 20 turns)', 'no')
+        'time of a step +25.0 % (95 % CI -20.0 to +100.0; float32, n = 20)', 'no')
     same = measured('inference, 28-1', 0.98, 0.95, 1.01)
     assert inference.answer((), same)[1] == 'yes'
     slower = measured('inference, 28-1', 0.9, 0.89, 0.91)

@@ -1,4 +1,4 @@
-"""What a trained network sees: its confusions and surest mistakes, in numbers and drawn."""
+"""experiments.visualize: predictions, confusion matrix, mistakes and figures of a trained model."""
 
 import cv2
 import pytest
@@ -6,8 +6,8 @@ import torch
 
 import diracnets
 from diracnets.preprocessing import normalize
-from experiments import layers, visualize
-from experiments.interleaved import read_rows
+from experiments import measures, visualize
+from experiments.results import read_csv
 from runs import run, write_sets
 from training import data
 
@@ -15,20 +15,20 @@ PICTURES = ('confusion.png', 'filters.png', 'layers.png', 'mistakes.png')
 
 
 @pytest.fixture(scope='module')
-def seen_folder(tmp_path_factory):
-    """(folder of images, of a run, of what it sees)."""
-    root = tmp_path_factory.mktemp('seen')
+def visualized(tmp_path_factory):
+    """(folder of images, of a run, of its figures)."""
+    root = tmp_path_factory.mktemp('visualized')
     images = write_sets(root / 'images', 12, 30)
     run(images, root / 'run', '--epochs', 1)
     visualize.main([str(root / 'run'), '--dataroot', str(images), '--save', str(root / 'seen')])
     return images, root / 'run', root / 'seen'
 
 
-def test_predictions_are_those_of_the_unfolded_network(seen_folder):
-    images, folder, drawn = seen_folder
+def test_predictions_are_those_of_the_unfolded_model(visualized):
+    images, folder, drawn = visualized
     trained = diracnets.load(str(folder))
     test = data.load_splits('Folder', images, trained.preprocess, training=False).test
-    rows = read_rows(drawn / 'predictions.csv')
+    rows = read_csv(drawn / 'predictions.csv')
     assert len(rows) == len(test)
     network = trained.model.double().eval()
     for number, row in enumerate(rows):
@@ -43,15 +43,17 @@ def test_predictions_are_those_of_the_unfolded_network(seen_folder):
         assert float(row['probability_percent']) == pytest.approx(sure, abs=0.01)
 
 
-def test_confusions_are_counted():
+def test_confusion_matrix_counts_pairs():
     pairs = [('a', 'a'), ('a', 'b'), ('b', 'b'), ('c', 'a'), ('a', 'b')]
     rows = [{'class': c, 'labelled': labelled} for c, labelled in pairs]
-    assert visualize.confusion(rows, ['a', 'b', 'c']).tolist() == [[1, 2, 0], [0, 1, 0], [1, 0, 0]]
+    counts = visualize.confusion_matrix(rows, ['a', 'b', 'c'])
+    assert counts.tolist() == [[1, 2, 0], [0, 1, 0], [1, 0, 0]]
 
 
-def test_the_surest_mistakes_come_first(seen_folder):
-    images, folder, drawn = seen_folder
-    test = data.load_splits('Folder', images, diracnets.load(str(folder)).preprocess, training=False).test
+def test_mistakes_are_drawn_most_confident_first(visualized):
+    images, folder, drawn = visualized
+    preprocess = diracnets.load(str(folder)).preprocess
+    test = data.load_splits('Folder', images, preprocess, training=False).test
     sure = [10, 90, 50, 70]
     rows = [{'image': i, 'class': 'a', 'labelled': labelled, 'probability_percent': p}
             for i, (labelled, p) in enumerate(zip('bbab', sure))]
@@ -59,8 +61,8 @@ def test_the_surest_mistakes_come_first(seen_folder):
     assert titles[:4] == ['"b", 90.0 %\nis: a', '"b", 70.0 %\nis: a', '"b", 10.0 %\nis: a', '']
 
 
-def test_pictures_are_drawn(seen_folder):
-    *_, drawn = seen_folder
+def test_figures_are_drawn(visualized):
+    *_, drawn = visualized
     assert sorted(path.name for path in drawn.iterdir()) == sorted((*PICTURES, 'predictions.csv'))
     for name in PICTURES:
         picture = cv2.imread(str(drawn / name))
@@ -69,16 +71,17 @@ def test_pictures_are_drawn(seen_folder):
 
 
 @pytest.mark.parametrize('model', ['plain', 'diracnet-v1', 'diracnet-fast'])
-def test_other_networks_have_no_layers_to_draw(model):
-    kept = diracnets.create_model(model, 'CIFAR10').state_dict()
-    assert layers.layers_of(kept) == []
-    assert layers.layers_of(diracnets.create_model('diracnet', 'CIFAR10', depth=10).state_dict())
+def test_layer_statistics_are_of_diracnets_alone(model):
+    params = diracnets.create_model(model, 'CIFAR10').state_dict()
+    assert measures.layer_statistics(params) == []
+    diracnet = diracnets.create_model('diracnet', 'CIFAR10', depth=10)
+    assert len(measures.layer_statistics(diracnet.state_dict())) == 6
 
 
-def test_a_missing_network_is_said_in_one_line(tmp_path, capsys):
+def test_command_exits_with_one_line_when_the_model_is_missing(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         visualize.main([str(tmp_path / 'none'), '--save', str(tmp_path / 'seen')])
     assert stopped.value.code != 0
     error = capsys.readouterr().err
-    assert error.startswith('experiments.seen: ')
+    assert error.startswith('experiments.visualize: ')
     assert error.count('\n') == 1
