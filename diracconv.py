@@ -57,15 +57,15 @@ def add_delta(weight: Tensor, alpha: Tensor, groups: int = 1) -> Tensor:
     weight: (out, in / groups, *kernel_size). alpha: (out,).
     """
     out_channels, in_channels, *kernel_size = weight.shape
-    centre = 0
+    center = 0
     for size in kernel_size:
-        centre = centre * size + size // 2
+        center = center * size + size // 2
     step = (in_channels + 1) * weight.shape[2:].numel()  # from one filter to the next
     count = min(out_channels // groups, in_channels)
-    stop = centre + (count - 1) * step + 1
+    stop = center + (count - 1) * step + 1
     flat = weight.reshape(groups, -1)
-    ones = flat[:, centre:stop:step] + alpha.reshape(groups, -1)[:, :count]
-    return flat.slice_scatter(ones, 1, centre, stop, step).view(weight.shape)
+    ones = flat[:, center:stop:step] + alpha.reshape(groups, -1)[:, :count]
+    return flat.slice_scatter(ones, 1, center, stop, step).view(weight.shape)
 
 
 def _filter_norms(weight):

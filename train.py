@@ -1,4 +1,4 @@
-"""Train a DiracNet, or a network it is compared with, or evaluate a trained one.
+"""Trains a DiracNet, or another architecture of diracnets.list_models(), or evaluates a model.
 
 CIFAR-10, the paper's recipe:
     python train.py --depth 34 --width 2 --save runs/diracnet-34-2
@@ -50,7 +50,7 @@ from training.setup import load_for_evaluation, prepare
 
 
 def train_one_epoch(run, model, loader, size, title, signals):
-    """Train on the remaining batches of an epoch; return its log entries.
+    """Trains on the remaining batches of an epoch; returns its log entries.
 
     model: run.model, perhaps compiled or distributed; size: of the images, in pixels; title: of the
     progress bar; signals: a SignalHandler.
@@ -76,7 +76,7 @@ def train_one_epoch(run, model, loader, size, title, signals):
 
 @torch.no_grad()
 def evaluate(model, forward, images, meters, opt, signals=None):
-    """Evaluate a model, in evaluation mode, on images; add up the results in `meters`.
+    """Evaluates a model, in evaluation mode, on images; adds up the results in `meters`.
 
     model: an nn.Module or a compiled one. Raises StoppedError if `signals` received a signal.
     """
@@ -92,7 +92,7 @@ def evaluate(model, forward, images, meters, opt, signals=None):
 
 
 def train(run, resume_command):
-    """Train the remaining epochs of a run; write the log and checkpoints into opt.save."""
+    """Trains the remaining epochs of a run; writes the log and checkpoints into opt.save."""
     opt, splits = run.opt, run.splits
     train_model = DistributedDataParallel(run.model) if world_size() > 1 else run.model
     eval_model = run.model
@@ -129,7 +129,7 @@ def train(run, resume_command):
 
 
 def test(opt, loaded, forward, splits):
-    """Print the loss and accuracy of a loaded model on the test images."""
+    """Prints the loss and accuracy of a loaded model on the test images."""
     settings = {'file': loaded.path, 'network': loaded.title, 'image_size': loaded.preprocess.size,
                 'batch_size': opt.batch_size, 'nthread': opt.nthread}
     print_header(settings, loaded.model, splits, forward)
@@ -142,7 +142,7 @@ def test(opt, loaded, forward, splits):
 
 
 def print_header(settings, model, splits, forward):
-    """Print the settings, the parameters of the model, the data and the hardware."""
+    """Prints the settings, the parameters of the model, the data and the hardware."""
     if rank() > 0:
         return
     params = dict(model.named_parameters())
@@ -160,7 +160,7 @@ def print_header(settings, model, splits, forward):
 
 
 def main(argv=None, splits=None):
-    """Run the command line in `argv`; exit with a one-line message and status on an error.
+    """Runs the command line in `argv`; exits with a one-line message and status on an error.
 
     splits: DataSplits to train or evaluate on, in place of --dataset: see
     `training.data.DataSplits.from_arrays`.

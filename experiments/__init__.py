@@ -1,1 +1,1 @@
-"""What was trained or timed to find something out; each runs as `python -m experiments.NAME`."""
+"""Experiments and benchmarks; each runs as `python -m experiments.NAME`."""

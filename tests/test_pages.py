@@ -21,7 +21,7 @@ from training import options
 README_SECTIONS = [
     'Highlights', 'Installation', 'Quick start', 'Pretrained models', 'Results', 'How it works',
     'Use in your own network', 'Training', 'Export', 'Documentation',
-    'Limitations and differences from the original', 'Citation and licence',
+    'Limitations and differences from the original', 'Citation and license',
 ]
 
 

@@ -1,1 +1,1 @@
-"""What a training is made of: options, how it begins, data, files, figures, processes."""
+"""The parts of a training run: options, setup, data, computation, checkpoints, log, meters."""

@@ -19,7 +19,7 @@ from training.distributed import rank, world_size
 
 
 def choose_dtype(dtype: str, device: torch.device, args: dict) -> str:
-    """Resolve --dtype: 'auto' is the dtype of a checkpoint with these args, or of the hardware."""
+    """Resolves --dtype: 'auto' is the dtype of a checkpoint with these args, or of the hardware."""
     if dtype != 'auto':
         return dtype
     native, reason = native_bfloat16(device)
@@ -32,7 +32,7 @@ def choose_dtype(dtype: str, device: torch.device, args: dict) -> str:
 
 
 def param_dtype(dtype: str) -> torch.dtype:
-    """Return the torch dtype of the parameters: bfloat16 is autocast from float32."""
+    """Returns the torch dtype of the parameters: bfloat16 is autocast from float32."""
     return torch.float64 if dtype == 'double' else torch.float32
 
 
@@ -45,7 +45,7 @@ class Forward:
     device: torch.device
 
     def __call__(self, model: Callable, images: torch.Tensor, size: int | None = None):
-        """Return the logits (n, num_classes) of images (n, C, S, S), resized to `size` pixels."""
+        """Returns the logits (n, num_classes) of images (n, C, S, S), resized to `size` pixels."""
         inputs = normalize(images.to(self.device, non_blocking=True), self.preprocess,
                            param_dtype(self.dtype))
         if size not in (None, self.preprocess.size):
@@ -57,7 +57,7 @@ class Forward:
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, global_batch_size: int,
                   label_smoothing: float = 0.0) -> torch.Tensor:
-    """Return this rank's part of the mean cross-entropy of a batch, times the number of ranks.
+    """Returns this rank's part of the mean cross-entropy of a batch, times the number of ranks.
 
     DistributedDataParallel averages gradients over ranks, which cancels that factor. logits:
     (n, num_classes) and labels: (n,) of the images of this rank; IGNORED labels do not count.
@@ -68,7 +68,7 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, global_batch_size:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next step: returned pages are slow to get back.
+    """Makes glibc keep freed memory for the next step: returned pages are slow to get back.
 
     MALLOC_* environment variables take precedence; other C libraries are left alone.
     """
@@ -81,7 +81,7 @@ def keep_freed_memory() -> None:
 
 
 def compile_model(model: nn.Module, device: torch.device) -> Callable:
-    """Compile a model, once for each batch size.
+    """Compiles a model, once for each batch size.
 
     On CUDA each compiled step is one CUDA graph: a step of a deep, narrow network has hundreds of
     small kernels, which Python launches more slowly than a GPU runs them.
@@ -98,7 +98,7 @@ def compile_model(model: nn.Module, device: torch.device) -> Callable:
 
 
 def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> float:
-    """Compile the models of a run for every batch size; return the time it took, in seconds.
+    """Compiles the models of a run for every batch size; returns the time it took, in seconds.
 
     sizes: of the training images, in pixels. Leaves the model, the optimizer and the random number
     generators as they were.

@@ -18,7 +18,7 @@ def atomic_write(path, content):
 
 @contextlib.contextmanager
 def replacement(path):
-    """Yields the name of a temporary file beside `path`, which replaces it after the block.
+    """Yields the name of a temporary file next to `path`, which replaces it after the block.
 
     The block creates the file. An error removes it; an OSError is raised again naming `path`.
     """
@@ -73,7 +73,7 @@ def path_in_errors(path):
 
 @contextlib.contextmanager
 def sibling_tempdir(path):
-    """Yields a temporary folder beside a file to be written, whose parent folders it creates.
+    """Yields a temporary folder next to a file to be written, whose parent folders it creates.
 
     On an error the created parent folders are removed.
     """

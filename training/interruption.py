@@ -40,7 +40,7 @@ class SignalHandler:
             raise StoppedError(number)
 
     def batches(self, loader):
-        """Yield the batches of a loader, as `iterate_batches` does."""
+        """Yields the batches of a loader, as `iterate_batches` does."""
         batches, batch = iterate_batches(loader), True
         while batch:
             self.waiting = True
@@ -56,7 +56,7 @@ class SignalHandler:
 
 @contextlib.contextmanager
 def interruptible(run, resume_command: str):
-    """Yield a SignalHandler, and save the run if a signal, an image or a lost worker ends it.
+    """Yields a SignalHandler, and saves the run if a signal, an image or a lost worker ends it.
 
     resume_command: the command that resumes the run, for the message. After a signal the process
     exits with status 128 + its number.
@@ -86,7 +86,7 @@ def interruptible(run, resume_command: str):
 
 @contextlib.contextmanager
 def out_of_memory_as_os_error():
-    """Turn CUDA running out of memory into an OSError that names the remedy."""
+    """Turns CUDA running out of memory into an OSError that names the remedy."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

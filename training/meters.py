@@ -15,7 +15,7 @@ SECONDS_PER_READING = 1  # or this time, so that long steps show their loss too
 
 
 def topk(num_classes):
-    """Return the k of the top-k accuracies: top-5 too for 100 classes or more."""
+    """Returns the k of the top-k accuracies: top-5 too for 100 classes or more."""
     return [1, 5] if num_classes >= 100 else [1]
 
 
@@ -51,7 +51,7 @@ class Meters:
         self.accuracy.n, self.accuracy.sum = int(n), dict(zip(self.topk, map(int, errors)))
 
     def update(self, loss, logits, labels, global_batch_size):
-        """Add a batch: its loss (see compute.cross_entropy), and logits and labels of this rank."""
+        """Adds a batch: its loss (see compute.cross_entropy), and logits and labels of this rank."""
         # the sum over the images of this rank
         loss_sum = loss.detach() * (global_batch_size / world_size())
         self.pending.append((loss_sum, logits.detach(), labels))
@@ -61,7 +61,7 @@ class Meters:
         self.bar.update(global_batch_size)
 
     def read(self):
-        """Add the pending batches; raise DivergedError for a non-finite training loss."""
+        """Adds the pending batches; raises DivergedError for a non-finite training loss."""
         if not self.pending:
             return
         losses, logits, labels = zip(*self.pending)
@@ -91,12 +91,12 @@ class Meters:
         self.steps += len(losses)
 
     def totals(self):
-        """Return [seconds, sum of losses, images, errors at each k], summed over all ranks."""
+        """Returns [seconds, sum of losses, images, errors at each k], summed over all ranks."""
         self.read()
         return [time.perf_counter() - self.start, *all_reduce(self._sums())]
 
     def summary(self, prefix):
-        """Return the loss, the accuracies in per cent and the time in seconds, by log key."""
+        """Returns the loss, the accuracies in per cent and the time in seconds, by log key."""
         seconds, *sums = self.totals()
         local_sums = self._sums()
         self._set_sums(sums)

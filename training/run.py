@@ -68,7 +68,7 @@ class Run:
         return self.epoch >= self.opt.epochs
 
     def summary(self):
-        """Return one line on the result of the run."""
+        """Returns one line on the result of the run."""
         best = f'best {self.eval_splits[0]}_acc {self.best:.2f}'
         if self.meters:
             return f'{best}; log and checkpoints in {self.opt.save}'
@@ -76,19 +76,19 @@ class Run:
                 f'{self.epoch} epochs, --epochs is {self.opt.epochs}; {best}')
 
     def set_learning_rate(self, steps_per_epoch):
-        """Set the learning rate of the next step."""
+        """Sets the learning rate of the next step."""
         progress = self.epoch + self.step / steps_per_epoch
         set_learning_rate(self.optimizer, lr_factor(self.opt, progress))
 
     def eval(self):
-        """Set evaluation mode; all ranks take the batch statistics of rank 0, which saves them."""
+        """Sets evaluation mode; all ranks take the batch statistics of rank 0, which saves them."""
         if world_size() > 1:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
         self.model.eval()
 
     def end_step(self, steps_per_epoch: int, signals: SignalHandler):
-        """Count a training step; save if it is time; raise StoppedError after a signal."""
+        """Counts a training step; saves if it is time; raises StoppedError after a signal."""
         self.step += 1
         self.set_learning_rate(steps_per_epoch)
         if self.step < steps_per_epoch and not ranks_agree_at(self.step):
@@ -101,7 +101,7 @@ class Run:
             self.save()
 
     def end_epoch(self, stats):
-        """Write the log line and the checkpoints of an epoch, and print its accuracies.
+        """Writes the log line and the checkpoints of an epoch, and prints its accuracies.
 
         Raises DivergedError, and writes nothing, for a non-finite loss or parameter.
         """
@@ -126,7 +126,7 @@ class Run:
                 self.board.write(stats, self.model)
 
     def state(self):
-        """Return the contents of a checkpoint: see training/checkpoint.py."""
+        """Returns the contents of a checkpoint: see training/checkpoint.py."""
         return {
             'params': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
             'epoch': self.epoch, 'step': self.step, 'best': self.best,
@@ -135,7 +135,7 @@ class Run:
         }
 
     def save(self, names=(MODEL_FILE,), checked=False):
-        """Write a checkpoint into the folder, under one or several names; all ranks call this.
+        """Writes a checkpoint into the folder, under one or several names; all ranks call this.
 
         checked: the state is known to be finite. Otherwise raises DivergedError, and writes
         nothing, for a non-finite loss or parameter.
@@ -146,7 +146,7 @@ class Run:
             checkpoint.save(self.opt.save, {**self.state(), 'totals': totals}, names, checked)
 
     def restore(self, state, path):
-        """Take over the state in a checkpoint; raise ValueError if it is not of this run."""
+        """Takes over the state in a checkpoint; raises ValueError if it is not of this run."""
         names, saved_names = self.splits.classes, state.get('classes')
         check_classes(path, len(saved_names or names), saved_names, names)
         try:
@@ -171,7 +171,7 @@ class Run:
                 checkpoint.set_rng_state(state['rng'])
 
     def _check_progress(self, totals):
-        """Raise ValueError for a state that would fail later, or change results silently."""
+        """Raises ValueError for a state that would fail later, or change results silently."""
         if self.epoch or self.step or self.optimizer.state:
             check_state(self.optimizer)
         steps = -(-len(self.splits.train) // self.opt.batch_size)  # of an epoch
@@ -183,12 +183,12 @@ class Run:
 
 
 def ranks_agree_at(step):
-    """Return whether ranks exchange signals after this step: agreeing takes time."""
+    """Returns whether ranks exchange signals after this step: agreeing takes time."""
     return world_size() == 1 or step % STEPS_PER_READING == 0
 
 
 def raise_if_stopped(signals, step, steps):
-    """Raise StoppedError after an evaluation step, of `steps`, if a rank received a signal."""
+    """Raises StoppedError after an evaluation step, of `steps`, if a rank received a signal."""
     if step < steps and not ranks_agree_at(step):
         return
     number, = all_reduce([signals.number], dist.ReduceOp.MAX)

@@ -25,7 +25,7 @@ from training.whitening import PIXELS, whiten
 
 
 def find_checkpoint(opt):
-    """Return the checkpoint to resume from, or its folder; '' to start a new run.
+    """Returns the checkpoint to resume from, or its folder; '' to start a new run.
 
     Raises ValueError if --save contains a run that would be overwritten.
     """
@@ -47,8 +47,7 @@ def find_checkpoint(opt):
 
 
 def prepare_folder(run, lock):
-    """Create and lock --save, and prepare its files for this run; raise ValueError if it is taken.
-    """
+    """Creates, locks and prepares --save; raises ValueError if another run uses it."""
     folder = run.opt.save
     os.makedirs(folder, exist_ok=True)
     lock.acquire()
@@ -59,14 +58,14 @@ def prepare_folder(run, lock):
 
 
 def check_options(path, args, saved_args):
-    """Raise ValueError if options that change the result differ from those of a checkpoint."""
+    """Raises ValueError if options that change the result differ from those of a checkpoint."""
     changed = options.changed_options(args, saved_args)
     if changed:
         raise ValueError(f'{path}: {"; ".join(changed)}; use the same options, or --force')
 
 
 def check_ranks_agree(run):
-    """Raise ValueError if ranks start at different steps, as from different checkpoints."""
+    """Raises ValueError if ranks start at different steps, as from different checkpoints."""
     first, last = (all_reduce([run.epoch, run.step], op)
                    for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
     if first != last:
@@ -75,14 +74,14 @@ def check_ranks_agree(run):
 
 
 def load_named_splits(opt, name, preprocess, training=True, **augmentation):
-    """Load a data set by name; one rank of each machine downloads it before the others read it."""
+    """Loads a data set by name; one rank of each machine downloads it before the others read it."""
     load = functools.partial(data.load_splits, name, opt.dataroot, preprocess, opt.nthread,
                              training, **augmentation)
     return distributed.rank_zero_first(load) if name.startswith('CIFAR') else load()
 
 
 def load_training_splits(opt, splits, preprocess):
-    """Load the splits that the options name, or take those from Python, with augmentation."""
+    """Loads the splits that the options name, or takes those from Python, with augmentation."""
     augmentation = {
         'crop': opt.augment and opt.crop, 'pad': opt.randomcrop_pad,
         'flip': opt.flip if opt.augment else 'none', 'cutout': opt.cutout,
@@ -96,9 +95,9 @@ def load_training_splits(opt, splits, preprocess):
 
 
 def resolve_normalization(preprocess, opt, images, saved_args):
-    """Return the Preprocessing with the mean and std of --normalise, measured if it says so.
+    """Returns the Preprocessing with the mean and std of --normalize, measured if it asks for it.
 
-    saved_args: the options of a resumed run, which contain what was measured. Raises ValueError if
+    saved_args: the options of a resumed run, which contain the measured values. Raises ValueError if
     the number of channels is not that of the images.
     """
     measured = saved_args.get('normalise') == 'measured' and {'mean', 'std'} <= saved_args.keys()
@@ -112,13 +111,13 @@ def resolve_normalization(preprocess, opt, images, saved_args):
         mean, std = preprocess.mean, preprocess.std
     preprocess = replace(preprocess, mean=tuple(mean), std=tuple(std))
     if preprocess.channels != images.shape[-1]:
-        raise ValueError(f'--normalise of {preprocess.channels} channels: expected '
+        raise ValueError(f'--normalize of {preprocess.channels} channels: expected '
                          f'{images.shape[-1]}, as the images have')
     return preprocess
 
 
 def check_model_options(opt, preprocess):
-    """Raise ValueError for sizes that the architecture does not have, before data are read."""
+    """Raises ValueError for sizes that the architecture does not have, before data are read."""
     try:
         with torch.device('meta'):
             diracnets.create_model(opt.model, preprocess.kind, **options.model_options(opt))
@@ -128,7 +127,7 @@ def check_model_options(opt, preprocess):
 
 
 def build_model(opt, splits, forward):
-    """Create the model on its device, from the seed, --whiten and nothing else."""
+    """Creates the model on its device, initialized by --seed and --whiten."""
     for seed in (random.seed, np.random.seed, torch.manual_seed):
         seed(opt.seed)
     preprocess = forward.preprocess
@@ -147,7 +146,7 @@ def build_model(opt, splits, forward):
 
 
 def prepare(opt, device, lock, splits=None):
-    """Start a run, or resume the one in a checkpoint: return a Run.
+    """Starts a run, or resumes the one in a checkpoint; returns a Run.
 
     lock: of --save, acquired before its files are read; splits: DataSplits from Python, in place of
     --dataset. Raises ValueError or OSError.
@@ -180,7 +179,7 @@ def prepare(opt, device, lock, splits=None):
 
 
 def load_for_evaluation(opt, device, splits=None):
-    """Load the model of --resume and the test images: return (LoadedModel, Forward, DataSplits).
+    """Loads the model of --resume and the test images; returns (LoadedModel, Forward, DataSplits).
 
     splits: DataSplits from Python, in place of --dataset. Raises ValueError or OSError.
     """
