@@ -388,7 +388,7 @@ def test_export_removes_new_folders_when_it_fails(run, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
-    monkeypatch.setattr(export, 'write', full)
+    monkeypatch.setattr(export, 'write_synced', full)
     with pytest.raises(SystemExit):
         export.main([str(run), '--to', str(tmp_path / 'a' / 'b' / 'c.pth')])
     assert os.listdir(tmp_path) == []
