@@ -51,7 +51,7 @@ class Meters:
         self.accuracy.n, self.accuracy.sum = int(n), dict(zip(self.topk, map(int, errors)))
 
     def update(self, loss, logits, labels, global_batch_size):
-        """Adds a batch: its loss (see compute.cross_entropy), and logits and labels of this rank."""
+        """Adds a batch: its loss (of compute.cross_entropy), its logits and labels on this rank."""
         # the sum over the images of this rank
         loss_sum = loss.detach() * (global_batch_size / world_size())
         self.pending.append((loss_sum, logits.detach(), labels))

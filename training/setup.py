@@ -97,8 +97,8 @@ def load_training_splits(opt, splits, preprocess):
 def resolve_normalization(preprocess, opt, images, saved_args):
     """Returns the Preprocessing with the mean and std of --normalize, measured if it asks for it.
 
-    saved_args: the options of a resumed run, which contain the measured values. Raises ValueError if
-    the number of channels is not that of the images.
+    saved_args: the options of a resumed run, with the measured values. Raises ValueError if the
+    number of channels is not that of the images.
     """
     measured = saved_args.get('normalise') == 'measured' and {'mean', 'std'} <= saved_args.keys()
     if opt.normalise == 'measured' and measured:
