@@ -101,9 +101,9 @@ def plot_logs(logs):
 def plot_filters(weight, title):
     """Plots filters (out, in, height, width) as a grid of height x width matrices (out x in).
 
-    All matrices share one color scale, dark for negative, grey for 0 and light for positive
+    All matrices share one color scale, dark for negative, gray for 0 and light for positive
     weights, so that signs are readable in black and white. It is clipped at the 98th percentile of
-    the magnitudes: with the large diagonal of a Dirac term all other weights would be grey.
+    the magnitudes: with the large diagonal of a Dirac term all other weights would be gray.
     Returns a matplotlib Figure.
     """
     from matplotlib import pyplot as plt  # slow to import; displays the figure in a notebook

@@ -25,7 +25,7 @@ _OPEN_FLAGS = os.O_RDONLY | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_NONBLOCK
 
 
 class DataError(ValueError):
-    """An error in a data set or an image; the message names the file or item."""
+    """An error in a dataset or an image; the message names the file or item."""
 
 
 @functools.cache
@@ -158,7 +158,7 @@ def _pillow_size(content, path):
 def _read_header(content, path):
     """Returns ((height, width) or None, whether the file is truncated); errors: of `_pillow_size`.
 
-    OpenCV decodes missing parts of a JPEG file as grey rows; for PNG files libpng prints a message.
+    OpenCV decodes missing parts of a JPEG file as gray rows; for PNG files libpng prints a message.
     Complete files may have trailing data, and JPEG segments before the first scan may contain
     thumbnails with end markers of their own.
     """

@@ -115,7 +115,7 @@ def merge_options(
     if file_inputs:
         in_file.update(image_size=file_inputs.size, mean=list(file_inputs.mean),
                        std=list(file_inputs.std))
-    # a model may be tested on another data set, and checkpointing changes only the gradients' cost
+    # a model may be tested on another dataset, and checkpointing changes only the gradients' cost
     contradictions = [
         f'{name} is {in_file[name]}, not {value}' for name, value in overrides.items()
         if in_file.get(name, value) != value and name not in ('dataset', 'checkpointing')
@@ -200,13 +200,13 @@ def _build_other(contents, file_inputs, options):
 def check_classes(
     path: str, num_classes: int, classes: list[str] | None, dataset_classes: list[str]
 ) -> None:
-    """Raises ValueError unless the classes of a data set are those of the model in a file.
+    """Raises ValueError unless the classes of a dataset are those of the model in a file.
 
     num_classes and classes are the model's; classes is None if the file does not contain names.
     """
     if len(dataset_classes) != num_classes or classes not in (None, dataset_classes):
         raise ValueError(
-            f'{path}: classes differ: the model has {_summary(num_classes, classes)}, the data set '
+            f'{path}: classes differ: the model has {_summary(num_classes, classes)}, the dataset '
             f'{_summary(len(dataset_classes), dataset_classes)}'
         )
 

@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_SMALL = 64  # pixels: larger inputs are center crops; images up to this size are used whole
-DEFAULT_SIZE = 32  # pixels, of a data set without a size of its own
+DEFAULT_SIZE = 32  # pixels, of a dataset without a size of its own
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 MAX_MEAN = 1e9  # of a channel's mean and std: far above the values of real images
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts about a data set. `diracnet.CLASSES` contains the number of classes of each kind."""
+    """Facts about a dataset. `diracnet.CLASSES` contains the number of classes of each kind."""
 
     size: int | None = None  # pixels; None: chosen by the user
     mean: tuple[float, ...] | None = None  # of each channel in [0, 1]; None: that of the kind
     std: tuple[float, ...] | None = None
     flip: str = 'horizontal'  # the default of --flip
-    test_folders: tuple[str, ...] = ()  # of a data set of image files, in order of preference
+    test_folders: tuple[str, ...] = ()  # of a dataset of image files, in order of preference
 
 
 _CIFAR = {'size': 32, 'mean': (125.3 / 255, 123.0 / 255, 113.9 / 255),
@@ -71,7 +71,7 @@ class Preprocessing:
     other than three channels whose file has no normalization gets mean 0 and std 1.
     """
 
-    kind: str  # one of KINDS: the data set whose architectures fit these images
+    kind: str  # one of KINDS: the dataset whose architectures fit these images
     size: int  # pixels
     mean: tuple[float, ...]  # of each channel
     std: tuple[float, ...]
@@ -90,12 +90,12 @@ class Preprocessing:
     def for_dataset(cls, dataset: str, image_size: int | None = None,
                     mean: Sequence[float] | None = None,
                     std: Sequence[float] | None = None) -> Preprocessing:
-        """Returns the preprocessing of a data set, one of DATASETS.
+        """Returns the preprocessing of a dataset, one of DATASETS.
 
         image_size: pixels, for 'Folder' only (default 32); mean, std: of each channel, by default
-        those of the data set. Inputs of up to 64 pixels are for the CIFAR architectures, larger
+        those of the dataset. Inputs of up to 64 pixels are for the CIFAR architectures, larger
         ones for those of ImageNet. Raises ValueError for an unknown name, for another size than
-        the data set's, and for an invalid mean or std.
+        the dataset's, and for an invalid mean or std.
         """
         if dataset not in DATASETS:
             raise ValueError(f'dataset {dataset!r}: expected one of {", ".join(DATASETS)}')
@@ -117,8 +117,8 @@ class Preprocessing:
     def from_args(cls, args: dict) -> Preprocessing:
         """Returns the preprocessing of a training run from the `args` of its checkpoint.
 
-        Older checkpoints contain image_size 32 for every data set, and no mean and std: those of
-        the data set apply.
+        Older checkpoints contain image_size 32 for every dataset, and no mean and std: those of
+        the dataset apply.
         """
         dataset = args['dataset']
         size = args.get('image_size') if dataset == 'Folder' else None
@@ -164,7 +164,7 @@ class Preprocessing:
 
 
 def preprocess(dataset: str = 'ImageNet', image_size: int | None = None) -> Preprocessing:
-    """Returns the test transform of a data set, a callable from an image to an input (C, S, S).
+    """Returns the test transform of a dataset, a callable from an image to an input (C, S, S).
 
     Reported accuracies are measured with this transform. Arguments and errors are those of
     `Preprocessing.for_dataset`; `Preprocessing.__call__` describes the images.
@@ -197,7 +197,7 @@ def image_to_array(image: str | bytes | os.PathLike | np.ndarray | torch.Tensor,
 
     image: the path of a file; a PIL image with 8 bits a channel; an array, uint8 (H, W, C); or a
     tensor (C, H, W), uint8 or floating point in [0, 1]. rgb: require or convert to RGB; otherwise
-    arrays and tensors may have any number of channels or be (H, W), and greyscale PIL images keep
+    arrays and tensors may have any number of channels or be (H, W), and grayscale PIL images keep
     one channel. PIL images are transposed by their EXIF orientation, as OpenCV does for files.
     Raises DataError for another type, shape or mode, and for an unreadable file.
     """

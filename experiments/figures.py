@@ -3,7 +3,7 @@
     python -m experiments.figures             # all that have results
     python -m experiments.figures depth       # logs/depth/depth.png
 
-Points are means over seeds, grey circles single runs, error bars one std; n is the number of seeds.
+Points are means over seeds, gray circles single runs, error bars one std; n is the number of seeds.
 Markers and dashes identify the series too, for printing in black and white.
 """
 

@@ -237,7 +237,7 @@ def test_iterate_batches_raises_worker_error_when_a_worker_dies_during_a_transfe
     assert next(batches) == 'a batch'
     with pytest.raises(WorkerError, match=rf'died \(DataLoader worker: {type(error).__name__}\)'):
         next(batches)
-    loader.num_workers = 0  # the error is of the data set itself
+    loader.num_workers = 0  # the error is of the dataset itself
     with pytest.raises(type(error)) as raised:
         list(iterate_batches(loader))
     assert raised.value is error

@@ -1,4 +1,4 @@
-"""Image files, data sets and batches: pixels, order and augmentation."""
+"""Image files, datasets and batches: pixels, order and augmentation."""
 
 import io
 import os
@@ -192,7 +192,7 @@ def test_preprocessing_for_dataset_has_kind_and_size():
     folders = [Preprocessing.for_dataset('Folder', size) for size in (64, 65)]
     assert [(i.kind, i.size) for i in folders] == [('CIFAR10', 64), ('ImageNet', 65)]
     assert folders[1].mean == (0.485, 0.456, 0.406)
-    # older checkpoints contain image_size 32 for every data set
+    # older checkpoints contain image_size 32 for every dataset
     older = Preprocessing.from_args({'dataset': 'ImageNet', 'image_size': 32})
     assert older == Preprocessing.for_dataset('ImageNet')
     for arguments in (('ImageNet', 32), ('CIFAR10', 48), ('Folder', -3), ('Folder', 0)):
@@ -407,7 +407,7 @@ def test_load_splits_names_the_invalid_folder_or_file(tmp_path):
     corrupt.unlink()
     corrupt = corrupt.with_suffix('.jpg')
     data.load_splits('Folder', str(tmp_path))
-    corrupt.write_bytes(corrupt.read_bytes()[:-60])  # OpenCV decodes missing rows as grey
+    corrupt.write_bytes(corrupt.read_bytes()[:-60])  # OpenCV decodes missing rows as gray
     with pytest.raises(DataError, match=f'^{corrupt}: not a readable image'):
         data.load_splits('Folder', str(tmp_path))
     for image in (tmp_path / 'train' / 'dog').iterdir():
@@ -665,7 +665,7 @@ def test_load_splits_says_where_to_put_cifar_when_the_download_fails(tmp_path, n
 
 def test_load_splits_cifar(tmp_path, monkeypatch):
     class Few:
-        """Replaces torchvision's data set, whose files tests cannot download."""
+        """Replaces torchvision's dataset, whose files tests cannot download."""
 
         classes = ['cat', 'dog']
 

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 READABLE = ('float.onnx', 'int8.onnx', 'float.safetensors', 'float.pth')
 FORMS = (*READABLE, 'float.pt2')
 CLASSES = [f'class {i}' for i in range(9)] + ['été']
-SIZE = 24  # pixels, which no data set has and no option defaults to
+SIZE = 24  # pixels, which no dataset has and no option defaults to
 
 
 @pytest.fixture(scope='module')

@@ -136,7 +136,7 @@ def test_alternating_flip_flips_each_image_in_every_second_epoch(tmp_path, kind)
 @pytest.mark.parametrize('kind', ['memory', 'pairs'])
 @pytest.mark.parametrize('side', [3, 4])
 def test_cutout_makes_one_square_of_each_image_grey(side, kind):
-    images = RNG.integers(0, 128, (20, 7, 7, 3), dtype=np.uint8)  # never grey
+    images = RNG.integers(0, 128, (20, 7, 7, 3), dtype=np.uint8)  # never gray
     indices, squares = torch.arange(20), set()
     if kind == 'memory':
         dataset = data.MemoryImages(images, np.arange(20))
@@ -445,7 +445,7 @@ def test_resume_rejects_other_data(pairs, tmp_path, capsys):
                                    (test_pair[0][:, :16, :16], test_pair[1]), names)
     assert 'image_size was 32, is 16; ' in refusal(small)
     others = DataSplits.from_arrays((images, labels), test_pair, ['owl', 'yak'])
-    assert 'the data set 2 (owl to yak)' in refusal(others)
+    assert 'the dataset 2 (owl to yak)' in refusal(others)
     with pytest.raises(SystemExit):
         train.main(['--evaluate', '--resume', str(tmp_path)], small)
     assert 'images are (16, 16, 3): expected (32, 32, 3)' in capsys.readouterr().err

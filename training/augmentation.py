@@ -100,7 +100,7 @@ def crop_and_flip(images, indices, shifts, flips, reflect):
 
 
 def cutout(images, centers, side):
-    """Makes a square of each image (n, S, S, C) grey; squares are clipped at the image border.
+    """Makes a square of each image (n, S, S, C) gray; squares are clipped at the image border.
 
     centers: as in AugParams; side: of the square, in pixels.
     """

@@ -1,6 +1,6 @@
-"""Data sets by name, from class folders and from arrays: training, validation and test images.
+"""Datasets by name, from class folders and from arrays: training, validation and test images.
 
-`load_splits` loads a data set by name; `DataSplits.from_arrays` makes splits from arrays
+`load_splits` loads a dataset by name; `DataSplits.from_arrays` makes splits from arrays
 or torch Datasets. `training.loader` makes batches, uint8 (N, C, H, W), of a split; they are
 normalized by `diracnets.preprocessing.normalize` on the training device.
 """
@@ -36,7 +36,7 @@ MIN_PIXELS = 8  # of the side of an image
 
 
 def default_flip(name):
-    """Returns the default of --flip for a data set: one of training.augmentation.FLIPS."""
+    """Returns the default of --flip for a dataset: one of training.augmentation.FLIPS."""
     return DATASETS.get(name, DATASETS['Folder']).flip
 
 
@@ -132,7 +132,7 @@ def fits_in_memory(nbytes, device):
     return nbytes <= free / 4
 
 
-# ---------------------------------------------------------------- data sets by name
+# ---------------------------------------------------------------- datasets by name
 
 
 def list_images(folder):
@@ -255,14 +255,14 @@ def _load_digits(training):
 
 
 def load_splits(name, root='.', preprocess=None, nthread=4, training=True, **augmentation):
-    """Loads the training and test set of a data set by name, one of DATASETS.
+    """Loads the training and test set of a dataset by name, one of DATASETS.
 
     ImageNet and Folder are image files in root/train/CLASS/ and root/val/CLASS/, Folder also in
     root/test/CLASS/. root: the folder of the files; preprocess: the Preprocessing of the model, by
-    default that of the data set; nthread: threads that read small images; training: False loads
-    the test set only; augmentation: settings of an Augmentation, with the data set's default for
+    default that of the dataset; nthread: threads that read small images; training: False loads
+    the test set only; augmentation: settings of an Augmentation, with the dataset's default for
     `flip`. Raises DataError that names the path of an invalid file, and for a preprocessing of
-    other channels or another size than the data set's.
+    other channels or another size than the dataset's.
     """
     preprocess = preprocess or Preprocessing.for_dataset(name)
     info = DATASETS[name]
@@ -281,7 +281,7 @@ def load_splits(name, root='.', preprocess=None, nthread=4, training=True, **aug
 
 
 def hold_out(dataset, n, seed=0):
-    """Splits a data set at random into all but n images, and n images.
+    """Splits a dataset at random into all but n images, and n images.
 
     seed: of the split; with the default, runs of every seed hold out the same images. Raises
     DataError if n is not less than the number of images.
@@ -293,7 +293,7 @@ def hold_out(dataset, n, seed=0):
 
 
 def sample_evenly(dataset, n):
-    """Returns n images, evenly spaced in a data set and not augmented: uint8 (n, C, S, S)."""
+    """Returns n images, evenly spaced in a dataset and not augmented: uint8 (n, C, S, S)."""
     indices = torch.linspace(0, len(dataset) - 1, n).long()
     images, _, _ = dataset[indices, None, torch.arange(n)]
     return images

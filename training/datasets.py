@@ -1,4 +1,4 @@
-"""Datasets of labelled images that are indexed by whole batches.
+"""Datasets of labeled images that are indexed by whole batches.
 
 The images are in memory, in files, or items of any torch Dataset. A batch is a function of its
 indices and of its own seed: the seed of a run fixes every pixel, for any number of workers.

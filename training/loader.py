@@ -1,4 +1,4 @@
-"""DataLoaders over data sets whose items are batches: their order, seeds and worker processes.
+"""DataLoaders over datasets whose items are batches: their order, seeds and worker processes.
 
 `training.datasets` defines a batch. The order and the seeds of all batches follow from one seed.
 """
@@ -74,7 +74,7 @@ def iterate_batches(loader):
             reason = str(error).splitlines()[0]
         elif (isinstance(error, RuntimeError) or str(error).startswith('Caught ')
               or not loader.num_workers):
-            raise  # an error of the data set
+            raise  # an error of the dataset
         else:  # the worker died while it sent a batch, before torch noticed
             reason = f'DataLoader worker: {type(error).__name__}'
         raise WorkerError(f'a worker process died ({reason}); free memory, or lower '
@@ -90,7 +90,7 @@ def _init_worker(_):
 def _report_exception(kind, error, traceback):
     """Prints an exception of a worker's thread, unless the training process has ended.
 
-    The thread sends the file descriptors of batches. Errors of the data set reach the training
+    The thread sends the file descriptors of batches. Errors of the dataset reach the training
     process through the loader.
     """
     if not issubclass(kind, (ConnectionError, EOFError)):

@@ -163,9 +163,9 @@ def _add_model_options(group):
 def _add_data_options(group):
     add = functools.partial(_add, group)
     add('--dataset', default=None, choices=DATASETS,
-        help='data set; with --evaluate that of the run (default: CIFAR10)')
+        help='dataset; with --evaluate that of the run (default: CIFAR10)')
     add('--dataroot', '--imagenetpath', default='.', type=expand_path,
-        help='folder of the data set; ImageNet: with train/CLASS/ and val/CLASS/, Folder: with '
+        help='folder of the dataset; ImageNet: with train/CLASS/ and val/CLASS/, Folder: with '
              'train/CLASS/ and test/CLASS/ or val/CLASS/')
     add('--image_size', default=None, type=at_least(data.MIN_PIXELS, int, MAX_IMAGE_SIZE),
         help='height and width of the inputs of a Folder, in pixels (default: 32); '
@@ -180,7 +180,7 @@ def _add_data_options(group):
              'in every second epoch; all: flips and rotations by 90 degrees, as for aerial images; '
              'none is the default of Digits (default: horizontal)')
     add('--cutout', default=0, type=at_least(0, int),
-        help='side of the grey square that Cutout draws at a random position of each training '
+        help='side of the gray square that Cutout draws at a random position of each training '
              f'image, in pixels; 0: none; not for image files above {MAX_SMALL} pixels')
     add('--augment', default=True, action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
     add('--grow', default='[]', type=size_list,
@@ -388,7 +388,7 @@ def changed_options(now, before):
         older = {'crop': True, 'flip': data.default_flip(before['dataset']), 'normalise': '',
                  'optimizer': 'sgd', 'grow': [], 'whiten': False, 'cutout': 0}
         before = {**older, **before, 'image_size': Preprocessing.from_args(before).size}
-        # data from Python differ from a named data set, where `given` is missing
+        # data from Python differ from a named dataset, where `given` is missing
         now, before = ({**args, 'given': args.get('given')} for args in (now, before))
     return [
         f'{name} was {before[name]}, is {value}'

@@ -74,7 +74,7 @@ def check_ranks_agree(run):
 
 
 def load_named_splits(opt, name, preprocess, training=True, **augmentation):
-    """Loads a data set by name; one rank of each machine downloads it before the others read it."""
+    """Loads a dataset by name; one rank of each machine downloads it before the others read it."""
     load = functools.partial(data.load_splits, name, opt.dataroot, preprocess, opt.nthread,
                              training, **augmentation)
     return distributed.rank_zero_first(load) if name.startswith('CIFAR') else load()

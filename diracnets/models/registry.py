@@ -43,7 +43,7 @@ class Architecture:
 
     build: Callable[..., nn.Module]
     options: dict[str, Any]  # model options of train.py that it has, with their defaults
-    datasets: tuple[str, ...] = tuple(CLASSES)  # supported data sets, the default first
+    datasets: tuple[str, ...] = tuple(CLASSES)  # supported datasets, the default first
     decay_all: bool = False  # weight decay also applies to one-dimensional tensors
     crop_padding: str = 'reflect'  # or 'constant': padding of small images before the random crop
 
@@ -109,9 +109,9 @@ def create_model(
 
     name is one of `list_models()`. dataset ('CIFAR10', 'CIFAR100' or 'ImageNet') selects the
     variant for small or large images and the default number of classes; by default it is the first
-    data set that the architecture supports. options, such as depth, width and block, override the
+    dataset that the architecture supports. options, such as depth, width and block, override the
     defaults in `get_architecture(name).options`. Raises ValueError for an unknown name or option,
-    an unsupported data set, and option values that the architecture rejects.
+    an unsupported dataset, and option values that the architecture rejects.
     """
     architecture = get_architecture(name)
     dataset = architecture.datasets[0] if dataset is None else dataset
