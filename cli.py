@@ -1,4 +1,4 @@
-"""Helpers of the commands: argument parsing, errors and exit status, printing. No torch import."""
+"""Argument parsing, errors, exit status and printing of the commands."""
 
 import argparse
 import contextlib

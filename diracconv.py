@@ -1,4 +1,4 @@
-"""Dirac parametrization of convolutions (Zagoruyko & Komodakis, arXiv 1706.00388, section 3).
+"""Dirac parametrization of convolutions (Zagoruyko & Komodakis, arXiv 1706.00388).
 
 The filters of a convolution are
 
@@ -233,7 +233,7 @@ def is_parametrized(layer: nn.Module) -> bool:
 
 
 def _check_sizes(ndim, minimum, **sizes):
-    """Raises ValueError unless each size is an integer, or `ndim` integers, of at least minimum.
+    """Raises ValueError unless each size is one or `ndim` integers of at least minimum.
 
     nn.Conv checks the other arguments: groups and padding_mode.
     """

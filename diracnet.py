@@ -6,7 +6,7 @@
     logits = f(inputs, params, mode=True)           # mode: True in training
 
 `Network(f, params)` is the same as an nn.Module. `DiracNet` is the model for deployment: batch norm
-and the Dirac parametrization are folded into plain convolutions. It has published ImageNet weights:
+and the Dirac parametrization are folded into standard convolutions. ImageNet weights are published:
 
     model = diracnet18(pretrained=True)
 """
@@ -99,7 +99,7 @@ class Topology:
         return self.channels[-1] / (IMAGENET_CHANNELS if self.imagenet else CIFAR_CHANNELS)[-1]
 
     def matches(self, depth: int, width: float) -> bool:
-        """Whether this is the Topology of a depth and width, whose channels are rounded down."""
+        """Whether `make_topology` returns this Topology for a depth and a width."""
         sizes = depth, width, self.kind, self.num_classes, self.in_channels
         try:
             return self == make_topology(*sizes)
@@ -124,7 +124,7 @@ def _shape_of(params, name, ndim):
 
 
 def check_integers(**sizes: Any) -> None:
-    """Raises ValueError that names a size that is not an integer (16.0 is not)."""
+    """Raises ValueError, naming the size, for a size that is not an integer (16.0 is not)."""
     for name, value in sizes.items():
         if not isinstance(value, Integral):
             raise ValueError(f'{name} {value!r}: expected an integer')
@@ -309,8 +309,8 @@ def forward(
     if checkpointing and mode:
         run_group = functools.partial(_checkpointed_group, dirac=dirac)
     elif dirac:
-        # all W_hat at once, cast to the dtype of autocast: between convolutions, which evict the
-        # parameters from the caches, their many small operations take five times as long
+        # compute all W_hat at once, in the dtype of autocast: between the convolutions, which evict
+        # the parameters from the caches, these small operations take five times as long
         names = [name for name, _, _ in topology.layers()]
         params = {**params, **dirac_weights(params, names, x.dtype)}
     for g, blocks in enumerate(topology.blocks):
@@ -406,7 +406,7 @@ def make_layers(
 
 
 class DiracNet(nn.Module):
-    """The folded DiracNet, a chain of ReLU and plain convolutions: (N, C, H, W) to logits.
+    """The folded DiracNet, a chain of ReLU and standard convolutions: (N, C, H, W) to logits.
 
     The state dict has the keys of the published folded checkpoints: `features.conv.weight|bias`,
     `features.group{g}.block{b}.conv.weight|bias`, `fc.weight|bias`. The arguments and errors are
@@ -451,11 +451,11 @@ def check_hash(path: str | Path, expected: str) -> None:
 
 
 def load_published(url: str, get_params: Callable[[Any], Params]) -> Params:
-    """Loads the parameters of a published checkpoint through the cache of torch.hub, on the CPU.
+    """Loads the parameters of a published checkpoint on the CPU, cached by torch.hub.
 
     get_params: returns the flat parameters in the contents of the file; raises ValueError if they
     are those of another model. If the file name ends in digits of its SHA-256, they are checked.
-    Raises RuntimeError that says where to put the file if it cannot be loaded or contains NaN.
+    Raises RuntimeError, with the path for a manual download, if the file is unusable.
     """
     path = Path(torch.hub.get_dir(), 'checkpoints', url.rpartition('/')[2])
     try:
@@ -489,8 +489,8 @@ def diracnet18(pretrained: bool = False) -> DiracNet:
 
     pretrained: load the published weights, downloaded once into the cache of torch.hub; their hash
     is checked each time. Inputs are RGB in [0, 1], resized with OpenCV and normalized with mean
-    (.485, .456, .406) and std (.229, .224, .225). Raises RuntimeError that says where to put the
-    file if the weights cannot be loaded.
+    (.485, .456, .406) and std (.229, .224, .225). Raises RuntimeError, with the path for a manual
+    download, if the weights cannot be loaded.
     """
     return _diracnet(18, pretrained)
 

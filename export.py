@@ -1,11 +1,11 @@
-r"""Exports a trained model: folds it, verifies the exported file, and measures size and speed.
+r"""Exports a trained model: folds, verifies, and measures accuracy, size and speed.
 
 The extension of the file selects the format: .onnx, .pt2 (torch.export), .safetensors or .pth
 (state dicts):
     python export.py logs/diracnet-28-2 --to diracnet.onnx
 
 int8, calibrated on a folder of images, with the top-1 accuracy before and after quantization:
-    python export.py logs/diracnet-28-2 --to diracnet-int8.onnx --int8 ~/images/train --equalise \
+    python export.py logs/diracnet-28-2 --to diracnet-int8.onnx --int8 ~/images/train --equalize \
         --dataset Folder --dataroot ~/images
 
 No file is written if its outputs differ from those of the trained model.
@@ -112,7 +112,7 @@ def print_header(opt, loaded, source):
 
 
 def verify(models, tolerances, inputs, expected):
-    """Returns the cells of `max difference`; raises RuntimeError if a model exceeds its tolerance.
+    """Returns the cells of `max difference`; raises RuntimeError beyond the tolerance.
 
     models and tolerances have the same titles; expected: logits (N, num_classes).
     """

@@ -18,7 +18,7 @@ TRAINED = {  # released checkpoints in logs/: the SHA-256 of each model.pt7
 
 
 def diracnet18(pretrained: bool = False) -> diracnet.DiracNet:
-    """DiracNet-18 for ImageNet, folded into plain convolutions: 11.5 million parameters.
+    """DiracNet-18 for ImageNet, folded into standard convolutions: 11.5 million parameters.
 
     Inputs (N, 3, 224, 224) are RGB in [0, 1], normalized with mean (0.485, 0.456, 0.406) and std
     (0.229, 0.224, 0.225). The original evaluation resizes the shorter side to 256 with OpenCV
@@ -33,7 +33,7 @@ def diracnet18(pretrained: bool = False) -> diracnet.DiracNet:
 
 
 def diracnet34(pretrained: bool = False) -> diracnet.DiracNet:
-    """DiracNet-34 for ImageNet, folded into plain convolutions: 21.6 million parameters.
+    """DiracNet-34 for ImageNet, folded into standard convolutions: 21.6 million parameters.
 
     Inputs (N, 3, 224, 224) are RGB in [0, 1], normalized with mean (0.485, 0.456, 0.406) and std
     (0.229, 0.224, 0.225). The original evaluation resizes the shorter side to 256 with OpenCV

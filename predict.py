@@ -1,4 +1,4 @@
-"""Classifies images with a trained model: prints the five most probable classes of each image.
+"""Classifies images with a trained model: prints the top five classes of each image.
 
     python predict.py cat.jpg dog.jpg --model logs/diracnet-28-2
     python predict.py cat.jpg --model diracnet-int8.onnx    # a file of export.py

@@ -1,4 +1,4 @@
-"""Trains a DiracNet, or another architecture of diracnets.list_models(), or evaluates a model.
+"""Trains or evaluates a DiracNet, or another architecture of diracnets.list_models().
 
 CIFAR-10, the paper's recipe:
     python train.py --depth 34 --width 2 --save runs/diracnet-34-2
@@ -52,8 +52,8 @@ from training.setup import load_for_evaluation, prepare
 def train_one_epoch(run, model, loader, size, title, signals):
     """Trains on the remaining batches of an epoch; returns its log entries.
 
-    model: run.model, perhaps compiled or distributed; size: of the images, in pixels; title: of the
-    progress bar; signals: a SignalHandler.
+    model: run.model, or its compiled or distributed form; size: of the images, in pixels; title: of
+    the progress bar; signals: a SignalHandler.
     """
     opt, optimizer = run.opt, run.optimizer
     loader.sampler.set_epoch(run.epoch + 1, run.step)

@@ -1,7 +1,7 @@
 """DiracNets: layers, models, folding, loading and deployment, in one namespace.
 
     loaded = diracnets.load('logs/diracnet-28-2')       # model, preprocessing, class names
-    model = diracnets.fold(loaded.model)                # plain convolutions
+    model = diracnets.fold(loaded.model)                # standard convolutions
 """
 
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization, dirac

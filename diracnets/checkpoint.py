@@ -120,8 +120,9 @@ def load_dict(path: str | os.PathLike, required: Iterable[str] = ()) -> Mapping:
     """Loads the dict in a file, or in the newest readable checkpoint of a run's folder.
 
     required: keys that the dict must contain. If a run's model.pt7 is corrupt or missing,
-    previous.pt7 is loaded, and stderr says so. Returns the dict, its tensors on the CPU. Raises
-    ValueError for invalid contents, OSError for a file that cannot be read; both name the file.
+    previous.pt7 is loaded, with a warning on stderr. Returns the dict, its tensors on the CPU.
+    Raises ValueError for invalid contents, OSError for a file that cannot be read; both name the
+    file.
     """
     path = os.path.join(path, MODEL_FILE) if os.path.isdir(path) else str(path)
     try:
@@ -232,7 +233,7 @@ def pretrained_params(depth: int) -> dict[str, Tensor]:
     The file is downloaded once into torch.hub's cache; its name contains no hash to check. Returns
     a flat dict like that of `define_diracnet(depth, 1, 'ImageNet')`, to fine-tune from:
     `Network(f, params)` makes them trainable; `diracnets.preprocess()` makes the inputs. Raises
-    ValueError for another depth, and RuntimeError, which names the file and its place, if the
+    ValueError for another depth, and RuntimeError, which names the URL and the local path, if the
     download fails or the file contains non-finite values or parameters of another network.
     """
     if depth not in CHECKPOINT_URLS:

@@ -69,7 +69,7 @@ def deploy(
 
 
 def _with_own_code_object(model):
-    """Returns a function that calls a model and shares its code object with no other function.
+    """Returns a function that calls a model and has a code object of its own.
 
     torch.compile limits recompilations per code object (8 by default) and then runs the code
     uncompiled. All models of a class share the code object of their forward.

@@ -1,4 +1,4 @@
-"""Folds the Dirac parametrization and batch norm into plain convolutions, for evaluation.
+"""Folding: Dirac parametrization and batch norm become part of standard convolutions.
 
     model = fold(params)            # of define_diracnet or diracnets.load_params: a DiracNet
     model = fold(module)            # any nn.Module
@@ -41,14 +41,14 @@ HOOK_ATTRIBUTES = (
 
 
 def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Folds the Dirac parametrization and batch norm into plain convolutions.
+    """Folds the Dirac parametrization and batch norm into standard convolutions.
 
     source is one of
     - the parameters of a functional DiracNet (flat name to tensor): returns a DiracNet;
     - an nn.Module: returns a copy with these replacements at any depth. A Network becomes a
       DiracNet. A layer with a method `fold()`, such as DiracConv2d or a multi-branch block, becomes
       the nn.Module that the method returns. A convolution with a DiracParametrization, or whose
-      output goes only to a batch norm, becomes one plain convolution. The batch norm is removed
+      output goes only to a batch norm, becomes one standard convolution. The batch norm is removed
       from an nn.Sequential of named layers and replaced by nn.Identity elsewhere. DataParallel,
       DistributedDataParallel, AveragedModel and the wrapper of torch.compile are removed. Names,
       shared layers, hooks and all other modules remain. A convolution keeps its batch norm if one
@@ -74,7 +74,7 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
 @torch.no_grad()
 def _fold_params(params, dtype, device='cpu'):
     if is_folded(params):
-        raise ValueError('holds a folded network: expected the parameters it was folded from')
+        raise ValueError('contains a folded network: expected its parameters before folding')
     topology = Topology.from_params(params)
     with torch.device('meta'):  # only shapes and names are needed
         check_params(params, init_params(topology))
@@ -210,7 +210,7 @@ def trace(module: nn.Module) -> fx.Graph:
 
 
 def _commutes_with_pool(layers, node, bn):
-    """Returns whether a node is a max-pool that can run after the batch norm instead of before it.
+    """Returns whether a node is a max-pool that can run after instead of before a batch norm.
 
     A maximum commutes with scaling by positive numbers. The pool must have no hooks and no other
     consumer than the batch norm.

@@ -1,4 +1,4 @@
-"""The file formats of exported models: how a model is written to each, and opened to verify it."""
+"""The file formats of exported models: writing a model, and opening it for verification."""
 
 import copy
 import functools
@@ -65,8 +65,8 @@ class Format(NamedTuple):
     """One file format of exported models."""
 
     to_bytes: Callable[[nn.Module, Tensor, Mapping[str, str]], bytes]
-    open: Callable[[str, nn.Module], nn.Module]  # given the exported model for state dicts
-    packages: tuple[str, ...] = ()  # that it needs besides torch
+    open: Callable[[str, nn.Module], nn.Module]  # with the model, for state dicts
+    packages: tuple[str, ...] = ()  # required in addition to torch
 
 
 FORMATS = {  # by the extension of a file's name

@@ -1,4 +1,4 @@
-"""Reads image files: checks the size in the header, detects truncated files, decodes by OpenCV.
+"""Reads image files: checks header and completeness, and decodes with OpenCV.
 
 Pillow reads the headers, except those of JPEG and PNG files. Its JPEG parser takes as long as
 decoding 32 x 32 pixels. Errors are DataErrors that name the file.
@@ -135,7 +135,7 @@ _WARNING_FILTERS = threading.Lock()  # catch_warnings is not thread-safe
 
 
 def _pillow_size(content, path):
-    """Returns the (height, width) in a file's header, None if Pillow does not identify the file.
+    """Returns the (height, width) in a file's header, or None for a format unknown to Pillow.
 
     Raises DataError for an image beyond Pillow's limit, twice MAX_PIXELS by default.
     """
@@ -156,11 +156,11 @@ def _pillow_size(content, path):
 
 
 def _read_header(content, path):
-    """Returns ((height, width) or None, whether the file is truncated); errors: of `_pillow_size`.
+    """Returns ((height, width) or None, whether the file is truncated).
 
     OpenCV decodes missing parts of a JPEG file as gray rows; for PNG files libpng prints a message.
     Complete files may have trailing data, and JPEG segments before the first scan may contain
-    thumbnails with end markers of their own.
+    thumbnails with end markers of their own. Errors are those of `_pillow_size`.
     """
     if content.startswith(_JPEG_START):
         is_truncated = not content.endswith(_JPEG_END)

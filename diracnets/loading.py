@@ -107,7 +107,7 @@ def file_preprocessing(contents: CheckpointContents) -> Preprocessing | None:
 def merge_options(
     args: Mapping[str, Any], file_inputs: Preprocessing | None, overrides: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Merges the options in a file with overrides, which fill in what the file does not contain.
+    """Merges the options in a file with overrides for options that the file does not contain.
 
     Raises ValueError for overrides that contradict the file or that the architecture does not have.
     """
@@ -133,13 +133,13 @@ def merge_options(
 
 
 def _sizes(options):
-    """The options that set the size of an architecture, with its defaults."""
+    """Returns the options that set the size of an architecture, with its defaults."""
     defaults = get_architecture(options['model']).options
     return {name: options.get(name, default) for name, default in defaults.items()}
 
 
 def _preprocessing(file_inputs, options, kind=None):
-    """The Preprocessing of a model: the file's, or that of the options or of its kind of images."""
+    """Returns the Preprocessing in a file, or else of the options or the kind of images."""
     inputs = file_inputs
     if inputs is None:
         size = options.get('image_size')
@@ -156,7 +156,7 @@ def _preprocessing(file_inputs, options, kind=None):
 
 
 def _check_onnx(model, file_inputs):
-    """Returns the Preprocessing of an OnnxModel; raises ValueError if it does not fit the graph."""
+    """Returns the Preprocessing of an OnnxModel; raises ValueError for another input shape."""
     if file_inputs is None:
         raise ValueError('contains no metadata; use an ONNX file of export.py')
     if model.input_shape != file_inputs.shape:

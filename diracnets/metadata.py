@@ -1,4 +1,4 @@
-"""The metadata in checkpoints and exported files: schema, limits, and the JSON in exported files.
+"""The metadata in checkpoints and exported files: schema, limits and JSON format.
 
 Files come from anyone. Their contents are checked against these limits and this schema before any
 other code uses them.
@@ -114,7 +114,7 @@ OPTIONAL = {'stats', 'classes', 'totals'}  # keys that may be None
 
 
 def check_schema(contents: Mapping) -> None:
-    """Raises ValueError that names the first value of a checkpoint or state dict of a wrong type.
+    """Raises ValueError for the first value of a wrong type in a checkpoint or state dict.
 
     Parameters must be floating-point tensors with finite values.
     """

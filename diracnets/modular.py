@@ -1,4 +1,4 @@
-"""The DiracNet for training as a chain of modules, for tools that look for layers.
+"""The DiracNet for training as a chain of modules, for tools that operate on layers.
 
     model = ModularNetwork.from_params(params)      # of define_diracnet, a file, or a state dict
     logits = model(inputs)                          # equal to those of Network(f, params)
@@ -31,7 +31,7 @@ COUNT = '.num_batches_tracked'  # a buffer of BatchNorm2d that is not in the par
 
 
 def _flat_name(name):
-    """Returns the name in `params` for one in the modules: W of a layer, alpha, beta of a block."""
+    """Returns the flat name in `params` of a parameter in the modules."""
     return re.sub(r'\bconv\.(alpha|beta)$', r'\1', re.sub(r'\bconv\.weight$', 'conv', name))
 
 

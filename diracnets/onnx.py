@@ -16,9 +16,9 @@ FATAL = 4  # log level of ONNX Runtime; its errors are raised as exceptions
 class OnnxModel(nn.Module):
     """The model in an ONNX file of export.py, from `inputs` to `logits`, both float32.
 
-    ONNX files contain operators of ONNX Runtime and no code. Raises ValueError that names a corrupt
-    file and one with other inputs or outputs, or that says that ONNX Runtime is not installed;
-    OSError for a file that cannot be read.
+    ONNX files contain operators of ONNX Runtime and no code. Raises ValueError for a corrupt file,
+    for other inputs or outputs, and if ONNX Runtime is not installed; OSError for a file that
+    cannot be read. All of them name the file.
     """
 
     def __init__(self, path: str | os.PathLike):

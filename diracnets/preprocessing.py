@@ -1,4 +1,4 @@
-"""Image files, PIL images, arrays and tensors to model inputs: decode, resize, crop, normalize.
+"""Images to model inputs: decoding, resizing, cropping and normalization.
 
 OpenCV decodes and resizes images, as for the original models: other libraries return other pixels,
 and the published accuracies depend on them.
@@ -26,8 +26,8 @@ from diracnets.image_files import (
 if TYPE_CHECKING:
     import numpy as np
 
-MAX_SMALL = 64  # pixels: larger inputs are center crops; images up to this size are used whole
-DEFAULT_SIZE = 32  # pixels, of a dataset without a size of its own
+MAX_SMALL = 64  # pixels: smaller inputs are full images, larger ones are center crops
+DEFAULT_SIZE = 32  # pixels, of a dataset without a fixed size
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 MAX_MEAN = 1e9  # of a channel's mean and std: far above the values of real images
 
@@ -239,7 +239,7 @@ def _resized_shape(height, width, shorter):
 
 
 def resize_and_crop(image: np.ndarray, shorter: int, size: int) -> np.ndarray:
-    """Resizes the shorter side to `shorter` (cubic) and crops the center `size` x `size` pixels."""
+    """Resizes the shorter side to `shorter` (cubic) and crops the center to `size` x `size`."""
     height, width = image.shape[:2]
     if min(height, width) != shorter:
         cv2 = import_opencv()

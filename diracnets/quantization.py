@@ -26,7 +26,7 @@ from diracnets.onnx import add_metadata
 from diracnets.preprocessing import IMAGE_EXTENSIONS
 
 MAX_SCALE = 4.0  # of a channel: without a limit, rarely active channels would become large
-MIN_RANGE = 0.02  # relative to the largest channel: smaller ranges are noise and are not scaled
+MIN_RANGE = 0.02  # relative to the largest channel: live channels are above, others are noise
 EQUALIZATION_BATCH = 16  # images
 POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 SCALE_EQUIVARIANT = (nn.ReLU, nn.Dropout, nn.Identity, *POOLS)  # f(x / s) = f(x) / s per channel
@@ -91,7 +91,7 @@ def equalize(model: nn.Module, inputs: Tensor) -> nn.Module:
 
 
 def _channel_scale(ranges):
-    """The divisor of each channel: its range over the geometric mean of all ranges above noise."""
+    """Returns the divisor of each channel: range over the geometric mean of live ranges."""
     live = ranges > MIN_RANGE * ranges.max()
     scale = ranges / ranges[live].log().mean().exp()
     return torch.where(live, scale, 1.0).clamp(1 / MAX_SCALE, MAX_SCALE)

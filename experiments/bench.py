@@ -80,7 +80,7 @@ def bench_data(args):
         Variant('a gather for each batch', variants.gathered, (n,), n),
     ], args.repetitions, TABLE)
     if not args.images:
-        print('JPEG files: left out, as --images FOLDER is missing')
+        print('JPEG files: skipped, because --images FOLDER is missing')
         return
     workers = min(distributed.available_cores(), options.MAX_WORKERS)
     n = 3 * len(data.list_images(args.images)[0])
@@ -110,12 +110,12 @@ def bench_infer(args):
         ]
         for name, package, prepare, dtype in (
             ('ONNX Runtime', 'onnxruntime', variants.onnx_runtime, 'float32'),
-            ('OpenVINO', 'openvino', variants.openvino, NATIVE),  # it chooses bfloat16 by itself
+            ('OpenVINO', 'openvino', variants.openvino, NATIVE),  # OpenVINO selects bfloat16
         ):
             if importlib.util.find_spec(package):
                 compared.append(variant(f'{name}, {dtype}', prepare, dtype=dtype))
             else:
-                print(f'{name}: left out, as {package} is not installed')
+                print(f'{name}: skipped, because {package} is not installed')
         compare(f'DiracNet-18, batch {batch}', compared, args.repetitions, TABLE,
                 4 if batch == 16 else '')
 

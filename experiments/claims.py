@@ -1,4 +1,4 @@
-"""The claims of the paper and of others, and the rules by which results answer them."""
+"""The claims of the paper and of other papers, and the rules that decide them."""
 
 import math
 from collections.abc import Callable

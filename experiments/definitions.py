@@ -56,7 +56,7 @@ def command_line(options):
 
 @dataclass(frozen=True)
 class Budget:
-    """Sets how long the runs are, and how many seeds, depths and widths there are."""
+    """The number of epochs of the runs, and the seeds, depths and widths to train."""
 
     epochs: int
     seeds: int
@@ -269,7 +269,7 @@ def _multiply_adds(model, sizes, pixels):
 
 
 def training_multiply_adds(run, dataset):
-    """Counts the multiply-adds of a run: the forward pass, and twice that for the backward pass."""
+    """Counts the multiply-adds of a run: forward, and twice as many backward."""
     opt = parse_options(command_line(run.options))
     sizes = tuple(model_options(opt).items())
     images = DIGITS if dataset == 'Digits' else CIFAR

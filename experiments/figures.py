@@ -278,7 +278,7 @@ def save(experiment, logs):
 
 def main(argv=None):
     parser = ArgumentParser(prog='experiments.figures', description=__doc__.splitlines()[0])
-    parser.add_argument('experiments', nargs='*', help='which ones (default: all with results)')
+    parser.add_argument('experiments', nargs='*', help='experiments (default: all with results)')
     parser.add_argument('--logs', default=ROOT / 'logs', type=Path,
                         help='folder of the results (default: logs)')
     opt = parser.parse_args(argv)

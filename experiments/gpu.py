@@ -1,8 +1,8 @@
-"""Measures training and inference rates on a CUDA GPU, the most important comparisons first.
+"""Measures training and inference rates on a CUDA GPU, in order of importance.
 
     python -m experiments.gpu                 # at most 8 minutes
     python -m experiments.gpu --minutes 20
-    python -m experiments.gpu --no-checks --no-compile --minutes 2   # the fastest to measure
+    python -m experiments.gpu --no-checks --no-compile --minutes 2   # the shortest run
     python -m experiments.gpu --device cpu    # a dry run with small models
 
 It first runs `python test.py -m gpu`, which compares the GPU with the CPU; if that fails, the exit

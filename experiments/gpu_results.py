@@ -45,7 +45,7 @@ def training_comparisons(results):
 
 
 def overhead_of_w_hat(variants, form):
-    """Returns (median, low, high) of the extra time of a step with W_hat instead of W, in per cent.
+    """Returns (median, low, high) of the extra time of a step with W_hat, in per cent.
 
     Newer records hold the ratio to the DiracNet in the same form. In older records both ratios are
     to the first variant: the result is then a quotient, and the interval its outer bounds.

@@ -1,4 +1,4 @@
-"""Interleaved timing of variants, each in a process of its own: medians, ratios, peak memory."""
+"""Interleaved timing of variants in separate processes: medians, ratios, peak memory."""
 
 import contextlib
 import functools
@@ -104,7 +104,7 @@ def format_ratio(record):
 
 
 def compare(title, variants, repetitions, table, target=''):
-    """Times the variants, prints the results and appends them to a CSV file; returns the results.
+    """Times the variants, prints the results, appends them to a CSV file and returns them.
 
     The first variant is the baseline of the ratios; `target` is the wanted ratio of the second.
     """

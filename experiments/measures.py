@@ -1,4 +1,4 @@
-"""Measures trained and untrained models beyond the metrics in their logs: measured.csv."""
+"""Measurements of models that are not in the logs of their runs, written to measured.csv."""
 
 import functools
 import os
@@ -42,7 +42,7 @@ def load_test_images(run, paths, preprocess):
 
 @torch.no_grad()
 def layer_statistics(params):
-    """Returns the records of the Dirac layers after the stem: alpha, beta, norms of W_hat's terms.
+    """Returns records of the Dirac layers: alpha, beta and the norms of the terms of W_hat.
 
     `params` is the flat state dict of a functional DiracNet; for other models the result is [].
     """
@@ -142,11 +142,11 @@ def tta_logits(model, inputs):
 
 @torch.no_grad()
 def speedrun(run, paths):
-    """Returns the accuracy of a speed-run, alone and with TTA, and its matmul-equivalent compute.
+    """Returns the accuracy of a speed-run, without and with TTA, and its compute.
 
-    That is the training time multiplied by the matmul rate measured next to it, as machines differ.
+    Matmul-equivalent compute is the training time multiplied by the matmul rate measured here.
     """
-    gflops = matmul_gflops(NATIVE)  # an emulated bfloat16 product would take minutes
+    gflops = matmul_gflops(NATIVE)  # emulated bfloat16 would take minutes
     folder = paths.run_folder(run)
     seconds = sum(stats['train_time'] for stats in read_log(folder / LOG_FILE))
     loaded = diracnets.load(str(folder))
@@ -213,7 +213,7 @@ def cost(runs, paths):
 
 
 def relative_gradients(name, depth, images, labels):
-    """Returns the norm of each filter's gradient divided by the filter's norm, at initialization.
+    """Returns the gradient norm over the norm of each filter, at initialization.
 
     The stem comes first. `images` is (N, 3, S, S) in float64: gradients of a plain network of 1,000
     layers overflow float32. Compare two models only over depth: a filter is all of W in one, and
@@ -256,7 +256,7 @@ def measured_runs(experiment, logs):
 
 
 def measure(experiment, run, paths):
-    """Measures a finished run, unless that is done, and appends the records to measured.csv."""
+    """Measures a finished run that has no records yet, and appends them to measured.csv."""
     result = paths.result(run, experiment)
     if (experiment not in OF_RUNS or run.run_name in measured_runs(experiment, paths.logs)
             or result['ended'] != 'whole'):

@@ -1,4 +1,4 @@
-"""Copies a trained model to be tracked by git: parameters without optimizer state, and its log.
+"""Copies a trained model for release: parameters without optimizer state, and the log.
 
     python -m experiments.release runs/diracnet-16-1 --to logs/diracnet-16-1
 
@@ -29,7 +29,7 @@ def write_log(epochs, path):
 
 
 def release(run, folder):
-    """Writes the checkpoint and log of a run folder into another; returns the checkpoint's path.
+    """Writes the checkpoint and log of a run into a folder; returns the checkpoint's path.
 
     It is the last epoch: the best one would be selected on test images. Raises ValueError for an
     incomplete run or the same folder, OSError for a run that cannot be read.

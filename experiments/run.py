@@ -7,7 +7,7 @@
 
 experiments/definitions.py defines the experiments and scripts. The result of a run is appended to
 logs/NAME/results.csv, its log is copied to logs/trainings/. Finished runs are skipped, interrupted
-runs are resumed, and runs that another process trains are left to it.
+runs are resumed, and runs that another process trains are skipped.
 """
 
 import argparse
@@ -161,7 +161,7 @@ def result_of(run, paths, ended):
 
 
 def is_done(run, experiment, paths):
-    """Returns whether a run has its result and, where the experiment has some, its measures."""
+    """Returns whether a run has its result and, if the experiment has measurements, those."""
     result = paths.result(run, experiment)
     if not result or result['ended'] != 'whole' or experiment not in measures.OF_RUNS:
         return bool(result)
@@ -212,7 +212,7 @@ def finish(run, experiment, paths):
 def train_all(runs, experiment, paths):
     """Trains and measures the runs; prints the progress and the time left before each.
 
-    Runs that another process trains are left out.
+    Runs that another process trains are skipped.
     """
     estimates = [estimated_seconds(run, paths.dataset_of(run))
                  if needs_training(run, experiment, paths) else 0 for run in runs]

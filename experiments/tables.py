@@ -114,7 +114,7 @@ EXPERIMENT_TABLES = {  # accuracy_table for the others
 
 
 def tried(logs):
-    """Attempts for the speed-run, one seed each, noted by hand in logs/speedrun/tried.csv."""
+    """Attempts for the speed-run, one seed each, entered by hand in logs/speedrun/tried.csv."""
     columns = ('epochs', 0), ('train_seconds', 0), ('train_acc_percent', 2), ('test_acc_percent', 2)
     lines = [[label(record['what']), record['change'], *(
         '' if record[name] == '' else f'{record[name]:.{digits}f}' for name, digits in columns)]

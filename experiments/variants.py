@@ -1,4 +1,4 @@
-"""The timed work: each function prepares it and returns a function that does it.
+"""The timed work: each function prepares a variant and returns a function that runs it.
 
 experiments/bench.py, measures.py and gpu.py define the comparisons.
 """
@@ -32,7 +32,7 @@ CIFAR, IMAGENET = Preprocessing.for_dataset('CIFAR10'), Preprocessing.for_datase
 
 
 def repeated(times, prepare, *arguments):
-    """Does the work `times` times per repetition: the first finds cold caches."""
+    """Repeats the work `times` times per repetition, because the first one has cold caches."""
     work = prepare(*arguments)
 
     def run():
@@ -52,7 +52,7 @@ def diracnet(depth, width, dataset='CIFAR10', **options):
 
 
 def modular(depth, width):
-    """Makes the same model of modules."""
+    """Makes the module-based model of the same topology."""
     return ModularNetwork.from_params(init_params(make_topology(depth, width, 'CIFAR10')))
 
 
@@ -219,13 +219,13 @@ def epoch_of_train(depth, width, n, dtype=NATIVE, to_compile=False):
 
 
 def epoch_returning_memory(depth, width, n):
-    """The same, but freed memory goes back to the system, as is the default of glibc."""
+    """Prepares `epoch_of_train`, but glibc returns freed memory to the system, as by default."""
     os.environ['MALLOC_TRIM_THRESHOLD_'] = '131072'  # the default; keep_freed_memory respects it
     return epoch_of_train(depth, width, n)
 
 
 def epoch_with_pil(depth, width, n):
-    """The same training in float32 and NCHW, with PIL transforms in 4 workers."""
+    """Prepares an epoch in float32 and NCHW, with PIL transforms in 4 workers."""
     model = diracnet(depth, width)
     optimizer = make_sgd(model)
     loader = pil_loader(n)

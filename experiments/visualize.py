@@ -1,4 +1,4 @@
-"""Draws the predictions and layers of a trained model: confusions, mistakes, filters, statistics.
+"""Draws predictions and layers of a model: confusions, mistakes, filters, statistics.
 
     python -m experiments.visualize logs/diracnet-28-2 --dataset Folder \\
         --dataroot ../cifar10-jpeg --save logs/diracnet-28-2/seen

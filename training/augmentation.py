@@ -77,7 +77,7 @@ def sample_aug_params(indices, local_indices, augmentation, seed):
 
 
 def crop_and_flip(images, indices, shifts, flips, reflect):
-    """Returns shifted and flipped images[indices], (N, S, S, C) to (n, S, S, C), with one gather.
+    """Shifts and flips images[indices], (N, S, S, C) to (n, S, S, C), with one gather.
 
     indices: (n,); shifts, flips: as in AugParams, on the device of the images; reflect: pad with
     the reflected image, otherwise with black.
@@ -124,7 +124,7 @@ def augment(images, indices, params, augmentation):
 
 
 def progressive_sizes(size, sizes, epochs):
-    """Returns the image size of each epoch (progressive resizing), each of `sizes` equally often.
+    """Returns the image size of each epoch (progressive resizing), `sizes` in equal parts.
 
     The later sizes get the remaining epochs. Without `sizes` every epoch has `size`.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written atomically, restored with their random states, one run a folder.
+"""Checkpoints of a run: atomic writing, random states, and a lock on the folder of the run.
 
 A checkpoint is a plain dict that loads with `weights_only=True`: `params` (flat name to tensor,
 running statistics included), `optimizer`, `epoch` (finished epochs), `step` (finished steps of the

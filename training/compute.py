@@ -1,4 +1,4 @@
-"""How a batch becomes a loss: device, precision, compilation and the forward pass."""
+"""The forward pass and the loss of a batch: device, precision and compilation."""
 
 import ctypes
 import os
@@ -19,7 +19,7 @@ from training.distributed import rank, world_size
 
 
 def choose_dtype(dtype: str, device: torch.device, args: dict) -> str:
-    """Resolves --dtype: 'auto' is the dtype of a checkpoint with these args, or of the hardware."""
+    """Resolves --dtype: 'auto' is the dtype in the args of a checkpoint, or the hardware's."""
     if dtype != 'auto':
         return dtype
     native, reason = native_bfloat16(device)
@@ -68,9 +68,9 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, global_batch_size:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the next step: returned pages are slow to get back.
+    """Makes glibc keep freed memory for the next step, because new pages are slow to allocate.
 
-    MALLOC_* environment variables take precedence; other C libraries are left alone.
+    MALLOC_* environment variables take precedence. Other C libraries are not changed.
     """
     configured = any(name.startswith('MALLOC_') for name in os.environ)
     if platform.libc_ver()[0] == 'glibc' and not configured:

@@ -1,4 +1,4 @@
-"""Datasets by name, from class folders and from arrays: training, validation and test images.
+"""Training, validation and test sets: by name, from class folders and from arrays.
 
 `load_splits` loads a dataset by name; `DataSplits.from_arrays` makes splits from arrays
 or torch Datasets. `training.loader` makes batches, uint8 (N, C, H, W), of a split; they are
@@ -32,7 +32,7 @@ from training.datasets import IGNORED, BatchDataset, DatasetImages, ImageFiles, 
 from training.distributed import all_reduce, rank, world_size
 from training.loader import iterate_batches, make_loader
 
-MIN_PIXELS = 8  # of the side of an image
+MIN_PIXELS = 8  # height and width of an image
 
 
 def default_flip(name):
@@ -236,7 +236,7 @@ def _load_cifar(name, root, training):
 
 
 def _load_digits(training):
-    """Loads the 1,797 digits of scikit-learn at 32 x 32; a fixed four fifths are for training."""
+    """Loads the 1,797 digits of scikit-learn at 32 x 32; a fixed 80 % are for training."""
     from sklearn.datasets import load_digits  # slow to import
 
     digits = load_digits()

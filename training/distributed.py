@@ -1,4 +1,4 @@
-"""The processes of torchrun, and reductions over them; without torchrun there is one process."""
+"""The processes of torchrun, or a single process, and reductions over processes."""
 
 import os
 import time
@@ -96,9 +96,9 @@ def all_reduce(numbers, op=dist.ReduceOp.SUM):
 
 
 def rank_zero_first(load):
-    """Calls load() in the first process of each machine, one machine at a time, then in the others.
+    """Calls load() in the first process of each machine in order, then in all others.
 
-    So the first one downloads, and the others find the files, on shared and on separate disks.
+    The first process downloads, and the others find the files, on shared and separate disks.
     """
     if world_size() == 1:
         return load()

@@ -1,4 +1,4 @@
-"""Files that are replaced atomically: after a crash the old or the new file exists, complete."""
+"""Atomic file replacement: after a crash the complete old or new file exists."""
 
 import contextlib
 import os
@@ -64,7 +64,7 @@ def sync_folder(folder):
 
 @contextlib.contextmanager
 def path_in_errors(path):
-    """Raises an OSError of the block again with `path` in place of the path of a temporary file."""
+    """Replaces the path of a temporary file by `path` in an OSError of the block."""
     try:
         yield
     except OSError as error:

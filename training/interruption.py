@@ -1,4 +1,4 @@
-"""How a run ends early: signals, unreadable images, lost workers and non-finite losses."""
+"""Early end of a run: signals, unreadable images, dead workers and non-finite losses."""
 
 import contextlib
 import signal
@@ -19,10 +19,10 @@ class StoppedError(Exception):
 
 
 class SignalHandler:
-    """Remembers SIGTERM, SIGHUP or Ctrl-C until the step is done; a second Ctrl-C ends at once.
+    """Stores SIGTERM, SIGHUP or Ctrl-C until the end of the step.
 
-    A single process also ends while it waits for a batch, since a stalled DataLoader worker may
-    never deliver it. `number` is the signal, or 0.
+    A second Ctrl-C exits immediately. A single process also ends while it waits for a batch,
+    because a stalled DataLoader worker may never deliver it. `number` is the signal, or 0.
     """
 
     def __enter__(self):
@@ -56,7 +56,7 @@ class SignalHandler:
 
 @contextlib.contextmanager
 def interruptible(run, resume_command: str):
-    """Yields a SignalHandler, and saves the run if a signal, an image or a lost worker ends it.
+    """Yields a SignalHandler, and saves the run if a signal, an image or a dead worker ends it.
 
     resume_command: the command that resumes the run, for the message. After a signal the process
     exits with status 128 + its number.
@@ -86,7 +86,7 @@ def interruptible(run, resume_command: str):
 
 @contextlib.contextmanager
 def out_of_memory_as_os_error():
-    """Turns CUDA running out of memory into an OSError that names the remedy."""
+    """Turns a CUDA out-of-memory error into an OSError that suggests a smaller batch size."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

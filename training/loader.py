@@ -1,4 +1,4 @@
-"""DataLoaders over datasets whose items are batches: their order, seeds and worker processes.
+"""DataLoaders over datasets whose items are batches: order, seeds and workers.
 
 `training.datasets` defines a batch. The order and the seeds of all batches follow from one seed.
 """
@@ -82,7 +82,7 @@ def iterate_batches(loader):
 
 
 def _init_worker(_):
-    cv2.setNumThreads(0)  # the workers are the parallelism
+    cv2.setNumThreads(0)  # one thread, as the workers run in parallel
     os.setpgid(0, 0)  # the training process handles Ctrl-C and SIGTERM sent to the group
     sys.excepthook = _report_exception
 

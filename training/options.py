@@ -19,7 +19,7 @@ from training import data, distributed
 from training.augmentation import FLIPS
 from training.optimizers import OPTIMIZERS, SCHEDULES
 
-MAX_SIZE = 10_000  # of depth, width and the like: an error is better than a machine that swaps
+MAX_SIZE = 10_000  # of depth, width and the like: larger models would exhaust the memory
 MAX_IMAGE_SIZE = 4096  # pixels per side: one input takes 200 MB
 DTYPES = ('auto', 'float', 'bfloat16', 'double')
 MAX_WORKERS = 8  # default limit: more workers hardly read faster
@@ -72,7 +72,7 @@ size_list = list_of('sizes in pixels', '[20,24,28,32]', data.MIN_PIXELS)
 
 
 def normalization(text):
-    """The argparse type of --normalise: '', 'measured', or a list of means and stds."""
+    """Parses --normalize, as an argparse type: '', 'measured', or a list of means and stds."""
     if text in ('', 'measured'):
         return text
     with contextlib.suppress(ValueError, RecursionError):
@@ -87,7 +87,7 @@ def normalization(text):
 
 
 def mean_and_std(numbers):
-    """Splits a list of --normalise into means and stds."""
+    """Splits a list of --normalize into means and stds."""
     middle = len(numbers) // 2
     return numbers[:middle], numbers[middle:]
 
@@ -138,7 +138,7 @@ def _add_model_options(group):
                      if name not in both and ('ImageNet' in row.datasets) == is_large]
                     for is_large in (False, True))
     _add(group, '--recipe', default='', choices=RECIPES,
-         help="use a paper's settings; other options override them")
+         help='use the settings of recipes/NAME.txt; other options override them')
     _add(group, '--model', default=None, choices=ARCHITECTURES, metavar='NAME',
          help=f'architecture: {", ".join(both)}; only for images of up to {MAX_SMALL} pixels: '
               f'{", ".join(small)}; only for larger images: {", ".join(large)} (default: diracnet)')
@@ -163,7 +163,7 @@ def _add_model_options(group):
 def _add_data_options(group):
     add = functools.partial(_add, group)
     add('--dataset', default=None, choices=DATASETS,
-        help='dataset; with --evaluate that of the run (default: CIFAR10)')
+        help='dataset (default: CIFAR10; with --evaluate, the dataset of the run)')
     add('--dataroot', '--imagenetpath', default='.', type=expand_path,
         help='folder of the dataset; ImageNet: with train/CLASS/ and val/CLASS/, Folder: with '
              'train/CLASS/ and test/CLASS/ or val/CLASS/')
@@ -264,7 +264,7 @@ def _add_run_options(group):
 
 
 def parse_options(argv, splits=None):
-    """Parses a list of command-line words into a namespace of plain values.
+    """Parses a list of command-line arguments into a namespace of plain values.
 
     The namespace has the model options of the selected architecture only. splits: the DataSplits
     from Python to train on, if any. Any error exits with one line on stderr and status 2.
@@ -359,7 +359,7 @@ def _check_augmentation(parser, opt, size, from_python):
 
 
 def _is_writable(path):
-    """Whether a folder is, or can be created there, and files in it."""
+    """Returns whether a path is a writable folder, or one can be created there."""
     path = Path(path).absolute()
     try:
         existing = next(p for p in (path, *path.parents) if p.exists())

@@ -45,7 +45,7 @@ def load_pretrained(model, opt, preprocess, classes):
 
 
 def _normalization(preprocess):
-    """Formats means and stds as a value of --normalise."""
+    """Formats means and stds as a value of --normalize."""
     return '[' + ','.join(f'{value:.5g}' for value in (*preprocess.mean, *preprocess.std)) + ']'
 
 
@@ -76,7 +76,7 @@ def _compare_classes(num_classes, file_classes, classes):
 
 
 def _differences(contents, opt, preprocess):
-    """Lists the differences between the model of a file, as far as known, and the one to train."""
+    """Lists the known differences between the model in a file and the model to train."""
     if is_folded(contents.params):
         return ['contains a folded network; use the checkpoint that it was folded from']
     file_args, args = dict(contents.args), {'model': opt.model, **options.model_options(opt)}

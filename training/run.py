@@ -1,4 +1,4 @@
-"""The state of a training run: what it trains, how far it is, and its checkpoints."""
+"""The state of a training run: model, optimizer, data, progress and checkpoints."""
 
 import math
 import os
@@ -81,7 +81,7 @@ class Run:
         set_learning_rate(self.optimizer, lr_factor(self.opt, progress))
 
     def eval(self):
-        """Sets evaluation mode; all ranks take the batch statistics of rank 0, which saves them."""
+        """Sets evaluation mode, with the running statistics of rank 0 on all ranks."""
         if world_size() > 1:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, 0)
@@ -146,7 +146,7 @@ class Run:
             checkpoint.save(self.opt.save, {**self.state(), 'totals': totals}, names, checked)
 
     def restore(self, state, path):
-        """Takes over the state in a checkpoint; raises ValueError if it is not of this run."""
+        """Restores the state from a checkpoint; raises ValueError if it is not of this run."""
         names, saved_names = self.splits.classes, state.get('classes')
         check_classes(path, len(saved_names or names), saved_names, names)
         try:
@@ -183,7 +183,7 @@ class Run:
 
 
 def ranks_agree_at(step):
-    """Returns whether ranks exchange signals after this step: agreeing takes time."""
+    """Returns whether ranks exchange signals after this step, which takes time."""
     return world_size() == 1 or step % STEPS_PER_READING == 0
 
 

@@ -1,4 +1,4 @@
-"""Preparing a run: from options to a new or resumed Run, or to a model and its test images."""
+"""Setup from the options: a new or resumed Run, or a model and its test images."""
 
 import functools
 import os
@@ -95,7 +95,7 @@ def load_training_splits(opt, splits, preprocess):
 
 
 def resolve_normalization(preprocess, opt, images, saved_args):
-    """Returns the Preprocessing with the mean and std of --normalize, measured if it asks for it.
+    """Returns the Preprocessing with the mean and std of --normalize, given or measured.
 
     saved_args: the options of a resumed run, with the measured values. Raises ValueError if the
     number of channels is not that of the images.
@@ -179,7 +179,7 @@ def prepare(opt, device, lock, splits=None):
 
 
 def load_for_evaluation(opt, device, splits=None):
-    """Loads the model of --resume and the test images; returns (LoadedModel, Forward, DataSplits).
+    """Loads --resume and test images; returns (LoadedModel, Forward, DataSplits).
 
     splits: DataSplits from Python, in place of --dataset. Raises ValueError or OSError.
     """

@@ -1,4 +1,4 @@
-"""Interleaved timing: slow drift of the machine then affects all variants alike."""
+"""Interleaved timing, in which slow drift of the machine affects all variants equally."""
 
 import statistics
 import time
@@ -53,7 +53,7 @@ def paired_ratio(baseline, seconds):
 
 
 def matmul_gflops(dtype, device='cpu', size=4096, repetitions=30):
-    """Returns the peak GFLOP/s of a product of two square matrices: the best of `repetitions`."""
+    """Returns the matmul peak in GFLOP/s: the fastest of `repetitions` of square matrices."""
     a, b = (torch.randn(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
     synchronize(device)
     best = min(seconds_per_call(lambda: a @ b, device=device) for _ in range(repetitions))

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-PIXELS = 5000 * 32**2  # of the images whose patches are analyzed
+PIXELS = 5000 * 32**2  # total of the images whose patches are analyzed
 MIN_VARIANCE = 5e-4  # added to the variance of each component, as weak ones are noise
 
 
@@ -25,7 +25,7 @@ def whitening_filters(inputs, size):
 
 
 def whiten(model, inputs):
-    """Initializes the first convolution with whitening filters, with both signs, and freezes it.
+    """Initializes the first convolution with whitening filters of both signs; freezes it.
 
     inputs: as for `whitening_filters`. Raises ValueError if the model's first parameter is not a
     tensor of square filters, or has more filters than there are.

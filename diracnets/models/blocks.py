@@ -1,4 +1,4 @@
-"""Blocks that replace the convolutions of a model for training: DBB, ACB, Dirac parametrization.
+"""Training blocks that replace convolutions: DBB, ACB and Dirac parametrization.
 
 `with_block` identifies a convolution and its batch norm by the order in which their parent
 registers them. All models in this package and in torchvision register the batch norm directly

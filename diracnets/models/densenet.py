@@ -140,13 +140,13 @@ def densenet(
     droprate: float,
     checkpointing: bool,
 ) -> DenseNet:
-    """Builds a DenseNet for CIFAR: (N, 3, H, W) to logits (N, num_classes) (sections 3 and 4.2).
+    """Builds a DenseNet for CIFAR: (N, 3, H, W) to logits (N, num_classes).
 
     layers is the total depth, 6n + 4 with bottleneck and 3n + 4 without. growth is the number of
     channels that each layer adds. reduce, in (0, 1], is the fraction of the channels that a
     transition keeps. bottleneck adds a 1x1 before each 3x3 convolution. droprate is the probability
-    of the dropout after each convolution but the first. checkpointing saves memory, takes longer
-    and gives equal results. Raises ValueError for other values.
+    of the dropout after each convolution except the first. checkpointing saves memory, takes longer
+    and gives equal results. Raises ValueError for other values. See sections 3 and 4.2.
     """
     check_integers(layers=layers, growth=growth)
     period = 6 if bottleneck else 3

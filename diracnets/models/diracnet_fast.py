@@ -1,4 +1,4 @@
-"""The DiracNet of the speed run: few, wide convolutions, most of them on small feature maps.
+"""The DiracNet of the speed-run: few, wide convolutions, most on small feature maps.
 
 It has the shape of the airbench networks (Jordan, arXiv 2404.00498, section 3): a stem on 2x2
 patches, three groups of two 3x3 convolutions with max-pooling after the first of each, and batch

@@ -1,8 +1,8 @@
 """Models with the topology of a DiracNet: plain, with Dirac initialization, and with skips.
 
-Each differs from the DiracNet only in what its name says. The initialization of batch norm and of
-the other layers is that of the DiracNet. `diracnets.fold` folds `plain` and `dirac_init` into
-models with the state dict of a `diracnet.DiracNet`.
+Each differs from the DiracNet only in one aspect, that in its name. The initialization of batch
+norm and of the other layers is that of the DiracNet. `diracnets.fold` folds `plain` and
+`dirac_init` into models with the state dict of a `diracnet.DiracNet`.
 """
 
 from collections import OrderedDict
@@ -23,7 +23,7 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
 
 
 def conv_block(conv: nn.Conv2d, activation: nn.Module) -> nn.Sequential:
-    """Returns activation, convolution, batch norm: (N, C, H, W) to (N, conv.out_channels, H, W)."""
+    """Returns activation, convolution, batch norm: (N, C, H, W) to (N, C', H, W)."""
     return nn.Sequential(OrderedDict(
         relu=activation, conv=conv, bn=batch_norm(conv.out_channels)
     ))
