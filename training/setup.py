@@ -111,7 +111,7 @@ def resolve_normalization(preprocess, opt, images, saved_args):
         mean, std = preprocess.mean, preprocess.std
     preprocess = replace(preprocess, mean=tuple(mean), std=tuple(std))
     if preprocess.channels != images.shape[-1]:
-        raise ValueError(f'--normalize of {preprocess.channels} channels: expected '
+        raise ValueError(f'--normalise of {preprocess.channels} channels: expected '
                          f'{images.shape[-1]}, as the images have')
     return preprocess
 
