@@ -470,7 +470,7 @@ def load_published(url: str, get_params: Callable[[Any], Params]) -> Params:
         return params
     except Exception as error:  # torch.load of a corrupt file may raise almost anything
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
-        raise RuntimeError(f'{url}: {reason}; put the file from there at {path}') from error
+        raise RuntimeError(f'{url}: {reason}; download it to {path}') from error
 
 
 def _diracnet(depth, pretrained):

@@ -192,7 +192,7 @@ def measure(comparison, device, deadline):
         try:
             timers[i] = prepare(variant, device)
         except RuntimeError as error:  # out of memory, or the compiler: the others still count
-            say(f'{comparison.title}: {variant.name} left out: {str(error).splitlines()[0]}')
+            say(f'{comparison.title}: {variant.name} skipped: {str(error).splitlines()[0]}')
     seconds = interleave(
         timers.values(), MAX_REPETITIONS, comparison.title,
         lambda repetition: repetition >= MIN_REPETITIONS and time.monotonic() > deadline)
@@ -260,7 +260,7 @@ def time_in_order(comparisons, peak, device, table, columns, deadline):
     """Measures the comparisons until the deadline and appends their results to a CSV file."""
     for comparison in comparisons:
         if time.monotonic() > deadline:
-            say(f'{comparison.title}: left out, no time left')
+            say(f'{comparison.title}: skipped, no time left')
             continue
         measure(comparison, device, deadline)
         results = results_of(comparison, peak, columns)

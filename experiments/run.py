@@ -230,7 +230,7 @@ def train_all(runs, experiment, paths):
             try:
                 lock.acquire()
             except ValueError:
-                say('left out: another process trains it')
+                say('skipped: another process trains it')
                 continue
             trained = finish(run, experiment, paths)
             measures.measure(experiment, run, paths)

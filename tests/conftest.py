@@ -1,4 +1,4 @@
-"""Options of the test run, and fixtures that several test modules take.
+"""Options of the test run, and fixtures shared by several test modules.
 
 Tests run on the CPU, except those with the marker `gpu`: `python test.py -m gpu`.
 """

@@ -1,4 +1,4 @@
-"""Fault injection: kills runs of train.py, resumes them, and compares them with a run left alone.
+"""Fault injection: kills runs of train.py, resumes them, and compares the results.
 
     python tests/fault_injection.py --kills 20     # SIGKILL at random moments
     python tests/fault_injection.py --points       # a fault at each file operation

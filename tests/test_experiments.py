@@ -199,7 +199,7 @@ def test_run_of_another_process_is_left_out(tmp_path, capsys):
         other.acquire()
         with pytest.raises(SystemExit):
             tiny('depth', tmp_path, '--only', spec.title)
-    assert 'left out' in capsys.readouterr().out
+    assert 'skipped' in capsys.readouterr().out
     assert not (tmp_path / 'logs' / 'depth').exists()
 
 

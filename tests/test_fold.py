@@ -571,7 +571,7 @@ def test_pretrained_params_raises_for_unusable_checkpoint(tmp_path, monkeypatch,
     with pytest.raises(RuntimeError, match=message) as error:
         pretrained_params(18)
     assert '\n' not in str(error.value)
-    assert str(error.value).endswith(f'put the file from there at {path}')
+    assert str(error.value).endswith(f'download it to {path}')
 
 
 def test_preprocess_equals_opencv_reference(tmp_path):

@@ -1,4 +1,4 @@
-"""python -m experiments.gpu, as far as a CPU can run it: timing, results, and the time limit."""
+"""python -m experiments.gpu, on a CPU: timing, results, and the time limit."""
 
 import time
 
@@ -28,7 +28,7 @@ def test_measure_leaves_out_a_variant_that_fails(capsys):
 
     variants = [Variant('large', fail, (), 10), Variant('small', lambda: lambda: None, (), 10)]
     gpu.measure(Comparison('two', variants), CPU, time.monotonic() - 1 + 600)
-    assert 'large left out: CUDA out of memory' in capsys.readouterr().out
+    assert 'large skipped: CUDA out of memory' in capsys.readouterr().out
     assert [len(variant.seconds) > 0 for variant in variants] == [False, True]
 
 
@@ -56,7 +56,7 @@ def test_baseline_of_standard_convolutions_is_the_diracnet_in_the_same_form():
 def test_nothing_is_measured_when_the_time_is_over(capsys, tmp_path):
     comparison = Comparison('late', [Variant('variant', lambda: pytest.fail('started'), (), 1)])
     gpu.time_in_order([comparison], 1.0, CPU, tmp_path / 'rates.csv', {}, time.monotonic() - 1)
-    assert 'late: left out' in capsys.readouterr().out
+    assert 'late: skipped' in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -359,7 +359,7 @@ def test_diracnet18_raises_when_weights_cannot_be_loaded(published, defect):
     else:
         cached.parent.mkdir(parents=True)
         cached.write_bytes(b'half a file')
-    with pytest.raises(RuntimeError, match='put the file from') as error:
+    with pytest.raises(RuntimeError, match='download it to') as error:
         diracnet18(pretrained=True)
     assert diracnet.MODEL_URLS[18] in str(error.value)
     assert str(cached) in str(error.value)
@@ -378,7 +378,7 @@ def test_diracnet18_checks_hash_when_weights_are_cached(published, defect):
     if defect == 'other network':
         state = {name: tensor + 1 for name, tensor in state.items()}
     torch.save(state, cached)
-    with pytest.raises(RuntimeError, match='put the file from') as error:
+    with pytest.raises(RuntimeError, match='download it to') as error:
         diracnet18(pretrained=True)
     expected = re.search(r'-(\w{8})\.pth', cached.name)[1]
     assert re.search(rf'its SHA-256 begins with \w{{8}}, expected {expected};', str(error.value))
@@ -400,4 +400,4 @@ def test_diracnet18_raises_when_contents_are_invalid(published, monkeypatch, cha
     with pytest.raises(RuntimeError, match=message) as error:
         diracnet18(pretrained=True)
     assert '\n' not in str(error.value)
-    assert str(error.value).endswith(f'put the file from there at {file}')
+    assert str(error.value).endswith(f'download it to {file}')

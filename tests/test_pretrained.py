@@ -29,9 +29,9 @@ def images_of(folder, *classes):
 
 @pytest.mark.parametrize(('classes', 'outcome'), [
     (('cat', 'dog'), 'loaded: same classes'),
-    (('owl', 'yak'), 'newly initialized: class 0 was cat, is owl'),
-    (('cat', 'emu'), 'newly initialized: class 1 was dog, is emu'),
-    (('cat', 'dog', 'emu'), 'newly initialized: the training set has 3 classes'),
+    (('owl', 'yak'), 'randomly initialized: class 0 was cat, is owl'),
+    (('cat', 'emu'), 'randomly initialized: class 1 was dog, is emu'),
+    (('cat', 'dog', 'emu'), 'randomly initialized: the training set has 3 classes'),
 ])
 def test_last_layer_is_loaded_only_for_the_same_classes(before, tmp_path, capsys, classes, outcome):
     images = images_of(tmp_path / 'images', *classes)
@@ -139,7 +139,7 @@ def test_last_layer_of_other_architectures(model, last_parameters, tmp_path, cap
              for p, q in zip(small.parameters(), large.parameters())]
     assert equal == [True] * (len(equal) - last_parameters) + [None] * last_parameters
     printed = capsys.readouterr().out
-    assert 'last layer (3 classes) newly initialized: the training set has 5 classes' in printed
+    assert 'last layer (3 classes) randomly initialized: the training set has 5 classes' in printed
     same = diracnets.create_model(model, kind, 3, **depth)
     pretrained.load_pretrained(same, opt, preprocess, list('abc'))
     assert all(map(torch.equal, small.parameters(), same.parameters()))

@@ -64,7 +64,7 @@ def test_equalize_limits_the_scale_of_a_channel():
     net = nn.Sequential(nn.Conv2d(1, 3, 1, bias=False), nn.ReLU(), nn.Conv2d(3, 1, 1)).eval()
     net[0].weight[:] = torch.tensor([1.0, 1000.0, 30.0]).view(3, 1, 1, 1)
     equalized = equalize(net, torch.ones(1, 1, 2, 2))
-    # 1 is noise beside 1000; the mean of the two others is sqrt(30 * 1000)
+    # 1 is noise compared with 1000; the mean of the two others is sqrt(30 * 1000)
     expected = torch.tensor([1.0, 1000 / MAX_SCALE, 30 * MAX_SCALE])
     torch.testing.assert_close(equalized[0].weight.flatten(), expected)
     torch.testing.assert_close(equalized[2].weight.flatten() * expected,

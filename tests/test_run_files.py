@@ -1,4 +1,4 @@
-"""What a run must not write: non-finite momenta, and events of lost epochs."""
+"""Writes that a run must refuse: non-finite momenta, and events of lost epochs."""
 
 import pytest
 import torch

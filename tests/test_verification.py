@@ -1,4 +1,4 @@
-"""What export.py must detect before it writes a file, and what a reader must refuse."""
+"""Errors that export.py detects before it writes a file, and files that readers refuse."""
 
 import onnx
 import pytest

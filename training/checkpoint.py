@@ -2,8 +2,8 @@
 
 A checkpoint is a plain dict that loads with `weights_only=True`: `params` (flat name to tensor,
 running statistics included), `optimizer`, `epoch` (finished epochs), `step` (finished steps of the
-next epoch), `totals` (sums of the meters over these steps), `rng`, `best`, `classes`, `args` and
-`versions`.
+next epoch), `totals` (sums of the meters over these steps), `rng`, `best`, `classes`, `args`,
+`versions` and `launcher` (a process id, which identifies restarts by torchrun).
 """
 
 import fcntl

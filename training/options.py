@@ -142,7 +142,7 @@ def _add_model_options(group):
     _add(group, '--model', default=None, choices=ARCHITECTURES, metavar='NAME',
          help=f'architecture: {", ".join(both)}; only for images of up to {MAX_SMALL} pixels: '
               f'{", ".join(small)}; only for larger images: {", ".join(large)} (default: diracnet)')
-    add('depth', f'number of layers: 6n + 4, or 18 or 34 for images above {MAX_SMALL} pixels',
+    add('depth', f'depth as in the papers: 6n + 4, or 18 or 34 for images above {MAX_SMALL} pixels',
         type=at_least(1, int, MAX_SIZE))
     add('width', 'factor on the number of channels', type=at_least(0, float, MAX_SIZE))
     add('block', 'convolution in training: base (standard), or a block that folds into a standard '
@@ -163,7 +163,7 @@ def _add_model_options(group):
 def _add_data_options(group):
     add = functools.partial(_add, group)
     add('--dataset', default=None, choices=DATASETS,
-        help='dataset (default: CIFAR10; with --evaluate, the dataset of the run)')
+        help='dataset; with --evaluate, by default that of the run (default: CIFAR10)')
     add('--dataroot', '--imagenetpath', default='.', type=expand_path,
         help='folder of the dataset; ImageNet: with train/CLASS/ and val/CLASS/, Folder: with '
              'train/CLASS/ and test/CLASS/ or val/CLASS/')

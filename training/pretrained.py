@@ -36,7 +36,7 @@ def load_pretrained(model, opt, preprocess, classes):
         raise ValueError(f'--pretrained {contents.path}: {differences or error}') from error
     model.load_state_dict(params)
     if rank() == 0:
-        action = 'loaded' if same_classes else 'newly initialized'
+        action = 'loaded' if same_classes else 'randomly initialized'
         say(f'--pretrained {contents.path}: last layer ({num_classes} classes) {action}: {reason}')
         before, now = _normalization(file_inputs or preprocess), _normalization(preprocess)
         if before != now:
