@@ -8,7 +8,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python test.py -n 2 --dist worksteal --max-work
 
 train: .venv/train.done
 	$(BIN)/python train.py --dataset Digits --depth 16 --epochs 20 --epoch_step [12,17] \
-	    --batch_size 64 --save checkpoints/digits_$$(date +%Y%m%d_%H%M%S)
+	    --batch_size 64 --save runs/digits_$$(date +%Y%m%d_%H%M%S)
 
 test: .venv/test.done
 	$(TEST)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-import diracnet
-from diracnet import check_hash
+from diracnet import Network, check_hash, define_diracnet, diracnet18, diracnet34  # noqa: F401
 
 dependencies = ['torch']
 TRAINED = {  # released checkpoints in logs/: the SHA-256 of each model.pt7
@@ -17,39 +16,9 @@ TRAINED = {  # released checkpoints in logs/: the SHA-256 of each model.pt7
 }
 
 
-def diracnet18(pretrained: bool = False) -> diracnet.DiracNet:
-    """DiracNet-18 for ImageNet, folded into standard convolutions: 11.5 million parameters.
-
-    Inputs (N, 3, 224, 224) are RGB in [0, 1], normalized with mean (0.485, 0.456, 0.406) and std
-    (0.229, 0.224, 0.225). The original evaluation resizes the shorter side to 256 with OpenCV
-    (cubic) and takes the center crop; `diracnets.preprocess()` does this. Outputs are the logits
-    (N, 1000) of the ILSVRC2012 classes, in the order of their WordNet IDs.
-
-    pretrained: load the authors' weights, downloaded once, with the hash checked each time. The
-    authors report a top-1 error of 30.37 % and a top-5 error of 10.88 % on the validation set
-    (arXiv 1706.00388); these figures were not reproduced here.
-    """
-    return diracnet.diracnet18(pretrained)
-
-
-def diracnet34(pretrained: bool = False) -> diracnet.DiracNet:
-    """DiracNet-34 for ImageNet, folded into standard convolutions: 21.6 million parameters.
-
-    Inputs (N, 3, 224, 224) are RGB in [0, 1], normalized with mean (0.485, 0.456, 0.406) and std
-    (0.229, 0.224, 0.225). The original evaluation resizes the shorter side to 256 with OpenCV
-    (cubic) and takes the center crop; `diracnets.preprocess()` does this. Outputs are the logits
-    (N, 1000) of the ILSVRC2012 classes, in the order of their WordNet IDs.
-
-    pretrained: load the authors' weights, downloaded once, with the hash checked each time. The
-    RepVGG paper quotes a top-1 error of 27.79 % on the validation set; a top-5 error of 9.34 % is
-    unverified. These figures were not reproduced here.
-    """
-    return diracnet.diracnet34(pretrained)
-
-
 def diracnet_cifar(
     depth: int = 28, width: float = 2, num_classes: int = 10, pretrained: bool = False
-) -> diracnet.Network:
+) -> Network:
     """DiracNet for CIFAR-like images, not folded; `diracnets.fold` folds it.
 
     depth: 6n + 4; width: multiplies the 16, 32 and 64 channels; num_classes: 10 for CIFAR-10, 100
@@ -63,8 +32,8 @@ def diracnet_cifar(
     other sizes and for a file with another hash, OSError for a missing file. Without `pretrained`
     the parameters are randomly initialized.
     """
-    f, params = diracnet.define_diracnet(depth, width, 'CIFAR10', num_classes)
-    model = diracnet.Network(f, params)
+    f, params = define_diracnet(depth, width, 'CIFAR10', num_classes)
+    model = Network(f, params)
     if pretrained:
         model.load_state_dict(_released_params(depth, width, num_classes))
     return model

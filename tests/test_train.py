@@ -746,4 +746,4 @@ def test_make_train_command_parses():
     line = next(line for line in makefile.splitlines() if 'train.py --dataset Digits' in line)
     opt = options.parse_options(shlex.split(line)[2:-1])
     assert (opt.dataset, opt.epochs) == ('Digits', 20)
-    assert 'checkpoints/' in (ROOT / '.gitignore').read_text().splitlines()
+    assert 'runs/' in (ROOT / '.gitignore').read_text().splitlines()
