@@ -24,6 +24,11 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f'{word}: expected a value other than --')
         return super().parse_known_args(args, namespace)
 
+    def _get_option_tuples(self, option_string):
+        """Resolves an abbreviation that matches several names of one option."""
+        matches = super()._get_option_tuples(option_string)
+        return matches[:1] if len({id(action) for action, *_ in matches}) == 1 else matches
+
     def error(self, message):
         self.exit(2, f'{self.prog}: {message}\n')
 

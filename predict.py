@@ -33,7 +33,8 @@ def parse_options(argv=None):
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
     parser.add_argument(
         '--model', required=True,
-        help=f'folder of a run, checkpoint, file of export.py, or {" or ".join(PUBLISHED)}',
+        help='folder of a run, checkpoint, .onnx, .safetensors or .pth file of export.py, or '
+             + ' or '.join(PUBLISHED),
     )
     return parser.parse_args(argv)
 

@@ -170,7 +170,7 @@ def main(argv=None, splits=None):
     resume_argv = argv if opt.resume == 'auto' else [*argv, '--resume', 'auto']
     script = 'SCRIPT, its options' if splits else 'train.py'
     with checkpoint.Lock(opt.save) as lock:
-        with exit_on_error('train.py', (ValueError, OSError)):
+        with exit_on_error('train.py', (ValueError, OSError)), out_of_memory_as_os_error():
             if opt.gpu_id:
                 os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read when CUDA is first used
             device = distributed.init(opt.deterministic)

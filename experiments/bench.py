@@ -19,7 +19,6 @@ import importlib.util
 import statistics
 
 import torchvision
-from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
 import diracnets
@@ -196,6 +195,8 @@ def show_profile(title, events, work, steps):
 
 def draw(table):
     """Draws the latest results of each comparison in a CSV file; returns a matplotlib Figure."""
+    from matplotlib.figure import Figure
+
     results = read_results(table)
     depths = [record for title, records in latest_comparisons(results).items()
               if title.startswith('depth,') for record in records]

@@ -116,7 +116,8 @@ def draw_layers(records, title):
 def parse_options(argv):
     parser = ArgumentParser(prog='experiments.visualize', description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('model', help='checkpoint, folder of a run, or an exported file')
+    parser.add_argument('model', help='folder of a run, checkpoint, .onnx, .safetensors or .pth '
+                        'file')
     parser.add_argument('--dataset', choices=DATASETS, default='Folder',
                         help='dataset of the test images (default: %(default)s)')
     parser.add_argument('--dataroot', default='.', help='folder of its files (default: .)')

@@ -70,3 +70,12 @@ def test_help_of_test_py_shows_pytest_examples():
     status, shown, _ = run(ROOT / 'test.py', '--help')
     assert status == 0
     assert 'python test.py -k fold' in shown
+
+
+def test_argument_parser_accepts_abbreviations_of_an_option_with_aliases():
+    parser = cli.ArgumentParser(prog='x')
+    parser.add_argument('--normalise', '--normalize', default='')
+    parser.add_argument('--normal_map')
+    assert parser.parse_args(['--normali', 'measured']).normalise == 'measured'
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--norm', 'measured'])

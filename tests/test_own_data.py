@@ -305,6 +305,16 @@ def test_resume_keeps_the_measured_normalization(pairs, tmp_path):
     assert args['std'] == pytest.approx(pairs[1][0].std((0, 1, 2)) / 255, abs=1e-6)
 
 
+def test_resume_rejects_an_invalid_measured_normalization(pairs, tmp_path, capsys):
+    run(pairs[0], tmp_path, '--normalise', 'measured', '--epochs', 1)
+    saved = torch.load(tmp_path / 'model.pt7', weights_only=True)
+    torch.save({**saved, 'args': {**saved['args'], 'std': [0.0] * 3}}, tmp_path / 'model.pt7')
+    with pytest.raises(SystemExit) as stopped:
+        run(pairs[0], tmp_path, '--normalise', 'measured', '--resume', 'auto', '--force')
+    assert stopped.value.code == 2
+    assert 'std [0.0, 0.0, 0.0]' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('numbers', [
     '[0.5,0.5,0.5]', '[0.5,0.5,0.5,0,1,1]', '[]', '[0.5,"a"]', '{}', '7', 'mine', '[1e999,1]',
     f'[1{400 * "0"},1]', '[' * 20_000,

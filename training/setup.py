@@ -3,7 +3,6 @@
 import functools
 import os
 import random
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -109,7 +108,7 @@ def resolve_normalization(preprocess, opt, images, saved_args):
         mean, std = options.mean_and_std(opt.normalise)
     else:
         mean, std = preprocess.mean, preprocess.std
-    preprocess = replace(preprocess, mean=tuple(mean), std=tuple(std))
+    preprocess = Preprocessing.for_dataset(opt.dataset, opt.image_size, mean, std)
     if preprocess.channels != images.shape[-1]:
         raise ValueError(f'--normalise of {preprocess.channels} channels: expected '
                          f'{images.shape[-1]}, as the images have')

@@ -1,8 +1,9 @@
 """Diverse Branch Block, DBB (Ding et al., arXiv 2103.13425).
 
 The block trains as parallel branches and deploys as one convolution. The six transforms of section
-3.2 are differentiable functions of kernels (out, in / groups, k, k) and biases (out,). Constructor
-arguments, public methods and state dict keys are those of the published code.
+3.2 are differentiable functions of kernels (out, in / groups, k, k) and biases (out,). Public
+methods, state dict keys and constructor arguments are those of the published code, which has
+`single_init` too.
 """
 
 from collections import OrderedDict
