@@ -312,7 +312,7 @@ def test_resume_rejects_an_invalid_measured_normalization(pairs, tmp_path, capsy
     with pytest.raises(SystemExit) as stopped:
         run(pairs[0], tmp_path, '--normalise', 'measured', '--resume', 'auto', '--force')
     assert stopped.value.code == 2
-    assert 'std [0.0, 0.0, 0.0]' in capsys.readouterr().err
+    assert 'std (0.0, 0.0, 0.0)' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('numbers', [
