@@ -59,8 +59,8 @@ class Topology:
     def from_params(cls, params: Params) -> 'Topology':
         """Infers the Topology of a functional or folded DiracNet from its parameter shapes.
 
-        params: flat name -> tensor. Raises ValueError if they are not those of a DiracNet. Use
-        `check_params` to verify that all of them are present.
+        params: flat name -> tensor. Raises ValueError if their names and shapes are not those of a
+        DiracNet.
         """
         stem = _shape_of(params, 'features.conv.weight' if is_folded(params) else 'conv', 4)
         num_classes, channels = _shape_of(params, 'fc.weight', 2)
@@ -76,7 +76,11 @@ class Topology:
             numbers = ', '.join(map(str, blocks)) or 'no'
             raise ValueError(f'the groups have {numbers} blocks: expected {expected}')
         sizes = cls(stem[-1], (channels,), blocks, num_classes)
-        return make_topology(sizes.depth, sizes.width, sizes.kind, num_classes, stem[1])
+        topology = make_topology(sizes.depth, sizes.width, sizes.kind, num_classes, stem[1])
+        with torch.device('meta'):  # only shapes are needed
+            check_params(params, DiracNet.from_topology(topology).state_dict()
+                         if is_folded(params) else init_params(topology))
+        return topology
 
     @property
     def imagenet(self) -> bool:

@@ -21,16 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.optim.swa_utils import AveragedModel
 
 from diracconv import check_forward, is_parametrized
-from diracnet import (
-    BN_EPS,
-    DiracNet,
-    Network,
-    Topology,
-    check_params,
-    dirac_weights,
-    init_params,
-    is_folded,
-)
+from diracnet import BN_EPS, DiracNet, Network, Topology, dirac_weights, is_folded
 
 PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # torch.compile adds _orig_mod
@@ -76,8 +67,7 @@ def _fold_params(params, dtype, device='cpu'):
     if is_folded(params):
         raise ValueError('contains a folded network: expected its parameters before folding')
     topology = Topology.from_params(params)
-    with torch.device('meta'):  # only shapes and names are needed
-        check_params(params, init_params(topology))
+    with torch.device('meta'):  # no random initialization that is discarded
         model = DiracNet.from_topology(topology)
     params = {name: tensor.to(device, torch.float64, copy=True) for name, tensor in params.items()}
     blocks = [name for name, _, _ in topology.layers()]

@@ -9,23 +9,16 @@ W_hat at once.
 """
 
 import re
+from collections import OrderedDict
 from itertools import zip_longest
 
 import torch
 from torch import nn
 
 from diracconv import DiracConv2d, check_forward
-from diracnet import (
-    DiracNet,
-    Params,
-    Topology,
-    check_params,
-    init_params,
-    make_layers,
-    stem_conv,
-)
+from diracnet import DiracNet, Params, Topology, check_params
 from diracnets.fold import fold, has_hooks
-from diracnets.models.plain import batch_norm, conv_block
+from diracnets.models.plain import PlainNet, conv_block
 
 COUNT = '.num_batches_tracked'  # a buffer of BatchNorm2d that is not in the parameters
 
@@ -61,11 +54,9 @@ class ModularNetwork(nn.Sequential):
         """
         topology = Topology.from_params(params)
         with torch.device('meta'):  # no random initialization that is discarded
-            check_params(params, init_params(topology))
-            stem = {'conv': stem_conv(topology, bias=False), 'bn': batch_norm(topology.channels[0])}
-            model = cls(make_layers(topology, stem, _block))
-            model.flatten = nn.Flatten()
-            model.fc = nn.Linear(topology.channels[-1], topology.num_classes)
+            net = PlainNet(topology, _block)
+            model = cls(OrderedDict(**net.features._modules, flatten=nn.Flatten(), fc=net.fc))
+        check_params(params, model.state_dict())  # a folded DiracNet has a topology too
         model.load_state_dict(params, assign=True)
         return model
 
