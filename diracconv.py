@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 ALPHA_INIT, BETA_INIT = 1.0, 0.1
 NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
+Size = int | tuple[int, ...]  # of all dimensions, or of each
 
 
 # ---------------------------------------------------------------- W_hat
@@ -88,19 +89,12 @@ class _DiracConv:
     """Base of the three layers, which also inherit from the nn.Conv of their dimension."""
 
     plain: type  # the nn.Conv class
+    initial = {'alpha': ALPHA_INIT, 'beta': BETA_INIT}
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, ...],
-        stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] | str = 0,
-        dilation: int | tuple[int, ...] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = 'zeros',
-        device: torch.device | str | None = None,
+        self, in_channels: int, out_channels: int, kernel_size: Size, stride: Size = 1,
+        padding: Size | str = 0, dilation: Size = 1, groups: int = 1, bias: bool = True,
+        padding_mode: str = 'zeros', device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         ndim = int(self.plain.__name__[-2])  # Conv2d: 2
@@ -117,8 +111,8 @@ class _DiracConv:
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if hasattr(self, 'alpha'):  # the constructor of nn.Conv calls this before alpha exists
-            nn.init.constant_(self.alpha, ALPHA_INIT)
-            nn.init.constant_(self.beta, BETA_INIT)
+            for name, value in self.initial.items():
+                nn.init.constant_(getattr(self, name), value)
 
     def transform_weight(self) -> Tensor:
         """Returns W_hat, differentiable: (out_channels, in_channels / groups, *kernel_size)."""
@@ -144,13 +138,9 @@ class _DiracConv:
             conv.bias.copy_(self.bias)
         return conv.train(self.training)
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
-                              unexpected_keys, error_msgs):
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if prefix + 'delta' in unexpected_keys:  # the authors' layers saved delta as a tensor
-            unexpected_keys.remove(prefix + 'delta')
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(prefix + 'delta', None)  # the authors' layers saved delta as a tensor
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class DiracConv1d(_DiracConv, nn.Conv1d):

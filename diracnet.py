@@ -127,11 +127,13 @@ def _shape_of(params, name, ndim):
     return params[name].shape
 
 
-def check_integers(**sizes: Any) -> None:
-    """Raises ValueError, naming the size, for a size that is not an integer (16.0 is not)."""
+def check_integers(minimum: int | None = None, /, **sizes: Any) -> None:
+    """Raises ValueError for a size that is not an integer (16.0 is not) or below the minimum."""
     for name, value in sizes.items():
         if not isinstance(value, Integral):
             raise ValueError(f'{name} {value!r}: expected an integer')
+        if minimum is not None and value < minimum:
+            raise ValueError(f'{name} {value}: expected at least {minimum}')
 
 
 def make_topology(
@@ -147,10 +149,8 @@ def make_topology(
     if dataset not in CLASSES:
         raise ValueError(f'unknown dataset {dataset!r}: expected one of {", ".join(CLASSES)}')
     num_classes = CLASSES[dataset] if num_classes is None else num_classes
-    check_integers(depth=depth, num_classes=num_classes, in_channels=in_channels)
-    for name, value in {'num_classes': num_classes, 'in_channels': in_channels}.items():
-        if value < 1:
-            raise ValueError(f'{name} {value}: expected at least 1')
+    check_integers(depth=depth)
+    check_integers(1, num_classes=num_classes, in_channels=in_channels)
     if dataset == 'ImageNet':
         stem, channels = IMAGENET_STEM, IMAGENET_CHANNELS
         if depth not in IMAGENET_BLOCKS:
@@ -382,11 +382,8 @@ def stem_conv(topology: Topology, bias: bool) -> nn.Conv2d:
 
 
 def make_layers(
-    topology: Topology,
-    stem: Mapping[str, nn.Module],
-    block: Callable[[int, int], nn.Module],
-    group: Callable[[OrderedDict], nn.Module] = nn.Sequential,
-    last_relu: bool = True,
+    topology: Topology, stem: Mapping[str, nn.Module], block: Callable[[int, int], nn.Module],
+    group: Callable[[OrderedDict], nn.Module] = nn.Sequential, last_relu: bool = True,
 ) -> OrderedDict[str, nn.Module]:
     """Returns the layers of a DiracNet before the linear layer, by name.
 

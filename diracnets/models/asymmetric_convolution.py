@@ -18,15 +18,8 @@ class ACBlock(MultiBranchBlock):
     branches = ('square', 'ver', 'hor')  # in the keys of the published state dicts
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        dilation: int = 1,
-        groups: int = 1,
-        deploy: bool = False,
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
+        padding: int = 0, dilation: int = 1, groups: int = 1, deploy: bool = False,
         nonlinear: nn.Module | None = None,
     ):
         super().__init__(

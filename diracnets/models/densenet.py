@@ -96,12 +96,7 @@ class DenseNet(nn.Module):
     """
 
     def __init__(
-        self,
-        per_block: int,
-        growth: int,
-        reduce: float,
-        droprate: float,
-        num_classes: int,
+        self, per_block: int, growth: int, reduce: float, droprate: float, num_classes: int,
         make_layer: Callable[[int, int], DenseLayer],
     ):
         super().__init__()
@@ -132,12 +127,7 @@ class DenseNet(nn.Module):
 
 
 def densenet(
-    num_classes: int,
-    layers: int,
-    growth: int,
-    reduce: float,
-    bottleneck: bool,
-    droprate: float,
+    num_classes: int, layers: int, growth: int, reduce: float, bottleneck: bool, droprate: float,
     checkpointing: bool,
 ) -> DenseNet:
     """Builds a DenseNet for CIFAR: (N, 3, H, W) to logits (N, num_classes).
@@ -148,7 +138,8 @@ def densenet(
     of the dropout after each convolution except the first. checkpointing saves memory, takes longer
     and gives equal results. Raises ValueError for other values. See sections 3 and 4.2.
     """
-    check_integers(layers=layers, growth=growth)
+    check_integers(layers=layers)
+    check_integers(1, growth=growth)
     period = 6 if bottleneck else 3
     if layers < 4 + period or (layers - 4) % period:
         below = max(4 + period, (layers - 4) // period * period + 4)
@@ -156,8 +147,6 @@ def densenet(
             f'layers {layers}: DenseNets {"with" if bottleneck else "without"} bottleneck have '
             f'{period}n + 4; the nearest are {below} and {below + period}'
         )
-    if growth < 1:
-        raise ValueError(f'growth {growth}: expected at least 1')
     if not 0 < reduce <= 1:
         raise ValueError(f'reduce {reduce}: expected more than 0 and at most 1')
     make_layer = functools.partial(

@@ -11,7 +11,7 @@ from diracnet import Topology
 from diracnets.models.plain import PlainNet, conv_block
 from diracnets.models.tiled_delta import TiledDeltaConv2d
 
-ALPHA_INIT, BETA_INIT, WEIGHT_STD = 5.0, 1e-3, 0.1
+WEIGHT_STD = 0.1
 
 
 class NCReLU(nn.Module):
@@ -28,6 +28,8 @@ class DiracConv2dV1(TiledDeltaConv2d):
     errors are those of TiledDeltaConv2d.
     """
 
+    initial = {'alpha': 5.0, 'beta': 1e-3}
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.alpha = nn.Parameter(torch.empty_like(self.alpha[:1]))
@@ -37,9 +39,6 @@ class DiracConv2dV1(TiledDeltaConv2d):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.normal_(self.weight, std=WEIGHT_STD)
-        if hasattr(self, 'alpha'):  # the constructor of nn.Conv2d calls this before alpha exists
-            nn.init.constant_(self.alpha, ALPHA_INIT)
-            nn.init.constant_(self.beta, BETA_INIT)
 
 
 def _block(cin: int, cout: int) -> nn.Sequential:

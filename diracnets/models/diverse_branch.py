@@ -61,10 +61,7 @@ def concat_branches(*branches: KernelBias) -> KernelBias:
 
 
 def average_as_conv(
-    channels: int,
-    kernel_size: int,
-    groups: int = 1,
-    device: torch.device | None = None,
+    channels: int, kernel_size: int, groups: int = 1, device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Transform V: average pooling as a kernel (channels, channels / groups, k, k)."""
@@ -135,15 +132,8 @@ class MultiBranchBlock(nn.Module):
     deployed_name: str  # of the deployed convolution in the published state dicts
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int,
-        padding: int,
-        dilation: int,
-        groups: int,
-        nonlinear: nn.Module | None,
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int,
+        dilation: int, groups: int, nonlinear: nn.Module | None,
     ):
         super().__init__()
         if kernel_size % 2 == 0:
@@ -227,16 +217,9 @@ class DiverseBranchBlock(MultiBranchBlock):
     deployed_name = 'dbb_reparam'
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
-        padding: int = 0,
-        dilation: int = 1,
-        groups: int = 1,
-        internal_channels_1x1_3x3: int | None = None,
-        deploy: bool = False,
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
+        padding: int = 0, dilation: int = 1, groups: int = 1,
+        internal_channels_1x1_3x3: int | None = None, deploy: bool = False,
         nonlinear: nn.Module | None = None,
     ):
         super().__init__(

@@ -99,10 +99,7 @@ def get_architecture(name: str) -> Architecture:
 
 
 def create_model(
-    name: str,
-    dataset: str | None = None,
-    num_classes: int | None = None,
-    in_channels: int = 3,
+    name: str, dataset: str | None = None, num_classes: int | None = None, in_channels: int = 3,
     **options: Any,
 ) -> nn.Module:
     """Builds a randomly initialized model: (N, in_channels, H, W) to logits (N, num_classes).
@@ -125,9 +122,7 @@ def create_model(
             f'{name} has no option {", ".join(unknown)}; use {", ".join(architecture.options)}'
         )
     num_classes = CLASSES[dataset] if num_classes is None else num_classes
-    check_integers(num_classes=num_classes)
-    if num_classes < 1:
-        raise ValueError(f'num_classes {num_classes}: expected at least 1')
+    check_integers(1, num_classes=num_classes)
     if in_channels != 3 and 'depth' not in architecture.options:
         raise ValueError(f'{name}: expected 3 input channels, got {in_channels}')
     options = {**architecture.options, **options}
