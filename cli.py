@@ -17,6 +17,12 @@ USER_ERRORS = (
 class ArgumentParser(argparse.ArgumentParser):
     """An ArgumentParser that prints errors as one line, without usage, and exits with status 2."""
 
+    @classmethod
+    def of_script(cls, prog, description, **kwargs):
+        """Returns a parser whose help shows the docstring of a script with its line breaks."""
+        return cls(prog=prog, description=description,
+                   formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
         for word in args:

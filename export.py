@@ -11,7 +11,6 @@ int8, calibrated on a folder of images, with the top-1 accuracy before and after
 No file is written if its outputs differ from those of the trained model.
 """
 
-import argparse
 import copy
 import os
 
@@ -41,9 +40,7 @@ TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of logits, relative to the largest logi
 
 
 def parse_options(argv=None):
-    parser = ArgumentParser(
-        prog='export.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser.of_script('export.py', __doc__)
     add = parser.add_argument
     add('checkpoint', help='folder of a run, checkpoint, or a .pth or .safetensors file')
     add('--to', required=True, metavar='FILE',

@@ -8,7 +8,6 @@ Each run has a color. Dashed lines show the training set, dotted lines the valid
 convolution.
 """
 
-import argparse
 import math
 from pathlib import Path
 
@@ -133,8 +132,7 @@ def plot_filters(weight, title):
 
 
 def main(argv=None):
-    parser = ArgumentParser(prog='plot.py', description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser.of_script('plot.py', __doc__)
     parser.add_argument('logs', nargs='+', metavar='LOG',
                         help='log.txt of a run, or the folder of the run')
     parser.add_argument('--save', default='training.png', metavar='FILE',

@@ -7,7 +7,6 @@
 Unreadable images are reported on stderr and skipped; the exit status is then 2.
 """
 
-import argparse
 import sys
 
 if __name__ == '__main__':  # before the imports that take seconds
@@ -27,9 +26,7 @@ PUBLISHED = {'diracnet18': diracnet18, 'diracnet34': diracnet34}
 
 
 def parse_options(argv=None):
-    parser = ArgumentParser(
-        prog='predict.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser.of_script('predict.py', __doc__)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
     parser.add_argument(
         '--model', required=True,

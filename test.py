@@ -9,7 +9,6 @@
 All arguments are those of pytest: `python -m pytest --help` lists them.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from cli import ArgumentParser, require_packages
 
 
 def main():
-    parser = ArgumentParser(prog='test.py', usage='%(prog)s [ARGUMENT ...]', description=__doc__,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser.of_script('test.py', __doc__, usage='%(prog)s [ARGUMENT ...]')
     _, arguments = parser.parse_known_args()
     require_packages('test.py', 'test', 'pytest')
     import pytest

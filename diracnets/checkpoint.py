@@ -30,6 +30,11 @@ CHECKPOINT_URLS = {  # unfolded parameters, from which training can continue
     18: 'https://s3.amazonaws.com/modelzoo-networks/diracnet18-v2_checkpoint.pth',
     34: 'https://s3.amazonaws.com/modelzoo-networks/diracnet34-v2_checkpoint.pth',
 }
+UNREADABLE = {  # extension: the error
+    '.pt2': 'a .pt2 file contains a program; open it with torch.export.load',
+    '.onnx': 'the parameters in an ONNX file cannot be read; use the run or another file that was '
+             'exported from it',
+}
 WRAPPERS = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel, torch.compile
 DELTA = re.compile(r'^eye[\d_]+$')  # dense identities in original checkpoints, like eye64_64_3_3
 
@@ -60,6 +65,17 @@ class CheckpointContents:
             )
         return topology
 
+    def unfolded_params(self) -> dict[str, Tensor]:
+        """Returns the parameters of a functional DiracNet; raises ValueError for other models."""
+        try:
+            if is_folded(self.params):
+                raise ValueError('contains a folded network; use the checkpoint from which it was '
+                                 'exported')
+            self.topology()
+        except ValueError as error:
+            raise ValueError(f'{self.path}: {error}') from error
+        return self.params
+
 
 def load_params(path: str | os.PathLike) -> dict[str, Tensor]:
     """Loads the parameters of a functional DiracNet, for `f`, `Network` and `fold`.
@@ -68,7 +84,7 @@ def load_params(path: str | os.PathLike) -> dict[str, Tensor]:
     of `define_diracnet`; no tensor requires grad. Raises ValueError for invalid contents, OSError
     for a file that cannot be read.
     """
-    return _unfolded_params(read_checkpoint(path))
+    return read_checkpoint(path).unfolded_params()
 
 
 def read_checkpoint(path: str | os.PathLike) -> CheckpointContents:
@@ -98,17 +114,6 @@ def make_contents(path: str | os.PathLike, contents: Mapping, params: dict) -> C
                               contents.get('classes'), contents.get('inputs'), origin)
 
 
-def _unfolded_params(contents):
-    if is_folded(contents.params):
-        raise ValueError(f'{contents.path}: contains a folded network; use the checkpoint from '
-                         'which it was exported')
-    try:
-        contents.topology()
-    except ValueError as error:
-        raise ValueError(f'{contents.path}: {error}') from error
-    return contents.params
-
-
 # ---------------------------------------------------------------- files
 
 
@@ -136,9 +141,11 @@ def load_dict_file(path: str, required: Iterable[str] = ()) -> Mapping:
     """Loads and checks the dict in exactly this file; see `load_dict`."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f'{path}: no such file; give a checkpoint or the folder of a run')
-    reader = READERS.get(os.path.splitext(path)[1], _read_pickle)
-    contents = reader(path)
+    extension = os.path.splitext(path)[1]
     try:
+        if extension in UNREADABLE:
+            raise ValueError(UNREADABLE[extension])
+        contents = (_read_safetensors if extension == '.safetensors' else _read_pickle)(path)
         if not isinstance(contents, Mapping):
             raise ValueError(f'contains a {type(contents).__name__}, expected a dict')
         check_bounds(contents)
@@ -151,30 +158,19 @@ def load_dict_file(path: str, required: Iterable[str] = ()) -> Mapping:
     return contents
 
 
-def _read_pt2(path):
-    raise ValueError(f'{path}: a .pt2 file contains a program; open it with torch.export.load')
-
-
-def _read_onnx(path):
-    raise ValueError(f'{path}: the parameters in an ONNX file cannot be read; use the run or '
-                     'another file that was exported from it')
-
-
 def _read_safetensors(path):
     try:
         from safetensors import SafetensorError, safe_open
         from safetensors.torch import load_file
     except ImportError as error:
-        raise ValueError(
-            f'{path}: safetensors is not installed; pip install safetensors'
-        ) from error
+        raise ValueError('safetensors is not installed; pip install safetensors') from error
     try:
         contents = OrderedDict(load_file(path))
         with safe_open(path, 'pt') as file:
             contents._metadata = file.metadata() or {}
         return contents
     except SafetensorError as error:
-        raise ValueError(f'{path}: corrupt, or not a safetensors file ({error})') from error
+        raise ValueError(f'corrupt, or not a safetensors file ({error})') from error
 
 
 def _read_pickle(path):
@@ -190,16 +186,10 @@ def _read_pickle(path):
             _raise_if_environment_error(error, path)
             code = re.search(r'GLOBAL (\S+)', str(error))
             if code:
-                raise ValueError(
-                    f'{path}: refused, because its pickle would call {code[1]}; save only tensors '
-                    'and plain values'
-                ) from error
+                raise ValueError(f'refused, because its pickle would call {code[1]}; save only '
+                                 'tensors and plain values') from error
             raise ValueError(
-                f'{path}: corrupt, or not a file that torch.load reads with weights_only=True'
-            ) from error
-
-
-READERS = {'.safetensors': _read_safetensors, '.pt2': _read_pt2, '.onnx': _read_onnx}
+                'corrupt, or not a file that torch.load reads with weights_only=True') from error
 
 
 def _raise_if_environment_error(error, path):
@@ -238,6 +228,6 @@ def pretrained_params(depth: int) -> dict[str, Tensor]:
     def params_of(downloaded):
         contents = _parse(downloaded, checkpoint_path(depth))
         args = {**contents.args, 'depth': depth, 'width': 1}
-        return _unfolded_params(replace(contents, args=args))
+        return replace(contents, args=args).unfolded_params()
 
     return load_published(CHECKPOINT_URLS[depth], params_of)

@@ -3,14 +3,14 @@
 import copy
 import functools
 import io
-import os
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diracnets.onnx import open_onnx, to_onnx
+from diracnets.checkpoint import load_dict_file
+from diracnets.onnx import OnnxModel, to_onnx
 
 
 def _save_to_bytes(save, contents):
@@ -28,26 +28,10 @@ def to_pt2(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str]) -> byt
     return _save_to_bytes(functools.partial(torch.export.save, extra_files=metadata), program)
 
 
-def open_pt2(path: str | os.PathLike, model: nn.Module) -> nn.Module:
-    return torch.export.load(path).module()
-
-
-def _with_state_dict(model, state_dict):
-    model = copy.deepcopy(model)
-    model.load_state_dict(state_dict, assign=True)
-    return model
-
-
 def to_safetensors(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str]) -> bytes:
     from safetensors.torch import save
 
     return save(model.state_dict(), metadata)
-
-
-def open_safetensors(path: str | os.PathLike, model: nn.Module) -> nn.Module:
-    from safetensors.torch import load_file
-
-    return _with_state_dict(model, load_file(path))
 
 
 def to_pth(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str]) -> bytes:
@@ -57,8 +41,10 @@ def to_pth(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str]) -> byt
     return _save_to_bytes(torch.save, state_dict)
 
 
-def open_pth(path: str | os.PathLike, model: nn.Module) -> nn.Module:
-    return _with_state_dict(model, torch.load(path, weights_only=True))
+def _open_state_dict(path: str, model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    model.load_state_dict(load_dict_file(path), assign=True)
+    return model
 
 
 class Format(NamedTuple):
@@ -70,8 +56,9 @@ class Format(NamedTuple):
 
 
 FORMATS = {  # by the extension of a file's name
-    '.onnx': Format(to_onnx, open_onnx, ('onnx', 'onnxruntime', 'onnxscript')),
-    '.pt2': Format(to_pt2, open_pt2),
-    '.safetensors': Format(to_safetensors, open_safetensors, ('safetensors',)),
-    '.pth': Format(to_pth, open_pth),
+    '.onnx': Format(to_onnx, lambda path, model: OnnxModel(path),
+                    ('onnx', 'onnxruntime', 'onnxscript')),
+    '.pt2': Format(to_pt2, lambda path, model: torch.export.load(path).module()),
+    '.safetensors': Format(to_safetensors, _open_state_dict, ('safetensors',)),
+    '.pth': Format(to_pth, _open_state_dict),
 }

@@ -84,8 +84,3 @@ def add_metadata(model, metadata: Mapping[str, str]) -> bytes:
     for name, text in metadata.items():
         model.metadata_props.add(key=name, value=text)
     return model.SerializeToString()
-
-
-def open_onnx(path: str | os.PathLike, model: nn.Module) -> OnnxModel:
-    """Opens an ONNX file; `model` is unused, as the file contains its own graph."""
-    return OnnxModel(path)

@@ -14,7 +14,7 @@ from cli import say
 from diracnets.checkpoint import load_params
 from diracnets.fold import fold
 from diracnets.models.diracnet_v1 import NCReLU
-from diracnets.onnx import open_onnx, to_onnx
+from diracnets.onnx import OnnxModel, to_onnx
 from diracnets.preprocessing import Preprocessing, normalize
 from diracnets.quantization import calibration_set, equalize, quantize
 from experiments.interleaved import Variant, compare
@@ -119,7 +119,7 @@ def int8(run, paths):
             for name, content in zip(names, contents):
                 path = Path(folder, f'{name}.onnx')
                 path.write_bytes(content)
-                accuracy = top1(open_onnx(path, form), test, loaded.preprocess, name)
+                accuracy = top1(OnnxModel(path), test, loaded.preprocess, name)
                 record[f'{name}_test_acc_percent'] = accuracy
     return [record]
 
