@@ -239,9 +239,7 @@ def _check_sizes(ndim, minimum, **sizes):
 # ---------------------------------------------------------------- models
 
 
-def dirac(
-    model: nn.Module, which: Callable[[str, nn.Module], bool] | None = None
-) -> nn.Module:
+def dirac(model: nn.Module, which: Callable[[str, nn.Module], bool] | None = None) -> nn.Module:
     """Applies the Dirac parametrization to the convolutions of a model, in place.
 
     model: any nn.Module, also a single convolution. which: a function (name, convolution) -> bool

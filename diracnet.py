@@ -136,9 +136,8 @@ def check_integers(minimum: int | None = None, /, **sizes: Any) -> None:
             raise ValueError(f'{name} {value}: expected at least {minimum}')
 
 
-def make_topology(
-    depth: int, width: float, dataset: str, num_classes: int | None = None, in_channels: int = 3
-) -> Topology:
+def make_topology(depth: int, width: float, dataset: str, num_classes: int | None = None,
+                  in_channels: int = 3) -> Topology:
     """Returns the Topology of a DiracNet.
 
     depth: 6n + 4 for CIFAR, 18 or 34 for ImageNet. width: the multiplier of the numbers of
@@ -233,9 +232,8 @@ def _init_batch_norm(prefix, channels):
 # ---------------------------------------------------------------- functional model
 
 
-def dirac_weights(
-    params: Params, names: Iterable[str], dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+def dirac_weights(params: Params, names: Iterable[str],
+                  dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Computes W_hat (eq. 3) of the named blocks: name of W in `params` -> W_hat.
 
     Consecutive blocks of one shape are computed together, like the groups of one convolution.
@@ -294,10 +292,8 @@ def _checkpointed_group(x, params, names, mode, dirac):
     return x
 
 
-def forward(
-    topology: Topology, inputs: Tensor, params: Params, mode: bool,
-    checkpointing: bool = False, dirac: bool = True,
-) -> Tensor:
+def forward(topology: Topology, inputs: Tensor, params: Params, mode: bool,
+            checkpointing: bool = False, dirac: bool = True) -> Tensor:
     """Runs a DiracNet: inputs (N, in_channels, H, W) to logits (N, num_classes).
 
     With mode=True, batch norm uses batch statistics and updates the running statistics.
@@ -414,10 +410,8 @@ class DiracNet(nn.Module):
     those of `make_topology`.
     """
 
-    def __init__(
-        self, depth: int = 18, width: float = 1, dataset: str = 'ImageNet',
-        num_classes: int | None = None, in_channels: int = 3,
-    ) -> None:
+    def __init__(self, depth: int = 18, width: float = 1, dataset: str = 'ImageNet',
+                 num_classes: int | None = None, in_channels: int = 3) -> None:
         super().__init__()
         topology = make_topology(depth, width, dataset, num_classes, in_channels)
         stem = {'conv': stem_conv(topology, bias=True)}

@@ -16,9 +16,8 @@ TRAINED = {  # released checkpoints in logs/: the SHA-256 of each model.pt7
 }
 
 
-def diracnet_cifar(
-    depth: int = 28, width: float = 2, num_classes: int = 10, pretrained: bool = False
-) -> Network:
+def diracnet_cifar(depth: int = 28, width: float = 2, num_classes: int = 10,
+                   pretrained: bool = False) -> Network:
     """DiracNet for CIFAR-like images, not folded; `diracnets.fold` folds it.
 
     depth: 6n + 4; width: multiplies the 16, 32 and 64 channels; num_classes: 10 for CIFAR-10, 100

@@ -132,7 +132,7 @@ def test(opt, loaded, forward, splits):
     """Prints the loss and accuracy of a loaded model on the test images."""
     settings = {'file': loaded.path, 'network': loaded.title, 'image_size': loaded.preprocess.size,
                 'batch_size': opt.batch_size, 'nthread': opt.nthread}
-    print_header(settings, loaded.model, splits, forward)
+    print_settings(settings, loaded.model, splits, forward)
     meters = Meters(loaded.num_classes, len(splits.test), 'test')
     evaluate(loaded.model, forward, splits.test, meters, opt)
     summary = meters.summary('test')
@@ -141,7 +141,7 @@ def test(opt, loaded, forward, splits):
         print(f'test_acc: {summary["test_acc"]:.2f}')
 
 
-def print_header(settings, model, splits, forward):
+def print_settings(settings, model, splits, forward):
     """Prints the settings, the parameters of the model, the data and the hardware."""
     if rank() > 0:
         return
@@ -190,7 +190,7 @@ def main(argv=None, splits=None):
                 if opt.evaluate:
                     test(opt, loaded, forward, splits)
                 else:
-                    print_header(run.args, run.model, run.splits, run.forward)
+                    print_settings(run.args, run.model, run.splits, run.forward)
                     train(run, f'{script} {shlex.join(resume_argv)}')
         finally:
             distributed.shutdown()

@@ -25,9 +25,8 @@ def native_bfloat16(device: torch.device | str) -> tuple[bool, str]:
     return bool(features), ', '.join(features) or 'a CPU without bfloat16'
 
 
-def deploy(
-    model: nn.Module, shape: Sequence[int], dtype: torch.dtype | None = None
-) -> Callable[[Tensor], Tensor]:
+def deploy(model: nn.Module, shape: Sequence[int],
+           dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
     """Compiles a copy of a model, with constant weights, for inputs of one shape.
 
     model maps inputs to logits; it is usually the result of `diracnets.fold`. shape is the input

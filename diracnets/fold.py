@@ -85,7 +85,7 @@ def _fold_params(params, dtype, device='cpu'):
 
 @torch.no_grad()
 def _fold_module(module, dtype):
-    _check_tensors(module)
+    _check_copyable(module)
     root = nn.ModuleList([_unwrapped_copy(module)]).eval().double()  # the module gets a parent
     for layer in list(root.modules()):
         if isinstance(layer, Network):
@@ -122,7 +122,7 @@ def _has_fold(layer):
     return callable(getattr(type(layer), 'fold', None))
 
 
-def _check_tensors(module):
+def _check_copyable(module):
     """Raises ValueError for a tensor that is computed from others, and so cannot be copied.
 
     torch.nn.utils.prune, weight_norm and spectral_norm create such tensors. Without requires_grad

@@ -6,6 +6,7 @@ decoding 32 x 32 pixels. Errors are DataErrors that name the file.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -44,19 +45,14 @@ def import_opencv():
     return cv2
 
 
-class OpenCVErrors:
-    """A context manager that turns an error of OpenCV into a DataError that names the file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, traceback):
-        if error is not None and isinstance(error, import_opencv().error):
-            reason = ' '.join((error.err or 'OpenCV').split())
-            raise DataError(f'{self.path}: not a readable image ({reason})') from error
+@contextlib.contextmanager
+def opencv_errors(path):
+    """Turns an error of OpenCV into a DataError that names the file."""
+    try:
+        yield
+    except import_opencv().error as error:
+        reason = ' '.join((error.err or 'OpenCV').split())
+        raise DataError(f'{path}: not a readable image ({reason})') from error
 
 
 def read_bytes(path: str | bytes | os.PathLike) -> bytes:
@@ -189,7 +185,7 @@ def decode_image(content: bytes, path: str | os.PathLike, reduction: int = 1) ->
     if size:
         check_pixels(path, *size)
     mode = cv2.IMREAD_COLOR if reduction == 1 else getattr(cv2, f'IMREAD_REDUCED_COLOR_{reduction}')
-    with OpenCVErrors(path):
+    with opencv_errors(path):
         image = None
         if content and not is_truncated:
             image = cv2.imdecode(np.frombuffer(content, np.uint8), mode)

@@ -57,9 +57,7 @@ class LoadedModel:
         return ', '.join([name, *(f'{option} {value}' for option, value in sizes.items())])
 
 
-def load(
-    path: str | os.PathLike, overrides: Mapping[str, Any] | None = None
-) -> LoadedModel:
+def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> LoadedModel:
     """Loads a model, in evaluation mode, from a file or from the folder of a run.
 
     path: a checkpoint, or a .onnx, .safetensors or .pth file of export.py. The model of an ONNX
@@ -74,14 +72,14 @@ def load(
     else:
         model, contents = None, read_checkpoint(path)
     try:
-        file_inputs = file_preprocessing(contents)
-        options = merge_options(contents.args, file_inputs, overrides)
+        preprocess = file_preprocess(contents)
+        options = merge_options(contents.args, preprocess, overrides)
         if model is not None:
-            preprocess = _check_onnx(model, file_inputs)
-            num_classes, sizes = model.num_classes, _sizes(options)
+            _check_onnx(model, preprocess)
+            num_classes, sizes = model.num_classes, _size_options(options)
         else:
             build = _build_diracnet if options['model'] == 'diracnet' else _build_other
-            model, num_classes, sizes, preprocess = build(contents, file_inputs, options)
+            model, num_classes, sizes, preprocess = build(contents, preprocess, options)
             model.load_state_dict(contents.params, assign=True)
         if contents.classes is not None and len(contents.classes) != num_classes:
             raise ValueError(f'contains {len(contents.classes)} class names for {num_classes} '
@@ -97,24 +95,23 @@ def load(
 # ---------------------------------------------------------------- options
 
 
-def file_preprocessing(contents: CheckpointContents) -> Preprocessing | None:
+def file_preprocess(contents: CheckpointContents) -> Preprocessing | None:
     """Returns the Preprocessing in a file's metadata, or None if it contains none."""
     if contents.inputs is not None:
         return Preprocessing.from_dict(contents.inputs)
     return Preprocessing.from_args(contents.args) if 'dataset' in contents.args else None
 
 
-def merge_options(
-    args: Mapping[str, Any], file_inputs: Preprocessing | None, overrides: Mapping[str, Any]
-) -> dict[str, Any]:
+def merge_options(args: Mapping[str, Any], preprocess: Preprocessing | None,
+                  overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Merges the options in a file with overrides for options that the file does not contain.
 
     Raises ValueError for overrides that contradict the file or that the architecture does not have.
     """
     in_file = dict(args)
-    if file_inputs:
-        in_file.update(image_size=file_inputs.size, mean=list(file_inputs.mean),
-                       std=list(file_inputs.std))
+    if preprocess:
+        in_file.update(image_size=preprocess.size, mean=list(preprocess.mean),
+                       std=list(preprocess.std))
     # a model may be tested on another dataset, and checkpointing changes only the gradients' cost
     contradictions = [
         f'{name} is {in_file[name]}, not {value}' for name, value in overrides.items()
@@ -132,43 +129,42 @@ def merge_options(
     return options
 
 
-def _sizes(options):
+def _size_options(options):
     """Returns the options that set the size of an architecture, with its defaults."""
     defaults = get_architecture(options['model']).options
     return {name: options.get(name, default) for name, default in defaults.items()}
 
 
-def _preprocessing(file_inputs, options, kind=None):
+def _resolve_preprocess(preprocess, options, kind=None):
     """Returns the Preprocessing in a file, or else of the options or the kind of images."""
-    inputs = file_inputs
-    if inputs is None:
+    if preprocess is None:
         size = options.get('image_size')
         dataset = 'Folder' if size is not None else kind or options.get('dataset', 'CIFAR10')
-        inputs = Preprocessing.for_dataset(dataset, size, options.get('mean'), options.get('std'))
-    if kind and (kind == 'ImageNet') != (inputs.kind == 'ImageNet'):
+        preprocess = Preprocessing.for_dataset(
+            dataset, size, options.get('mean'), options.get('std'))
+    if kind and (kind == 'ImageNet') != (preprocess.kind == 'ImageNet'):
         sizes = 'more than' if kind == 'ImageNet' else 'at most'
-        raise ValueError(f'image_size {inputs.size}: expected {sizes} {MAX_SMALL} pixels for this '
-                         f'{kind} model')
-    return inputs
+        raise ValueError(f'image_size {preprocess.size}: expected {sizes} {MAX_SMALL} pixels for '
+                         f'this {kind} model')
+    return preprocess
 
 
 # ---------------------------------------------------------------- models
 
 
-def _check_onnx(model, file_inputs):
-    """Returns the Preprocessing of an OnnxModel; raises ValueError for another input shape."""
-    if file_inputs is None:
+def _check_onnx(model, preprocess):
+    """Raises ValueError unless the Preprocessing has the input shape of an OnnxModel."""
+    if preprocess is None:
         raise ValueError('contains no metadata; use an ONNX file of export.py')
-    if model.input_shape != file_inputs.shape:
-        raise ValueError(f'its metadata describe inputs {file_inputs.shape}: expected '
+    if model.input_shape != preprocess.shape:
+        raise ValueError(f'its metadata describe inputs {preprocess.shape}: expected '
                          f'{model.input_shape}, the inputs of its graph')
-    return file_inputs
 
 
 # Both return (model on the meta device, num_classes, sizes, Preprocessing).
 
 
-def _build_diracnet(contents, file_inputs, options):
+def _build_diracnet(contents, preprocess, options):
     topology = contents.topology()  # from the shapes of the parameters
     sizes = {'depth': topology.depth, 'width': topology.width}
     if not topology.matches(*(options.get(name, size) for name, size in sizes.items())):
@@ -176,30 +172,30 @@ def _build_diracnet(contents, file_inputs, options):
     with torch.device('meta'):
         build = DiracNet.from_topology if is_folded(contents.params) else build_diracnet
         model = build(topology)
-    inputs = _preprocessing(file_inputs, options, topology.kind)
+    preprocess = _resolve_preprocess(preprocess, options, topology.kind)
     channels = topology.in_channels
-    if channels != inputs.channels:
-        inputs = replace(inputs, mean=(0.0,) * channels, std=(1.0,) * channels)
-    return model, topology.num_classes, sizes, inputs
+    if channels != preprocess.channels:
+        preprocess = replace(preprocess, mean=(0.0,) * channels, std=(1.0,) * channels)
+    return model, topology.num_classes, sizes, preprocess
 
 
-def _build_other(contents, file_inputs, options):
-    name, inputs, sizes = options['model'], _preprocessing(file_inputs, options), _sizes(options)
+def _build_other(contents, preprocess, options):
+    name, sizes = options['model'], _size_options(options)
+    preprocess = _resolve_preprocess(preprocess, options)
     with torch.device('meta'):
-        *_, last = create_model(name, inputs.kind, **sizes).state_dict()  # (num_classes, ...)
+        *_, last = create_model(name, preprocess.kind, **sizes).state_dict()  # (num_classes, ...)
         shape = contents.params[last].shape[:1] if last in contents.params else ()
         num_classes = max(shape, default=0) or None
-        model = create_model(name, inputs.kind, num_classes, inputs.channels, **sizes)
+        model = create_model(name, preprocess.kind, num_classes, preprocess.channels, **sizes)
     if contents.params.keys() != model.state_dict().keys():
         folded = fold(model)
         model = folded if contents.params.keys() == folded.state_dict().keys() else model
     check_params(contents.params, model.state_dict())
-    return model, num_classes, sizes, inputs
+    return model, num_classes, sizes, preprocess
 
 
-def check_classes(
-    path: str, num_classes: int, classes: list[str] | None, dataset_classes: list[str]
-) -> None:
+def check_classes(path: str, num_classes: int, classes: list[str] | None,
+                  dataset_classes: list[str]) -> None:
     """Raises ValueError unless the classes of a dataset are those of the model in a file.
 
     num_classes and classes are the model's; classes is None if the file does not contain names.

@@ -144,9 +144,8 @@ def _check_tensors(tensors):
 # ---------------------------------------------------------------- metadata of exported files
 
 
-def make_metadata(
-    args: Mapping, classes: list[str] | None, inputs: Mapping, origin: Mapping
-) -> dict[str, str]:
+def make_metadata(args: Mapping, classes: list[str] | None, inputs: Mapping,
+                  origin: Mapping) -> dict[str, str]:
     """Returns the metadata that every exported file contains: {METADATA_KEY: JSON text}.
 
     args: the options of train.py as in a checkpoint; paths are cut to their last part. classes:

@@ -8,6 +8,7 @@ find its DiracConv2d and BatchNorm2d. `diracnet.Network` trains faster, because 
 W_hat at once.
 """
 
+import functools
 import re
 from collections import OrderedDict
 from itertools import zip_longest
@@ -34,10 +35,6 @@ def _module_name(name):
     )
 
 
-def _block(cin, cout):
-    return conv_block(DiracConv2d(cin, cout, 3, padding=1, bias=False), nn.ReLU())
-
-
 class ModularNetwork(nn.Sequential):
     """A DiracNet of DiracConv2d and BatchNorm2d: (N, C, H, W) to logits (N, num_classes).
 
@@ -54,7 +51,7 @@ class ModularNetwork(nn.Sequential):
         """
         topology = Topology.from_params(params)
         with torch.device('meta'):  # no random initialization that is discarded
-            net = PlainNet(topology, _block)
+            net = PlainNet(topology, functools.partial(conv_block, DiracConv2d))
             model = cls(OrderedDict(**net.features._modules, flatten=nn.Flatten(), fc=net.fc))
         check_params(params, model.state_dict())  # a folded DiracNet has a topology too
         model.load_state_dict(params, assign=True)

@@ -17,9 +17,9 @@ import torch
 from diracnets.image_files import (
     MAX_PIXELS,
     DataError,
-    OpenCVErrors,
     check_pixels,
     import_opencv,
+    opencv_errors,
     read_image,
 )
 
@@ -172,18 +172,18 @@ def preprocess(dataset: str = 'ImageNet', image_size: int | None = None) -> Prep
     return Preprocessing.for_dataset(dataset, image_size)
 
 
-def normalize(images: torch.Tensor, preprocessing: Preprocessing,
+def normalize(images: torch.Tensor, preprocess: Preprocessing,
               dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Converts uint8 images (N, C, H, W) to inputs: (images / 255 - mean) / std.
 
     Raises ValueError if the number of channels is not that of the preprocessing.
     """
-    if images.shape[1] != preprocessing.channels:
+    if images.shape[1] != preprocess.channels:
         raise ValueError(f'images of {images.shape[1]} channels: expected '
-                         f'{preprocessing.channels}, the channels of the model')
+                         f'{preprocess.channels}, the channels of the model')
     mean, std = (
         torch.tensor(values, dtype=dtype, device=images.device).mul_(255).view(-1, 1, 1)
-        for values in (preprocessing.mean, preprocessing.std)
+        for values in (preprocess.mean, preprocess.std)
     )
     return images.to(dtype).sub_(mean).div_(std)
 
@@ -253,7 +253,7 @@ def _resize_for_testing(image, name, size):
     shorter = size if size <= MAX_SMALL else size * 256 // 224
     check_pixels(name, *image.shape[:2])
     check_pixels(name, *_resized_shape(*image.shape[:2], shorter), ' after resizing')
-    with OpenCVErrors(name):
+    with opencv_errors(name):
         return resize_and_crop(image, shorter, size)
 
 

@@ -132,10 +132,8 @@ def check_disk_space(folder: str, content: bytes) -> None:
         file.unlink()
 
 
-def quantize(
-    content: bytes, paths: Sequence[str], preprocess: Callable[[str], Tensor],
-    metadata: Mapping[str, str],
-) -> tuple[bytes, bytes]:
+def quantize(content: bytes, paths: Sequence[str], preprocess: Callable[[str], Tensor],
+             metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
     """Quantizes a float32 ONNX file to int8: activations per tensor, filters per channel.
 
     content: the bytes of the file; paths: the calibration images, which `preprocess` turns into

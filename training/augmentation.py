@@ -11,7 +11,7 @@ import cv2
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from diracnets.image_files import OpenCVErrors, decode_image, jpeg_size, read_bytes
+from diracnets.image_files import decode_image, jpeg_size, opencv_errors, read_bytes
 
 FLIPS = {  # name: number of kinds of flip, each applied with probability 1/2
     'none': 0,  # digits, letters
@@ -158,7 +158,7 @@ def read_random_crop(path, size):
         image = decode_image(content, path, factor)
     top, left, height, width = (round(number / factor) for number in crop)
     image = image[top : top + height, left : left + width]
-    with OpenCVErrors(path):
+    with opencv_errors(path):
         return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
 
 

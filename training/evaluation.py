@@ -11,9 +11,8 @@ from training.loader import make_loader
 BATCH = 16  # images
 
 
-def top1(
-    model: Callable[[Tensor], Tensor], test: Dataset, preprocess: Preprocessing, title: str
-) -> float:
+def top1(model: Callable[[Tensor], Tensor], test: Dataset, preprocess: Preprocessing,
+         title: str) -> float:
     """Returns the top-1 accuracy in per cent.
 
     model: inputs (N, C, S, S) to logits (N, num_classes); test: a set of `training.data`, with

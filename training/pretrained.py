@@ -3,7 +3,7 @@
 from cli import say
 from diracnet import check_params, is_folded
 from diracnets.checkpoint import make_contents, pretrained_params, read_checkpoint
-from diracnets.loading import file_preprocessing
+from diracnets.loading import file_preprocess
 from diracnets.preprocessing import MAX_SMALL, Preprocessing
 from training import options
 from training.distributed import rank
@@ -29,7 +29,7 @@ def load_pretrained(model, opt, preprocess, classes):
     if not same_classes:
         params = {**params, **{name: expected[name] for name in last}}
     try:
-        file_inputs = file_preprocessing(contents)
+        in_file = file_preprocess(contents)
         check_params(params, expected)
     except ValueError as error:
         differences = '; '.join(_differences(contents, opt, preprocess))
@@ -38,7 +38,7 @@ def load_pretrained(model, opt, preprocess, classes):
     if rank() == 0:
         action = 'loaded' if same_classes else 'randomly initialized'
         say(f'--pretrained {contents.path}: last layer ({num_classes} classes) {action}: {reason}')
-        before, now = _normalization(file_inputs or preprocess), _normalization(preprocess)
+        before, now = _normalization(in_file or preprocess), _normalization(preprocess)
         if before != now:
             say(f'--pretrained {contents.path}: inputs were normalized by {before}, now by {now}; '
                 f'for the same normalization use --normalise {before}')
@@ -93,7 +93,7 @@ def _differences(contents, opt, preprocess):
                    for name, value in args.items()
                    if name not in NO_PARAMETERS and file_args.get(name, value) != value]
     if kind and (kind == 'ImageNet') != (preprocess.kind == 'ImageNet'):
-        differences.append(f'for images {_sizes(kind)}, expected {_sizes(preprocess.kind)}')
+        differences.append(f'for images {_pixels(kind)}, expected {_pixels(preprocess.kind)}')
     return differences
 
 
@@ -101,5 +101,5 @@ def _format(value):
     return f'{value:g}' if isinstance(value, float) else value
 
 
-def _sizes(kind):
+def _pixels(kind):
     return f'{"above" if kind == "ImageNet" else "up to"} {MAX_SMALL} pixels'

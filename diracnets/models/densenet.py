@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from diracnet import check_integers
 
 
-def _bn_relu_conv(
-    cin: int, cout: int, kernel_size: int, droprate: float
-) -> OrderedDict[str, nn.Module]:
+def _bn_relu_conv(cin: int, cout: int, kernel_size: int,
+                  droprate: float) -> OrderedDict[str, nn.Module]:
     layers = OrderedDict(
         bn=nn.BatchNorm2d(cin),
         relu=nn.ReLU(),
@@ -48,9 +47,8 @@ class DenseLayer(nn.Module):
     results.
     """
 
-    def __init__(
-        self, channels: int, growth: int, bottleneck: bool, droprate: float, checkpointing: bool
-    ):
+    def __init__(self, channels: int, growth: int, bottleneck: bool, droprate: float,
+                 checkpointing: bool):
         super().__init__()
         self.checkpointing = checkpointing
         layers = OrderedDict()
@@ -95,10 +93,8 @@ class DenseNet(nn.Module):
     growth rate and returns a DenseLayer.
     """
 
-    def __init__(
-        self, per_block: int, growth: int, reduce: float, droprate: float, num_classes: int,
-        make_layer: Callable[[int, int], DenseLayer],
-    ):
+    def __init__(self, per_block: int, growth: int, reduce: float, droprate: float,
+                 num_classes: int, make_layer: Callable[[int, int], DenseLayer]):
         super().__init__()
         channels = 2 * growth
         stages = OrderedDict(conv=nn.Conv2d(3, channels, 3, padding=1, bias=False))
@@ -126,10 +122,8 @@ class DenseNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-def densenet(
-    num_classes: int, layers: int, growth: int, reduce: float, bottleneck: bool, droprate: float,
-    checkpointing: bool,
-) -> DenseNet:
+def densenet(num_classes: int, layers: int, growth: int, reduce: float, bottleneck: bool,
+             droprate: float, checkpointing: bool) -> DenseNet:
     """Builds a DenseNet for CIFAR: (N, 3, H, W) to logits (N, num_classes).
 
     layers is the total depth, 6n + 4 with bottleneck and 3n + 4 without. growth is the number of

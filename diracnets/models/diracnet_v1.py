@@ -4,11 +4,13 @@ Its blocks are NCReLU, convolution, batch norm. NCReLU also keeps the negative p
 convolution has twice the input channels. All filters of a layer share one alpha and one beta.
 """
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
 from diracnet import Topology
-from diracnets.models.plain import PlainNet, conv_block
+from diracnets.models.plain import PlainNet, batch_norm
 from diracnets.models.tiled_delta import TiledDeltaConv2d
 
 WEIGHT_STD = 0.1
@@ -43,7 +45,7 @@ class DiracConv2dV1(TiledDeltaConv2d):
 
 def _block(cin: int, cout: int) -> nn.Sequential:
     conv = DiracConv2dV1(2 * cin, cout, 3, padding=1, bias=False)
-    return conv_block(conv, NCReLU())
+    return nn.Sequential(OrderedDict(relu=NCReLU(), conv=conv, bn=batch_norm(cout)))
 
 
 def diracnet_v1(topology: Topology) -> PlainNet:

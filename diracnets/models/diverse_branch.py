@@ -60,10 +60,8 @@ def concat_branches(*branches: KernelBias) -> KernelBias:
     return torch.cat(kernels), torch.cat(biases)
 
 
-def average_as_conv(
-    channels: int, kernel_size: int, groups: int = 1, device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+def average_as_conv(channels: int, kernel_size: int, groups: int = 1,
+                    device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """Transform V: average pooling as a kernel (channels, channels / groups, k, k)."""
     kernel = torch.zeros(channels, channels // groups, 1, 1, device=device, dtype=dtype)
     kernel = add_delta(kernel, kernel.new_full((channels,), 1 / kernel_size**2), groups)
@@ -131,10 +129,8 @@ class MultiBranchBlock(nn.Module):
 
     deployed_name: str  # of the deployed convolution in the published state dicts
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int,
-        dilation: int, groups: int, nonlinear: nn.Module | None,
-    ):
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int,
+                 padding: int, dilation: int, groups: int, nonlinear: nn.Module | None):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size {kernel_size}: expected an odd number')
@@ -237,13 +233,9 @@ class DiverseBranchBlock(MultiBranchBlock):
         def conv(cin, cout, k, stride=1, padding=0):
             return nn.Conv2d(cin, cout, k, stride, padding, groups=groups, bias=False)
 
-        self.dbb_origin = _branch(
-            conv=conv(cin, cout, k, stride, padding), bn=nn.BatchNorm2d(cout)
-        )
+        self.dbb_origin = _branch(conv=conv(cin, cout, k, stride, padding), bn=nn.BatchNorm2d(cout))
         if self.depthwise:
-            self.dbb_avg = _branch(
-                avg=nn.AvgPool2d(k, stride, padding), avgbn=nn.BatchNorm2d(cout)
-            )
+            self.dbb_avg = _branch(avg=nn.AvgPool2d(k, stride, padding), avgbn=nn.BatchNorm2d(cout))
         else:
             self.dbb_1x1 = _branch(conv=conv(cin, cout, 1), bn=nn.BatchNorm2d(cout))
             self.dbb_avg = _branch(

@@ -12,9 +12,8 @@ LAYERS = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)]
           (1024, 2), (1024, 1)]
 
 
-def _conv_bn_relu(
-    cin: int, cout: int, kernel_size: int, stride: int = 1, groups: int = 1
-) -> nn.Sequential:
+def _conv_bn_relu(cin: int, cout: int, kernel_size: int, stride: int = 1,
+                  groups: int = 1) -> nn.Sequential:
     return nn.Sequential(OrderedDict(
         conv=nn.Conv2d(
             cin, cout, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False

@@ -5,6 +5,7 @@ norm and of the other layers is that of the DiracNet. `diracnets.fold` folds `pl
 `dirac_init` into models with the state dict of a `diracnet.DiracNet`.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -22,11 +23,11 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
     return bn
 
 
-def conv_block(conv: nn.Conv2d, activation: nn.Module) -> nn.Sequential:
-    """Returns activation, convolution, batch norm: (N, C, H, W) to (N, C', H, W)."""
-    return nn.Sequential(OrderedDict(
-        relu=activation, conv=conv, bn=batch_norm(conv.out_channels)
-    ))
+def conv_block(conv_type: type[nn.Conv2d], cin: int, cout: int) -> nn.Sequential:
+    """Returns ReLU, 3x3 convolution, batch norm: (N, cin, H, W) to (N, cout, H, W)."""
+    conv = conv_type(cin, cout, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight)
+    return nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv, bn=batch_norm(cout)))
 
 
 class PlainNet(nn.Module):
@@ -71,10 +72,7 @@ class ResidualGroup(nn.Sequential):
         return x
 
 
-def _kaiming_block(cin, cout):
-    conv = nn.Conv2d(cin, cout, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight)
-    return conv_block(conv, nn.ReLU())
+_kaiming_block = functools.partial(conv_block, nn.Conv2d)
 
 
 def _dirac_block(cin, cout):

@@ -98,10 +98,8 @@ def get_architecture(name: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def create_model(
-    name: str, dataset: str | None = None, num_classes: int | None = None, in_channels: int = 3,
-    **options: Any,
-) -> nn.Module:
+def create_model(name: str, dataset: str | None = None, num_classes: int | None = None,
+                 in_channels: int = 3, **options: Any) -> nn.Module:
     """Builds a randomly initialized model: (N, in_channels, H, W) to logits (N, num_classes).
 
     name is one of `list_models()`. dataset ('CIFAR10', 'CIFAR100' or 'ImageNet') selects the

@@ -4,8 +4,10 @@ DiracNet v1 tiles the identity; v2 truncates it, as torch.nn.init.dirac_ does. T
 the difference: it is v2 except for delta.
 """
 
+import functools
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diracconv import DiracConv2d, normalize
 from diracnet import Topology
@@ -39,12 +41,6 @@ class TiledDeltaConv2d(DiracConv2d):
         return w_hat
 
 
-def _block(cin: int, cout: int) -> nn.Sequential:
-    conv = TiledDeltaConv2d(cin, cout, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight)
-    return conv_block(conv, nn.ReLU())
-
-
 def tiled_delta(topology: Topology) -> PlainNet:
     """Builds the DiracNet with tiled identities: (N, in_channels, H, W) to (N, num_classes)."""
-    return PlainNet(topology, _block)
+    return PlainNet(topology, functools.partial(conv_block, TiledDeltaConv2d))
