@@ -64,14 +64,6 @@ def _is_count(value):
     return type(value) is int and 0 <= value < 2**53
 
 
-def _is_percentage(value):
-    return isinstance(value, (int, float)) and 0 <= value <= 100
-
-
-def _is_list_of_str(value):
-    return isinstance(value, (list, tuple)) and all(map(_is_str, value))
-
-
 def _is_plain_dict(value):
     """Whether a value is a dict of plain values whose SIZES and TEXTS have sensible types."""
     plain = (str, int, float, bool, type(None))
@@ -100,9 +92,10 @@ SCHEMA = {  # keys of a checkpoint except `params`: the check, and the expected 
     'epoch': (_is_count, 'a non-negative integer'),
     'step': (_is_count, 'a non-negative integer'),
     'totals': (_is_totals, 'four or five numbers'),
-    'best': (_is_percentage, 'a percentage'),
+    'best': (lambda v: isinstance(v, (int, float)) and 0 <= v <= 100, 'a percentage'),
     'rng': (_is_dict, 'a dict'),
-    'classes': (_is_list_of_str, 'a list of names'),
+    'classes': (lambda v: isinstance(v, (list, tuple)) and all(map(_is_str, v)),
+                'a list of names'),
     'args': (_is_plain_dict, 'a dict of plain options, numbers for depth and width'),
     'versions': (_is_plain_dict, 'a dict of strings'),
     'inputs': (_is_plain_dict, 'a dict of plain values'),

@@ -88,8 +88,7 @@ class MemoryImages(BatchDataset):
 class ImageFiles(BatchDataset):
     """Image files, read on demand as images of size x size.
 
-    With augmentation each image is a random resized crop. In testing, and without crops, the
-    shorter side is resized to 256 / 224 of `size` and the center is cropped.
+    With augmentation each image is a random resized crop, otherwise that of `read_test_image`.
     """
 
     def __init__(self, paths, labels, size, augmentation=NO_AUGMENTATION):

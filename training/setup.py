@@ -56,13 +56,6 @@ def prepare_folder(run, lock):
     truncate_log(folder, run.epoch)
 
 
-def check_options(path, args, saved_args):
-    """Raises ValueError if options that change the result differ from those of a checkpoint."""
-    changed = options.changed_options(args, saved_args)
-    if changed:
-        raise ValueError(f'{path}: {"; ".join(changed)}; use the same options, or --force')
-
-
 def check_ranks_agree(run):
     """Raises ValueError if ranks start at different steps, as from different checkpoints."""
     first, last = (all_reduce([run.epoch, run.step], op)
@@ -157,8 +150,10 @@ def prepare(opt, device, lock, splits=None):
     path = find_checkpoint(opt)
     state = checkpoint.load(path) if path else {'args': {}}
     dtype = choose_dtype(opt.dtype, device, state['args'])
-    if not opt.force:
-        check_options(path, {**vars(opt), 'dtype': dtype}, state['args'])
+    changed = [] if opt.force else options.changed_options(
+        {**vars(opt), 'dtype': dtype}, state['args'])
+    if changed:
+        raise ValueError(f'{path}: {"; ".join(changed)}; use the same options, or --force')
     splits = load_training_splits(opt, splits, preprocess)
     preprocess = resolve_normalization(preprocess, opt, splits.train, state['args'])
     forward = Forward(preprocess, dtype, device)
