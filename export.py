@@ -125,10 +125,6 @@ def verify(models, tolerances, inputs, expected):
     return cells
 
 
-def parameter_count(model):
-    return f'{sum(param.numel() for param in model.parameters()):,}'
-
-
 # ---------------------------------------------------------------- export
 
 
@@ -174,7 +170,8 @@ def export(opt):
         memory = sum(tensor.nbytes for tensor in unfolded.state_dict().values())
         sizes = [memory, *map(len, contents.values())]
         rows = {
-            'parameters': [parameter_count(unfolded), *[parameter_count(folded)] * len(contents)],
+            'parameters': [f'{sum(param.numel() for param in model.parameters()):,}'
+                           for model in (unfolded, *[folded] * len(contents))],
             'size, MB': [f'{size / 1e6:.2f}' for size in sizes],
             'max difference': verify(models, tolerances, inputs, expected),
             'images per second': [f'{rate:,.0f}' for rate in

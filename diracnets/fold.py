@@ -89,7 +89,10 @@ def _fold_module(module, dtype):
     root = nn.ModuleList([_unwrapped_copy(module)]).eval().double()  # the module gets a parent
     for layer in list(root.modules()):
         if isinstance(layer, Network):
-            _replace(root, layer, _fold_network(layer))
+            check_forward(layer, Network)
+            params = layer.state_dict()
+            device = next(iter(params.values())).device
+            _replace(root, layer, _fold_params(params, torch.float64, device))
         elif _has_fold(layer):
             folded = layer.fold()
             if not isinstance(folded, nn.Module):
@@ -110,12 +113,6 @@ def _fold_module(module, dtype):
         )
         _replace(root, bn, None)
     return root[0].to(dtype).eval()
-
-
-def _fold_network(network):
-    check_forward(network, Network)
-    params = network.state_dict()
-    return _fold_params(params, torch.float64, next(iter(params.values())).device)
 
 
 def _has_fold(layer):

@@ -27,13 +27,6 @@ def _convs_and_norms(model: nn.Module) -> Iterator[tuple[nn.Module, str, str | N
                 yield parent, name, next_name if isinstance(next_child, nn.BatchNorm2d) else None
 
 
-def _remove(parent: nn.Module, name: str) -> None:
-    if isinstance(parent, nn.Sequential):
-        delattr(parent, name)  # `del parent[i]` would rename the modules after it
-    else:
-        setattr(parent, name, nn.Identity())
-
-
 def _is_replaced(conv: nn.Conv2d) -> bool:
     return 1 < conv.kernel_size[0] < MIN_LARGE_KERNEL
 
@@ -46,8 +39,10 @@ def _with_branches(block: type[nn.Module], model: nn.Module) -> nn.Module:
                 conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0],
                 conv.padding[0], conv.dilation[0], conv.groups,
             )
-            if norm:
-                _remove(parent, norm)
+            if norm and isinstance(parent, nn.Sequential):
+                delattr(parent, norm)  # `del parent[i]` would rename the modules after it
+            elif norm:
+                setattr(parent, norm, nn.Identity())
             setattr(parent, name, replacement)
         elif not norm:
             conv.bias = None  # the new batch norm has a bias
