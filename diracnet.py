@@ -482,23 +482,24 @@ def _diracnet(depth, pretrained):
 def diracnet18(pretrained: bool = False) -> DiracNet:
     """Returns the folded DiracNet-18 for ImageNet: (N, 3, 224, 224) to logits (N, 1000).
 
-    Inputs are RGB in [0, 1], center crops of images whose shorter side OpenCV resized to 256
-    (cubic), normalized with mean (.485, .456, .406) and std (.229, .224, .225);
-    `diracnets.preprocess()` does this. The classes are those of ILSVRC2012, in the order of their
-    WordNet IDs.
+    Inputs (N, 3, 224, 224) are RGB in [0, 1], center crops of images whose shorter side OpenCV
+    resized to 256 (cubic), normalized with mean (.485, .456, .406) and std (.229, .224, .225), as
+    by `diracnets.preprocess()`. The classes are those of ILSVRC2012, ordered by WordNet ID.
 
     pretrained: load the authors' weights, downloaded once into the cache of torch.hub; their hash
     is checked each time. The authors report a top-1 error of 30.37 % and a top-5 error of 10.88 %
-    (arXiv 1706.00388), not reproduced here. Raises RuntimeError, with the path for a manual
-    download, if the weights cannot be loaded.
+    (arXiv 1706.00388); these figures were not reproduced here. Raises RuntimeError, with the path
+    for a manual download, if the weights cannot be loaded.
     """
     return _diracnet(18, pretrained)
 
 
 def diracnet34(pretrained: bool = False) -> DiracNet:
-    """Returns the folded DiracNet-34 for ImageNet. See `diracnet18`.
+    """Returns the folded DiracNet-34 for ImageNet: (N, 3, 224, 224) to logits (N, 1000).
 
-    The RepVGG paper quotes a top-1 error of 27.79 % for the authors' weights; their top-5 error of
-    9.34 % is unverified. Neither was reproduced here.
+    Inputs (N, 3, 224, 224), mean, std, classes and errors are those of `diracnet18`.
+
+    pretrained: load the authors' weights. The RepVGG paper quotes a top-1 error of 27.79 %; a top-5
+    error of 9.34 % is unverified. These figures were not reproduced here.
     """
     return _diracnet(34, pretrained)
