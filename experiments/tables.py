@@ -14,10 +14,10 @@ from pathlib import Path
 import cli
 from cli import ArgumentParser, exit_on_error
 from diracnets.checkpoint import MODEL_FILE
-from experiments import gpu_results
+from experiments import gpu
 from experiments.claims import CLAIMS
 from experiments.definitions import BUDGETS, EXPERIMENTS, estimated_hours
-from experiments.interleaved import format_ratio, pairs_with_baseline
+from experiments.interleaved import RATIO, pairs_with_baseline
 from experiments.measures import OF_RUNS
 from experiments.results import (
     CPU,
@@ -244,27 +244,27 @@ def gpu_checks(logs):
 def gpu_training(logs):
     """Rates of a training step on a GPU: eager, as train.py runs it, and compiled."""
     lines = []
-    comparisons = gpu_results.training_comparisons(results_of('gpu', logs)[1])
+    comparisons = gpu.training_comparisons(results_of('gpu', logs)[1])
     for settings, variants in comparisons.items():
-        compiled = variants[gpu_results.COMPILED]
-        shown = [variants[gpu_results.EAGER], *map(variants.get, gpu_results.FORMS),
-                 gpu_results.resnet(variants, gpu_results.COMPILED)]
+        compiled = variants[gpu.COMPILED]
+        shown = [variants[gpu.EAGER], *map(variants.get, gpu.FORMS),
+                 gpu.resnet_record(variants, gpu.COMPILED)]
         lines.append([
             settings, f'{compiled["n"]:.0f}',
             *(f'{rate:,.0f}' for rate in column(shown, 'images_per_second')),
             f'{compiled["percent_of_product"]:.0f}', f'{compiled["peak_memory_mb"]:,.0f}',
-            *('{:+.0f} ({:+.0f} to {:+.0f})'.format(*gpu_results.overhead_of_w_hat(variants, form))
-              for form in gpu_results.FORMS),
+            *('{:+.0f} ({:+.0f} to {:+.0f})'.format(*gpu.overhead_of_w_hat(variants, form))
+              for form in gpu.FORMS),
         ])
-    return ['model', 'n', 'float32, NCHW', *gpu_results.FORMS, 'ResNet, --compile',
+    return ['model', 'n', 'float32, NCHW', *gpu.FORMS, 'ResNet, --compile',
             '% of matmul peak', 'peak MB', 'W_hat, %', 'W_hat, --compile, %'], lines
 
 
 def gpu_inference(logs):
     """Rates of a folded DiracNet on a GPU, and of the ResNet of the same depth."""
-    comparisons = gpu_results.latest_comparisons(results_of('gpu', logs)[1], 'inference')
+    comparisons = gpu.latest_gpu_comparisons(results_of('gpu', logs)[1], 'inference')
     lines = [[settings, record['what'], f'{record["n"]:.0f}',
-              f'{record["images_per_second"]:,.0f}', format_ratio(record),
+              f'{record["images_per_second"]:,.0f}', RATIO.format(**record),
               f'{record["percent_of_product"]:.0f}']
              for settings, variants in comparisons.items() for record in variants.values()]
     return ['settings', 'variant', 'n', 'images/s', 'ratio (95 % CI)', '% of matmul peak'], lines
@@ -291,7 +291,7 @@ def claims(logs):
 def missing_results(experiment, results, measured):
     """Returns what an experiment of the small budget still lacks, or '' if it is finished."""
     if experiment == 'gpu':
-        return '' if gpu_results.training_comparisons(measured) else 'not run yet'
+        return '' if gpu.training_comparisons(measured) else 'not run yet'
     runs = EXPERIMENTS[experiment](BUDGETS['small'])
     done = {(record['series'], record['x'], record['seed']) for record in results}
     count = sum((run.series, run.x, run.seed) in done for run in runs)
