@@ -7,10 +7,12 @@
     python -m experiments.bench overhead    # cost of W_hat, and of module-based models, in a step
     python -m experiments.bench memory      # --checkpointing of DenseNet-BC-100-12
     python -m experiments.bench profile     # time per operation of a step: 28-1, the speed-run
+    python -m experiments.bench deploy --run RUN --dataset Folder --dataroot FOLDER   # agreement
     python -m experiments.bench plot        # logs/bench.png of the latest results
 
 The variants of a comparison (experiments/variants.py) are timed in interleaved repetitions. Results
-are appended to logs/bench.csv.
+are appended to logs/bench.csv. `deploy` prints how far the predictions, accuracy and logits of the
+deployed and the eager model agree on test images.
 """
 
 import argparse
@@ -24,6 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 import diracnets
 from cli import ArgumentParser, exit_on_error
 from diracnet import DiracNet
+from diracnets.deploy import deploy
+from diracnets.fold import fold
 from experiments import variants
 from experiments.interleaved import (
     Variant,
@@ -35,6 +39,7 @@ from experiments.interleaved import (
 from experiments.results import ROOT, label, read_results
 from experiments.variants import BATCH, NATIVE, diracnet, multiply_adds, repeated
 from training import data, distributed, options
+from training.evaluation import compute_logits
 
 DEPLOYED_IMAGES = 64  # per repetition of a deployed model
 STEPS = 5  # training steps per repetition, to measure the cost of W_hat
@@ -117,6 +122,30 @@ def bench_infer(args):
                 print(f'{name}: skipped, because {package} is not installed')
         compare(f'DiracNet-18, batch {batch}', compared, args.repetitions, TABLE,
                 4 if batch == 16 else '')
+
+
+def bench_deploy(args):
+    if not args.run:
+        raise ValueError('deploy: no model; use --run RUN')
+    loaded, batch = diracnets.load(args.run), 500
+    preprocess = loaded.preprocess
+    test = data.load_splits(args.dataset, args.dataroot, preprocess, training=False).test
+    model = fold(loaded.model)
+    deployed = deploy(model, (batch, *preprocess.shape))
+
+    def deployed_padded(inputs):  # the last batch may be smaller
+        padded = inputs.new_zeros(batch, *inputs.shape[1:])
+        padded[: len(inputs)] = inputs
+        return deployed(padded)[: len(inputs)].clone()
+
+    eager, labels = compute_logits(model, test, preprocess, 'eager', batch)
+    fast, _ = compute_logits(deployed_padded, test, preprocess, 'deployed', batch)
+    for name, logits in (('eager', eager), ('deployed', fast)):
+        print(f'{name}: {100 * (logits.argmax(1) == labels).double().mean():.2f} % top-1')
+    equal = (eager.argmax(1) == fast.argmax(1)).sum()
+    difference = 100 * (eager - fast).abs().max() / eager.abs().max()
+    print(f'same prediction: {equal:,} of {len(labels):,}; maximum difference of logits: '
+          f'{difference:.1f} % of the largest logit')
 
 
 # ---------------------------------------------------------------- depth, W_hat and memory
@@ -233,7 +262,7 @@ def bench_plot(args):
 
 BENCHES = {'train': bench_train, 'data': bench_data, 'infer': bench_infer, 'depth': bench_depth,
            'overhead': bench_overhead, 'memory': bench_memory, 'profile': bench_profile,
-           'plot': bench_plot}
+           'deploy': bench_deploy, 'plot': bench_plot}
 
 
 def main(argv=None):
@@ -244,6 +273,11 @@ def main(argv=None):
                         help='per variant (default: %(default)s)')
     parser.add_argument('--images', default='', type=options.expand_path,
                         help='class folders of JPEG files, for data')
+    parser.add_argument('--run', help='folder of a run, or a checkpoint, for deploy')
+    parser.add_argument('--dataset', choices=options.DATASETS, default='CIFAR10',
+                        help='dataset of the test images, for deploy (default: %(default)s)')
+    parser.add_argument('--dataroot', default='.',
+                        help='folder of its files (default: %(default)s)')
     args = parser.parse_args(argv)
     with exit_on_error('experiments.bench'):
         BENCHES[args.bench](args)
