@@ -164,7 +164,7 @@ def bench_depth(args):
         print(f'{name} = {base:.0f} + {slope:.2f} x depth, in {unit}; residuals: '
               + ', '.join(f'{100 * r:+.1f} %' for r in residuals))
     compare('depth 1000 with --checkpointing', [
-        Variant('DiracNet-1000-1', variants.checkpointed_step, (1000,), BATCH,
+        Variant('DiracNet-1000-1', variants.checkpointed_step, (1000, 1), BATCH,
                 3 * multiply_adds(diracnet, 1000, 1), NATIVE)
     ], args.repetitions, TABLE)
 
@@ -222,7 +222,7 @@ def show_profile(title, events, work, steps):
 # ---------------------------------------------------------------- plot
 
 
-def draw(table):
+def draw_speedups(table):
     """Draws the latest results of each comparison in a CSV file; returns a matplotlib Figure."""
     from matplotlib.figure import Figure
 
@@ -256,7 +256,7 @@ def draw(table):
 
 
 def bench_plot(args):
-    draw(TABLE).savefig(TABLE.with_suffix('.png'))
+    draw_speedups(TABLE).savefig(TABLE.with_suffix('.png'))
     print(TABLE.with_suffix('.png'))
 
 

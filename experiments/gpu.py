@@ -34,7 +34,7 @@ from diracnets.fold import fold
 from diracnets.preprocessing import Preprocessing
 from experiments.interleaved import Variant, print_records, timing_columns
 from experiments.results import CPU, ROOT, append_results, device_name, environment
-from experiments.variants import diracnet, jpegs_by_opencv, make_sgd, multiply_adds, one_step
+from experiments.variants import diracnet, jpegs_by_opencv, make_sgd, multiply_adds, train_step
 from training import data, distributed
 from training.compute import Forward, compile_model
 from training.options import at_least
@@ -75,7 +75,7 @@ def training_step(make, dataset, batch, form, device):
     if eager:
         images = images.contiguous()
     labels = torch.randint(10, (batch,), device=device)
-    return one_step(optimizer, compiled, forward, (images, labels, batch))
+    return functools.partial(train_step, optimizer, compiled, forward, images, labels, batch)
 
 
 def inference(make, batch, form, device):
@@ -219,7 +219,7 @@ def environment_of(device):
     return {'device': device_name(device), 'cuda': torch.version.cuda or '', **environment()}
 
 
-def records_of(comparison, peak, columns):
+def comparison_records(comparison, peak, columns):
     """Returns the records of a comparison; `peak` is the matmul peak in TFLOP/s.
 
     Ratios are to the first measured variant, except those of standard convolutions, which are to
@@ -303,7 +303,7 @@ def time_in_order(comparisons, peak, device, table, columns, deadline):
             say(f'{comparison.title}: skipped, no time left')
             continue
         time_variants(comparison, device, deadline)
-        records = records_of(comparison, peak, columns)
+        records = comparison_records(comparison, peak, columns)
         if records:
             append_results(records, table)
             print_records(records, comparison.target, PRINTED)

@@ -136,7 +136,7 @@ def compare(title, variants, repetitions, table, target=''):
     peaks = {variant.dtype: matmul_peak(variant.dtype)
              for variant in variants if variant.multiply_adds}
     time_in_processes(variants, repetitions, title)
-    records = [record_of(title, variant, variants[0], peaks.get(variant.dtype))
+    records = [variant_record(title, variant, variants[0], peaks.get(variant.dtype))
                for variant in variants]
     records[1 % len(records)]['target'] = target
     append_results(records, table)
@@ -146,7 +146,7 @@ def compare(title, variants, repetitions, table, target=''):
     return records
 
 
-def record_of(title, variant, baseline, peak):
+def variant_record(title, variant, baseline, peak):
     """Returns the record of a variant; `peak` is the matmul peak of its dtype in GFLOP/s."""
     low, _, high = statistics.quantiles(variant.rates, n=4)
     gflops = variant.flops_per_second / 1e9

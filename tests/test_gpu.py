@@ -36,7 +36,7 @@ def test_results_are_rates_and_ratios():
     variants = [Variant('long', None, (), 10, 0, seconds=[0.02] * 5),
                 Variant('short', None, (), 10, 5e8, seconds=[0.01, 0.01, 0.01, 0.02, 0.005]),
                 Variant('too few', None, (), 10, 5e8, seconds=[1] * 4)]
-    long, short = gpu.records_of(Comparison('naps', variants), 2.0, gpu.environment_of(CPU))
+    long, short = gpu.comparison_records(Comparison('naps', variants), 2.0, gpu.environment_of(CPU))
     assert (long['n'], long['ratio'], long['images_per_second']) == (5, 1, 500)
     assert (short['ratio'], short['images_per_second'], short['milliseconds']) == (2, 1000, 10)
     # two operations per multiply-add, 5e8 of them per image: 1e12 per second, of a peak of 2e12
@@ -48,7 +48,7 @@ def test_baseline_of_standard_convolutions_is_the_diracnet_in_the_same_form():
     names = 'train.py', 'train.py --compile', 'ordinary convolutions, train.py --compile', 'resnet'
     variants = [Variant(name, None, (), 10, seconds=[seconds] * 5)
                 for name, seconds in zip(names, (0.6, 0.2, 0.16, 0.3))]
-    results = gpu.records_of(Comparison('training', variants), 2.0, gpu.environment_of(CPU))
+    results = gpu.comparison_records(Comparison('training', variants), 2.0, gpu.environment_of(CPU))
     assert [(record['ratio'], record['ratio_to']) for record in results] == [
         (1, 'train.py'), (3, 'train.py'), (1.25, 'train.py --compile'), (2, 'train.py')]
 
