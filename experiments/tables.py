@@ -11,12 +11,18 @@ import itertools
 import re
 from pathlib import Path
 
+import torch
+
 import cli
 from cli import ArgumentParser, exit_on_error
+from diracnet import DiracNet
 from diracnets.checkpoint import MODEL_FILE
+from diracnets.fold import fold
+from diracnets.models.registry import create_model
+from diracnets.preprocessing import Preprocessing
 from experiments import gpu
 from experiments.claims import CLAIMS
-from experiments.definitions import BUDGETS, EXPERIMENTS, estimated_hours
+from experiments.definitions import BUDGETS, EXPERIMENTS, command_line, estimated_hours
 from experiments.interleaved import RATIO, pairs_with_baseline
 from experiments.measures import OF_RUNS
 from experiments.results import (
@@ -30,11 +36,13 @@ from experiments.results import (
     read_results,
     seed_counts,
 )
+from experiments.variants import multiply_adds
 from hubconf import TRAINED
 from training.log import LOG_FILE, read_log
+from training.options import RECIPE_FOLDER
 
 PAGES = [ROOT / name for name in (
-    'README.md', 'docs/results.md', 'docs/speed.md', 'docs/speedrun.md')]
+    'README.md', 'docs/networks.md', 'docs/results.md', 'docs/speed.md', 'docs/speedrun.md')]
 MARKED = re.compile(r'<!-- table: ([\w/-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 
@@ -211,6 +219,72 @@ def hours(logs):
     return ['experiment', 'runs', 'hours, estimated', 'hours, CPU', 'hours, GPU'], lines
 
 
+# ---------------------------------------------------------------- architectures
+
+
+SIZES = [  # model, dataset, options, recipe
+    ('diracnet', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('diracnet', 'CIFAR10', {'depth': 28, 'width': 10}, 'diracnet-cifar'),
+    ('diracnet-v1', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('diracnet-repeated', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('diracnet-fast', 'CIFAR10', {}, 'speedrun'),
+    ('plain', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('plain', 'CIFAR10', {'depth': 28, 'width': 1, 'block': 'dbb'}, 'diracnet-cifar'),
+    ('plain', 'CIFAR10', {'depth': 28, 'width': 1, 'block': 'acb'}, 'diracnet-cifar'),
+    ('dirac-init', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('resnet', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('wide-resnet', 'CIFAR10', {'depth': 16, 'width': 4}, 'wide-resnet'),
+    ('wide-resnet', 'CIFAR10', {'depth': 28, 'width': 10}, 'wide-resnet'),
+    ('densenet', 'CIFAR10', {'layers': 40, 'reduce': 1.0, 'bottleneck': False}, 'densenet'),
+    ('densenet', 'CIFAR10', {'layers': 100, 'growth': 12}, 'densenet'),
+    ('densenet', 'CIFAR10', {'layers': 190, 'growth': 40}, 'densenet'),
+    ('diracnet', 'ImageNet', {'depth': 18}, 'diracnet-imagenet'),
+    ('diracnet', 'ImageNet', {'depth': 34}, 'diracnet-imagenet'),
+    ('diracnet-v1', 'ImageNet', {'depth': 18, 'width': 0.75}, 'diracnet-imagenet'),
+    ('plain', 'ImageNet', {'depth': 18}, 'diracnet-imagenet'),
+    ('resnet34', 'ImageNet', {}, 'diracnet-imagenet'),
+    ('densenet121', 'ImageNet', {}, 'diracnet-imagenet'),
+    ('resnet18', 'ImageNet', {'block': 'base'}, 'dbb'),
+    ('resnet18', 'ImageNet', {'block': 'dbb'}, 'dbb'),
+    ('resnet18', 'ImageNet', {'block': 'acb'}, 'dbb'),
+    ('resnet50', 'ImageNet', {'block': 'base'}, 'dbb'),
+    ('resnet50', 'ImageNet', {'block': 'dbb'}, 'dbb'),
+    ('mobilenet', 'ImageNet', {'block': 'base'}, 'dbb'),
+    ('mobilenet', 'ImageNet', {'block': 'dbb'}, 'dbb'),
+    ('alexnet', 'ImageNet', {'block': 'base'}, 'dbb'),
+    ('alexnet', 'ImageNet', {'block': 'dbb'}, 'dbb'),
+]
+
+
+def recipe_source(recipe):
+    """Returns the source that the first line of a recipe names after its subject."""
+    first_line, _, _ = (RECIPE_FOLDER / f'{recipe}.txt').read_text().partition('\n')
+    return first_line.partition(': ')[2]
+
+
+def size_cells(name, dataset, options, recipe):
+    """Returns the cells of a model: its sizes, training and deployed, and its recipe."""
+    with torch.device('meta'):
+        model = create_model(name, dataset, **options)
+        # the functional form folds into DiracNet, module-based models into themselves
+        deployed = DiracNet(dataset=dataset, **options) if name == 'diracnet' else fold(model)
+    pixels = Preprocessing.for_dataset(dataset).size
+    sizes = []
+    for form in (model, deployed):
+        sizes += [f'{sum(p.numel() for p in form.parameters()):,}',
+                  f'{multiply_adds(lambda form=form: form, pixels=pixels) / 1e6:,.1f}']
+    title = ', '.join([name, *(f'{option} {value}' for option, value in options.items())])
+    command = ['python train.py', *command_line({'recipe': recipe, 'model': name, **options})]
+    return [title, dataset, *sizes, recipe_source(recipe), f'`{" ".join(command)}`']
+
+
+def sizes(logs):
+    """The sizes of the architectures, which need neither training nor data."""
+    return ['model', 'images', 'parameters', 'multiply-adds (M)', 'parameters deployed',
+            'multiply-adds deployed (M)', 'source of the recipe', 'command'], [
+                size_cells(*model) for model in SIZES]
+
+
 # ---------------------------------------------------------------- speed
 
 
@@ -319,21 +393,21 @@ def results_of(experiment, logs):
 
 LEFT_ALIGNED = (  # columns of text
     'finding', 'experiment', 'model', 'series', 'dtype', 'variant', 'source', 'change', 'passed',
-    'baseline')
+    'baseline', 'images', 'source of the recipe', 'command')
 OTHER_TABLES = {
     'claims': claims, 'tried': tried, 'kept': pretrained, 'by-depth': by_depth,
     'devices': devices, 'again': again, 'hours': hours, 'bench': bench, 'gpu-checks': gpu_checks,
-    'gpu-training': gpu_training, 'gpu-inference': gpu_inference,
+    'gpu-training': gpu_training, 'gpu-inference': gpu_inference, 'sizes': sizes,
 }
 
 
 def table(name, logs):
     """Returns the Markdown of a table: one of OTHER_TABLES, or of an experiment."""
     if name in OTHER_TABLES:
-        head, lines = OTHER_TABLES[name](logs)
+        header, lines = OTHER_TABLES[name](logs)
     else:
-        head, lines = EXPERIMENT_TABLES.get(name, accuracy_table)(*results_of(name, logs))
-    return '\n'.join(cli.table(head, lines, left=LEFT_ALIGNED))
+        header, lines = EXPERIMENT_TABLES.get(name, accuracy_table)(*results_of(name, logs))
+    return '\n'.join(cli.table(header, lines, left=LEFT_ALIGNED))
 
 
 def fill(page, logs):

@@ -19,7 +19,9 @@ def answer(experiment, results=(), measured=(), source=claims.PAPER):
     return claim.answer(results, measured)
 
 
-@pytest.mark.parametrize('page', tables.PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize('page', [
+    pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem == 'networks'))
+    for page in tables.PAGES])
 def test_tables_of_a_page_equal_the_csv_files(page):
     page = page.read_text()
     assert tables.fill(page, tables.ROOT / 'logs') == page
