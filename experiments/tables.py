@@ -24,7 +24,7 @@ from experiments import gpu
 from experiments.claims import CLAIMS
 from experiments.definitions import BUDGETS, EXPERIMENTS, command_line, estimated_hours
 from experiments.interleaved import RATIO, pairs_with_baseline
-from experiments.measures import OF_RUNS
+from experiments.measures import RUN_MEASURES
 from experiments.results import (
     CPU,
     ROOT,
@@ -155,7 +155,7 @@ def pretrained(logs):
 
 def by_depth(logs):
     """The accuracies of `depth`: one line per model, one column per depth."""
-    groups = grouped(completed(results_of('depth', logs)[0]), 'series', 'x')
+    groups = grouped(completed(read_experiment('depth', logs)[0]), 'series', 'x')
     names, depths = ([*dict.fromkeys(key[i] for key in groups)] for i in (0, 1))
     lines = [[name, *(
         format_mean(column(groups[name, layers], 'test_acc_percent'))
@@ -318,7 +318,7 @@ def gpu_checks(logs):
 def gpu_training(logs):
     """Rates of a training step on a GPU: eager, as train.py runs it, and compiled."""
     lines = []
-    comparisons = gpu.training_comparisons(results_of('gpu', logs)[1])
+    comparisons = gpu.training_comparisons(read_experiment('gpu', logs)[1])
     for settings, variants in comparisons.items():
         compiled = variants[gpu.COMPILED]
         shown = [variants[gpu.EAGER], *map(variants.get, gpu.FORMS),
@@ -336,7 +336,7 @@ def gpu_training(logs):
 
 def gpu_inference(logs):
     """Rates of a folded DiracNet on a GPU, and of the ResNet of the same depth."""
-    comparisons = gpu.latest_gpu_comparisons(results_of('gpu', logs)[1], 'inference')
+    comparisons = gpu.latest_gpu_comparisons(read_experiment('gpu', logs)[1], 'inference')
     lines = [[settings, record['what'], f'{record["n"]:.0f}',
               f'{record["images_per_second"]:,.0f}', RATIO.format(**record),
               f'{record["percent_of_product"]:.0f}']
@@ -351,7 +351,7 @@ def claims(logs):
     """The claims, and the answers of the experiments that are finished."""
     lines = []
     for claim in CLAIMS:
-        results, measured = results_of(claim.experiment, logs)
+        results, measured = read_experiment(claim.experiment, logs)
         missing = missing_results(claim.experiment, results, measured)
         if missing:
             lines.append([claim.text, claim.source, missing, '', claim.experiment])
@@ -375,7 +375,7 @@ def missing_results(experiment, results, measured):
         return f'{count} of {len(runs)} runs done'
     if experiment == 'cost' and len(set(column(measured, 'compared'))) < 2:
         return 'one of two comparisons done'
-    if experiment in OF_RUNS and (
+    if experiment in RUN_MEASURES and (
             set(column(completed(results), 'run')) - set(column(measured, 'run'))):
         return 'trained, not measured yet'
     return ''
@@ -384,7 +384,7 @@ def missing_results(experiment, results, measured):
 # ---------------------------------------------------------------- pages
 
 
-def results_of(experiment, logs):
+def read_experiment(experiment, logs):
     """Returns the results of an experiment, or of `gpu`, and the records of what it measured."""
     measured = 'rates.csv' if experiment == 'gpu' else 'measured.csv'
     return (read_results(logs / experiment / 'results.csv'),
@@ -406,7 +406,7 @@ def table(name, logs):
     if name in OTHER_TABLES:
         header, lines = OTHER_TABLES[name](logs)
     else:
-        header, lines = EXPERIMENT_TABLES.get(name, accuracy_table)(*results_of(name, logs))
+        header, lines = EXPERIMENT_TABLES.get(name, accuracy_table)(*read_experiment(name, logs))
     return '\n'.join(cli.table(header, lines, left=LEFT_ALIGNED))
 
 
