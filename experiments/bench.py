@@ -101,6 +101,10 @@ def bench_data(args):
 def bench_infer(args):
     work = multiply_adds(DiracNet, 18, pixels=224)
     resnet = multiply_adds(torchvision.models.resnet18, pixels=224)
+    eager, deployed, deployed_resnet = (
+        functools.partial(variants.inference, functools.partial(make, 18), form=form)
+        for make, form in ((DiracNet, 'eager'), (DiracNet, 'deploy()'),
+                           (variants.folded_resnet, 'deploy()')))
     for batch in (16, 1):
 
         def variant(name, prepare, work=work, dtype=NATIVE, batch=batch):
@@ -108,9 +112,9 @@ def bench_infer(args):
                            DEPLOYED_IMAGES, work, dtype)
 
         compared = [
-            variant('float32, NCHW, eager', variants.eager_diracnet, dtype='float32'),
-            variant('deploy()', variants.deployed_diracnet),
-            variant("deploy() of torchvision's resnet18, folded", variants.deployed_resnet, resnet),
+            variant('float32, NCHW, eager', eager, dtype='float32'),
+            variant('deploy()', deployed),
+            variant("deploy() of torchvision's resnet18, folded", deployed_resnet, resnet),
         ]
         for name, package, prepare, dtype in (
             ('ONNX Runtime', 'onnxruntime', variants.onnx_runtime, 'float32'),

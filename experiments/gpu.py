@@ -29,12 +29,18 @@ from tqdm import tqdm
 import diracnets
 from cli import ArgumentParser, exit_on_error, say
 from diracnet import DiracNet
-from diracnets.deploy import deploy
-from diracnets.fold import fold
 from diracnets.preprocessing import Preprocessing
 from experiments.interleaved import Variant, print_records, timing_columns
 from experiments.results import CPU, ROOT, append_results, device_name, environment
-from experiments.variants import diracnet, jpegs_by_opencv, make_sgd, multiply_adds, train_step
+from experiments.variants import (
+    diracnet,
+    folded_resnet,
+    inference,
+    jpegs_by_opencv,
+    make_sgd,
+    multiply_adds,
+    train_step,
+)
 from training import data, distributed
 from training.compute import Forward, compile_model
 from training.options import at_least
@@ -78,14 +84,6 @@ def training_step(make, dataset, batch, form, device):
     return functools.partial(train_step, optimizer, compiled, forward, images, labels, batch)
 
 
-def inference(make, batch, form, device):
-    """Prepares the logits of a (N, 3, 224, 224) batch by a folded model, deployed or eager."""
-    model, shape = make().to(device).eval(), (batch, 3, 224, 224)
-    inputs = torch.randn(shape, device=device)
-    run = deploy(model, shape) if form == 'deploy()' else torch.no_grad()(model)
-    return lambda: run(inputs)
-
-
 # ---------------------------------------------------------------- comparisons
 
 
@@ -117,9 +115,8 @@ def compare_training(depth, width, dataset, batch, device, resnet, target=''):
 
 def compare_inference(depth, batch, device, target=''):
     """Compares the folded DiracNet for ImageNet with torchvision's folded ResNet."""
-    resnet = functools.partial(torchvision.models.get_model, f'resnet{depth}')
-    makers = {f'DiracNet-{depth}': lambda: DiracNet(depth),
-              f'resnet{depth}, folded': lambda: fold(resnet().eval())}
+    makers = {f'DiracNet-{depth}': functools.partial(DiracNet, depth),
+              f'resnet{depth}, folded': functools.partial(folded_resnet, depth)}
     variants = [
         Variant(f'{name}, {form}', inference, (make, batch, form, device), batch,
                 multiply_adds(make, pixels=224))

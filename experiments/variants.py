@@ -228,22 +228,16 @@ def epoch_with_pil(depth, width, n):
 # ---------------------------------------------------------------- deployed
 
 
-def eager_diracnet(batch):
-    inputs, model = torch.randn(batch, 3, 224, 224), DiracNet(18).eval()
-    return lambda: torch.no_grad()(model)(inputs)
+def folded_resnet(depth):
+    return fold(torchvision.models.get_model(f'resnet{depth}').eval())
 
 
-def deployed(model, batch):
-    run, inputs = deploy(model, (batch, 3, 224, 224)), torch.randn(batch, 3, 224, 224)
+def inference(make, batch, form, device='cpu'):
+    """Prepares the logits of a (N, 3, 224, 224) batch by a folded model, deployed or eager."""
+    model, shape = make().to(device).eval(), (batch, 3, 224, 224)
+    inputs = torch.randn(shape, device=device)
+    run = deploy(model, shape) if form == 'deploy()' else torch.no_grad()(model)
     return lambda: run(inputs)
-
-
-def deployed_diracnet(batch):
-    return deployed(DiracNet(18), batch)
-
-
-def deployed_resnet(batch):
-    return deployed(fold(torchvision.models.resnet18()), batch)
 
 
 def onnx_file(batch, folder):
