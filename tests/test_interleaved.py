@@ -155,7 +155,7 @@ def test_compare_appends_results_that_bench_draws(tmp_path, capsys, monkeypatch)
     assert matplotlib.image.imread(tmp_path / 'bench.png').std() > 0.05
 
 
-@pytest.mark.parametrize('arguments', [['speed'], ['train', '--repetitions', '2']])
+@pytest.mark.parametrize('arguments', [['speed'], ['train', '--repetitions', '2'], ['deploy']])
 def test_bench_exits_with_one_line_when_arguments_are_wrong(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
