@@ -7,10 +7,12 @@
     python -m experiments.bench overhead    # cost of W_hat, and of module-based models, in a step
     python -m experiments.bench memory      # --checkpointing of DenseNet-BC-100-12
     python -m experiments.bench profile     # time per operation of a step: 28-1, the speed-run
+    python -m experiments.bench deploy --run RUN --dataset Folder --dataroot FOLDER   # agreement
     python -m experiments.bench plot        # logs/bench.png of the latest results
 
 The variants of a comparison (experiments/variants.py) are timed in interleaved repetitions. Results
-are appended to logs/bench.csv.
+are appended to logs/bench.csv. `deploy` prints how far the predictions, accuracy and logits of the
+deployed and the eager model agree on test images.
 """
 
 import argparse
@@ -24,6 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 import diracnets
 from cli import ArgumentParser, exit_on_error
 from diracnet import DiracNet
+from diracnets.deploy import deploy
+from diracnets.fold import fold
 from experiments import variants
 from experiments.interleaved import (
     Variant,
@@ -35,6 +39,7 @@ from experiments.interleaved import (
 from experiments.results import ROOT, label, read_results
 from experiments.variants import BATCH, NATIVE, diracnet, multiply_adds, repeated
 from training import data, distributed, options
+from training.evaluation import compute_logits
 
 DEPLOYED_IMAGES = 64  # per repetition of a deployed model
 STEPS = 5  # training steps per repetition, to measure the cost of W_hat
@@ -96,6 +101,10 @@ def bench_data(args):
 def bench_infer(args):
     work = multiply_adds(DiracNet, 18, pixels=224)
     resnet = multiply_adds(torchvision.models.resnet18, pixels=224)
+    eager, deployed, deployed_resnet = (
+        functools.partial(variants.inference, functools.partial(make, 18), form=form)
+        for make, form in ((DiracNet, 'eager'), (DiracNet, 'deploy()'),
+                           (variants.folded_resnet, 'deploy()')))
     for batch in (16, 1):
 
         def variant(name, prepare, work=work, dtype=NATIVE, batch=batch):
@@ -103,9 +112,9 @@ def bench_infer(args):
                            DEPLOYED_IMAGES, work, dtype)
 
         compared = [
-            variant('float32, NCHW, eager', variants.eager_diracnet, dtype='float32'),
-            variant('deploy()', variants.deployed_diracnet),
-            variant("deploy() of torchvision's resnet18, folded", variants.deployed_resnet, resnet),
+            variant('float32, NCHW, eager', eager, dtype='float32'),
+            variant('deploy()', deployed),
+            variant("deploy() of torchvision's resnet18, folded", deployed_resnet, resnet),
         ]
         for name, package, prepare, dtype in (
             ('ONNX Runtime', 'onnxruntime', variants.onnx_runtime, 'float32'),
@@ -117,6 +126,30 @@ def bench_infer(args):
                 print(f'{name}: skipped, because {package} is not installed')
         compare(f'DiracNet-18, batch {batch}', compared, args.repetitions, TABLE,
                 4 if batch == 16 else '')
+
+
+def bench_deploy(args):
+    if not args.run:
+        raise ValueError('deploy: no model; use --run RUN')
+    loaded, batch = diracnets.load(args.run), 500
+    preprocess = loaded.preprocess
+    test = data.load_splits(args.dataset, args.dataroot, preprocess, training=False).test
+    model = fold(loaded.model)
+    deployed = deploy(model, (batch, *preprocess.shape))
+
+    def deployed_padded(inputs):  # the last batch may be smaller
+        padded = inputs.new_zeros(batch, *inputs.shape[1:])
+        padded[: len(inputs)] = inputs
+        return deployed(padded)[: len(inputs)].clone()
+
+    eager, labels = compute_logits(model, test, preprocess, 'eager', batch)
+    fast, _ = compute_logits(deployed_padded, test, preprocess, 'deployed', batch)
+    for name, logits in (('eager', eager), ('deployed', fast)):
+        print(f'{name}: {100 * (logits.argmax(1) == labels).double().mean():.2f} % top-1')
+    equal = (eager.argmax(1) == fast.argmax(1)).sum()
+    difference = 100 * (eager - fast).abs().max() / eager.abs().max()
+    print(f'same prediction: {equal:,} of {len(labels):,}; maximum difference of logits: '
+          f'{difference:.1f} % of the largest logit')
 
 
 # ---------------------------------------------------------------- depth, W_hat and memory
@@ -135,7 +168,7 @@ def bench_depth(args):
         print(f'{name} = {base:.0f} + {slope:.2f} x depth, in {unit}; residuals: '
               + ', '.join(f'{100 * r:+.1f} %' for r in residuals))
     compare('depth 1000 with --checkpointing', [
-        Variant('DiracNet-1000-1', variants.checkpointed_step, (1000,), BATCH,
+        Variant('DiracNet-1000-1', variants.checkpointed_step, (1000, 1), BATCH,
                 3 * multiply_adds(diracnet, 1000, 1), NATIVE)
     ], args.repetitions, TABLE)
 
@@ -193,7 +226,7 @@ def show_profile(title, events, work, steps):
 # ---------------------------------------------------------------- plot
 
 
-def draw(table):
+def draw_speedups(table):
     """Draws the latest results of each comparison in a CSV file; returns a matplotlib Figure."""
     from matplotlib.figure import Figure
 
@@ -227,13 +260,13 @@ def draw(table):
 
 
 def bench_plot(args):
-    draw(TABLE).savefig(TABLE.with_suffix('.png'))
+    draw_speedups(TABLE).savefig(TABLE.with_suffix('.png'))
     print(TABLE.with_suffix('.png'))
 
 
 BENCHES = {'train': bench_train, 'data': bench_data, 'infer': bench_infer, 'depth': bench_depth,
            'overhead': bench_overhead, 'memory': bench_memory, 'profile': bench_profile,
-           'plot': bench_plot}
+           'deploy': bench_deploy, 'plot': bench_plot}
 
 
 def main(argv=None):
@@ -244,6 +277,11 @@ def main(argv=None):
                         help='per variant (default: %(default)s)')
     parser.add_argument('--images', default='', type=options.expand_path,
                         help='class folders of JPEG files, for data')
+    parser.add_argument('--run', help='folder of a run, or a checkpoint, for deploy')
+    parser.add_argument('--dataset', choices=options.DATASETS, default='CIFAR10',
+                        help='dataset of the test images, for deploy (default: %(default)s)')
+    parser.add_argument('--dataroot', default='.',
+                        help='folder of its files (default: %(default)s)')
     args = parser.parse_args(argv)
     with exit_on_error('experiments.bench'):
         BENCHES[args.bench](args)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from experiments import gpu_results
+from experiments import gpu
 from experiments.results import grouped, mean_std
 
 TIE_MARGIN = 1.0  # pp of accuracy that count as no difference
@@ -120,9 +120,9 @@ def _training_cost(results, measured):
 
 
 def _training_cost_on_a_gpu(results, measured):
-    comparisons = gpu_results.training_comparisons(measured).values()
-    default, compiled = ([gpu_results.overhead_of_w_hat(variants, form)[0]
-                          for variants in comparisons] for form in gpu_results.FORMS)
+    comparisons = gpu.training_comparisons(measured).values()
+    default, compiled = ([gpu.overhead_of_w_hat(variants, form)[0]
+                          for variants in comparisons] for form in gpu.FORMS)
     ranges = [f'{min(extra):+.1f} to {max(extra):+.1f} %' for extra in (default, compiled)]
     device = next(record['device'] for variants in comparisons for record in variants.values())
     finding = (f'time of a step {ranges[0]}, with --compile {ranges[1]} (bfloat16, '

@@ -7,8 +7,10 @@ Points are means over seeds, gray circles single runs, error bars one std; n is 
 Markers and dashes identify the series too, for printing in black and white.
 """
 
+import functools
 import itertools
 import math
+import operator
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -69,12 +71,17 @@ def finish(axes, xlabel, ylabel):
     axes.legend(fontsize=8)
 
 
+def draw_means(axes, records, x, value, **style):
+    """Draws the mean of a value of the records over the column x, with error bars of one std."""
+    points = sorted(grouped(records, x).items())
+    means, stds = zip(*(mean_std([value(record) for record in group]) for _, group in points))
+    axes.errorbar([key for (key,), _ in points], means, stds, **style)
+
+
 def draw_lines(axes, results, column, xlabel, ylabel, log=False):
     """Draws the mean of a column over x with error bars of one std, one line per series."""
     for style, (series,), records in styled(grouped(results, 'series')):
-        points = sorted(grouped(records, 'x').items())
-        means, stds = zip(*(mean_std([record[column] for record in seeds]) for _, seeds in points))
-        axes.errorbar([x for (x,), _ in points], means, stds, label=label(series), **style)
+        draw_means(axes, records, 'x', operator.itemgetter(column), label=label(series), **style)
     finish(axes, xlabel, ylabel)
     if log:
         log_scale(axes)
@@ -100,19 +107,15 @@ def draw_points(axes, results, column, xlabel):
 def draw_curves(axes, results, logs, metric, ylabel):
     """Draws a metric of the logs over epochs: the mean over seeds, one line per series."""
     for style, (series,), records in styled(grouped(results, 'series')):
-        runs = [read_log(logs / record['log']) for record in records]
-        epochs = [stats['epoch'] for stats in runs[0]]
-        means, stds = zip(*(mean_std([run[i][metric] for run in runs]) for i in range(len(epochs))))
-        axes.errorbar(epochs, means, stds, label=label(series), **style)
+        epochs = [stats for record in records for stats in read_log(logs / record['log'])]
+        draw_means(axes, epochs, 'epoch', operator.itemgetter(metric), label=label(series), **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(axes, 'epoch', ylabel)
 
 
 def draw_over_layers(axes, records, value, ylabel, **style):
     """Draws a value over the layers: mean and std over the records (seeds) of a layer."""
-    layers = sorted(grouped(records, 'layer').items())
-    means, stds = zip(*(mean_std([value(record) for record in seeds]) for _, seeds in layers))
-    axes.errorbar([layer for (layer,), _ in layers], means, stds, **style)
+    draw_means(axes, records, 'layer', value, **style)
     axes.set(xlabel='layer', ylabel=ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
@@ -121,10 +124,10 @@ def draw_over_layers(axes, records, value, ylabel, **style):
 # ---------------------------------------------------------------- figures
 
 
-def depth(figure, results, measured, logs):
-    for axes, column, ylabel in zip(figure.subplots(1, 2), ('test_acc_percent', 'train_loss'),
-                                    (ACCURACY, LOSS)):
-        draw_lines(axes, results, column, 'depth (layers)', ylabel, log=True)
+def over_x(figure, results, measured, logs, xlabel):
+    test, train = figure.subplots(1, 2)
+    draw_lines(test, results, 'test_acc_percent', xlabel, ACCURACY, log=True)
+    draw_lines(train, results, 'train_loss', xlabel, LOSS, log=True)
 
 
 def width(figure, results, measured, logs):
@@ -134,13 +137,6 @@ def width(figure, results, measured, logs):
     draw_lines(by_parameters, by_size, 'test_acc_percent', 'parameters (millions)', ACCURACY)
     log_scale(by_parameters)
     by_parameters.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-
-
-def init(figure, results, measured, logs):
-    for axes, column, ylabel in zip(figure.subplots(1, 2), ('test_acc_percent', 'train_loss'),
-                                    (ACCURACY, LOSS)):
-        draw_lines(axes, results, column, "initial std of the filters / Kaiming's std", ylabel,
-                   log=True)
 
 
 def epoch_style(epoch, last):
@@ -242,12 +238,13 @@ def thousand(figure, results, measured, logs):
 
 
 FIGURES = {
-    'depth': depth, 'width': width, 'init': init, 'alpha-beta': alpha_beta, 'delta': one_depth,
-    'versions': versions, 'large': one_depth, 'cost': cost, 'int8': int8, 'thousand': thousand,
-    'speedrun': speedrun,
+    'depth': functools.partial(over_x, xlabel='depth (layers)'),
+    'init': functools.partial(over_x, xlabel="initial std of the filters / Kaiming's std"),
+    'width': width, 'alpha-beta': alpha_beta, 'delta': one_depth, 'versions': versions,
+    'large': one_depth, 'cost': cost, 'int8': int8, 'thousand': thousand, 'speedrun': speedrun,
 }
-TALL = {'versions', 'alpha-beta'}
-OF_MEASURED = {'alpha-beta', 'cost', 'int8', 'speedrun'}  # drawn from measured.csv alone
+TWO_ROWS = {'versions', 'alpha-beta'}
+FROM_MEASURED = {'alpha-beta', 'cost', 'int8', 'speedrun'}  # drawn from measured.csv alone
 
 
 def draw(experiment, logs):
@@ -257,10 +254,10 @@ def draw(experiment, logs):
     runs, measured = completed(results), read_results(folder / 'measured.csv')
     if not runs and not measured:
         raise ValueError(f'{folder}: no results; run python -m experiments.run {experiment}')
-    if experiment in OF_MEASURED and not measured:
+    if experiment in FROM_MEASURED and not measured:
         raise ValueError(f'{folder}: nothing in measured.csv yet; run python -m experiments.run '
                          f'{experiment}')
-    figure = Figure((11, 7.4 if experiment in TALL else 4.2), dpi=110, layout='constrained')
+    figure = Figure((11, 7.4 if experiment in TWO_ROWS else 4.2), dpi=110, layout='constrained')
     FIGURES[experiment](figure, runs, measured, logs)
     diverged = len(results) - len(runs)
     figure.suptitle(

@@ -13,7 +13,6 @@ logs/gpu/rates.csv.
 import argparse
 import functools
 import itertools
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,15 +27,20 @@ import torchvision
 from tqdm import tqdm
 
 import diracnets
-from cli import ArgumentParser, exit_on_error, print_table, say
+from cli import ArgumentParser, exit_on_error, say
 from diracnet import DiracNet
-from diracnets.deploy import deploy
-from diracnets.fold import fold
 from diracnets.preprocessing import Preprocessing
-from experiments import gpu_results
-from experiments.interleaved import Variant, format_ratio, ratio_columns
-from experiments.results import ROOT, append_results, device_name, environment
-from experiments.variants import diracnet, jpegs_by_opencv, make_sgd, multiply_adds, one_step
+from experiments.interleaved import Variant, print_records, timing_columns
+from experiments.results import CPU, ROOT, append_results, device_name, environment
+from experiments.variants import (
+    diracnet,
+    folded_resnet,
+    inference,
+    jpegs_by_opencv,
+    make_sgd,
+    multiply_adds,
+    train_step,
+)
 from training import data, distributed
 from training.compute import Forward, compile_model
 from training.options import at_least
@@ -44,33 +48,40 @@ from training.timing import interleave, matmul_gflops, seconds_per_call, synchro
 
 MIN_REPETITIONS, MAX_REPETITIONS = 5, 20
 MIN_SECONDS = 0.2  # of work in one repetition
+COMPILED = 'train.py --compile'
+FORMS = 'train.py', COMPILED
+EAGER = 'float32, NCHW, eager'
+
+
+def standard_convolutions(form):
+    """Returns the stored name of the variant with W in place of W_hat."""
+    return f'ordinary convolutions, {form}'
+
+
+BASELINES = {standard_convolutions(form): form for form in FORMS}  # of these variants' ratios
+PRINTED = {  # header: format of a cell
+    'baseline': '{ratio_to}', 'TFLOP/s': '{tflop_per_second:,.1f}',
+    '% of matmul peak': '{percent_of_product:.0f}',
+}
 
 
 # ---------------------------------------------------------------- timed work
 
 
 def training_step(make, dataset, batch, form, device):
-    """Prepares a step of train.py on random images; `form` is one of the names in gpu_results."""
+    """Prepares a step of train.py on random images; `form` is EAGER or of FORMS."""
     preprocess = Preprocessing.for_dataset(dataset)
-    eager = form == gpu_results.EAGER
+    eager = form == EAGER
     model = make().to(device)
     optimizer = make_sgd(model, fused=device.type == 'cuda' and not eager)
-    compiled = compile_model(model, device) if form == gpu_results.COMPILED else model
+    compiled = compile_model(model, device) if form == COMPILED else model
     forward = Forward(preprocess, 'float' if eager else 'bfloat16', device)
     images = torch.randint(256, (batch, preprocess.size, preprocess.size, 3), dtype=torch.uint8,
                            device=device).permute(0, 3, 1, 2)  # (N, 3, H, W), channels last
     if eager:
         images = images.contiguous()
     labels = torch.randint(10, (batch,), device=device)
-    return one_step(optimizer, compiled, forward, (images, labels, batch))
-
-
-def inference(make, batch, form, device):
-    """Prepares the logits of a (N, 3, 224, 224) batch by a folded model, deployed or eager."""
-    model, shape = make().to(device).eval(), (batch, 3, 224, 224)
-    inputs = torch.randn(shape, device=device)
-    run = deploy(model, shape) if form == 'deploy()' else torch.no_grad()(model)
-    return lambda: run(inputs)
+    return functools.partial(train_step, optimizer, compiled, forward, images, labels, batch)
 
 
 # ---------------------------------------------------------------- comparisons
@@ -83,17 +94,17 @@ class Comparison:
     target: str = ''  # as text
 
 
-def compare_training(depth, width, dataset, batch, device, rival, target=''):
+def compare_training(depth, width, dataset, batch, device, resnet, target=''):
     """Compares training of DiracNet-depth-width with standard convolutions and with a ResNet.
 
-    `rival` is (name, function that makes the ResNet).
+    `resnet` is (name, function that makes the ResNet).
     """
     size = Preprocessing.for_dataset(dataset).size
     make = functools.partial(diracnet, depth, width, dataset)
-    forms = [(form, make, form) for form in (*gpu_results.FORMS, gpu_results.EAGER)]
-    forms += [(gpu_results.standard_convolutions(form), functools.partial(make, dirac=False), form)
-              for form in gpu_results.FORMS]
-    forms += [(f'{rival[0]}, {form}', rival[1], form) for form in gpu_results.FORMS]
+    forms = [(form, make, form) for form in (*FORMS, EAGER)]
+    forms += [(standard_convolutions(form), functools.partial(make, dirac=False), form)
+              for form in FORMS]
+    forms += [(f'{resnet[0]}, {form}', resnet[1], form) for form in FORMS]
     variants = [
         Variant(name, training_step, (make, dataset, batch, form, device), batch,
                 3 * multiply_adds(make, pixels=size))
@@ -104,13 +115,12 @@ def compare_training(depth, width, dataset, batch, device, rival, target=''):
 
 def compare_inference(depth, batch, device, target=''):
     """Compares the folded DiracNet for ImageNet with torchvision's folded ResNet."""
-    resnet = functools.partial(torchvision.models.get_model, f'resnet{depth}')
-    makers = {f'DiracNet-{depth}': lambda: DiracNet(depth),
-              f'resnet{depth}, folded': lambda: fold(resnet().eval())}
+    makers = {f'DiracNet-{depth}': functools.partial(DiracNet, depth),
+              f'resnet{depth}, folded': functools.partial(folded_resnet, depth)}
     variants = [
         Variant(f'{name}, {form}', inference, (make, batch, form, device), batch,
                 multiply_adds(make, pixels=224))
-        for form in ('deploy()', gpu_results.EAGER) for name, make in makers.items()
+        for form in ('deploy()', EAGER) for name, make in makers.items()
     ]
     return Comparison(f'inference {depth}, batch {batch}', variants, target)
 
@@ -147,15 +157,16 @@ def comparisons(device, folder):
         yield compare_loading(folder, 1)
         return
     for depth, width, batch, target in (
-        (28, 10, 128, '45 % of the product'), (28, 1, 512, '50,000 images/s'),
+        (28, 10, 128, '45 % of matmul peak'), (28, 1, 512, '50,000 images/s'),
     ):
         yield compare_training(depth, width, 'CIFAR10', batch, device, resnet(depth, width), target)
     yield compare_inference(18, 256, device, 'no slower than resnet18')
     for depth, width in ((28, 1), (34, 2)):
         yield compare_training(depth, width, 'CIFAR10', 128, device, resnet(depth, width))
     for depth in (18, 34):
-        rival = functools.partial(torchvision.models.get_model, f'resnet{depth}')
-        yield compare_training(depth, 1, 'ImageNet', 256, device, (f'resnet{depth}', rival))
+        name = f'resnet{depth}'
+        make = functools.partial(torchvision.models.get_model, name)
+        yield compare_training(depth, 1, 'ImageNet', 256, device, (name, make))
     yield compare_loading(folder, 8)
     for depth, batch in itertools.product((18, 34), (1, 16, 256)):
         if (depth, batch) != (18, 256):
@@ -182,7 +193,7 @@ def prepare(variant, device):
     return functools.partial(seconds_per_call, work, calls, device)
 
 
-def measure(comparison, device, deadline):
+def time_variants(comparison, device, deadline):
     """Times the variants in interleaved repetitions until MAX_REPETITIONS or the deadline."""
     timers = {}
     bar = tqdm(comparison.variants, comparison.title, unit='variant', disable=None, leave=False)
@@ -205,46 +216,72 @@ def environment_of(device):
     return {'device': device_name(device), 'cuda': torch.version.cuda or '', **environment()}
 
 
-def results_of(comparison, peak, columns):
+def comparison_records(comparison, peak, columns):
     """Returns the records of a comparison; `peak` is the matmul peak in TFLOP/s.
 
     Ratios are to the first measured variant, except those of standard convolutions, which are to
     the DiracNet in the same form: the cost of W_hat.
     """
-    results = []
     measured = {variant.name: variant for variant in comparison.variants
                 if len(variant.seconds) >= MIN_REPETITIONS}
+    first = next(iter(measured.values()), None)
+    records = []
     for variant in measured.values():
-        baseline = measured.get(gpu_results.BASELINES.get(variant.name),
-                                next(iter(measured.values())))
-        rate = variant.images / statistics.median(variant.seconds)
-        tflops = 2e-12 * variant.multiply_adds * rate
-        results.append({
-            'compared': comparison.title, 'what': variant.name, 'n': len(variant.seconds),
-            'images_per_second': round(rate, 1),
-            'milliseconds': round(1000 * statistics.median(variant.seconds), 3),
-            **ratio_columns(baseline, variant), 'ratio_to': baseline.name,
+        baseline = measured.get(BASELINES.get(variant.name), first)
+        tflops = variant.flops_per_second / 1e12
+        records.append({
+            **timing_columns(comparison.title, variant, baseline), 'ratio_to': baseline.name,
             'tflop_per_second': round(tflops, 2),
             'percent_of_product': round(100 * tflops / peak, 1),
             'product_tflop_per_second': round(peak, 1),
-            'target': comparison.target, 'peak_memory_mb': round(variant.memory),
-            'batch': variant.images, **columns,
+            'target': comparison.target, 'batch': variant.images, **columns,
         })
-    return results
+    return records
 
 
-def show(results):
-    """Prints the results of a comparison as a table."""
-    target = results[0]['target']
-    print(f'\n{results[0]["compared"]}: {results[0]["n"]} repetitions'
-          + (f'; target: {target}' if target else ''))
-    head = ['', 'images/s', 'ms', 'ratio (95 % CI)', 'baseline', 'TFLOP/s', '% of matmul peak',
-            'MB']
-    print_table(head, [[
-        record['what'], f'{record["images_per_second"]:,.0f}', f'{record["milliseconds"]:,.2f}',
-        format_ratio(record), record['ratio_to'], f'{record["tflop_per_second"]:,.1f}',
-        f'{record["percent_of_product"]:.0f}', f'{record["peak_memory_mb"]:,}',
-    ] for record in results])
+# ---------------------------------------------------------------- results
+
+
+def latest_gpu_comparisons(results, kind):
+    """Returns {settings: {variant: record}} of the GPU that was measured last.
+
+    `kind` is 'training' or 'inference'; the settings follow it in the title of a comparison, such
+    as '28-10, batch 128'.
+    """
+    results = [record for record in results if record['device'] != CPU]
+    comparisons = {}
+    for record in results:
+        same_gpu = record['device'] == results[-1]['device']
+        if same_gpu and record['compared'].startswith(f'{kind} '):
+            settings = record['compared'].removeprefix(f'{kind} ')
+            comparisons.setdefault(settings, {})[record['what']] = record
+    return comparisons
+
+
+def resnet_record(variants, form):
+    """Returns the record of the ResNet in a form, or None if it was left out."""
+    return next((record for name, record in variants.items()
+                 if name.startswith('resnet') and name.endswith(f', {form}')), None)
+
+
+def training_comparisons(results):
+    """Returns the complete comparisons of training; a variant may run out of memory."""
+    return {settings: variants
+            for settings, variants in latest_gpu_comparisons(results, 'training').items()
+            if variants.keys() >= {EAGER, *FORMS, *BASELINES} and resnet_record(variants, COMPILED)}
+
+
+def overhead_of_w_hat(variants, form):
+    """Returns (median, low, high) of the extra time of a step with W_hat, in per cent.
+
+    Newer records hold the ratio to the DiracNet in the same form. In older records both ratios are
+    to the first variant: the result is then a quotient, and the interval its outer bounds.
+    """
+    diracnet_record, standard = variants[form], variants[standard_convolutions(form)]
+    if standard['ratio_to'] == form:
+        return [100 * (standard[name] - 1) for name in ('ratio', 'ratio_low', 'ratio_high')]
+    return [100 * (standard[a] / diracnet_record[b] - 1) for a, b in (
+        ('ratio', 'ratio'), ('ratio_low', 'ratio_high'), ('ratio_high', 'ratio_low'))]
 
 
 # ---------------------------------------------------------------- the command
@@ -262,11 +299,11 @@ def time_in_order(comparisons, peak, device, table, columns, deadline):
         if time.monotonic() > deadline:
             say(f'{comparison.title}: skipped, no time left')
             continue
-        measure(comparison, device, deadline)
-        results = results_of(comparison, peak, columns)
-        if results:
-            append_results(results, table)
-            show(results)
+        time_variants(comparison, device, deadline)
+        records = comparison_records(comparison, peak, columns)
+        if records:
+            append_results(records, table)
+            print_records(records, comparison.target, PRINTED)
         torch._dynamo.reset()  # it keeps only a few compiled models of the same code
         if device.type == 'cuda':
             torch.cuda.empty_cache()

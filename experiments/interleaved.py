@@ -27,7 +27,17 @@ class Variant:
     multiply_adds: float = 0  # per image
     dtype: str = 'float32'
     seconds: list = field(default_factory=list)
-    memory: float = 0  # peak resident memory, MB
+    memory: float = 0  # peak, MB: resident memory, or allocated memory of the GPU
+
+    @property
+    def rates(self):
+        """The images per second of each repetition."""
+        return [self.images / seconds for seconds in self.seconds]
+
+    @property
+    def flops_per_second(self):
+        """Two operations per multiply-add, at the median rate."""
+        return 2 * self.multiply_adds * statistics.median(self.rates)
 
 
 def serve(pipe, variant):
@@ -51,16 +61,16 @@ def worker(variant):
     It raises RuntimeError if the process has died.
     """
     context = multiprocessing.get_context('spawn')
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs, variant))
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=serve, args=(child_end, variant))
     process.start()
-    theirs.close()
+    child_end.close()
 
     def receive(request=None):
         try:
             if request:
-                ours.send(request)
-            return ours.recv()
+                parent_end.send(request)
+            return parent_end.recv()
         except (EOFError, ConnectionError):
             process.join()
             raise RuntimeError(f'{variant.name}: the worker process died with exit code '
@@ -71,12 +81,12 @@ def worker(variant):
         variant.memory = max(variant.memory, memory)
         return seconds
 
-    with ours:
+    with parent_end:
         receive()  # one worker prepares at a time, so that compilation is not timed
         yield timer
 
 
-def measure(variants, repetitions, title):
+def time_in_processes(variants, repetitions, title):
     """Times the variants in interleaved repetitions; fills their `seconds` and `memory`."""
     for first in range(0, repetitions, REPETITIONS_PER_PROCESS):
         with contextlib.ExitStack() as workers:
@@ -92,15 +102,30 @@ def measure(variants, repetitions, title):
 matmul_peak = functools.cache(matmul_gflops)  # measured once per process
 
 
-def ratio_columns(baseline, variant):
-    """Returns the columns of the speedup of a variant over the baseline."""
+RATIO = '{ratio:.2f} ({ratio_low:.2f} to {ratio_high:.2f})'  # format of a record's speedup
+
+
+def timing_columns(title, variant, baseline):
+    """Returns the columns of all timings: rate, time, speedup over the baseline, peak memory."""
     names = 'ratio', 'ratio_low', 'ratio_high'
     ratios = paired_ratio(baseline.seconds, variant.seconds)
-    return {name: round(ratio, 3) for name, ratio in zip(names, ratios)}
+    return {
+        'compared': title, 'what': variant.name, 'n': len(variant.seconds),
+        'images_per_second': round(statistics.median(variant.rates), 2),
+        'milliseconds': round(1000 * statistics.median(variant.seconds), 3),
+        **{name: round(ratio, 3) for name, ratio in zip(names, ratios)},
+        'peak_memory_mb': round(variant.memory),
+    }
 
 
-def format_ratio(record):
-    return f'{record["ratio"]:.2f} ({record["ratio_low"]:.2f} to {record["ratio_high"]:.2f})'
+def print_records(records, target, columns):
+    """Prints the records of a comparison; `columns` are further ones, as {header: format}."""
+    print(f'\n{records[0]["compared"]}: {records[0]["n"]} repetitions'
+          + (f'; target: {target}' if target else ''))
+    columns = {'': '{what}', 'images/s': '{images_per_second:,.0f}', 'ms': '{milliseconds:,.2f}',
+               'ratio (95 % CI)': RATIO, **columns, 'MB': '{peak_memory_mb:,}'}
+    print_table([*columns], [[cell.format(**record) for cell in columns.values()]
+                             for record in records])
 
 
 def compare(title, variants, repetitions, table, target=''):
@@ -110,49 +135,28 @@ def compare(title, variants, repetitions, table, target=''):
     """
     peaks = {variant.dtype: matmul_peak(variant.dtype)
              for variant in variants if variant.multiply_adds}
-    measure(variants, repetitions, title)
-    results = [result_of(title, variant, variants[0], peaks.get(variant.dtype))
+    time_in_processes(variants, repetitions, title)
+    records = [variant_record(title, variant, variants[0], peaks.get(variant.dtype))
                for variant in variants]
-    results[1 % len(results)]['target'] = target
-    append_results(results, table)
-    show(results)
-    return results
+    records[1 % len(records)]['target'] = target
+    append_results(records, table)
+    print_records(records, target, {
+        'quartiles': '{first_quartile:,.0f} to {third_quartile:,.0f}',
+        'GFLOP/s': '{gflop_per_second}', '% of matmul peak': '{percent_of_product_peak}'})
+    return records
 
 
-def result_of(title, variant, baseline, peak):
+def variant_record(title, variant, baseline, peak):
     """Returns the record of a variant; `peak` is the matmul peak of its dtype in GFLOP/s."""
-    rates = [variant.images / seconds for seconds in variant.seconds]
-    low, rate, high = statistics.quantiles(rates, n=4)
-    gflops = 2e-9 * variant.multiply_adds * rate
+    low, _, high = statistics.quantiles(variant.rates, n=4)
+    gflops = variant.flops_per_second / 1e9
     return {
-        'compared': title, 'what': variant.name, 'n': len(rates),
-        'images_per_second': round(rate, 2), 'first_quartile': round(low, 2),
-        'third_quartile': round(high, 2),
-        'milliseconds': round(1000 * statistics.median(variant.seconds), 2),
-        **ratio_columns(baseline, variant), 'gflop_per_second': round(gflops, 1),
+        **timing_columns(title, variant, baseline),
+        'first_quartile': round(low, 2), 'third_quartile': round(high, 2),
+        'gflop_per_second': round(gflops, 1),
         'percent_of_product_peak': round(100 * gflops / peak, 1) if variant.multiply_adds else '',
-        'target': '', 'peak_memory_mb': round(variant.memory), 'dtype': variant.dtype, 'seed': 0,
-        **environment(),
+        'target': '', 'dtype': variant.dtype, 'seed': 0, **environment(),
     }
-
-
-def show(results):
-    """Prints the results of one comparison as a table."""
-    target = results[1 % len(results)]['target']
-    print(f'\n{results[0]["compared"]}: {results[0]["n"]} repetitions'
-          + (f', target ratio {target}' if target else ''))
-    head = ['', 'images/s (quartiles)', 'ms', 'ratio (95 % CI)', 'GFLOP/s', '% of matmul peak',
-            'MB']
-    print_table(head, [[
-        record['what'],
-        f'{record["images_per_second"]:,.0f} ({record["first_quartile"]:,.0f} to '
-        f'{record["third_quartile"]:,.0f})',
-        f'{record["milliseconds"]:,.1f}',
-        format_ratio(record),
-        str(record['gflop_per_second'] or ''),
-        str(record['percent_of_product_peak']),
-        f'{record["peak_memory_mb"]:,}',
-    ] for record in results])
 
 
 def latest_comparisons(results):

@@ -244,8 +244,8 @@ def gradients(runs, paths):
 # ---------------------------------------------------------------- all
 
 
-WITHOUT_RUNS = {'cost': cost, 'thousand': gradients}  # once per experiment
-OF_RUNS = {  # once per run
+EXPERIMENT_MEASURES = {'cost': cost, 'thousand': gradients}  # once per experiment
+RUN_MEASURES = {  # once per run
     'alpha-beta': alpha_beta, 'versions': activations, 'int8': int8, 'speedrun': speedrun,
 }
 
@@ -255,13 +255,13 @@ def measured_runs(experiment, logs):
     return {record['run'] for record in read_csv(logs / experiment / TABLE)}
 
 
-def measure(experiment, run, paths):
+def measure_run(experiment, run, paths):
     """Measures a finished run that has no records yet, and appends them to measured.csv."""
     result = paths.result(run, experiment)
-    if (experiment not in OF_RUNS or run.run_name in measured_runs(experiment, paths.logs)
+    if (experiment not in RUN_MEASURES or run.run_name in measured_runs(experiment, paths.logs)
             or result['ended'] != 'whole'):
         return
     say(f'{experiment}: measuring {run.title}')
     columns = {'series': run.series, 'x': run.x, 'seed': run.seed, 'run': run.run_name}
-    append_results([{**columns, **record} for record in OF_RUNS[experiment](run, paths)],
+    append_results([{**columns, **record} for record in RUN_MEASURES[experiment](run, paths)],
                    paths.logs / experiment / TABLE)

@@ -143,7 +143,7 @@ def copy_log(run, paths):
     return epochs, str(copy)
 
 
-def result_of(run, paths, ended):
+def make_result(run, paths, ended):
     """Returns the record of a run that has ended: settings, metrics and environment."""
     epochs, log = copy_log(run, paths)
     last = epochs[-1] if epochs else {}
@@ -163,7 +163,7 @@ def result_of(run, paths, ended):
 def is_done(run, experiment, paths):
     """Returns whether a run has its result and, if the experiment has measurements, those."""
     result = paths.result(run, experiment)
-    if not result or result['ended'] != 'whole' or experiment not in measures.OF_RUNS:
+    if not result or result['ended'] != 'whole' or experiment not in measures.RUN_MEASURES:
         return bool(result)
     return run.run_name in measures.measured_runs(experiment, paths.logs)
 
@@ -174,7 +174,7 @@ def needs_training(run, experiment, paths):
     if not result:
         return True
     has_checkpoint = (paths.run_folder(run) / MODEL_FILE).exists()
-    return result['ended'] == 'whole' and experiment in measures.OF_RUNS and not has_checkpoint
+    return result['ended'] == 'whole' and experiment in measures.RUN_MEASURES and not has_checkpoint
 
 
 def check_same_run(run, result, paths):
@@ -197,8 +197,8 @@ def finish(run, experiment, paths):
     result, to_train = paths.result_of_any(run), needs_training(run, experiment, paths)
     ended = train_one(run, paths) if to_train else ''
     if not result:
-        result = result_of(run, paths, ended)
-    elif experiment in measures.OF_RUNS and result['ended'] == 'whole':
+        result = make_result(run, paths, ended)
+    elif experiment in measures.RUN_MEASURES and result['ended'] == 'whole':
         check_same_run(run, result, paths)
     if not paths.result(run, experiment):
         point = {'series': run.series, 'x': run.x, 'seed': run.seed}
@@ -233,7 +233,7 @@ def train_all(runs, experiment, paths):
                 say('skipped: another process trains it')
                 continue
             trained = finish(run, experiment, paths)
-            measures.measure(experiment, run, paths)
+            measures.measure_run(experiment, run, paths)
             if trained:
                 estimated, measured = estimated + estimates[i], measured + time.monotonic() - start
 
@@ -253,8 +253,8 @@ def run_experiment(experiment, runs, paths):
                          'another --logs')
     start = time.monotonic()
     train_all([run for run in runs if not is_done(run, experiment, paths)], experiment, paths)
-    if experiment in measures.WITHOUT_RUNS:
-        measures.WITHOUT_RUNS[experiment](runs, paths)
+    if experiment in measures.EXPERIMENT_MEASURES:
+        measures.EXPERIMENT_MEASURES[experiment](runs, paths)
     path = figures.save(experiment, paths.logs)
     done = sum(is_done(run, experiment, paths) for run in runs)
     hours = (time.monotonic() - start) / 3600

@@ -11,14 +11,20 @@ import itertools
 import re
 from pathlib import Path
 
+import torch
+
 import cli
 from cli import ArgumentParser, exit_on_error
+from diracnet import DiracNet
 from diracnets.checkpoint import MODEL_FILE
-from experiments import gpu_results
+from diracnets.fold import fold
+from diracnets.models.registry import create_model
+from diracnets.preprocessing import Preprocessing
+from experiments import gpu
 from experiments.claims import CLAIMS
-from experiments.definitions import BUDGETS, EXPERIMENTS, estimated_hours
-from experiments.interleaved import format_ratio, pairs_with_baseline
-from experiments.measures import OF_RUNS
+from experiments.definitions import BUDGETS, EXPERIMENTS, command_line, estimated_hours
+from experiments.interleaved import RATIO, pairs_with_baseline
+from experiments.measures import RUN_MEASURES
 from experiments.results import (
     CPU,
     ROOT,
@@ -30,11 +36,13 @@ from experiments.results import (
     read_results,
     seed_counts,
 )
+from experiments.variants import multiply_adds
 from hubconf import TRAINED
 from training.log import LOG_FILE, read_log
+from training.options import RECIPE_FOLDER
 
 PAGES = [ROOT / name for name in (
-    'README.md', 'docs/results.md', 'docs/speed.md', 'docs/speedrun.md')]
+    'README.md', 'docs/networks.md', 'docs/results.md', 'docs/speed.md', 'docs/speedrun.md')]
 MARKED = re.compile(r'<!-- table: ([\w/-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 
@@ -147,7 +155,7 @@ def pretrained(logs):
 
 def by_depth(logs):
     """The accuracies of `depth`: one line per model, one column per depth."""
-    groups = grouped(completed(results_of('depth', logs)[0]), 'series', 'x')
+    groups = grouped(completed(read_experiment('depth', logs)[0]), 'series', 'x')
     names, depths = ([*dict.fromkeys(key[i] for key in groups)] for i in (0, 1))
     lines = [[name, *(
         format_mean(column(groups[name, layers], 'test_acc_percent'))
@@ -211,6 +219,72 @@ def hours(logs):
     return ['experiment', 'runs', 'hours, estimated', 'hours, CPU', 'hours, GPU'], lines
 
 
+# ---------------------------------------------------------------- architectures
+
+
+SIZES = [  # model, dataset, options, recipe
+    ('diracnet', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('diracnet', 'CIFAR10', {'depth': 28, 'width': 10}, 'diracnet-cifar'),
+    ('diracnet-v1', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('diracnet-repeated', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('diracnet-fast', 'CIFAR10', {}, 'speedrun'),
+    ('plain', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('plain', 'CIFAR10', {'depth': 28, 'width': 1, 'block': 'dbb'}, 'diracnet-cifar'),
+    ('plain', 'CIFAR10', {'depth': 28, 'width': 1, 'block': 'acb'}, 'diracnet-cifar'),
+    ('dirac-init', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('resnet', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('wide-resnet', 'CIFAR10', {'depth': 16, 'width': 4}, 'wide-resnet'),
+    ('wide-resnet', 'CIFAR10', {'depth': 28, 'width': 10}, 'wide-resnet'),
+    ('densenet', 'CIFAR10', {'layers': 40, 'reduce': 1.0, 'bottleneck': False}, 'densenet'),
+    ('densenet', 'CIFAR10', {'layers': 100, 'growth': 12}, 'densenet'),
+    ('densenet', 'CIFAR10', {'layers': 190, 'growth': 40}, 'densenet'),
+    ('diracnet', 'ImageNet', {'depth': 18}, 'diracnet-imagenet'),
+    ('diracnet', 'ImageNet', {'depth': 34}, 'diracnet-imagenet'),
+    ('diracnet-v1', 'ImageNet', {'depth': 18, 'width': 0.75}, 'diracnet-imagenet'),
+    ('plain', 'ImageNet', {'depth': 18}, 'diracnet-imagenet'),
+    ('resnet34', 'ImageNet', {}, 'diracnet-imagenet'),
+    ('densenet121', 'ImageNet', {}, 'diracnet-imagenet'),
+    ('resnet18', 'ImageNet', {'block': 'base'}, 'dbb'),
+    ('resnet18', 'ImageNet', {'block': 'dbb'}, 'dbb'),
+    ('resnet18', 'ImageNet', {'block': 'acb'}, 'dbb'),
+    ('resnet50', 'ImageNet', {'block': 'base'}, 'dbb'),
+    ('resnet50', 'ImageNet', {'block': 'dbb'}, 'dbb'),
+    ('mobilenet', 'ImageNet', {'block': 'base'}, 'dbb'),
+    ('mobilenet', 'ImageNet', {'block': 'dbb'}, 'dbb'),
+    ('alexnet', 'ImageNet', {'block': 'base'}, 'dbb'),
+    ('alexnet', 'ImageNet', {'block': 'dbb'}, 'dbb'),
+]
+
+
+def recipe_source(recipe):
+    """Returns the source that the first line of a recipe names after its subject."""
+    first_line, _, _ = (RECIPE_FOLDER / f'{recipe}.txt').read_text().partition('\n')
+    return first_line.partition(': ')[2]
+
+
+def size_cells(name, dataset, options, recipe):
+    """Returns the cells of a model: its sizes, training and deployed, and its recipe."""
+    with torch.device('meta'):
+        model = create_model(name, dataset, **options)
+        # the functional form folds into DiracNet, module-based models into themselves
+        deployed = DiracNet(dataset=dataset, **options) if name == 'diracnet' else fold(model)
+    pixels = Preprocessing.for_dataset(dataset).size
+    sizes = []
+    for form in (model, deployed):
+        sizes += [f'{sum(p.numel() for p in form.parameters()):,}',
+                  f'{multiply_adds(lambda form=form: form, pixels=pixels) / 1e6:,.1f}']
+    title = ', '.join([name, *(f'{option} {value}' for option, value in options.items())])
+    command = ['python train.py', *command_line({'recipe': recipe, 'model': name, **options})]
+    return [title, dataset, *sizes, recipe_source(recipe), f'`{" ".join(command)}`']
+
+
+def sizes(logs):
+    """The sizes of the architectures, which need neither training nor data."""
+    return ['model', 'images', 'parameters', 'multiply-adds (M)', 'parameters deployed',
+            'multiply-adds deployed (M)', 'source of the recipe', 'command'], [
+                size_cells(*model) for model in SIZES]
+
+
 # ---------------------------------------------------------------- speed
 
 
@@ -244,27 +318,27 @@ def gpu_checks(logs):
 def gpu_training(logs):
     """Rates of a training step on a GPU: eager, as train.py runs it, and compiled."""
     lines = []
-    comparisons = gpu_results.training_comparisons(results_of('gpu', logs)[1])
+    comparisons = gpu.training_comparisons(read_experiment('gpu', logs)[1])
     for settings, variants in comparisons.items():
-        compiled = variants[gpu_results.COMPILED]
-        shown = [variants[gpu_results.EAGER], *map(variants.get, gpu_results.FORMS),
-                 gpu_results.resnet(variants, gpu_results.COMPILED)]
+        compiled = variants[gpu.COMPILED]
+        shown = [variants[gpu.EAGER], *map(variants.get, gpu.FORMS),
+                 gpu.resnet_record(variants, gpu.COMPILED)]
         lines.append([
             settings, f'{compiled["n"]:.0f}',
             *(f'{rate:,.0f}' for rate in column(shown, 'images_per_second')),
             f'{compiled["percent_of_product"]:.0f}', f'{compiled["peak_memory_mb"]:,.0f}',
-            *('{:+.0f} ({:+.0f} to {:+.0f})'.format(*gpu_results.overhead_of_w_hat(variants, form))
-              for form in gpu_results.FORMS),
+            *('{:+.0f} ({:+.0f} to {:+.0f})'.format(*gpu.overhead_of_w_hat(variants, form))
+              for form in gpu.FORMS),
         ])
-    return ['model', 'n', 'float32, NCHW', *gpu_results.FORMS, 'ResNet, --compile',
+    return ['model', 'n', 'float32, NCHW', *gpu.FORMS, 'ResNet, --compile',
             '% of matmul peak', 'peak MB', 'W_hat, %', 'W_hat, --compile, %'], lines
 
 
 def gpu_inference(logs):
     """Rates of a folded DiracNet on a GPU, and of the ResNet of the same depth."""
-    comparisons = gpu_results.latest_comparisons(results_of('gpu', logs)[1], 'inference')
+    comparisons = gpu.latest_gpu_comparisons(read_experiment('gpu', logs)[1], 'inference')
     lines = [[settings, record['what'], f'{record["n"]:.0f}',
-              f'{record["images_per_second"]:,.0f}', format_ratio(record),
+              f'{record["images_per_second"]:,.0f}', RATIO.format(**record),
               f'{record["percent_of_product"]:.0f}']
              for settings, variants in comparisons.items() for record in variants.values()]
     return ['settings', 'variant', 'n', 'images/s', 'ratio (95 % CI)', '% of matmul peak'], lines
@@ -277,7 +351,7 @@ def claims(logs):
     """The claims, and the answers of the experiments that are finished."""
     lines = []
     for claim in CLAIMS:
-        results, measured = results_of(claim.experiment, logs)
+        results, measured = read_experiment(claim.experiment, logs)
         missing = missing_results(claim.experiment, results, measured)
         if missing:
             lines.append([claim.text, claim.source, missing, '', claim.experiment])
@@ -291,7 +365,7 @@ def claims(logs):
 def missing_results(experiment, results, measured):
     """Returns what an experiment of the small budget still lacks, or '' if it is finished."""
     if experiment == 'gpu':
-        return '' if gpu_results.training_comparisons(measured) else 'not run yet'
+        return '' if gpu.training_comparisons(measured) else 'not run yet'
     runs = EXPERIMENTS[experiment](BUDGETS['small'])
     done = {(record['series'], record['x'], record['seed']) for record in results}
     count = sum((run.series, run.x, run.seed) in done for run in runs)
@@ -301,7 +375,7 @@ def missing_results(experiment, results, measured):
         return f'{count} of {len(runs)} runs done'
     if experiment == 'cost' and len(set(column(measured, 'compared'))) < 2:
         return 'one of two comparisons done'
-    if experiment in OF_RUNS and (
+    if experiment in RUN_MEASURES and (
             set(column(completed(results), 'run')) - set(column(measured, 'run'))):
         return 'trained, not measured yet'
     return ''
@@ -310,7 +384,7 @@ def missing_results(experiment, results, measured):
 # ---------------------------------------------------------------- pages
 
 
-def results_of(experiment, logs):
+def read_experiment(experiment, logs):
     """Returns the results of an experiment, or of `gpu`, and the records of what it measured."""
     measured = 'rates.csv' if experiment == 'gpu' else 'measured.csv'
     return (read_results(logs / experiment / 'results.csv'),
@@ -319,21 +393,21 @@ def results_of(experiment, logs):
 
 LEFT_ALIGNED = (  # columns of text
     'finding', 'experiment', 'model', 'series', 'dtype', 'variant', 'source', 'change', 'passed',
-    'baseline')
+    'baseline', 'images', 'source of the recipe', 'command')
 OTHER_TABLES = {
     'claims': claims, 'tried': tried, 'kept': pretrained, 'by-depth': by_depth,
     'devices': devices, 'again': again, 'hours': hours, 'bench': bench, 'gpu-checks': gpu_checks,
-    'gpu-training': gpu_training, 'gpu-inference': gpu_inference,
+    'gpu-training': gpu_training, 'gpu-inference': gpu_inference, 'sizes': sizes,
 }
 
 
 def table(name, logs):
     """Returns the Markdown of a table: one of OTHER_TABLES, or of an experiment."""
     if name in OTHER_TABLES:
-        head, lines = OTHER_TABLES[name](logs)
+        header, lines = OTHER_TABLES[name](logs)
     else:
-        head, lines = EXPERIMENT_TABLES.get(name, accuracy_table)(*results_of(name, logs))
-    return '\n'.join(cli.table(head, lines, left=LEFT_ALIGNED))
+        header, lines = EXPERIMENT_TABLES.get(name, accuracy_table)(*read_experiment(name, logs))
+    return '\n'.join(cli.table(header, lines, left=LEFT_ALIGNED))
 
 
 def fill(page, logs):

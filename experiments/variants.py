@@ -142,14 +142,16 @@ def step(depth, width, make=diracnet, **options):
     """Prepares a training step on 128 images in memory, in the native dtype of the machine."""
     keep_freed_memory()
     model = make(depth, width, **options)
-    return one_step(make_sgd(model), model, make_forward(), random_batch(BATCH))
+    return functools.partial(
+        train_step, make_sgd(model), model, make_forward(), *random_batch(BATCH))
 
 
 def step_of(opt, model):
     """Prepares a training step with the options of train.py, on full-size images."""
     keep_freed_memory()
     batch = random_batch(opt.batch_size)
-    return one_step(make_optimizer(model, opt), model, make_forward(), batch)
+    return functools.partial(
+        train_step, make_optimizer(model, opt), model, make_forward(), *batch)
 
 
 def random_batch(n):
@@ -157,30 +159,19 @@ def random_batch(n):
     return images.permute(0, 3, 1, 2), labels, n
 
 
-def one_step(optimizer, model, forward, batch):
-    """Returns a function that does a training step, always on the same batch."""
-    images, labels, batch_size = batch
-
-    def run():
-        loss = cross_entropy(forward(model, images), labels, batch_size)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return run
+def train_step(optimizer, model, forward, images, labels, batch_size):
+    """Does a training step on a batch; returns the loss and the logits."""
+    logits = forward(model, images)
+    loss = cross_entropy(logits, labels, batch_size)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss, logits
 
 
-def checkpointed_step(depth):
-    return step(depth, 1, checkpointing=True)
-
-
-def standard_step(depth, width):
-    """Prepares the same step with W in place of W_hat."""
-    return step(depth, width, dirac=False)
-
-
-def modular_step(depth, width):
-    return step(depth, width, modular)
+checkpointed_step = functools.partial(step, checkpointing=True)
+standard_step = functools.partial(step, dirac=False)  # with W in place of W_hat
+modular_step = functools.partial(step, make=modular)
 
 
 def densenet_step(checkpointing):
@@ -207,11 +198,8 @@ def epoch_of_train(depth, width, n, dtype=NATIVE, to_compile=False):
         meters = Meters(10, n, '', steps=0)
         with meters.bar:
             for images, labels, batch_size in loader:
-                logits = forward(compiled, images)
-                loss = cross_entropy(logits, labels, batch_size)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                loss, logits = train_step(
+                    optimizer, compiled, forward, images, labels, batch_size)
                 meters.update(loss, logits, labels, batch_size)
         meters.summary('train')
 
@@ -232,9 +220,7 @@ def epoch_with_pil(depth, width, n):
 
     def epoch():
         for inputs, labels in loader:
-            optimizer.zero_grad()
-            F.cross_entropy(model(inputs), labels).backward()
-            optimizer.step()
+            train_step(optimizer, model, torch.nn.Module.__call__, inputs, labels, len(labels))
 
     return epoch
 
@@ -242,22 +228,16 @@ def epoch_with_pil(depth, width, n):
 # ---------------------------------------------------------------- deployed
 
 
-def eager_diracnet(batch):
-    inputs, model = torch.randn(batch, 3, 224, 224), DiracNet(18).eval()
-    return lambda: torch.no_grad()(model)(inputs)
+def folded_resnet(depth):
+    return fold(torchvision.models.get_model(f'resnet{depth}').eval())
 
 
-def deployed(model, batch):
-    run, inputs = deploy(model, (batch, 3, 224, 224)), torch.randn(batch, 3, 224, 224)
+def inference(make, batch, form, device='cpu'):
+    """Prepares the logits of a (N, 3, 224, 224) batch by a folded model, deployed or eager."""
+    model, shape = make().to(device).eval(), (batch, 3, 224, 224)
+    inputs = torch.randn(shape, device=device)
+    run = deploy(model, shape) if form == 'deploy()' else torch.no_grad()(model)
     return lambda: run(inputs)
-
-
-def deployed_diracnet(batch):
-    return deployed(DiracNet(18), batch)
-
-
-def deployed_resnet(batch):
-    return deployed(fold(torchvision.models.resnet18()), batch)
 
 
 def onnx_file(batch, folder):

@@ -18,31 +18,27 @@ from torch import nn
 import diracnets
 from cli import ArgumentParser, exit_on_error
 from diracnets.fold import fold
-from diracnets.preprocessing import normalize
 from experiments.figures import LAST_EPOCH, LAYER_STATISTICS, draw_over_layers
 from experiments.measures import layer_statistics
 from experiments.results import append_results
 from plot import plot_filters
 from training import data
-from training.loader import iterate_batches, make_loader
+from training.evaluation import compute_logits
 from training.options import DATASETS
 
 ROWS, COLUMNS = 4, 8  # of the sheet of mistakes
 
 
-@torch.inference_mode()
 def predict(model, preprocess, images, classes):
     """Returns one record per image: its number, its class, the predicted class and probability."""
-    records = []
-    for pixels, labels, _ in iterate_batches(make_loader(images, 500)):
-        probabilities, predicted = model(normalize(pixels, preprocess)).softmax(1).max(1)
-        records += [
-            {'image': len(records) + i, 'class': classes[label], 'labelled': classes[prediction],
-             'probability_percent': round(100 * p, 3)}
-            for i, (label, prediction, p) in enumerate(zip(labels.tolist(), predicted.tolist(),
-                                                           probabilities.tolist()))
-        ]
-    return records
+    logits, labels = compute_logits(model, images, preprocess, 'predicting', batch=500)
+    probabilities, predicted = logits.softmax(1).max(1)
+    return [
+        {'image': i, 'class': classes[label], 'labelled': classes[prediction],
+         'probability_percent': round(100 * p, 3)}
+        for i, (label, prediction, p) in enumerate(
+            zip(labels.tolist(), predicted.tolist(), probabilities.tolist()))
+    ]
 
 
 def confusion_matrix(records, classes):

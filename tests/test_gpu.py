@@ -12,22 +12,22 @@ from training.loader import make_loader
 CPU = torch.device('cpu')
 
 
-def test_measure_interleaves_variants(monkeypatch):
+def test_time_variants_interleaves_variants(monkeypatch):
     monkeypatch.setattr(gpu, 'MIN_SECONDS', 0)
     calls = []
     variants = [Variant(name, lambda name: lambda: calls.append(name), (name,), 10)
                 for name in 'ab']
-    gpu.measure(Comparison('two', variants), CPU, time.monotonic() + 600)
+    gpu.time_variants(Comparison('two', variants), CPU, time.monotonic() + 600)
     assert ''.join(calls[-2 * gpu.MAX_REPETITIONS:]) == 'ab' * gpu.MAX_REPETITIONS
     assert all(len(variant.seconds) == gpu.MAX_REPETITIONS for variant in variants)
 
 
-def test_measure_leaves_out_a_variant_that_fails(capsys):
+def test_time_variants_leaves_out_a_variant_that_fails(capsys):
     def fail():
         raise RuntimeError('CUDA out of memory')
 
     variants = [Variant('large', fail, (), 10), Variant('small', lambda: lambda: None, (), 10)]
-    gpu.measure(Comparison('two', variants), CPU, time.monotonic() - 1 + 600)
+    gpu.time_variants(Comparison('two', variants), CPU, time.monotonic() - 1 + 600)
     assert 'large skipped: CUDA out of memory' in capsys.readouterr().out
     assert [len(variant.seconds) > 0 for variant in variants] == [False, True]
 
@@ -36,7 +36,7 @@ def test_results_are_rates_and_ratios():
     variants = [Variant('long', None, (), 10, 0, seconds=[0.02] * 5),
                 Variant('short', None, (), 10, 5e8, seconds=[0.01, 0.01, 0.01, 0.02, 0.005]),
                 Variant('too few', None, (), 10, 5e8, seconds=[1] * 4)]
-    long, short = gpu.results_of(Comparison('naps', variants), 2.0, gpu.environment_of(CPU))
+    long, short = gpu.comparison_records(Comparison('naps', variants), 2.0, gpu.environment_of(CPU))
     assert (long['n'], long['ratio'], long['images_per_second']) == (5, 1, 500)
     assert (short['ratio'], short['images_per_second'], short['milliseconds']) == (2, 1000, 10)
     # two operations per multiply-add, 5e8 of them per image: 1e12 per second, of a peak of 2e12
@@ -48,7 +48,7 @@ def test_baseline_of_standard_convolutions_is_the_diracnet_in_the_same_form():
     names = 'train.py', 'train.py --compile', 'ordinary convolutions, train.py --compile', 'resnet'
     variants = [Variant(name, None, (), 10, seconds=[seconds] * 5)
                 for name, seconds in zip(names, (0.6, 0.2, 0.16, 0.3))]
-    results = gpu.results_of(Comparison('training', variants), 2.0, gpu.environment_of(CPU))
+    results = gpu.comparison_records(Comparison('training', variants), 2.0, gpu.environment_of(CPU))
     assert [(record['ratio'], record['ratio_to']) for record in results] == [
         (1, 'train.py'), (3, 'train.py'), (1.25, 'train.py --compile'), (2, 'train.py')]
 

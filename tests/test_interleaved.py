@@ -34,10 +34,10 @@ def test_images_per_second_interleaves_models():
 
 
 @pytest.mark.slow
-def test_measure_interleaves_variants_each_in_its_own_process(tmp_path):
+def test_time_in_processes_interleaves_variants_each_in_its_own_process(tmp_path):
     path = tmp_path / 'calls.txt'
     variants = [Variant(name, writing, (str(path), name), 1) for name in 'ab']
-    interleaved.measure(variants, 13, 'letters')
+    interleaved.time_in_processes(variants, 13, 'letters')
     calls = [line.split() for line in path.read_text().splitlines()]
     # two warm-up calls each, and again after ten repetitions, in new processes
     assert ''.join(name for name, _ in calls) == 'aabb' + 10 * 'ab' + 'aabb' + 3 * 'ab'
@@ -57,10 +57,10 @@ def writing(path, name):
 
 
 @pytest.mark.slow
-def test_measure_raises_and_ends_the_other_processes_when_one_dies():
+def test_time_in_processes_raises_and_ends_the_other_processes_when_one_dies():
     variants = [Variant('lasting', lasting, (), 1), Variant('dying', dying, (3,), 1)]
     with pytest.raises(RuntimeError, match='^dying: .* 9$'):
-        interleaved.measure(variants, 5, 'deaths')
+        interleaved.time_in_processes(variants, 5, 'deaths')
     for child in multiprocessing.active_children():
         child.join(60)
     assert not multiprocessing.active_children()
@@ -129,7 +129,7 @@ def test_compare_appends_results_that_bench_draws(tmp_path, capsys, monkeypatch)
         for variant, seconds in zip(variants, ([2.0, 4.0, 4.0, 8.0] * 3, [1.0, 1.0, 2.0, 2.0] * 3)):
             variant.seconds, variant.memory = seconds, 512.4
 
-    monkeypatch.setattr(interleaved, 'measure', measured)
+    monkeypatch.setattr(interleaved, 'time_in_processes', measured)
     monkeypatch.setattr(interleaved, 'matmul_peak', lambda dtype: 100.0)
     table = tmp_path / 'bench.csv'
     variants = [Variant(name, None, (), 100, 1e9) for name in ('slow', 'fast')]
@@ -151,11 +151,11 @@ def test_compare_appends_results_that_bench_draws(tmp_path, capsys, monkeypatch)
     assert '3.00 (2.00 to 4.00)' in capsys.readouterr().out
 
     interleaved.compare('depth, a step', [Variant('DiracNet-28-1', None, (), 1)], 12, table)
-    bench.draw(table).savefig(tmp_path / 'bench.png')
+    bench.draw_speedups(table).savefig(tmp_path / 'bench.png')
     assert matplotlib.image.imread(tmp_path / 'bench.png').std() > 0.05
 
 
-@pytest.mark.parametrize('arguments', [['speed'], ['train', '--repetitions', '2']])
+@pytest.mark.parametrize('arguments', [['speed'], ['train', '--repetitions', '2'], ['deploy']])
 def test_bench_exits_with_one_line_when_arguments_are_wrong(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)

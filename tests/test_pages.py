@@ -13,7 +13,7 @@ import torch
 import export
 import plot
 import predict
-from experiments import bench, deploy, sizes
+from experiments import bench, tables
 from experiments.bench import BENCHES
 from pages import PAGES, ROOT, blocks, commands, text_of
 from training import options
@@ -57,7 +57,7 @@ def test_export_and_predict_accept_the_options_of_the_pages(capsys):
         assert exit.value.code == 0
 
 
-@pytest.mark.parametrize('module', [bench, deploy, sizes],
+@pytest.mark.parametrize('module', [bench, tables],
                          ids=lambda module: module.__name__)
 def test_experiment_help_starts_with_the_docstring(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['x', '--help'])

@@ -19,7 +19,9 @@ def answer(experiment, results=(), measured=(), source=claims.PAPER):
     return claim.answer(results, measured)
 
 
-@pytest.mark.parametrize('page', tables.PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize('page', [
+    pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem == 'networks'))
+    for page in tables.PAGES])
 def test_tables_of_a_page_equal_the_csv_files(page):
     page = page.read_text()
     assert tables.fill(page, tables.ROOT / 'logs') == page
@@ -40,8 +42,8 @@ def test_fill_replaces_the_table_between_its_marks(tmp_path):
         filled = tables.fill(page, tmp_path)
         assert filled.startswith(f'before\n<!-- table: {name} -->\n\n| model ')
         assert filled.endswith('<!-- end -->\nafter\n')
-        head, _, row = (line.split('|') for line in filled.splitlines()[3:6])
-        assert head[2].strip() == column
+        header, _, row = (line.split('|') for line in filled.splitlines()[3:6])
+        assert header[2].strip() == column
         assert [cell.strip() for cell in row[1:-1]] == cells + of_seeds
         assert tables.fill(filled, tmp_path) == filled
     for name in ('nothing', 'agian/width'):
@@ -57,12 +59,12 @@ def test_bench_shows_the_latest_results_against_the_baseline(tmp_path):
         '"depth, a step",DiracNet-28-1,10,1,1,1,1,,,1\n"depth, a step",x,10,1,0.5,0.4,0.6,,,1\n'
         'a,old,40,1000,1,1,1,,,910\na,new,40,2975,2.975,2.5,3.04,52.75,3,820\n'
         'a,newer,40,12345,12.345,12,12.7,,,830\n')
-    head, lines = tables.bench(tmp_path)
+    header, lines = tables.bench(tmp_path)
     assert lines == [
         ['a: new', 'old', '40', '2,975', '2.98 (2.5 to 3.04)', '52.8', '820, 910', '3: not met'],
         ['a: newer', 'old', '40', '12,345', '12.3 (12 to 12.7)', '', '830, 910', ''],
     ]
-    assert len(head) == len(lines[0])
+    assert len(header) == len(lines[0])
 
 
 def test_accuracy_table_has_empty_cells_when_all_runs_diverged():
@@ -84,11 +86,11 @@ def test_by_depth_leaves_out_diverged_runs(tmp_path):
 
 def test_devices_compares_common_points(tmp_path):
     (tmp_path / 'depth').mkdir()
-    head = 'series,x,ended,test_acc_percent,device\n'
-    (tmp_path / 'depth' / 'cpu.csv').write_text(head + ''.join(
+    header = 'series,x,ended,test_acc_percent,device\n'
+    (tmp_path / 'depth' / 'cpu.csv').write_text(header + ''.join(
         f'{row},CPU\n' for row in ('plain,10,whole,70', 'plain,10,whole,74', 'plain,28,whole,60')))
     (tmp_path / 'depth' / 'results.csv').write_text(
-        head + 'plain,28,whole,61,CPU\n' + ''.join(
+        header + 'plain,28,whole,61,CPU\n' + ''.join(
             f'{row},H100\n' for row in ('plain,10,whole,71', 'plain,10,whole,72',
                                         'plain,10,diverged,', 'resnet,10,whole,80')))
     columns, lines = tables.devices(tmp_path)
@@ -99,11 +101,11 @@ def test_devices_compares_common_points(tmp_path):
 def test_again_shows_first_runs_and_replication(tmp_path):
     for folder in (tmp_path / 'delta', tmp_path / 'again' / 'delta'):
         folder.mkdir(parents=True)
-    head = 'series,x,ended,test_acc_percent,train_seconds\n'
+    header = 'series,x,ended,test_acc_percent,train_seconds\n'
     (tmp_path / 'delta' / 'results.csv').write_text(
-        head + 'diracnet,0,whole,70,1\nrepeated,1,whole,60,1\n')
+        header + 'diracnet,0,whole,70,1\nrepeated,1,whole,60,1\n')
     (tmp_path / 'again' / 'delta' / 'results.csv').write_text(
-        head + 'diracnet,0,whole,71,90\ndiracnet,0,whole,73,90\n')
+        header + 'diracnet,0,whole,71,90\ndiracnet,0,whole,73,90\n')
     columns, lines = tables.again(tmp_path)
     assert lines == [
         ['delta', 'diracnet', '0', '1 and 2', '70.00', '72.00 ± 1.41', '+2.00', '3']]
@@ -111,7 +113,7 @@ def test_again_shows_first_runs_and_replication(tmp_path):
 
 
 def test_hours_shows_estimates_and_measured_hours(tmp_path):
-    head = 'series,x,seed,ended,train_seconds,device\n'
+    header = 'series,x,seed,ended,train_seconds,device\n'
     for folder, row in (
         ('large', 'plain,0,1,whole,900,H100'), ('large', 'resnet,2,1,whole,30000,CPU'),
         ('again/large', 'plain,0,1,whole,7200,CPU'), ('again/large', 'plain,0,2,whole,9,H100'),
@@ -119,7 +121,7 @@ def test_hours_shows_estimates_and_measured_hours(tmp_path):
     ):
         table = tmp_path / folder / 'results.csv'
         table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text((table.read_text() if table.exists() else head) + row + '\n')
+        table.write_text((table.read_text() if table.exists() else header) + row + '\n')
     columns, lines = tables.hours(tmp_path)
     assert {len(line) for line in lines} == {len(columns)}
     by_name = {name: cells for name, *cells in lines}
@@ -178,7 +180,7 @@ def test_gpu_tables_show_the_latest_gpu(tmp_path):
 def test_claim_on_the_cost_of_w_hat_on_a_gpu(tmp_path):
     (tmp_path / 'gpu').mkdir()
     (tmp_path / 'gpu' / 'rates.csv').write_text(RATES)
-    _, measured = tables.results_of('gpu', tmp_path)
+    _, measured = tables.read_experiment('gpu', tmp_path)
     assert tables.missing_results('gpu', [], measured) == ''
     assert answer('gpu', measured=measured) == (
         'time of a step +100.0 to +100.0 %, with --compile +4.0 to +4.0 % (bfloat16, 1 '
