@@ -19,7 +19,8 @@ def load_pretrained(model, opt, preprocess, classes):
     set. Raises ValueError if other parameters do not fit, OSError if published weights are not
     available.
     """
-    contents, expected = _read(opt.pretrained), model.state_dict()
+    contents, file_inputs = _read(opt.pretrained)
+    expected = model.state_dict()
     names = [name for name, _ in model.named_parameters()]
     layer = names[-1].rpartition('.')[0]  # with or without a bias
     last = [name for name in names if name.rpartition('.')[0] == layer]
@@ -29,7 +30,6 @@ def load_pretrained(model, opt, preprocess, classes):
     if not same_classes:
         params = {**params, **{name: expected[name] for name in last}}
     try:
-        in_file = file_preprocess(contents)
         check_params(params, expected)
     except ValueError as error:
         differences = '; '.join(_differences(contents, opt, preprocess))
@@ -38,7 +38,7 @@ def load_pretrained(model, opt, preprocess, classes):
     if rank() == 0:
         action = 'loaded' if same_classes else 'randomly initialized'
         say(f'--pretrained {contents.path}: last layer ({num_classes} classes) {action}: {reason}')
-        before, now = _normalization(in_file or preprocess), _normalization(preprocess)
+        before, now = _normalization(file_inputs or preprocess), _normalization(preprocess)
         if before != now:
             say(f'--pretrained {contents.path}: inputs were normalized by {before}, now by {now}; '
                 f'for the same normalization use --normalise {before}')
@@ -50,14 +50,20 @@ def _normalization(preprocess):
 
 
 def _read(source):
-    if source not in ('18', '34'):
-        return read_checkpoint(source)
+    """Returns the contents of --pretrained, and the preprocessing that they name or None."""
+    if source in ('18', '34'):
+        try:
+            params = pretrained_params(int(source))
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+        args = {'model': 'diracnet', 'depth': int(source), 'width': 1, 'dataset': 'ImageNet'}
+        contents = make_contents(source, {'args': args}, params)
+    else:
+        contents = read_checkpoint(source)
     try:
-        params = pretrained_params(int(source))
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
-    args = {'model': 'diracnet', 'depth': int(source), 'width': 1, 'dataset': 'ImageNet'}
-    return make_contents(source, {'args': args}, params)
+        return contents, file_preprocess(contents)
+    except ValueError as error:
+        raise ValueError(f'--pretrained {source}: {error}') from error
 
 
 def _compare_classes(num_classes, file_classes, classes):
