@@ -276,6 +276,7 @@ def test_tta_logits_weight_six_views():
     np.testing.assert_allclose(measures.tta_logits(network, images), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_speedrun_measures_accuracy_and_compute(shared):
     folder = tiny('speedrun', shared)
     row, _ = read(folder / 'measured.csv')
@@ -332,6 +333,7 @@ def test_draw_over_layers_draws_mean_and_std_over_seeds():
     assert [*(high - low)] == pytest.approx(2 * [2 * 8 ** 0.5])  # std of 1 and 5: sqrt(8)
 
 
+@pytest.mark.slow
 def test_histograms_of_activations_sum_to_one(shared):
     tiny('versions', shared)
     records = results.read_results(shared / 'logs' / 'versions' / 'measured.csv')
@@ -369,6 +371,7 @@ def test_relative_gradients_against_finite_differences(model, number, shape):
     assert len(ratios) == 7  # the stem, and two in each block of a group
 
 
+@pytest.mark.slow
 def test_gradients_are_measured_once(shared):
     table = tiny('thousand', shared) / 'measured.csv'
     rows = read(table)
