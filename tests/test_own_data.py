@@ -544,6 +544,7 @@ def test_run_saves_and_ends_with_one_line_when_an_item_is_unreadable(pairs, tmp_
     assert (tmp_path / 'model.pt7').exists()
 
 
+@pytest.mark.slow
 def test_main_rejects_arrays_with_a_data_set_name_and_without_training_images(pairs, capsys):
     splits = DataSplits.from_arrays(*pairs[1:])
     for flags in (['--dataset', 'CIFAR10'], ['--image_size', '32']):

@@ -25,6 +25,7 @@ README_SECTIONS = [
 ]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_pages_is_accepted():
     shown = commands()
     assert len(shown) >= 40
