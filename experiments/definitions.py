@@ -80,6 +80,7 @@ class Budget:
 BUDGETS = {
     # 200,000 images per run, cosine schedule
     'small': Budget(4, 3, {'lr_schedule': 'cosine', 'keep_every': 1}),
+    'medium': Budget(30, 3, {'lr_schedule': 'cosine', 'keep_every': 5}, depths=(28, 52), deeper=()),
     'paper': Budget(200, 5, {'keep_every': 20}, widths=(1, 2, 4, 10), large=10),
     # for the tests: seconds
     'tiny': Budget(

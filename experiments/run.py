@@ -291,15 +291,15 @@ def parse_options(argv):
     add('experiment', nargs='?', choices=[*EXPERIMENTS, *SCRIPTS], help='experiment or script')
     add('--list', action='store_true', help='print all of them and exit')
     add('--budget', default='small', choices=BUDGETS,
-        help="small: 4 epochs, 3 seeds; paper: the paper's 200 epochs, 5 seeds; tiny: a test of "
-             'the code (default: %(default)s)')
+        help="small: 4 epochs, 3 seeds; medium: 30 epochs, 3 seeds; paper: the paper's 200 epochs, "
+             '5 seeds; tiny: a test of the code (default: %(default)s)')
     add('--only', default='*', metavar='PATTERN',
         help="train only these runs, such as 'plain*' or '*seed 1' (default: all)")
     add('--dataset', choices=DATASETS, help="dataset (default: Folder; Digits for budget tiny)")
     add('--dataroot', default='.', type=expand_path,
         help='folder of its files: train/CLASS and test/CLASS of a Folder (default: .)')
     add('--logs', type=Path,
-        help='folder of the results (default: logs, or logs/paper for that budget)')
+        help='folder of the results (default: logs, or logs/BUDGET for other budgets than small)')
     add('--runs', default=ROOT / 'runs', type=Path,
         help='folder of the checkpoints, which may be deleted afterwards (default: runs)')
     opt = parser.parse_args(argv)
