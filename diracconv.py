@@ -13,7 +13,7 @@ model. `DiracParametrization` is W_hat for `torch.nn.utils.parametrize`.
     model = dirac(model)                    # diracnets.fold reverses this
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 
 import torch
@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 ALPHA_INIT, BETA_INIT = 1.0, 0.1
 NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
+HALF_EPS = torch.finfo(torch.float16).tiny  # of float16, whose gradients are at most beta / epsilon
 Size = int | tuple[int, ...]  # of all dimensions, or of each
 
 
@@ -33,7 +34,7 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
 
     weight: (out, in / groups, *kernel_size). alpha, beta: (out,). The result has the shape and
     dtype of the weight. W_hat of an all-zero filter is alpha * delta, and its first and second
-    gradients are finite.
+    gradients are finite. torch.jit.script compiles this function and the layers.
     """
     scale = beta / _filter_norms(weight)                        # (out,)
     w_hat = _per_filter(scale, weight) * weight                 # diag(beta) * normalize(W)
@@ -41,6 +42,26 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
 
 
 fx.wrap('dirac_weight')  # a leaf of symbolic traces, because it depends on shapes and dtypes
+
+
+def dirac_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = None
+                  ) -> dict[nn.Module, Tensor]:
+    """Returns W_hat of each layer; layers of one shape are computed together.
+
+    They are like the groups of one convolution: a few large operations take less time than many
+    small ones. convs: DiracConv1d, 2d or 3d. dtype: of the results (default: that of the weights).
+    """
+    kinds = {}
+    for conv in convs:
+        kind = conv.weight.shape, conv.groups, conv.weight.dtype, conv.weight.device
+        kinds.setdefault(kind, []).append(conv)
+    w_hats = {}
+    for (_, groups, weight_dtype, _), layers in kinds.items():
+        weight, alpha, beta = (torch.cat([getattr(layer, name) for layer in layers])
+                               for name in ('weight', 'alpha', 'beta'))
+        w_hat = dirac_weight(weight, alpha, beta, groups * len(layers)).to(dtype or weight_dtype)
+        w_hats.update(zip(layers, w_hat.chunk(len(layers))))
+    return w_hats
 
 
 def normalize(weight: Tensor) -> Tensor:
@@ -57,11 +78,11 @@ def add_delta(weight: Tensor, alpha: Tensor, groups: int = 1) -> Tensor:
 
     weight: (out, in / groups, *kernel_size). alpha: (out,).
     """
-    out_channels, in_channels, *kernel_size = weight.shape
-    center = 0
-    for size in kernel_size:
-        center = center * size + size // 2
-    step = (in_channels + 1) * weight.shape[2:].numel()  # from one filter to the next
+    out_channels, in_channels = weight.shape[:2]
+    center, taps = 0, 1
+    for size in weight.shape[2:]:
+        center, taps = center * size + size // 2, taps * size
+    step = (in_channels + 1) * taps  # from one filter to the next
     count = min(out_channels // groups, in_channels)
     stop = center + (count - 1) * step + 1
     flat = weight.reshape(groups, -1)
@@ -69,17 +90,18 @@ def add_delta(weight: Tensor, alpha: Tensor, groups: int = 1) -> Tensor:
     return flat.slice_scatter(ones, 1, center, stop, step).view(weight.shape)
 
 
-def _filter_norms(weight):
+def _filter_norms(weight, eps: float = NORM_EPS, half_eps: float = HALF_EPS):
     """Returns the L2 norm of each filter, (out,), but at least epsilon, in float32 or float64."""
-    wide = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-    eps = max(NORM_EPS, torch.finfo(weight.dtype).tiny)  # float16 gradients are at most beta / eps
+    flat = weight.flatten(1)
+    wide = flat if weight.dtype == torch.float64 else flat.float()
+    minimum = half_eps if weight.dtype == torch.float16 else eps
     # not linalg.vector_norm: its second gradient at zero is NaN
-    return wide.square().sum(dim=1).clamp_min(eps**2).sqrt()
+    return wide.square().sum(dim=1).clamp_min(minimum**2).sqrt()
 
 
 def _per_filter(values, weight):
     """Views values (out,) so that they broadcast over a weight (out, ...)."""
-    return values.view(-1, *[1] * (weight.dim() - 1))
+    return values.view([-1] + [1] * (weight.dim() - 1))
 
 
 # ---------------------------------------------------------------- layers
@@ -130,12 +152,11 @@ class _DiracConv:
         check_forward(self, LAYERS[self.plain])
         conv = self.plain(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
-            self.dilation, self.groups, self.bias is not None, self.padding_mode,
-            self.weight.device, self.weight.dtype,
-        )
-        conv.weight.copy_(self.transform_weight())
+            self.dilation, self.groups, self.bias is not None, self.padding_mode, 'meta',
+        )  # on the meta device: no random initialization that is discarded
+        conv.weight = nn.Parameter(self.transform_weight())
         if self.bias is not None:
-            conv.bias.copy_(self.bias)
+            conv.bias = nn.Parameter(self.bias.clone())
         return conv.train(self.training)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

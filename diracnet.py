@@ -5,18 +5,20 @@
     f, params = define_diracnet(depth=28, width=1, dataset='CIFAR10')
     logits = f(inputs, params, mode=True)           # mode: True in training
 
-`Network(f, params)` is the same as an nn.Module. `DiracNet` is the model for deployment: batch norm
-and the Dirac parametrization are folded into standard convolutions. ImageNet weights are published:
+`Network(f, params)` is the same as a chain of modules. `DiracNet` is the model for deployment:
+batch norm and the Dirac parametrization are folded into standard convolutions. ImageNet weights are
+published:
 
     model = diracnet18(pretrained=True)
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -24,10 +26,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from diracconv import ALPHA_INIT, BETA_INIT, dirac_weight
+from diracconv import ALPHA_INIT, BETA_INIT, DiracConv2d, dirac_weight, dirac_weights
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 CIFAR_STEM, CIFAR_CHANNELS = 3, (16, 32, 64)  # stem kernel size; channels of groups at width 1
@@ -39,6 +43,8 @@ MODEL_URLS = {
     18: 'https://s3.amazonaws.com/modelzoo-networks/diracnet18v2folded-a2174e15.pth',
     34: 'https://s3.amazonaws.com/modelzoo-networks/diracnet34v2folded-dfb15d34.pth',
 }
+BATCH_COUNT = '.num_batches_tracked'  # a buffer of BatchNorm2d that is not in the parameters
+HOOK_ATTRIBUTES = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 Params = Mapping[str, Tensor]  # flat name, such as 'group0.block0.conv', -> tensor
 
 
@@ -232,141 +238,61 @@ def _init_batch_norm(prefix, channels):
 # ---------------------------------------------------------------- functional model
 
 
-def dirac_weights(params: Params, names: Iterable[str],
-                  dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Computes W_hat (eq. 3) of the named blocks: name of W in `params` -> W_hat.
-
-    Consecutive blocks of one shape are computed together, like the groups of one convolution.
-    dtype: of the result (default: that of the parameters).
-    """
-    weights = {}
-    for _, group in itertools.groupby(names, key=lambda name: params[f'{name}.conv'].shape):
-        group = list(group)
-        weight, alpha, beta = (
-            torch.cat([params[f'{name}.{leaf}'] for name in group])
-            for leaf in ('conv', 'alpha', 'beta')
-        )
-        w_hat = dirac_weight(weight, alpha, beta, groups=len(group)).to(dtype or weight.dtype)
-        weights.update(zip([f'{name}.conv' for name in group], w_hat.chunk(len(group))))
-    return weights
-
-
-def _batch_norm(x, params, prefix, mode, update_stats=True):
+def _normalize(x, params, prefix, mode):
     mean, var, weight, bias = (
         params[f'{prefix}.{leaf}'] for leaf in ('running_mean', 'running_var', 'weight', 'bias')
     )
-    return F.batch_norm(x, mean, var, weight, bias, mode, BN_MOMENTUM * update_stats, BN_EPS)
+    return F.batch_norm(x, mean, var, weight, bias, mode, BN_MOMENTUM, BN_EPS)
 
 
-def _group(x, params, names, mode, update_stats=True):
-    """Applies the named blocks to the output of a ReLU: (N, C, H, W) to (N, C', H, W).
-
-    params: with W_hat in place of W.
-    """
-    for i, name in enumerate(names):
-        if i > 0:
-            x = F.relu(x, inplace=True)  # batch norm does not need its output in the backward pass
-        x = F.conv2d(x, params[f'{name}.conv'], padding=1)
-        x = _batch_norm(x, params, f'{name}.bn', mode, update_stats)
-    return x
-
-
-def _checkpointed_group(x, params, names, mode, dirac):
-    """Applies blocks as `_group` does, but stores only about sqrt(len(names)) of their outputs.
-
-    params: with W.
-    """
-    length = max(1, round(len(names) ** 0.5))
-    for start in range(0, len(names), length):
-        is_first_pass = iter([True])
-
-        def segment(x, names=names[start : start + length], is_first_pass=is_first_pass):
-            # the second pass over a batch, in backward, must not update the running statistics
-            update_stats = next(is_first_pass, False)
-            weights = dirac_weights(params, names if dirac else [])
-            return _group(x, {**params, **weights}, names, mode, update_stats)
-
-        if start > 0:
-            x = F.relu(x, inplace=True)
-        x = checkpoint(segment, x, use_reentrant=False)
-    return x
-
-
-def forward(topology: Topology, inputs: Tensor, params: Params, mode: bool,
-            checkpointing: bool = False, dirac: bool = True) -> Tensor:
+def forward(topology: Topology, inputs: Tensor, params: Params, mode: bool) -> Tensor:
     """Runs a DiracNet: inputs (N, in_channels, H, W) to logits (N, num_classes).
 
     With mode=True, batch norm uses batch statistics and updates the running statistics.
-    checkpointing: recompute most blocks in the backward pass to save memory. dirac=False: use W in
-    place of W_hat, to measure the cost of W_hat.
     """
     stride, padding = 1 + topology.imagenet, topology.stem // 2
     x = F.conv2d(inputs, params['conv'], stride=stride, padding=padding)
-    x = _batch_norm(x, params, 'bn', mode)
+    x = _normalize(x, params, 'bn', mode)
     if topology.imagenet:
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
-    run_group = _group
-    if checkpointing and mode:
-        run_group = functools.partial(_checkpointed_group, dirac=dirac)
-    elif dirac:
-        # compute all W_hat at once, in the dtype of autocast: between the convolutions, which evict
-        # the parameters from the caches, these small operations take five times as long
-        names = [name for name, _, _ in topology.layers()]
-        params = {**params, **dirac_weights(params, names, x.dtype)}
     for g, blocks in enumerate(topology.blocks):
         if g > 0:
             x = F.max_pool2d(x, kernel_size=2)
-        names = [f'group{g}.block{b}' for b in range(blocks)]
-        # a block starts with ReLU; for CIFAR, the first one also serves as the ReLU of the stem
-        x = run_group(F.relu(x, inplace=True), params, names, mode)  # (N, channels[g], H', W')
+        for name in (f'group{g}.block{b}' for b in range(blocks)):
+            w_hat = dirac_weight(*(params[f'{name}.{leaf}'] for leaf in ('conv', 'alpha', 'beta')))
+            x = F.conv2d(F.relu(x), w_hat, padding=1)
+            x = _normalize(x, params, f'{name}.bn', mode)  # (N, channels[g], H', W')
     x = F.relu(x).mean(dim=(2, 3))  # (N, channels[-1])
     return F.linear(x, params['fc.weight'], params['fc.bias'])
 
 
 def define_diracnet(
-    depth: int, width: float, dataset: str, num_classes: int | None = None,
-    checkpointing: bool = False, in_channels: int = 3,
+    depth: int, width: float, dataset: str, num_classes: int | None = None, in_channels: int = 3,
 ) -> tuple[Callable[..., Tensor], dict[str, Tensor]]:
     """Returns (f, params): a DiracNet as a function, and its randomly initialized parameters.
 
     `f(inputs, params, mode)` maps square inputs (N, in_channels, H, W) to logits (N, num_classes);
-    mode=True is training. checkpointing: less memory in training for more time, with the same
-    results. The other arguments and the errors are those of `make_topology`.
+    mode=True is training. The arguments and the errors are those of `make_topology`.
     """
     topology = make_topology(depth, width, dataset, num_classes, in_channels)
-    return functools.partial(forward, topology, checkpointing=checkpointing), init_params(topology)
-
-
-class Network(nn.Module):
-    """A functional model as an nn.Module, for torch.compile, DDP and other tools.
-
-    The state dict has the flat names of `params`. Running statistics are buffers. All other tensors
-    are parameters that require grad.
-    """
-
-    def __init__(self, f: Callable[..., Tensor], params: Params) -> None:
-        super().__init__()
-        self.f = f
-        for name, tensor in params.items():
-            # parameter names cannot contain dots, so each prefix is a submodule
-            *prefixes, leaf = name.split('.')
-            owner = self
-            for prefix in prefixes:
-                if not hasattr(owner, prefix):
-                    owner.add_module(prefix, nn.Module())
-                owner = getattr(owner, prefix)
-            if 'running_' in leaf:
-                owner.register_buffer(leaf, tensor)
-            else:
-                owner.register_parameter(leaf, nn.Parameter(tensor.detach()))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        params = dict(self.named_parameters())
-        params.update(self.named_buffers())
-        return self.f(inputs, params, self.training)
+    return functools.partial(forward, topology), init_params(topology)
 
 
 # ---------------------------------------------------------------- modules
+
+
+def batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Returns the batch norm of a DiracNet, whose scales are initialized in [0, 1)."""
+    bn = nn.BatchNorm2d(channels, BN_EPS, BN_MOMENTUM)
+    nn.init.uniform_(bn.weight)
+    return bn
+
+
+def conv_block(conv_type: type[nn.Conv2d], cin: int, cout: int) -> nn.Sequential:
+    """Returns ReLU, 3x3 convolution, batch norm: (N, cin, H, W) to (N, cout, H, W)."""
+    conv = conv_type(cin, cout, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight)
+    return nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv, bn=batch_norm(cout)))
 
 
 def stem_conv(topology: Topology, bias: bool) -> nn.Conv2d:
@@ -400,6 +326,150 @@ def make_layers(
         layers['relu'] = nn.ReLU()
     layers['avg_pool'] = nn.AdaptiveAvgPool2d(1)
     return layers
+
+
+class Network(nn.Sequential):
+    """The DiracNet for training, a chain of modules: (N, in_channels, H, W) to (N, num_classes).
+
+        f, params = define_diracnet(28, 1, 'CIFAR10')
+        model = Network(f, params)              # model(inputs) equals f(inputs, params, mode)
+        model = Network.from_params(params)     # for example those of diracnets.load_params
+
+    The children are `conv`, `bn`, for ImageNet `max_pool`, then `group0`, `group1_pool`, `group1`
+    and so on, `relu`, `avg_pool`, `flatten` and `fc`. The blocks of a group, `group0.block0`, are
+    `relu`, `conv` (a DiracConv2d) and `bn`. The state dict has the flat names of `params`; the
+    modules share their memory. Running statistics are buffers, all other tensors parameters that
+    require grad.
+
+    The whole model computes W_hat of all layers of one shape at once, which is faster than layer
+    by layer. A model with hooks, a traced model and a child that is called alone run layer by
+    layer, with equal results. checkpointing: recompute most blocks in the backward pass to save
+    memory, with equal results. Raises ValueError if f is not a function of `define_diracnet`, or if
+    the params are not those of f.
+    """
+
+    def __init__(self, f: Callable[..., Tensor], params: Params,
+                 checkpointing: bool = False) -> None:
+        if getattr(f, 'func', None) is not forward:
+            raise ValueError(f'f is {f!r}: expected the function that define_diracnet returned')
+        topology, = f.args
+        with torch.device('meta'):  # no random initialization that is discarded
+            check_params(params, init_params(topology))
+            stem = {'conv': stem_conv(topology, bias=False), 'bn': batch_norm(topology.channels[0])}
+            layers = make_layers(topology, stem, functools.partial(conv_block, DiracConv2d))
+            layers['flatten'] = nn.Flatten()
+            layers['fc'] = nn.Linear(topology.channels[-1], topology.num_classes)
+            super().__init__(layers)
+        self.checkpointing = checkpointing
+        self.load_state_dict({name: t.detach() for name, t in params.items()}, assign=True)
+
+    @classmethod
+    def from_params(cls, params: Params, checkpointing: bool = False) -> 'Network':
+        """Makes the model of flat parameters; raises ValueError for those of another model."""
+        return cls(functools.partial(forward, Topology.from_params(params)), params, checkpointing)
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        return nn.Sequential(OrderedDict(self._modules))[index]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.checkpointing and self.training and not isinstance(inputs, fx.Proxy):
+            return self._run_checkpointed(inputs)
+        return _run(self, inputs)
+
+    def _run_checkpointed(self, x):
+        """Runs the layers, but stores only about sqrt(n) of the outputs of n blocks in a group."""
+        for child in self:
+            blocks = list(child) if type(child) is nn.Sequential else []
+            length = max(1, round(len(blocks) ** 0.5))
+            for start in range(0, len(blocks), length):
+                segment = nn.Sequential(*blocks[start : start + length])
+                x = run_checkpointed(segment, functools.partial(_run, segment), x)
+            if not blocks:
+                x = child(x)
+        return x
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        state_dict = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get('prefix', '')
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            tensor = state_dict.pop(name)  # every tensor, to keep the order
+            if not name.endswith(BATCH_COUNT):
+                flat = re.sub(r'\bconv\.weight$', 'conv', name)
+                state_dict[re.sub(r'\bconv\.(alpha|beta)$', r'\1', flat)] = tensor
+        return state_dict
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            tensor = state_dict.pop(name)
+            nested = re.sub(r'(?<!conv\.)\b(alpha|beta)$', r'conv.\1', name)
+            state_dict[re.sub(r'\bconv$', 'conv.weight', nested)] = tensor
+            if name.endswith('.running_var'):
+                count = torch.zeros((), dtype=torch.long, device=tensor.device)
+                state_dict.setdefault(name.removesuffix('.running_var') + BATCH_COUNT, count)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _run(model, x):
+    """Runs an nn.Sequential as its forward does, but W_hat of all layers of one shape at once.
+
+    Layer by layer, W_hat takes five times as long, because the convolutions between evict the
+    parameters from the caches. Hooks and traces need every module to be called.
+    """
+    inside = list(model.modules())[1:]
+    if isinstance(x, fx.Proxy) or torch.jit.is_tracing() or has_hooks(*inside):
+        return nn.Sequential.forward(model, x)
+    layers = list(_flatten(model))
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
+    weights = dirac_weights([conv for conv in layers if type(conv) is DiracConv2d], dtype)
+    for previous, layer in zip([None, *layers], layers):
+        if layer in weights:
+            x = layer._conv_forward(x, weights[layer], layer.bias)
+        elif type(layer) is nn.ReLU and isinstance(previous, (_BatchNorm, nn.MaxPool2d)):
+            x = F.relu(x, inplace=True)  # their backward passes do not need their outputs
+        else:
+            x = layer(x)
+    return x
+
+
+def _flatten(model):
+    """Yields the layers of nested nn.Sequentials, in the order of their calls."""
+    for child in model:
+        if type(child) is nn.Sequential:
+            yield from _flatten(child)
+        else:
+            yield child
+
+
+def has_hooks(*modules: nn.Module) -> bool:
+    """Returns whether a module has hooks, or a forward method of its own, as some tools add."""
+    return any(getattr(module, name) for module in modules for name in HOOK_ATTRIBUTES) or any(
+        'forward' in vars(module) for module in modules) or _has_any_global_hook()
+
+
+@contextlib.contextmanager
+def _frozen_running_stats(model):
+    """Keeps the running statistics of the batch norms in a model unchanged."""
+    norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    settings = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, settings):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+def run_checkpointed(model: nn.Module, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Calls a function, but recomputes it in the backward pass in place of storing activations.
+
+    The recomputation does not update the running statistics of the batch norms in `model`.
+    """
+    return checkpoint(
+        function, *inputs, use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _frozen_running_stats(model)),
+    )
 
 
 class DiracNet(nn.Module):

@@ -11,7 +11,6 @@ from diracnets.deploy import deploy
 from diracnets.fold import fold
 from diracnets.loading import LoadedModel, load
 from diracnets.models.registry import create_model, list_models
-from diracnets.modular import ModularNetwork
 from diracnets.onnx import OnnxModel
 from diracnets.preprocessing import Preprocessing, preprocess
 from diracnets.quantization import equalize
@@ -19,7 +18,7 @@ from diracnets.quantization import equalize
 __version__ = '0.1.0'  # pyproject.toml reads it from here
 __all__ = [
     'DiracConv1d', 'DiracConv2d', 'DiracConv3d', 'DiracNet', 'DiracParametrization', 'LoadedModel',
-    'ModularNetwork', 'Network', 'OnnxModel', 'Preprocessing', '__version__', 'create_model',
+    'Network', 'OnnxModel', 'Preprocessing', '__version__', 'create_model',
     'define_diracnet', 'deploy', 'dirac', 'diracnet18', 'diracnet34', 'equalize', 'fold',
     'list_models', 'load', 'load_params', 'preprocess', 'pretrained_params',
 ]

@@ -20,12 +20,12 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.optim.swa_utils import AveragedModel
 
-from diracconv import check_forward, is_parametrized
-from diracnet import BN_EPS, DiracNet, Network, Topology, dirac_weights, is_folded
+from diracconv import dirac_weight, is_parametrized
+from diracnet import DiracNet, Network, Topology, has_hooks, is_folded
 
 PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # torch.compile adds _orig_mod
-HOOK_ATTRIBUTES = (
+MOVED_HOOKS = (
     '_forward_hooks', '_forward_pre_hooks', '_forward_hooks_always_called',
     '_forward_hooks_with_kwargs', '_forward_pre_hooks_with_kwargs',
 )
@@ -36,22 +36,23 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
 
     source is one of
     - the parameters of a functional DiracNet (flat name to tensor): returns a DiracNet;
-    - an nn.Module: returns a copy with these replacements at any depth. A Network becomes a
-      DiracNet. A layer with a method `fold()`, such as DiracConv2d or a multi-branch block, becomes
-      the nn.Module that the method returns. A convolution with a DiracParametrization, or whose
-      output goes only to a batch norm, becomes one standard convolution. The batch norm is removed
-      from an nn.Sequential of named layers and replaced by nn.Identity elsewhere. DataParallel,
-      DistributedDataParallel, AveragedModel and the wrapper of torch.compile are removed. Names,
-      shared layers, hooks and all other modules remain. A convolution keeps its batch norm if one
-      of the two has hooks or is used twice, or if the convolution has another parametrization.
+    - an nn.Module: returns a copy with these replacements at any depth. A layer with a method
+      `fold()`, such as DiracConv2d or a multi-branch block, becomes the nn.Module that the method
+      returns. A convolution with a DiracParametrization, or whose output goes only to a batch norm,
+      becomes one standard convolution, and the batch norm an nn.Identity. A Network becomes an
+      nn.Sequential of its folded layers, and a DiracNet if it is the whole module and has the
+      layers of one. DataParallel, DistributedDataParallel, AveragedModel and the wrapper of
+      torch.compile are removed. Names, shared layers, hooks and all other modules remain. A
+      convolution keeps its batch norm if one of the two has hooks or is also used without the
+      other, or if the convolution has another parametrization.
     dtype is the dtype of the result; the arithmetic is in float64.
 
     The result is in evaluation mode, on the CPU for parameters and on the device of the module
     (also meta) otherwise. Raises ValueError for parameters that are not those of a DiracNet, for a
-    subclass of Network or DiracConv with its own forward, for errors in a layer's `fold()`, for a
-    remaining tensor that is computed from others (such as a weight under torch.nn.utils.prune), and
-    for a module with batch norm that torch.fx cannot trace, such as one with control flow that
-    depends on tensor values; fold its submodules instead.
+    subclass of DiracConv with its own forward, for errors in a layer's `fold()`, for a remaining
+    tensor that is computed from others (such as a weight under torch.nn.utils.prune), for a module
+    with batch norm that torch.fx cannot trace, such as one with control flow that depends on tensor
+    values; fold its submodules instead, and for a graph that was traced through a DiracConv.
     """
     if isinstance(source, Mapping):
         return _fold_params(source, dtype)
@@ -62,37 +63,21 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
     )
 
 
-@torch.no_grad()
-def _fold_params(params, dtype, device='cpu'):
+def _fold_params(params, dtype):
     if is_folded(params):
-        raise ValueError('contains a folded network: expected its parameters before folding')
-    topology = Topology.from_params(params)
-    with torch.device('meta'):  # no random initialization that is discarded
-        model = DiracNet.from_topology(topology)
-    params = {name: tensor.to(device, torch.float64, copy=True) for name, tensor in params.items()}
-    blocks = [name for name, _, _ in topology.layers()]
-    filters = {'conv': params['conv'], **dirac_weights(params, blocks)}
-    folded = {name: params[name] for name in ('fc.weight', 'fc.bias')}
-    for name, weight in filters.items():
-        bn = name.removesuffix('conv') + 'bn'
-        folded[f'features.{name}.weight'], folded[f'features.{name}.bias'] = fuse_conv_bn_weights(
-            weight, None, params[f'{bn}.running_mean'], params[f'{bn}.running_var'], BN_EPS,
-            params[f'{bn}.weight'], params[f'{bn}.bias'],
-        )
-    model.load_state_dict(folded, assign=True)
-    return model.to(dtype).eval()
+        raise ValueError('contains a folded network; use its parameters before folding')
+    params = {name: tensor.to('cpu', torch.float64) for name, tensor in params.items()}
+    return _fold_module(Network.from_params(params), dtype)
 
 
 @torch.no_grad()
 def _fold_module(module, dtype):
     _check_copyable(module)
     root = nn.ModuleList([_unwrapped_copy(module)]).eval().double()  # the module gets a parent
+    is_network = type(root[0]) is Network
     for layer in list(root.modules()):
-        if isinstance(layer, Network):
-            check_forward(layer, Network)
-            params = layer.state_dict()
-            device = next(iter(params.values())).device
-            _replace(root, layer, _fold_params(params, torch.float64, device))
+        if type(layer) is Network:
+            layer.__class__ = nn.Sequential  # it may get layers that a Network does not have
         elif _has_fold(layer):
             folded = layer.fold()
             if not isinstance(folded, nn.Module):
@@ -111,8 +96,30 @@ def _fold_module(module, dtype):
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
         )
-        _replace(root, bn, None)
-    return root[0].to(dtype).eval()
+        _replace(root, bn, nn.Identity())
+    model = _as_diracnet(root[0]) if is_network else root[0]
+    return model.to(dtype).eval()
+
+
+def _as_diracnet(network):
+    """Returns the DiracNet with the layers of a folded Network, or the Network if they differ."""
+    def layers(model):
+        return [repr(layer) for layer in model.modules()  # with all arguments
+                if not layer._modules and not isinstance(layer, (nn.Identity, nn.Flatten))]
+
+    params = {name if name.startswith('fc.') else f'features.{name}': tensor
+              for name, tensor in network.state_dict().items()}
+    try:
+        topology = Topology.from_params(params)
+    except ValueError:
+        return network
+    with torch.device('meta'):  # no random initialization that is discarded
+        model = DiracNet.from_topology(topology)
+    if layers(model) != layers(network) or has_hooks(*list(network.modules())[1:]):
+        return network
+    model.load_state_dict(params, assign=True)
+    _move_hooks(network, model)
+    return model
 
 
 def _has_fold(layer):
@@ -155,30 +162,21 @@ def _unwrapped_copy(module):
     return copy.deepcopy(module, copies)
 
 
-def has_hooks(layer: nn.Module) -> bool:
-    """Returns whether a layer has forward hooks, which may change its inputs or outputs."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
-
-
 def _move_hooks(old, new):
     """Adds the hooks of a module around those of another one: its pre-hooks first, others last."""
-    for attribute in HOOK_ATTRIBUTES:
+    for attribute in MOVED_HOOKS:
         getattr(new, attribute).update(getattr(old, attribute))
     for key in reversed(old._forward_pre_hooks):
         new._forward_pre_hooks.move_to_end(key, last=False)
 
 
 def _replace(root, old, new):
-    """Replaces `old` by `new`, or removes it, wherever it occurs in `root`; moves its hooks."""
-    if new is not None:
-        _move_hooks(old, new)
+    """Replaces `old` by `new` wherever it occurs in `root`; moves its hooks."""
+    _move_hooks(old, new)
     for parent in list(root.modules()):
-        # named_children() leaves out repeated modules
-        for name in [name for name, child in parent._modules.items() if child is old]:
-            if new is None and isinstance(parent, nn.Sequential) and not name.isdigit():
-                delattr(parent, name)  # a numbered name remains: it may be used as an index
-            else:
-                setattr(parent, name, new or nn.Identity())
+        for name, child in list(parent._modules.items()):  # children() leaves out repeated ones
+            if child is old:
+                setattr(parent, name, new)
 
 
 # ---------------------------------------------------------------- batch norms
@@ -214,8 +212,8 @@ def _commutes_with_pool(layers, node, bn):
 def _conv_bn_pairs(module):
     """Returns the pairs (convolution, batch norm) that can be fused.
 
-    The batch norm is the only consumer of the convolution's output, or of the output of a max-pool
-    after it that commutes with the batch norm.
+    In every call the batch norm is the only consumer of the convolution's output, or of the output
+    of a max-pool after it that commutes with the batch norm.
     """
     norms = {  # without running statistics a batch norm uses those of the batch, also in evaluation
         layer for layer in module.modules()
@@ -224,15 +222,19 @@ def _conv_bn_pairs(module):
     if not norms:
         return []
     graph = trace(module)
+    for node in graph.nodes:
+        if node.target is dirac_weight:
+            raise ValueError(
+                f'{type(module).__name__}: its graph computes W_hat of {node.args[0].target}, and '
+                'does not call the layer; fold the model before it is traced, or trace it with '
+                "leaf_modules=[DiracConv2d], in tracer_kwargs of torchvision's "
+                'create_feature_extractor'
+            )
     layers = dict(module.named_modules(remove_duplicate=False))
     called = [node.target for node in graph.nodes if node.op == 'call_module']
     read = [node.target.rpartition('.')[0] for node in graph.nodes if node.op == 'get_attr']
     uses = Counter(layers[name] for name in called + read)
-
-    def is_fusable(layer):
-        return uses[layer] == 1 and not has_hooks(layer)
-
-    pairs = []
+    pairs = Counter()
     for node in graph.nodes:
         before = node.args[0] if node.op == 'call_module' and node.args else None
         if _commutes_with_pool(layers, before, layers.get(node.target)):
@@ -241,6 +243,6 @@ def _conv_bn_pairs(module):
             continue
         conv, bn = layers[before.target], layers[node.target]
         # exact types: a subclass, such as one made by parametrize, may compute something else
-        if type(conv) in PLAIN_CONVS and bn in norms and is_fusable(conv) and is_fusable(bn):
-            pairs.append((conv, bn))
-    return pairs
+        if type(conv) in PLAIN_CONVS and bn in norms and not has_hooks(conv, bn):
+            pairs[conv, bn] += 1
+    return [(conv, bn) for (conv, bn), count in pairs.items() if uses[conv] == uses[bn] == count]

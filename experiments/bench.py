@@ -4,7 +4,7 @@
     python -m experiments.bench data --images FOLDER    # input pipelines; class folders of JPEGs
     python -m experiments.bench infer       # the deployed model
     python -m experiments.bench depth       # time and memory of a step over depth
-    python -m experiments.bench overhead    # cost of W_hat, and of module-based models, in a step
+    python -m experiments.bench overhead    # cost of W_hat in a step, all at once and by layer
     python -m experiments.bench memory      # --checkpointing of DenseNet-BC-100-12
     python -m experiments.bench profile     # time per operation of a step: 28-1, the speed-run
     python -m experiments.bench deploy --run RUN --dataset Folder --dataroot FOLDER   # agreement
@@ -180,7 +180,7 @@ def bench_overhead(args):
             Variant(name, repeated, (STEPS, prepare, depth, width), STEPS * BATCH, work, NATIVE)
             for name, prepare in (
                 ('ordinary convolutions', variants.standard_step), ('W_hat', variants.step),
-                ('W_hat, in modules', variants.modular_step))
+                ('W_hat, in modules', variants.layer_by_layer_step))
         ], 4 * args.repetitions, TABLE)
 
 

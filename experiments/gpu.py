@@ -39,6 +39,7 @@ from experiments.variants import (
     jpegs_by_opencv,
     make_sgd,
     multiply_adds,
+    standard,
     train_step,
 )
 from training import data, distributed
@@ -102,8 +103,8 @@ def compare_training(depth, width, dataset, batch, device, resnet, target=''):
     size = Preprocessing.for_dataset(dataset).size
     make = functools.partial(diracnet, depth, width, dataset)
     forms = [(form, make, form) for form in (*FORMS, EAGER)]
-    forms += [(standard_convolutions(form), functools.partial(make, dirac=False), form)
-              for form in FORMS]
+    baseline = functools.partial(standard, depth, width, dataset)
+    forms += [(standard_convolutions(form), baseline, form) for form in FORMS]
     forms += [(f'{resnet[0]}, {form}', resnet[1], form) for form in FORMS]
     variants = [
         Variant(name, training_step, (make, dataset, batch, form, device), batch,

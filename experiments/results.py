@@ -19,7 +19,7 @@ LABELS = {  # shown instead of names that are stored in CSV files
     'a training step, 28-1': 'training step, 28-1',
     'plain, of modules': 'plain, module-based',
     'resnet, of modules': 'resnet, module-based',
-    'W_hat, in modules': 'W_hat, module-based',
+    'W_hat, in modules': 'W_hat, layer by layer',
     'diracnet, not folded': 'diracnet, unfolded',
     'the recipe': 'full recipe',
     'filters start at the identity alone': 'Dirac initialization only',

@@ -10,15 +10,16 @@ import tempfile
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from torchvision import transforms
 
 import diracnets
-from diracnet import DiracNet, Network, forward, init_params, make_topology
+from diracconv import DiracConv2d
+from diracnet import DiracNet, Network, define_diracnet
 from diracnets.deploy import deploy, native_bfloat16
 from diracnets.fold import fold
 from diracnets.models.registry import count_multiply_adds
-from diracnets.modular import ModularNetwork
 from diracnets.preprocessing import Preprocessing
 from training import data
 from training.compute import Forward, compile_model, cross_entropy, keep_freed_memory
@@ -45,15 +46,24 @@ def repeated(times, prepare, *arguments):
 # ---------------------------------------------------------------- models
 
 
-def diracnet(depth, width, dataset='CIFAR10', **options):
-    """Makes a DiracNet for training; `options` are arguments of `diracnet.forward`."""
-    topology = make_topology(depth, width, dataset)
-    return Network(functools.partial(forward, topology, **options), init_params(topology))
+def diracnet(depth, width, dataset='CIFAR10', checkpointing=False):
+    """Makes a DiracNet for training."""
+    f, params = define_diracnet(depth, width, dataset)
+    return Network(f, params, checkpointing)
 
 
-def modular(depth, width):
-    """Makes the module-based model of the same topology."""
-    return ModularNetwork.from_params(init_params(make_topology(depth, width, 'CIFAR10')))
+def standard(depth, width, dataset='CIFAR10'):
+    """Makes the same network with W in place of W_hat; alpha and beta are unused."""
+    network = diracnet(depth, width, dataset)
+    for layer in network.modules():
+        if isinstance(layer, DiracConv2d):
+            layer.__class__ = nn.Conv2d
+    return network
+
+
+def layer_by_layer(depth, width):
+    """Makes a DiracNet that computes W_hat in each layer."""
+    return nn.Sequential(*diracnet(depth, width))
 
 
 def multiply_adds(make, *sizes, pixels=32):
@@ -170,8 +180,8 @@ def train_step(optimizer, model, forward, images, labels, batch_size):
 
 
 checkpointed_step = functools.partial(step, checkpointing=True)
-standard_step = functools.partial(step, dirac=False)  # with W in place of W_hat
-modular_step = functools.partial(step, make=modular)
+standard_step = functools.partial(step, make=standard)
+layer_by_layer_step = functools.partial(step, make=layer_by_layer)
 
 
 def densenet_step(checkpointing):

@@ -165,7 +165,7 @@ def test_checkpointing_saves_memory_and_changes_no_result(depth, dataset, size, 
     kept, results = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        network = Network(*define_diracnet(depth, 0.25, dataset, 5, checkpointing))
+        network = Network(*define_diracnet(depth, 0.25, dataset, 5), checkpointing)
         sizes = {}
 
         def keep(tensor, sizes=sizes):

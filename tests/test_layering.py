@@ -20,7 +20,6 @@ MAY_IMPORT = {  # module or package: the modules and packages of this project th
     'diracnets.models': {'diracconv', 'diracnet', 'diracnets.models'},
     'diracnets.fold': {'diracconv', 'diracnet'},
     'diracnets.deploy': set(),
-    'diracnets.modular': {'diracconv', 'diracnet', 'diracnets.fold', 'diracnets.models.plain'},
     'diracnets.metadata': {'diracnet'},
     'diracnets.checkpoint': {'diracnet', 'diracnets.metadata'},
     'diracnets.image_files': set(),

@@ -1,16 +1,14 @@
 """DenseNets for CIFAR (Huang et al., arXiv 1608.06993)."""
 
-import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from diracnet import check_integers
+from diracnet import check_integers, run_checkpointed
 
 
 def _bn_relu_conv(cin: int, cout: int, kernel_size: int,
@@ -23,20 +21,6 @@ def _bn_relu_conv(cin: int, cout: int, kernel_size: int,
     if droprate > 0:
         layers['dropout'] = nn.Dropout(droprate)
     return layers
-
-
-@contextlib.contextmanager
-def _frozen_running_stats(layer: nn.Module) -> Iterator[None]:
-    """Keeps the running statistics of the batch norms in a layer unchanged."""
-    norms = [module for module in layer.modules() if isinstance(module, nn.BatchNorm2d)]
-    settings = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, settings):
-            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 class DenseLayer(nn.Module):
@@ -63,17 +47,10 @@ class DenseLayer(nn.Module):
     def _concat_and_convolve(self, *features: Tensor) -> Tensor:
         return self.layers(torch.cat(features, dim=1))
 
-    def _checkpoint_contexts(self):
-        # the recomputation must not update the running statistics a second time
-        return contextlib.nullcontext(), _frozen_running_stats(self)
-
     def forward(self, *features: Tensor) -> Tensor:
         if not (self.checkpointing and torch.is_grad_enabled()):
             return self._concat_and_convolve(*features)
-        return checkpoint(
-            self._concat_and_convolve, *features, use_reentrant=False,
-            context_fn=self._checkpoint_contexts,
-        )
+        return run_checkpointed(self, self._concat_and_convolve, *features)
 
 
 class DenseBlock(nn.ModuleList):

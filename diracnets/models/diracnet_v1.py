@@ -9,8 +9,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from diracnet import Topology
-from diracnets.models.plain import PlainNet, batch_norm
+from diracnet import Topology, batch_norm
+from diracnets.models.plain import PlainNet
 from diracnets.models.tiled_delta import TiledDeltaConv2d
 
 WEIGHT_STD = 0.1

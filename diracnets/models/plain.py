@@ -12,22 +12,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diracnet import BN_EPS, BN_MOMENTUM, Topology, make_layers, stem_conv
+from diracnet import Topology, batch_norm, conv_block, make_layers, stem_conv
 from diracnets.models.blocks import with_block
-
-
-def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Returns the batch norm of a DiracNet, whose scales are initialized in [0, 1)."""
-    bn = nn.BatchNorm2d(channels, BN_EPS, BN_MOMENTUM)
-    nn.init.uniform_(bn.weight)
-    return bn
-
-
-def conv_block(conv_type: type[nn.Conv2d], cin: int, cout: int) -> nn.Sequential:
-    """Returns ReLU, 3x3 convolution, batch norm: (N, cin, H, W) to (N, cout, H, W)."""
-    conv = conv_type(cin, cout, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(conv.weight)
-    return nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=conv, bn=batch_norm(cout)))
 
 
 class PlainNet(nn.Module):

@@ -17,7 +17,6 @@ from diracnet import (
     Network,
     Topology,
     check_integers,
-    forward,
     init_params,
     make_topology,
 )
@@ -49,9 +48,8 @@ class Architecture:
 
 
 def build_diracnet(topology: Topology, checkpointing: bool = False) -> Network:
-    """Builds the functional DiracNet of a topology as a module, randomly initialized."""
-    f = functools.partial(forward, topology, checkpointing=checkpointing)
-    return Network(f, init_params(topology))
+    """Builds the DiracNet of a topology, randomly initialized."""
+    return Network.from_params(init_params(topology), checkpointing)
 
 
 CIFAR, IMAGENET = ('CIFAR10', 'CIFAR100'), ('ImageNet',)

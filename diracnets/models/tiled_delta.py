@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diracconv import DiracConv2d, normalize
-from diracnet import Topology
-from diracnets.models.plain import PlainNet, conv_block
+from diracnet import Topology, conv_block
+from diracnets.models.plain import PlainNet
 
 
 class TiledDeltaConv2d(DiracConv2d):
