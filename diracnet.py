@@ -379,7 +379,7 @@ class Network(nn.Sequential):
     def _run_checkpointed(self, x):
         """Runs the layers, but stores only about sqrt(n) of the outputs of n blocks in a group."""
         for child in self:
-            blocks = list(child) if type(child) is nn.Sequential else []
+            blocks = list(child) if type(child) is nn.Sequential and not has_hooks(child) else []
             length = max(1, round(len(blocks) ** 0.5))
             for start in range(0, len(blocks), length):
                 segment = nn.Sequential(*blocks[start : start + length])
@@ -394,19 +394,29 @@ class Network(nn.Sequential):
         for name in [name for name in state_dict if name.startswith(prefix)]:
             tensor = state_dict.pop(name)  # every tensor, to keep the order
             if not name.endswith(BATCH_COUNT):
-                flat = re.sub(r'\bconv\.weight$', 'conv', name)
-                state_dict[re.sub(r'\bconv\.(alpha|beta)$', r'\1', flat)] = tensor
+                state_dict[prefix + _flat_name(name.removeprefix(prefix))] = tensor
         return state_dict
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in [name for name in state_dict if name.startswith(prefix)]:
             tensor = state_dict.pop(name)
-            nested = re.sub(r'(?<!conv\.)\b(alpha|beta)$', r'conv.\1', name)
-            state_dict[re.sub(r'\bconv$', 'conv.weight', nested)] = tensor
+            state_dict[prefix + _module_name(name.removeprefix(prefix))] = tensor
             if name.endswith('.running_var'):
                 count = torch.zeros((), dtype=torch.long, device=tensor.device)
                 state_dict.setdefault(name.removesuffix('.running_var') + BATCH_COUNT, count)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _flat_name(name):
+    """Returns the name in `params` of a tensor in the modules of a Network."""
+    name = re.sub(r'^(|group\d+\.block\d+\.)conv\.weight$', r'\1conv', name)
+    return re.sub(r'^(group\d+\.block\d+\.)conv\.(alpha|beta)$', r'\1\2', name)
+
+
+def _module_name(name):
+    """Reverses `_flat_name`."""
+    name = re.sub(r'^(group\d+\.block\d+\.)(alpha|beta)$', r'\1conv.\2', name)
+    return re.sub(r'^(|group\d+\.block\d+\.)conv$', r'\1conv.weight', name)
 
 
 def _run(model, x):

@@ -102,6 +102,35 @@ def test_network_calls_hooks_of_every_module_with_values_of_the_function(params)
     network.zero_grad()
 
 
+def test_network_calls_hooks_of_groups_when_checkpointing(params):
+    network = Network.from_params(params, checkpointing=True)
+    seen = []
+    network.group1.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    network(torch.randn(4, 3, 16, 16, dtype=torch.float64))
+    assert seen == [(4, 16, 8, 8)]
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_network_equals_its_layers_when_autocast(params, dtype):
+    network = Network.from_params(params).to(dtype).eval()
+    inputs = torch.randn(4, 3, 16, 16, dtype=dtype)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(network(inputs), nn.Sequential.forward(network, inputs))
+
+
+def test_network_state_dict_round_trips_when_head_has_names_of_blocks(params):
+    network = Network.from_params(params)
+    network.fc = nn.Sequential(OrderedDict(conv=DiracConv2d(32, 5, 1)))
+    state = {f'net.{name}': t for name, t in network.state_dict().items()}
+    assert 'net.fc.conv.alpha' in state
+    assert 'net.group0.block0.alpha' in state
+    around = nn.ModuleDict({'net': copy.deepcopy(network)})
+    nn.init.zeros_(around.net.fc.conv.alpha)
+    assert list(around.state_dict()) == list(state)
+    around.load_state_dict(state)
+    assert torch.equal(around.net.fc.conv.alpha, network.fc.conv.alpha)
+
+
 @pytest.mark.parametrize('name', ['bn', 'group1.block0.bn'])
 def test_network_keeps_statistics_of_batch_norm_in_evaluation_mode(params, name):
     network = Network.from_params({name: p.clone() for name, p in params.items()}).train()
