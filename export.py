@@ -14,29 +14,13 @@ No file is written if its outputs differ from those of the trained model.
 import copy
 import os
 
-if __name__ == '__main__':  # before the imports that take seconds
-    from cli import exit_on_ctrl_c
-
-    exit_on_ctrl_c()
-
-import torch
-
-import diracnets
-from cli import ArgumentParser, exit_on_error, print_table, require_packages
-from diracnets.fold import fold
-from diracnets.formats import FORMATS
-from diracnets.loading import check_classes
-from diracnets.onnx import OnnxModel
-from diracnets.preprocessing import normalize
-from diracnets.quantization import calibration_set, equalize, quantize
-from training import data
-from training.evaluation import top1
-from training.files import path_in_errors, sibling_tempdir, write_synced
+from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error, print_table, require_packages
 from training.options import DATASETS
-from training.timing import images_per_second
 
-BATCH = 16  # images, for verification and timing
-TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of logits, relative to the largest logit
+EXTENSIONS = {  # of diracnets.formats.FORMATS: the packages required in addition to torch
+    '.onnx': ('onnx', 'onnxruntime', 'onnxscript'), '.pt2': (), '.safetensors': ('safetensors',),
+    '.pth': (),
+}
 
 
 def parse_options(argv=None):
@@ -44,7 +28,7 @@ def parse_options(argv=None):
     add = parser.add_argument
     add('checkpoint', help='folder of a run, checkpoint, or a .pth or .safetensors file')
     add('--to', required=True, metavar='FILE',
-        help=f'file to write; the extension is one of {", ".join(FORMATS)}')
+        help=f'file to write; the extension is one of {", ".join(EXTENSIONS)}')
     add('--int8', metavar='FOLDER',
         help='quantize the .onnx file to int8, calibrated on the images in this folder')
     add('--equalise', '--equalize', action='store_true', dest='equalize',
@@ -54,16 +38,38 @@ def parse_options(argv=None):
     add('--dataroot', default='.', help='folder of the test set (default: .)')
     opt = parser.parse_args(argv)
     opt.extension = os.path.splitext(opt.to)[1]
-    if opt.extension not in FORMATS:
-        parser.error(f'--to {opt.to}: unknown format; use one of {", ".join(FORMATS)}')
+    if opt.extension not in EXTENSIONS:
+        parser.error(f'--to {opt.to}: unknown format; use one of {", ".join(EXTENSIONS)}')
     if opt.int8 and opt.extension != '.onnx':
         parser.error(f'--to {opt.to}: --int8 needs a file name that ends in .onnx')
     if opt.equalize and not opt.int8:
         parser.error('--equalise: needs calibration images; add --int8 FOLDER')
     if os.path.realpath(opt.to) == os.path.realpath(opt.checkpoint):
         parser.error(f'--to {opt.to}: would overwrite the checkpoint; use another name')
-    require_packages('export.py', 'deploy', *FORMATS[opt.extension].packages)
+    require_packages('export.py', 'deploy', *EXTENSIONS[opt.extension])
     return opt
+
+
+if __name__ == '__main__':  # --help and errors come before the imports that take seconds
+    exit_on_ctrl_c()
+    parse_options()
+
+import torch
+
+import diracnets
+from diracnets.fold import fold
+from diracnets.formats import FORMATS
+from diracnets.loading import check_classes
+from diracnets.onnx import OnnxModel
+from diracnets.preprocessing import normalize
+from diracnets.quantization import calibration_set, equalize, quantize
+from training import data
+from training.evaluation import top1
+from training.files import path_in_errors, sibling_tempdir, write_synced
+from training.timing import images_per_second
+
+BATCH = 16  # images, for verification and timing
+TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of logits, relative to the largest logit
 
 
 # ---------------------------------------------------------------- inputs

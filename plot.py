@@ -11,10 +11,22 @@ convolution.
 import math
 from pathlib import Path
 
-if __name__ == '__main__':  # before the slow imports
-    from cli import exit_on_ctrl_c, require_packages
+from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error, require_packages
 
+
+def make_parser():
+    parser = ArgumentParser.of_script('plot.py', __doc__)
+    parser.add_argument('logs', nargs='+', metavar='LOG',
+                        help='log.txt of a run, or the folder of the run')
+    parser.add_argument('--save', default='training.png', metavar='FILE',
+                        help='figure to write; the extension is the format, such as .png, .pdf or '
+                             '.svg (default: %(default)s)')
+    return parser
+
+
+if __name__ == '__main__':  # --help and errors come before the slow imports
     exit_on_ctrl_c()
+    make_parser().parse_args()
     require_packages('plot.py', 'plot', 'matplotlib')
 
 from matplotlib import colormaps
@@ -23,7 +35,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from cli import ArgumentParser, exit_on_error
 from training.log import LOG_PREFIX, read_log
 
 FORMATS = sorted(FigureCanvasBase.filetypes)  # file extensions
@@ -132,12 +143,7 @@ def plot_filters(weight, title):
 
 
 def main(argv=None):
-    parser = ArgumentParser.of_script('plot.py', __doc__)
-    parser.add_argument('logs', nargs='+', metavar='LOG',
-                        help='log.txt of a run, or the folder of the run')
-    parser.add_argument('--save', default='training.png', metavar='FILE',
-                        help='figure to write; the extension is the format, such as .png, .pdf or '
-                             '.svg (default: %(default)s)')
+    parser = make_parser()
     opt = parser.parse_args(argv)
     extension = Path(opt.save).suffix.lower().removeprefix('.')
     if extension not in FORMATS:

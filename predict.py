@@ -9,20 +9,9 @@ Unreadable images are reported on stderr and skipped; the exit status is then 2.
 
 import sys
 
-if __name__ == '__main__':  # before the imports that take seconds
-    from cli import exit_on_ctrl_c
+from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error
 
-    exit_on_ctrl_c()
-
-import torch
-
-import diracnets
-from cli import ArgumentParser, exit_on_error
-from diracnet import diracnet18, diracnet34
-from diracnets.fold import fold
-from diracnets.preprocessing import DataError
-
-PUBLISHED = {'diracnet18': diracnet18, 'diracnet34': diracnet34}
+PUBLISHED = ('diracnet18', 'diracnet34')
 
 
 def parse_options(argv=None):
@@ -36,6 +25,17 @@ def parse_options(argv=None):
     return parser.parse_args(argv)
 
 
+if __name__ == '__main__':  # --help and errors come before the imports that take seconds
+    exit_on_ctrl_c()
+    parse_options()
+
+import torch
+
+import diracnets
+from diracnets.fold import fold
+from diracnets.preprocessing import DataError
+
+
 def imagenet_classes():
     """Returns the names of the 1000 classes of ILSVRC2012, in the order of their WordNet IDs."""
     from torchvision.models import ResNet18_Weights
@@ -46,7 +46,7 @@ def imagenet_classes():
 def load_classifier(name):
     """Returns (folded model, Preprocessing, class names or None) of a file or published model."""
     if name in PUBLISHED:
-        model = PUBLISHED[name](pretrained=True).eval()
+        model = getattr(diracnets, name)(pretrained=True).eval()
         return model, diracnets.preprocess('ImageNet'), imagenet_classes()
     loaded = diracnets.load(name)
     classes = loaded.classes

@@ -26,17 +26,18 @@ import shlex
 import sys
 import time
 
-if __name__ == '__main__':  # before imports that take seconds
-    from cli import exit_on_ctrl_c
+from cli import exit_on_ctrl_c, exit_on_error, say
+from training import options
 
+if __name__ == '__main__':  # --help and errors come before the imports that take seconds
     exit_on_ctrl_c()
+    options.parse_options(sys.argv[1:])
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from cli import exit_on_error, say
 from diracnets.preprocessing import DataError
-from training import checkpoint, distributed, options
+from training import checkpoint, distributed
 from training.augmentation import progressive_sizes
 from training.checkpoint import DivergedError
 from training.compute import compile_model, cross_entropy, keep_freed_memory, warm_up
@@ -137,8 +138,7 @@ def test(opt, loaded, forward, splits):
     evaluate(loaded.model, forward, splits.test, meters, opt)
     summary = meters.summary('test')
     if rank() == 0:
-        print(f'test_loss: {summary["test_loss"]:.4f}')
-        print(f'test_acc: {summary["test_acc"]:.2f}')
+        print(f'test_loss: {summary["test_loss"]:.4f}\ntest_acc: {summary["test_acc"]:.2f}')
 
 
 def print_settings(settings, model, splits, forward):

@@ -4,21 +4,38 @@
     model = diracnets.fold(loaded.model)                # standard convolutions
 """
 
-from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization, dirac
-from diracnet import DiracNet, Network, define_diracnet, diracnet18, diracnet34
-from diracnets.checkpoint import load_params, pretrained_params
-from diracnets.deploy import deploy
-from diracnets.fold import fold
-from diracnets.loading import LoadedModel, load
-from diracnets.models.registry import create_model, list_models
-from diracnets.onnx import OnnxModel
-from diracnets.preprocessing import Preprocessing, preprocess
-from diracnets.quantization import equalize
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diracnets.namespace import *  # noqa: F403
 
 __version__ = '0.1.0'  # pyproject.toml reads it from here
-__all__ = [
-    'DiracConv1d', 'DiracConv2d', 'DiracConv3d', 'DiracNet', 'DiracParametrization', 'LoadedModel',
-    'Network', 'OnnxModel', 'Preprocessing', '__version__', 'create_model',
-    'define_diracnet', 'deploy', 'dirac', 'diracnet18', 'diracnet34', 'equalize', 'fold',
-    'list_models', 'load', 'load_params', 'preprocess', 'pretrained_params',
-]
+
+
+class _Package(types.ModuleType):
+    """The package, which imports its public names, and torch with them, at their first use.
+
+    `train.py --help` imports submodules that do not need torch, and should not wait for it.
+    """
+
+    def __getattr__(self, name):
+        if name == '__all__' or not name.startswith('_'):
+            namespace = importlib.import_module('diracnets.namespace')
+            if hasattr(namespace, name):
+                setattr(self, name, getattr(namespace, name))
+                return getattr(namespace, name)
+        raise AttributeError(f'module {self.__name__!r} has no attribute {name!r}')
+
+    def __setattr__(self, name, value):
+        # the import of the modules fold and deploy must not hide the functions of the same name
+        if name not in ('fold', 'deploy') or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+    def __dir__(self):
+        return sorted({*super().__dir__(), *self.__all__})
+
+
+sys.modules[__name__].__class__ = _Package

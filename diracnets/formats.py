@@ -52,13 +52,11 @@ class Format(NamedTuple):
 
     to_bytes: Callable[[nn.Module, Tensor, Mapping[str, str]], bytes]
     open: Callable[[str, nn.Module], nn.Module]  # with the model, for state dicts
-    packages: tuple[str, ...] = ()  # required in addition to torch
 
 
 FORMATS = {  # by the extension of a file's name
-    '.onnx': Format(to_onnx, lambda path, model: OnnxModel(path),
-                    ('onnx', 'onnxruntime', 'onnxscript')),
+    '.onnx': Format(to_onnx, lambda path, model: OnnxModel(path)),
     '.pt2': Format(to_pt2, lambda path, model: torch.export.load(path).module()),
-    '.safetensors': Format(to_safetensors, _open_state_dict, ('safetensors',)),
+    '.safetensors': Format(to_safetensors, _open_state_dict),
     '.pth': Format(to_pth, _open_state_dict),
 }

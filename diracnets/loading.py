@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from diracnet import DiracNet, check_params, is_folded
+from diracnets.architectures import get_architecture
 from diracnets.checkpoint import CheckpointContents, make_contents, read_checkpoint
 from diracnets.fold import fold
 from diracnets.metadata import make_metadata, parse_metadata
-from diracnets.models.registry import build_diracnet, create_model, get_architecture
+from diracnets.models.registry import build_diracnet, create_model
 from diracnets.onnx import OnnxModel
 from diracnets.preprocessing import MAX_SMALL, Preprocessing
 

@@ -1,7 +1,8 @@
 """Images to model inputs: decoding, resizing, cropping and normalization.
 
 OpenCV decodes and resizes images, as for the original models: other libraries return other pixels,
-and the published accuracies depend on them.
+and the published accuracies depend on them. torch is imported at first use, as importing it takes
+seconds that the options of a command do not need.
 """
 
 from __future__ import annotations
@@ -11,8 +12,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
-
-import torch
 
 from diracnets.image_files import (
     MAX_PIXELS,
@@ -25,6 +24,7 @@ from diracnets.image_files import (
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
 MAX_SMALL = 64  # pixels: smaller inputs are full images, larger ones are center crops
 DEFAULT_SIZE = 32  # pixels, of a dataset without a fixed size
@@ -155,6 +155,8 @@ class Preprocessing:
         64 pixels to 256 / 224 of `size`, and the center is cropped: the same pixels always give the
         same input. Raises DataError for an unreadable file and for other arrays and images.
         """
+        import torch
+
         name = image if isinstance(image, (str, bytes, os.PathLike)) else 'the image'
         pixels = _resize_for_testing(image_to_array(image), name, self.size)
         if self.channels == 1:
@@ -173,14 +175,18 @@ def preprocess(dataset: str = 'ImageNet', image_size: int | None = None) -> Prep
 
 
 def normalize(images: torch.Tensor, preprocess: Preprocessing,
-              dtype: torch.dtype = torch.float32) -> torch.Tensor:
+              dtype: torch.dtype | None = None) -> torch.Tensor:
     """Converts uint8 images (N, C, H, W) to inputs: (images / 255 - mean) / std.
 
-    Raises ValueError if the number of channels is not that of the preprocessing.
+    dtype: of the inputs (default: torch.float32). Raises ValueError if the number of channels is
+    not that of the preprocessing.
     """
+    import torch
+
     if images.shape[1] != preprocess.channels:
         raise ValueError(f'images of {images.shape[1]} channels: expected '
                          f'{preprocess.channels}, the channels of the model')
+    dtype = dtype or torch.float32
     mean, std = (
         torch.tensor(values, dtype=dtype, device=images.device).mul_(255).view(-1, 1, 1)
         for values in (preprocess.mean, preprocess.std)
@@ -205,6 +211,7 @@ def image_to_array(image: str | bytes | os.PathLike | np.ndarray | torch.Tensor,
         return read_image(image)
     import_opencv()  # before NumPy, which OpenCV requires: one error for both
     import numpy as np
+    import torch
 
     if hasattr(image, 'getexif'):
         from PIL import ImageOps

@@ -38,7 +38,8 @@ from experiments.interleaved import (
 )
 from experiments.results import ROOT, label, read_results
 from experiments.variants import BATCH, NATIVE, diracnet, multiply_adds, repeated
-from training import data, distributed, options
+from training import data, options
+from training.choices import available_cores
 from training.evaluation import compute_logits
 
 DEPLOYED_IMAGES = 64  # per repetition of a deployed model
@@ -86,7 +87,7 @@ def bench_data(args):
     if not args.images:
         print('JPEG files: skipped, because --images FOLDER is missing')
         return
-    workers = min(distributed.available_cores(), options.MAX_WORKERS)
+    workers = min(available_cores(), options.MAX_WORKERS)
     n = 3 * len(data.list_images(args.images)[0])
     arguments = args.images, 3, workers
     compare('JPEG files', [

@@ -14,7 +14,10 @@ from torch import nn
 from diracconv import DiracConv2d
 from diracnet import DiracNet, define_diracnet
 from diracnets import create_model, fold
+from diracnets.architectures import ACTIVATIONS
 from diracnets.models import ARCHITECTURES, BLOCKS, count_multiply_adds, densenet, diracnet_v1
+from diracnets.models.blocks import REPLACEMENTS
+from diracnets.models.diracnet_fast import ACTIVATION_LAYERS
 from diracnets.models.plain import PlainNet
 from experiments.tables import SIZES
 from reference import batch_norm
@@ -90,6 +93,11 @@ def test_with_block_dirac_adds_two_parameters_per_filter(name, filters):
     model = build_on_meta(name, 'ImageNet', block='dirac')
     assert count(model) == count(build_on_meta(name, 'ImageNet')) + 2 * filters
     assert sum(m.out_channels for m in model.modules() if isinstance(m, DiracConv2d)) == filters
+
+
+def test_blocks_and_activations_of_the_options_are_those_that_models_have():
+    assert tuple(REPLACEMENTS) == BLOCKS
+    assert tuple(ACTIVATION_LAYERS) == ACTIVATIONS
 
 
 def test_plain_equals_diracnet_when_block_is_dirac():

@@ -20,16 +20,52 @@ def run(*arguments, **kwargs):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize(('script', 'imported'), [
-    ('train.py', 'torch'), ('export.py', 'torch'), ('predict.py', 'torch'),
-    ('plot.py', 'matplotlib'),
+COMMANDS = {  # valid arguments
+    'train.py': [], 'export.py': ['run', '--to', 'x.pth'], 'predict.py': ['x.png', '--model', 'x'],
+    'plot.py': ['run'],
+}
+SLOW_IMPORTS = ('cv2', 'matplotlib', 'numpy', 'PIL', 'scipy', 'sklearn', 'torch', 'torchvision')
+
+
+@pytest.mark.parametrize('script', COMMANDS)
+def test_command_parses_its_arguments_before_slow_imports(tmp_path, script):
+    for name in SLOW_IMPORTS:
+        (tmp_path / f'{name}.py').write_text('raise SystemExit(7)\n')
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    status, printed, error = run(ROOT / script, '--help', env=environment)
+    assert (status, printed.startswith(f'usage: {script}'), error) == (0, True, '')
+    status, printed, error = run(ROOT / script, '--unknown', env=environment)
+    assert (status, printed, error.count('\n')) == (2, '', 1)
+    assert error.startswith(f'{script}: ')
+    assert run(ROOT / script, *COMMANDS[script], env=environment) == (7, '', '')
+
+
+@pytest.mark.parametrize(('arguments', 'problem'), [
+    ('train.py --model resnet --growth 12', 'has no --growth'),
+    ('train.py --recipe densenet --label_smoothing 1', '--label_smoothing'),
+    ('train.py --dataset Digits --image_size 64', '--image_size'),
+    ('train.py --normalise [0,0]', '--normalise'),
+    ('export.py run --to x.xyz', '--to x.xyz'),
 ])
-def test_ctrl_c_during_imports_exits_without_output(tmp_path, script, imported):
+def test_command_checks_its_options_before_slow_imports(tmp_path, arguments, problem):
+    for name in SLOW_IMPORTS:
+        (tmp_path / f'{name}.py').write_text('raise SystemExit(7)\n')
+    script, *arguments = arguments.split()
+    status, printed, error = run(
+        ROOT / script, *arguments, env={**os.environ, 'PYTHONPATH': str(tmp_path)})
+    assert (status, printed, error.count('\n')) == (2, '', 1)
+    assert problem in error
+
+
+@pytest.mark.parametrize('script', COMMANDS)
+def test_ctrl_c_during_imports_exits_without_output(tmp_path, script):
     """A fake module in place of the slow one sends the signal."""
+    imported = 'matplotlib' if script == 'plot.py' else 'torch'
     (tmp_path / f'{imported}.py').write_text(INTERRUPT + 'raise SystemExit(7)\n')
     environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
-    assert run(ROOT / script, env=environment) == (130, '', '')
-    ignored = run(ROOT / script, env=environment,  # as in the background of a shell script
+    command = ROOT / script, *COMMANDS[script]
+    assert run(*command, env=environment) == (130, '', '')
+    ignored = run(*command, env=environment,  # as in the background of a shell script
                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     assert ignored == (7, 'still here\n', '')
 

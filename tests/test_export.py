@@ -31,6 +31,7 @@ import train
 from corruption import DAMAGES, damaged
 from diracnet import DiracNet, define_diracnet
 from diracnets import quantization
+from diracnets.formats import FORMATS
 from diracnets.onnx import to_onnx
 from diracnets.quantization import calibration_set
 from pages import blocks
@@ -345,6 +346,10 @@ def test_export_refuses_a_malicious_pickle(trained, tmp_path):
 ])
 def test_export_refuses_wrong_options(run_folder, capsys, options, message):
     assert re.search(message, error_of(export.main, [str(run_folder), *options], capsys))
+
+
+def test_extensions_of_export_are_the_formats_of_the_library():
+    assert export.EXTENSIONS.keys() == FORMATS.keys()
 
 
 def test_export_refuses_to_overwrite_the_checkpoint(run_folder, tmp_path, capsys):

@@ -17,7 +17,8 @@ from diracnets.deploy import deploy, native_bfloat16
 from diracnets.fold import fold
 from diracnets.preprocessing import Preprocessing, normalize
 from runs import params_of, run, stats_of, write_sets
-from training import data, distributed, options
+from training import data, options
+from training.choices import available_cores
 from training.compute import Forward, choose_dtype, cross_entropy, param_dtype, warm_up
 from training.loader import make_loader
 
@@ -293,7 +294,7 @@ def test_available_cores_are_shared_among_ranks(monkeypatch):
     for allowed, processes, expected in ((2, 1, 2), (2, 3, 1), (128, 1, 128), (128, 8, 16)):
         monkeypatch.setattr(os, 'sched_getaffinity', lambda _, n=allowed: set(range(n)))
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))
-        assert distributed.available_cores() == expected
+        assert available_cores() == expected
         assert options.parse_options([]).nthread == min(expected, 8)
 
 

@@ -17,7 +17,8 @@ LIBRARY = {'diracconv', 'diracnet', 'diracnets'}
 MAY_IMPORT = {  # module or package: the modules and packages of this project that it may import
     'diracconv': set(),
     'diracnet': {'diracconv'},
-    'diracnets.models': {'diracconv', 'diracnet', 'diracnets.models'},
+    'diracnets.architectures': {'diracnets.preprocessing'},
+    'diracnets.models': {'diracconv', 'diracnet', 'diracnets.architectures', 'diracnets.models'},
     'diracnets.fold': {'diracconv', 'diracnet'},
     'diracnets.deploy': set(),
     'diracnets.metadata': {'diracnet'},
@@ -28,11 +29,14 @@ MAY_IMPORT = {  # module or package: the modules and packages of this project th
     'diracnets.quantization': {'diracnets.fold', 'diracnets.onnx', 'diracnets.preprocessing'},
     'diracnets.formats': {'diracnets.checkpoint', 'diracnets.metadata', 'diracnets.onnx'},
     'diracnets.loading': {
-        'diracnet', 'diracnets.checkpoint', 'diracnets.fold', 'diracnets.metadata',
-        'diracnets.models', 'diracnets.onnx', 'diracnets.preprocessing',
+        'diracnet', 'diracnets.architectures', 'diracnets.checkpoint', 'diracnets.fold',
+        'diracnets.metadata', 'diracnets.models', 'diracnets.onnx', 'diracnets.preprocessing',
     },
     'diracnets': LIBRARY,
     'cli': set(),
+    'training.choices': set(),
+    'training.options': {'diracnets.architectures', 'diracnets.preprocessing', 'training.choices',
+                         'cli'},
     'training.files': set(),
     'training.log': {'training.files'},
     'training': {*LIBRARY, 'training', 'cli'},
@@ -129,16 +133,31 @@ def test_library_imports_only_torch_at_module_level(module):
     assert packages(imported_names(ast.walk(tree))) <= required | OPTIONAL
 
 
-@pytest.mark.parametrize('module', ['cli', 'training.files', 'training.log'])
-def test_command_line_and_log_import_only_the_standard_library(module):
+@pytest.mark.parametrize('module', [
+    'cli', 'diracnets', 'diracnets.architectures', 'diracnets.image_files',
+    'diracnets.preprocessing', 'training.choices', 'training.files', 'training.log',
+    'training.options',
+])
+def test_options_and_log_import_only_the_standard_library(module):
     imported = packages(imported_names(walk_module_level(MODULES[module])))
-    assert imported <= {*sys.stdlib_module_names, 'training'}
+    assert imported <= {*sys.stdlib_module_names, 'cli', 'diracnets', 'training'}
 
 
 def test_import_diracnets_loads_no_other_package_than_torch():
-    script = ('import sys, torch; before = set(sys.modules); import diracnets; '
+    script = ('import sys, torch; before = set(sys.modules); from diracnets import *; '
               'print(*{name.partition(".")[0] for name in set(sys.modules) - before})')
     printed = subprocess.run(
         [sys.executable, '-c', script], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
     assert set(printed.split()) - sys.stdlib_module_names == LIBRARY
+
+
+def test_public_names_of_diracnets_are_not_hidden_by_modules():
+    script = '\n'.join([
+        'from diracnets.loading import load', 'import diracnets.deploy', 'import types',
+        'assert "create_model" in dir(diracnets)', 'assert not hasattr(diracnets, "create")',
+        'assert diracnets.load is load',
+        'for name in diracnets.__all__:',
+        '    assert not isinstance(getattr(diracnets, name), types.ModuleType), name',
+    ])
+    subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)

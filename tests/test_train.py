@@ -14,9 +14,9 @@ import diracnets
 import train
 import training.run
 from diracnet import Network, define_diracnet
+from diracnets.architectures import ARCHITECTURES
 from diracnets.fold import fold
 from diracnets.formats import to_pth
-from diracnets.models.registry import ARCHITECTURES
 from runs import params_of, refused, run, stats_of, write_images, write_sets
 from training import checkpoint, options
 from training.meters import Meters

@@ -12,13 +12,8 @@ import torch
 from torchvision.transforms import RandomResizedCrop
 
 from diracnets.image_files import decode_image, jpeg_size, opencv_errors, read_bytes
+from training.choices import FLIPS
 
-FLIPS = {  # name: number of kinds of flip, each applied with probability 1/2
-    'none': 0,  # digits, letters
-    'horizontal': 1,  # photographs
-    'alternating': 1,  # photographs, flipped in every second epoch (arXiv 2404.00498, section 3.6)
-    'all': 3,  # horizontal, vertical, transposition: all eight symmetries of a square
-}
 GREY = 128  # of a Cutout square: near the mean of photographs, which is normalized to 0
 
 

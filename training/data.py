@@ -28,16 +28,10 @@ from diracnets.preprocessing import (
     Preprocessing,
     read_test_image,
 )
+from training.choices import MIN_PIXELS
 from training.datasets import IGNORED, BatchDataset, DatasetImages, ImageFiles, MemoryImages
 from training.distributed import all_reduce, rank, world_size
 from training.loader import iterate_batches, make_loader
-
-MIN_PIXELS = 8  # height and width of an image
-
-
-def default_flip(name):
-    """Returns the default of --flip for a dataset: one of training.augmentation.FLIPS."""
-    return DATASETS.get(name, DATASETS['Folder']).flip
 
 
 @dataclass

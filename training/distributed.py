@@ -7,11 +7,7 @@ import uuid
 import torch
 import torch.distributed as dist
 
-
-def available_cores():
-    """Returns the number of CPU cores per process of this machine."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return max(1, allowed // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+from training.choices import available_cores
 
 
 def init(deterministic=False):

@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diracnets.models.registry import ARCHITECTURES
+from diracnets.architectures import ARCHITECTURES
 
-OPTIMIZERS = ('sgd', 'muon')
-SCHEDULES = ('step', 'cosine', 'onecycle', 'linear')
 MUON_MOMENTUM, NEWTON_SCHULZ_STEPS = 0.6, 3  # as airbench94_muon, for few epochs
 ADAM_BETAS = 0.85, 0.95
 WARM_UP = 0.2  # fraction of a linear schedule

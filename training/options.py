@@ -1,4 +1,4 @@
-"""The command-line options of train.py, checked before any data is read."""
+"""The command-line options of train.py, checked before torch is imported and data are read."""
 
 import argparse
 import contextlib
@@ -11,13 +11,9 @@ import shlex
 from pathlib import Path
 
 from cli import ArgumentParser
-from diracnets.models.blocks import BLOCKS
-from diracnets.models.diracnet_fast import ACTIVATIONS
-from diracnets.models.registry import ARCHITECTURES
+from diracnets.architectures import ACTIVATIONS, ARCHITECTURES, BLOCKS
 from diracnets.preprocessing import DATASETS, MAX_SMALL, Preprocessing
-from training import data, distributed
-from training.augmentation import FLIPS
-from training.optimizers import OPTIMIZERS, SCHEDULES
+from training.choices import FLIPS, MIN_PIXELS, OPTIMIZERS, SCHEDULES, available_cores
 
 MAX_SIZE = 10_000  # of depth, width and the like: larger models would exhaust the memory
 MAX_IMAGE_SIZE = 4096  # pixels per side: one input takes 200 MB
@@ -68,7 +64,7 @@ def list_of(items, example, minimum):
 
 
 epoch_list = list_of('epochs', '[60,120,160]', 1)
-size_list = list_of('sizes in pixels', '[20,24,28,32]', data.MIN_PIXELS)
+size_list = list_of('sizes in pixels', '[20,24,28,32]', MIN_PIXELS)
 
 
 def normalization(text):
@@ -94,6 +90,11 @@ def mean_and_std(numbers):
 
 def expand_path(text):
     return os.path.expanduser(text)
+
+
+def default_flip(dataset):
+    """Returns the default of --flip for a dataset."""
+    return DATASETS.get(dataset, DATASETS['Folder']).flip
 
 
 # ---------------------------------------------------------------- the parser
@@ -147,8 +148,8 @@ def _add_model_options(group):
     add('width', 'factor on the number of channels', type=at_least(0, float, MAX_SIZE))
     add('block', 'convolution in training: base (standard), or a block that folds into a standard '
                  'one: dbb (diverse branches), acb (asymmetric convolutions), dirac',
-        choices=list(BLOCKS))
-    add('activation', 'activation function', choices=list(ACTIVATIONS))
+        choices=BLOCKS)
+    add('activation', 'activation function', choices=ACTIVATIONS)
     add('layers', 'number of layers', type=at_least(1, int, MAX_SIZE))
     add('growth', 'growth rate: channels that each layer adds', type=at_least(1, int, MAX_SIZE))
     add('reduce', 'compression: fraction of the channels that a transition layer keeps',
@@ -167,7 +168,7 @@ def _add_data_options(group):
     add('--dataroot', '--imagenetpath', default='.', type=expand_path,
         help='folder of the dataset; ImageNet: with train/CLASS/ and val/CLASS/, Folder: with '
              'train/CLASS/ and test/CLASS/ or val/CLASS/')
-    add('--image_size', default=None, type=at_least(data.MIN_PIXELS, int, MAX_IMAGE_SIZE),
+    add('--image_size', default=None, type=at_least(MIN_PIXELS, int, MAX_IMAGE_SIZE),
         help='height and width of the inputs of a Folder, in pixels (default: 32); '
              f'{NETWORKS_BY_SIZE}')
     add('--crop', default=True, action=argparse.BooleanOptionalAction,
@@ -197,7 +198,7 @@ def _add_data_options(group):
     add('--val', default=0, type=at_least(0, int),
         help='number of training images to hold out for validation; best.pt7 is then selected by '
              'their accuracy, not by that of the test set')
-    add('--nthread', default=min(distributed.available_cores(), MAX_WORKERS), type=at_least(0, int),
+    add('--nthread', default=min(available_cores(), MAX_WORKERS), type=at_least(0, int),
         help='number of DataLoader workers or threads')
 
 
@@ -335,7 +336,7 @@ def _resolve_defaults(parser, opt, splits):
         parser.error(f'--{error}')
     _check_augmentation(parser, opt, preprocess.size, from_python=bool(splits))
     resolved = {**defaults, **vars(opt), 'model': model, 'dataset': name,
-                'image_size': preprocess.size, 'flip': opt.flip or data.default_flip(name)}
+                'image_size': preprocess.size, 'flip': opt.flip or default_flip(name)}
     if splits:  # identifies the data when a run is resumed
         resolved['given'] = str(splits)
         if splits.test.shape[-1] != 3:
@@ -385,7 +386,7 @@ def changed_options(now, before):
     if now['lr_schedule'] != 'step' or now['grow']:
         free -= {'epochs'}  # other schedules and progressive resizing stretch over all epochs
     if 'dataset' in before:  # fill in what older checkpoints lack
-        older = {'crop': True, 'flip': data.default_flip(before['dataset']), 'normalise': '',
+        older = {'crop': True, 'flip': default_flip(before['dataset']), 'normalise': '',
                  'optimizer': 'sgd', 'grow': [], 'whiten': False, 'cutout': 0}
         before = {**older, **before, 'image_size': Preprocessing.from_args(before).size}
         # data from Python differ from a named dataset, where `given` is missing

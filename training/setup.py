@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 import diracnets
+from diracnets.architectures import ARCHITECTURES
 from diracnets.loading import check_classes
-from diracnets.models.registry import ARCHITECTURES
 from diracnets.preprocessing import Preprocessing, normalize
 from training import checkpoint, data, distributed, options
 from training.compute import Forward, choose_dtype, param_dtype

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from diracconv import dirac
+from diracnets.architectures import BLOCKS
 from diracnets.models.asymmetric_convolution import ACBlock
 from diracnets.models.diverse_branch import DiverseBranchBlock
 
@@ -56,7 +57,7 @@ def _with_dirac(model: nn.Module) -> nn.Module:
     return dirac(model, lambda name, conv: conv is not stem and _is_replaced(conv))
 
 
-BLOCKS = {  # name: function that replaces the convolutions of a model in place and returns it
+REPLACEMENTS = {  # by block: a function that replaces the convolutions of a model and returns it
     'base': lambda model: model,
     'dbb': functools.partial(_with_branches, DiverseBranchBlock),
     'acb': functools.partial(_with_branches, ACBlock),
@@ -78,4 +79,4 @@ def with_block(model: nn.Module, block: str) -> nn.Module:
     """
     if block not in BLOCKS:
         raise ValueError(f'unknown block {block!r}: expected one of {", ".join(BLOCKS)}')
-    return BLOCKS[block](model)
+    return REPLACEMENTS[block](model)

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from diracconv import DiracConv2d
+from diracnets.architectures import ACTIVATIONS
 from diracnets.models.blocks import with_block
 
 CHANNELS = (64, 256, 256)  # of each group at width 1
@@ -19,7 +20,7 @@ PATCH = 2  # height and width of a stem patch in pixels
 # these values start from a multiple of the identity too, because W has Dirac initialization
 ALPHA_INIT, BETA_INIT = 0.2, 1.0
 BLOCKS = ('base', 'dirac')
-ACTIVATIONS = {'relu': nn.ReLU, 'gelu': lambda: nn.GELU('tanh'), 'silu': nn.SiLU}
+ACTIVATION_LAYERS = {'relu': nn.ReLU, 'gelu': lambda: nn.GELU('tanh'), 'silu': nn.SiLU}
 
 
 def _batch_norm(channels: int) -> nn.BatchNorm2d:
@@ -34,14 +35,14 @@ def _block(cin: int, cout: int, pooled: bool, activation: str) -> nn.Sequential:
     nn.init.dirac_(conv.weight[:cin])  # the other filters have no input channel to pass on
     pool = {'pool': nn.MaxPool2d(2)} if pooled else {}
     return nn.Sequential(OrderedDict(
-        conv=conv, **pool, bn=_batch_norm(cout), act=ACTIVATIONS[activation]()))
+        conv=conv, **pool, bn=_batch_norm(cout), act=ACTIVATION_LAYERS[activation]()))
 
 
 class FastNet(nn.Module):
     """The network with standard convolutions: (N, 3, H, W) to logits (N, num_classes).
 
     The stem has two filters per value of a patch: `--whiten` sets each filter with both signs.
-    activation is a key of ACTIVATIONS. Raises ValueError for another activation, and for a width
+    activation is one of ACTIVATIONS. Raises ValueError for another activation, and for a width
     that leaves a group without channels.
     """
 
@@ -55,7 +56,7 @@ class FastNet(nn.Module):
             raise ValueError(f'width {width}: expected a number of at least {1 / min(CHANNELS)}')
         cin = 2 * 3 * PATCH**2
         layers = OrderedDict(
-            conv=nn.Conv2d(3, cin, PATCH, bias=False), act=ACTIVATIONS[activation]())
+            conv=nn.Conv2d(3, cin, PATCH, bias=False), act=ACTIVATION_LAYERS[activation]())
         for g, channels in enumerate(CHANNELS):
             cout = int(channels * width)
             layers[f'group{g}'] = nn.Sequential(OrderedDict(

@@ -1,12 +1,12 @@
-"""Registry of the architectures: the DiracNet and the models that it is compared with.
+"""Builds the architectures: the DiracNet and the models that it is compared with.
 
     model = create_model('plain', 'CIFAR10', depth=28, width=1, block='dbb')
     logits = model(inputs)                          # (N, 3, H, W) to (N, num_classes)
 """
 
 import functools
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,31 +20,7 @@ from diracnet import (
     init_params,
     make_topology,
 )
-from diracnets.models import (
-    densenet,
-    diracnet_fast,
-    diracnet_v1,
-    mobilenet,
-    plain,
-    tiled_delta,
-    torchvision_models,
-    wide_resnet,
-)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Builder, options and training settings of an architecture.
-
-    build takes (Topology, **options) if depth and width are among the options, and
-    (num_classes, **options) otherwise.
-    """
-
-    build: Callable[..., nn.Module]
-    options: dict[str, Any]  # model options of train.py that it has, with their defaults
-    datasets: tuple[str, ...] = tuple(CLASSES)  # supported datasets, the default first
-    decay_all: bool = False  # weight decay also applies to one-dimensional tensors
-    crop_padding: str = 'reflect'  # or 'constant': padding of small images before the random crop
+from diracnets.architectures import get_architecture
 
 
 def build_diracnet(topology: Topology, checkpointing: bool = False) -> Network:
@@ -52,48 +28,14 @@ def build_diracnet(topology: Topology, checkpointing: bool = False) -> Network:
     return Network.from_params(init_params(topology), checkpointing)
 
 
-CIFAR, IMAGENET = ('CIFAR10', 'CIFAR100'), ('ImageNet',)
-SIZE = {'depth': 16, 'width': 1}
-BLOCK = {'block': 'base'}
-FAST = {'width': 1, 'block': 'dirac', 'activation': 'gelu'}
-DENSENET = {'layers': 100, 'growth': 12, 'reduce': 0.5, 'bottleneck': True, 'droprate': 0.0,
-            'checkpointing': False}
+def get_builder(name: str) -> Callable[..., nn.Module]:
+    """Imports and returns the function that builds an architecture.
 
-ARCHITECTURES = {
-    'diracnet': Architecture(build_diracnet, {**SIZE, 'checkpointing': False}),
-    'diracnet-v1': Architecture(diracnet_v1.diracnet_v1, SIZE, decay_all=True),
-    'diracnet-repeated': Architecture(tiled_delta.tiled_delta, SIZE),
-    'diracnet-fast': Architecture(diracnet_fast.diracnet_fast, FAST, CIFAR),
-    'plain': Architecture(plain.plain, {**SIZE, **BLOCK}),
-    'dirac-init': Architecture(plain.dirac_init, SIZE),
-    'resnet': Architecture(plain.resnet, SIZE),
-    'wide-resnet': Architecture(
-        wide_resnet.WideResNet, {'depth': 28, 'width': 10, 'droprate': 0.0}, CIFAR
-    ),
-    'densenet': Architecture(densenet.densenet, DENSENET, CIFAR, crop_padding='constant'),
-    'densenet121': Architecture(
-        torchvision_models.densenet121, {'droprate': 0.0, 'checkpointing': False}, IMAGENET
-    ),
-    **{
-        name: Architecture(
-            functools.partial(torchvision_models.with_replaced_convs, name), BLOCK, IMAGENET
-        )
-        for name in ('resnet18', 'resnet34', 'resnet50', 'alexnet')
-    },
-    'mobilenet': Architecture(mobilenet.mobilenet, BLOCK, IMAGENET),
-}
-
-
-def list_models() -> list[str]:
-    """Returns the names of the architectures that `create_model` builds."""
-    return list(ARCHITECTURES)
-
-
-def get_architecture(name: str) -> Architecture:
-    """Returns the registry entry of an architecture; raises ValueError for an unknown name."""
-    if name not in ARCHITECTURES:
-        raise ValueError(f'unknown model {name!r}: expected one of {", ".join(ARCHITECTURES)}')
-    return ARCHITECTURES[name]
+    It takes (Topology, **options) if depth and width are among the options, and
+    (num_classes, **options) otherwise. Raises ValueError for an unknown name.
+    """
+    module, function = get_architecture(name).build.split('.')
+    return getattr(importlib.import_module(f'diracnets.models.{module}'), function)
 
 
 def create_model(name: str, dataset: str | None = None, num_classes: int | None = None,
@@ -121,15 +63,15 @@ def create_model(name: str, dataset: str | None = None, num_classes: int | None 
     check_integers(1, num_classes=num_classes)
     if in_channels != 3 and 'depth' not in architecture.options:
         raise ValueError(f'{name}: expected 3 input channels, got {in_channels}')
-    options = {**architecture.options, **options}
+    build, options = get_builder(name), {**architecture.options, **options}
     if not 0 <= options.get('droprate', 0) < 1:
         raise ValueError(f'droprate {options["droprate"]}: expected at least 0 and less than 1')
     if 'depth' in options:
         topology = make_topology(
             options.pop('depth'), options.pop('width'), dataset, num_classes, in_channels
         )
-        return architecture.build(topology, **options)
-    return architecture.build(num_classes, **options)
+        return build(topology, **options)
+    return build(num_classes, **options)
 
 
 def count_multiply_adds(model: nn.Module, image_size: int) -> int:

@@ -1,5 +1,6 @@
 """Models of torchvision, which is imported when one of them is built."""
 
+import functools
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,12 @@ def _build(name: str, **arguments: Any) -> nn.Module:
 def with_replaced_convs(name: str, num_classes: int, block: str) -> nn.Module:
     """Builds a model by its torchvision name, with the blocks of `with_block`."""
     return with_block(_build(name, num_classes=num_classes), block)
+
+
+resnet18, resnet34, resnet50, alexnet = (
+    functools.partial(with_replaced_convs, name)
+    for name in ('resnet18', 'resnet34', 'resnet50', 'alexnet')
+)
 
 
 def densenet121(num_classes: int, droprate: float, checkpointing: bool) -> nn.Module:
