@@ -121,7 +121,8 @@ class Topology:
 
 def _shape_of(params, name, ndim):
     if name not in params:
-        raise ValueError(f'{name} is missing: expected the parameters of a DiracNet')
+        raise ValueError(f'{name} is missing: expected the parameters of a DiracNet, got '
+                         + (join_names(params) or 'none'))
     if getattr(params[name], 'ndim', None) != ndim:
         raise ValueError(f'{name} is invalid: expected a tensor with {ndim} dimensions')
     return params[name].shape
@@ -183,6 +184,13 @@ def find_nonfinite(tensors: Params) -> str | None:
     return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
 
 
+def join_names(names: Iterable[Any], limit: int = 5) -> str:
+    """Returns the first names in one line, each cut to 200 characters, and the number of others."""
+    names = list(names)
+    more = f', and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(str(name)[:200] for name in names[:limit]) + more
+
+
 def check_params(params: Params, expected: Params) -> None:
     """Raises ValueError that lists the names and shapes that differ from `expected`."""
     errors = [f'{name} is missing' for name in expected.keys() - params.keys()]
@@ -193,10 +201,7 @@ def check_params(params: Params, expected: Params) -> None:
         if params[name].shape != expected[name].shape
     ]
     if errors:
-        more = f', and {len(errors) - 5} more' if len(errors) > 5 else ''
-        raise ValueError(
-            f'the checkpoint does not fit the network: {", ".join(sorted(errors)[:5])}{more}'
-        )
+        raise ValueError(f'the checkpoint does not fit the network: {join_names(sorted(errors))}')
 
 
 def init_params(topology: Topology) -> dict[str, Tensor]:

@@ -4,9 +4,11 @@
     model = diracnets.fold(params)
 
 Supported files are checkpoints of train.py (or the folder of a run), checkpoints of the original
-repository, checkpoints of DistributedDataParallel and torch.compile, bare state dicts and
-safetensors files, folded or not. Nothing in a file is executed. The CRC of every entry of an
-archive is checked first, because torch.load does not detect altered values.
+repository and of other training scripts, which contain a state dict under one of PARAMS_KEYS, bare
+state dicts and safetensors files, folded or not. A prefix that all names share is removed, such as
+`module.` of DistributedDataParallel or `net.` of a LightningModule. Nothing in a file is executed.
+The CRC of every entry of an archive is checked first, because torch.load does not detect altered
+values.
 """
 
 import errno
@@ -22,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diracnet import Topology, is_folded, load_published
+from diracnet import Topology, is_folded, join_names, load_published
 from diracnets.metadata import ORIGIN_KEYS, check_bounds, check_schema, parse_metadata
 
 MODEL_FILE, PREVIOUS_FILE, BEST_FILE = 'model.pt7', 'previous.pt7', 'best.pt7'  # of a run's folder
@@ -35,7 +37,9 @@ UNREADABLE = {  # extension: the error
     '.onnx': 'the parameters in an ONNX file cannot be read; use the run or another file that was '
              'exported from it',
 }
-WRAPPERS = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel, torch.compile
+PARAMS_KEYS = ('params', 'state_dict', 'model', 'net')  # the first is that of train.py
+COMPILED = re.compile(r'(?<![^.])_orig_mod\.')  # of torch.compile, also of a part of the model
+COUNT = re.compile(r'(.*\.)?n_averaged$')  # a buffer of AveragedModel
 DELTA = re.compile(r'^eye[\d_]+$')  # dense identities in original checkpoints, like eye64_64_3_3
 
 
@@ -90,8 +94,8 @@ def load_params(path: str | os.PathLike) -> dict[str, Tensor]:
 def read_checkpoint(path: str | os.PathLike) -> CheckpointContents:
     """Reads the parameters and the metadata of a model of any architecture.
 
-    Running statistics may be in `params` or in `stats`; dense deltas and the name prefixes of
-    wrappers are removed. path and errors are those of `load_dict`.
+    Running statistics may be in `params` or in `stats`; dense deltas, the counter of AveragedModel
+    and a common prefix of all names are removed. path and errors are those of `load_dict`.
     """
     return _parse(load_dict(path), path)
 
@@ -102,9 +106,19 @@ def _parse(contents, path):
         metadata = parse_metadata(texts if isinstance(texts, Mapping) else {}, path)
         contents = {'params': contents, **metadata}
     params = {**contents['params'], **(contents.get('stats') or {})}
-    params = {WRAPPERS.sub('', name): tensor for name, tensor in params.items()}
-    params = {name: tensor for name, tensor in params.items() if not DELTA.match(name)}
+    params = {COMPILED.sub('', name): t for name, t in params.items() if not COUNT.match(name)}
+    start = len(common_prefix(params))
+    params = {name[start:]: t for name, t in params.items() if not DELTA.match(name[start:])}
     return make_contents(path, contents, params)
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """Returns the longest prefix of whole parts that all names share, such as 'model.net.', or ''.
+
+    No model of this project has one, because its first and last layers have different names.
+    """
+    prefix = os.path.commonprefix(list(names))
+    return prefix[: prefix.rfind('.') + 1]
 
 
 def make_contents(path: str | os.PathLike, contents: Mapping, params: dict) -> CheckpointContents:
@@ -149,12 +163,27 @@ def load_dict_file(path: str, required: Iterable[str] = ()) -> Mapping:
         if not isinstance(contents, Mapping):
             raise ValueError(f'contains a {type(contents).__name__}, expected a dict')
         check_bounds(contents)
+        contents = _find_params(contents)
         check_schema(contents)
         for name in required:
             if name not in contents:
                 raise ValueError(f'{name} is missing; use a checkpoint of train.py')
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
+    return contents
+
+
+def _find_params(contents):
+    """Returns a checkpoint of train.py unchanged, and of another one only the state dict."""
+    if isinstance(contents.get('params'), Mapping):
+        return contents
+    while inner := [contents[k] for k in PARAMS_KEYS if isinstance(contents.get(k), Mapping)]:
+        contents = inner[0]
+    if not all(isinstance(value, Tensor) for value in contents.values()):
+        raise ValueError(
+            f'its keys are {join_names(contents, 12)}: expected tensors, or a state dict under '
+            + ', '.join(PARAMS_KEYS)
+        )
     return contents
 
 

@@ -23,6 +23,7 @@ MAX_VALUES, MAX_DEPTH, MAX_TEXT = 1_000_000, 20, 10_000  # limits on everything 
 MAX_JSON = 2**24  # characters
 SIZES = ('depth', 'width', 'layers', 'growth', 'reduce', 'droprate', 'image_size')  # in args
 MAX_SIZE = 10_000  # of SIZES: building a larger model would not end
+COUNTERS = ('num_batches_tracked', 'n_averaged')  # integers in state dicts
 TEXTS = ('model', 'block', 'activation', 'dataset', 'dtype')  # in args
 
 
@@ -127,7 +128,7 @@ def _check_tensors(tensors):
         if not _is_str(name) or not isinstance(tensor, torch.Tensor):
             kind = type(tensor).__name__
             raise ValueError(f'{reprlib.repr(name)} is a {kind}: expected a tensor')
-        if not tensor.is_floating_point() and not name.endswith('num_batches_tracked'):
+        if not tensor.is_floating_point() and not name.endswith(COUNTERS):
             raise ValueError(f'{name} is of {tensor.dtype}: expected floating-point numbers')
     nonfinite = find_nonfinite({n: t for n, t in tensors.items() if t.is_floating_point()})
     if nonfinite:
