@@ -11,6 +11,8 @@ The CRC of every entry of an archive is checked first, because torch.load does n
 values.
 """
 
+import argparse
+import contextlib
 import errno
 import os
 import re
@@ -39,8 +41,8 @@ UNREADABLE = {  # extension: the error
 }
 PARAMS_KEYS = ('params', 'state_dict', 'model', 'net')  # the first is that of train.py
 COMPILED = re.compile(r'(?<![^.])_orig_mod\.')  # of torch.compile, also of a part of the model
-COUNT = re.compile(r'(.*\.)?n_averaged$')  # a buffer of AveragedModel
-DELTA = re.compile(r'^eye[\d_]+$')  # dense identities in original checkpoints, like eye64_64_3_3
+# dense identities in original checkpoints, like eye64_64_3_3, and the counter of AveragedModel
+IGNORED = re.compile(r'(.*\.)?(eye[\d_]+|n_averaged)$')
 
 
 @dataclass(frozen=True)
@@ -95,21 +97,36 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointContents:
     """Reads the parameters and the metadata of a model of any architecture.
 
     Running statistics may be in `params` or in `stats`; dense deltas, the counter of AveragedModel
-    and a common prefix of all names are removed. path and errors are those of `load_dict`.
+    and a common prefix of all names are removed. The parameters of a DiracNet that are named after
+    its modules, as in diracnets.timm, get flat names. path and errors are those of `load_dict`.
     """
-    return _parse(load_dict(path), path)
+    return parse_checkpoint(load_dict(path), path)
 
 
-def _parse(contents, path):
+def parse_checkpoint(contents: Mapping, path: str | os.PathLike) -> CheckpointContents:
+    """Parses a dict that was loaded from a file; see `read_checkpoint`. path: for errors."""
     if not isinstance(contents.get('params'), Mapping):  # a state dict
         texts = getattr(contents, '_metadata', None)
         metadata = parse_metadata(texts if isinstance(texts, Mapping) else {}, path)
         contents = {'params': contents, **metadata}
     params = {**contents['params'], **(contents.get('stats') or {})}
-    params = {COMPILED.sub('', name): t for name, t in params.items() if not COUNT.match(name)}
+    params = {COMPILED.sub('', name): t for name, t in params.items() if not IGNORED.match(name)}
     start = len(common_prefix(params))
-    params = {name[start:]: t for name, t in params.items() if not DELTA.match(name[start:])}
+    params = {name[start:]: tensor for name, tensor in params.items()}
+    if 'group0.block0.conv.alpha' in params:  # a functional DiracNet with the names of modules
+        params = {flat_name(name): tensor for name, tensor in params.items()
+                  if not name.endswith('.num_batches_tracked')}
     return make_contents(path, contents, params)
+
+
+def flat_name(name: str) -> str:
+    """Returns the name in `define_diracnet`'s parameters of a parameter of a module."""
+    return re.sub(r'\bconv\.(alpha|beta)$', r'\1', re.sub(r'\bconv\.weight$', 'conv', name))
+
+
+def module_name(name: str) -> str:
+    """Returns the name in a module-based DiracNet of a parameter: the inverse of `flat_name`."""
+    return re.sub(r'\b(alpha|beta)$', r'conv.\1', re.sub(r'\bconv$', 'conv.weight', name))
 
 
 def common_prefix(names: Iterable[str]) -> str:
@@ -210,7 +227,8 @@ def _read_pickle(path):
             if is_archive and zipfile.ZipFile(file).testzip():
                 raise ValueError('an entry has the wrong CRC')
             file.seek(0)
-            return torch.load(file, map_location='cpu', weights_only=True)
+            with _namespaces_allowed():
+                return torch.load(file, map_location='cpu', weights_only=True)
         except Exception as error:  # corrupt bytes make both readers raise almost any exception
             _raise_if_environment_error(error, path)
             code = re.search(r'GLOBAL (\S+)', str(error))
@@ -219,6 +237,14 @@ def _read_pickle(path):
                                  'tensors and plain values') from error
             raise ValueError(
                 'corrupt, or not a file that torch.load reads with weights_only=True') from error
+
+
+def _namespaces_allowed():
+    """Lets torch.load read the options in checkpoints of scripts that use argparse."""
+    if not hasattr(torch.serialization, 'safe_globals'):  # torch 2.4
+        return contextlib.nullcontext()
+    known = torch.serialization.get_safe_globals()  # the context removes its types at the end
+    return torch.serialization.safe_globals({argparse.Namespace}.difference(known))
 
 
 def _raise_if_environment_error(error, path):
@@ -255,7 +281,7 @@ def pretrained_params(depth: int) -> dict[str, Tensor]:
         raise ValueError(f'depth {depth}: expected 18 or 34, the published depths')
 
     def params_of(downloaded):
-        contents = _parse(downloaded, checkpoint_path(depth))
+        contents = parse_checkpoint(downloaded, checkpoint_path(depth))
         args = {**contents.args, 'depth': depth, 'width': 1}
         return replace(contents, args=args).unfolded_params()
 

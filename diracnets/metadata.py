@@ -4,6 +4,7 @@ Files come from anyone. Their contents are checked against these limits and this
 other code uses them.
 """
 
+import argparse
 import json
 import math
 import os
@@ -39,6 +40,8 @@ def check_bounds(contents: Any) -> None:
     for _ in range(MAX_DEPTH):
         children = []
         for value in level:
+            if isinstance(value, argparse.Namespace):
+                value = vars(value)
             if isinstance(value, Mapping):
                 children += [*value, *value.values()]
             elif isinstance(value, (list, tuple, set)):

@@ -12,6 +12,8 @@ from diracnet import DiracNet, define_diracnet
 from diracnets import ModularNetwork
 from pages import ROOT, blocks
 
+pytest.importorskip('timm')
+
 SIZES = {'group0': (2, 64, 56, 56), 'group1': (2, 128, 28, 28), 'group2': (2, 256, 14, 14),
          'group3': (2, 512, 7, 7)}
 
@@ -35,7 +37,7 @@ def page():
         patch.setattr(diracnets, 'pretrained_params', lambda depth: params)
         patch.setattr(diracnets, 'Network', lambda f, params: ModularNetwork.from_params(params))
         codes = blocks('docs/backbones.md')
-        assert len(codes) == text.count('```python') == 6
+        assert len(codes) == text.count('```python') == 7
         names = {}
         for _, code in codes[:-1]:
             exec(code, names)
@@ -49,8 +51,10 @@ def test_page_extracts_strides_4_to_32(page):
     assert page['pooled'].shape == (2, 512)
     with torch.no_grad():
         assert shapes(page['extractor'](page['images'])) == SIZES
+        assert [tuple(tensor.shape) for tensor in page['maps']] == [*SIZES.values()]
         final = page['features']['group3'].relu().mean(dim=(2, 3))
     torch.testing.assert_close(final, page['pooled'])
+    assert page['classifier'](page['images'][:, :1]).shape == (2, 5)
 
 
 @pytest.mark.slow

@@ -1,5 +1,9 @@
 """Loading: checkpoints of other training scripts, whose parameters have other keys and names."""
 
+import argparse
+import pickle
+import sys
+import types
 from collections import OrderedDict
 
 import pytest
@@ -10,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 import diracnets
 from diracnet import Network, define_diracnet
 from diracnets.checkpoint import common_prefix
+from pages import blocks
 
 
 @pytest.fixture
@@ -45,7 +50,7 @@ FOREIGN = {  # the contents of a file, from flat parameters
         'net': prefixed('module.', params), 'acc': 91.2, 'epoch': 180},
     'torchvision references': lambda params: {
         'model': prefixed('', params), 'optimizer': {}, 'lr_scheduler': {}, 'epoch': 9,
-        'model_ema': averaged(params), 'args': {'lr': 0.1}},
+        'model_ema': averaged(params), 'args': argparse.Namespace(lr=0.1, opt=['sgd'])},
     'a dict in a dict': lambda params: {'model': {'state_dict': params}, 'epoch': 'last'},
     'params with a prefix': lambda params: {'params': prefixed('module.model.', params)},
     'averaged': averaged,
@@ -101,3 +106,45 @@ def test_load_error_lists_the_keys_when_there_are_no_parameters(tmp_path, conten
     assert '\n' not in str(caught.value)
     assert len(str(caught.value)) < 700
     assert all(name in str(caught.value) for name in names)
+
+
+def test_load_refuses_values_inside_a_namespace_that_are_nested_too_deep(params, tmp_path):
+    value = []
+    for _ in range(40):
+        value = [value, value]
+    torch.save({'params': params, 'args': argparse.Namespace(value=value)}, tmp_path / 'a.pt')
+    with pytest.raises(ValueError, match='values'):
+        diracnets.load(tmp_path / 'a.pt')
+
+
+def test_load_keeps_the_types_that_torch_load_allows(params, tmp_path):
+    torch.save({'state_dict': params, 'args': argparse.Namespace(lr=0.1)}, tmp_path / 'a.pt')
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        diracnets.load(tmp_path / 'a.pt')
+        assert torch.load(tmp_path / 'a.pt')['args'].lr == 0.1
+    diracnets.load(tmp_path / 'a.pt')
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / 'a.pt')
+
+
+def test_hub_mixin_of_the_docs_stores_sizes_and_parameters(tmp_path, monkeypatch):
+    pytest.importorskip('huggingface_hub')
+    monkeypatch.chdir(tmp_path)
+    (code,) = (code for _, code in blocks('docs/networks.md') if 'PyTorchModelHubMixin' in code)
+    *definitions, folded, unfolded = code.strip().splitlines()
+    names = {'__name__': 'page'}
+    monkeypatch.setitem(sys.modules, 'page', types.ModuleType('page'))
+    torch.manual_seed(0)
+    exec('\n'.join(definitions), names)
+    torch.manual_seed(1)
+    exec(f'{folded}\n{unfolded}', names)
+    inputs = torch.randn(2, 3, 32, 32)
+    for name, size in (('folded', 32), ('unfolded', 16)):
+        model, loaded = names[name].eval(), diracnets.load(tmp_path / name / 'model.safetensors')
+        assert loaded.title == 'DiracNet-10-0.5'
+        assert loaded.num_classes == 7
+        torch.testing.assert_close(loaded.model(inputs), model(inputs))
+        assert model(inputs[..., :size, :size]).shape == (2, 7)
+    torch.manual_seed(0)
+    expected = names['HubDiracNet'](10, 0.5, 'CIFAR10', num_classes=7).state_dict()
+    assert all(torch.equal(t, expected[key]) for key, t in names['folded'].state_dict().items())
