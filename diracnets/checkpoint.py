@@ -14,6 +14,7 @@ values.
 import argparse
 import contextlib
 import errno
+import json
 import os
 import re
 import sys
@@ -206,17 +207,19 @@ def _find_params(contents):
 
 def _read_safetensors(path):
     try:
-        from safetensors import SafetensorError, safe_open
-        from safetensors.torch import load_file
+        import safetensors.torch
     except ImportError as error:
         raise ValueError('safetensors is not installed; pip install safetensors') from error
     try:
-        contents = OrderedDict(load_file(path))
-        with safe_open(path, 'pt') as file:
-            contents._metadata = file.metadata() or {}
+        with open(path, 'rb') as file:
+            data = file.read()  # once, because the file may be replaced at any time
+        contents = OrderedDict(safetensors.torch.load(data))
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
+        contents._metadata = header.get('__metadata__') or {}
         return contents
-    except SafetensorError as error:
-        raise ValueError(f'corrupt, or not a safetensors file ({error})') from error
+    except Exception as error:  # of safetensors, or of torch for an unknown dtype
+        _raise_if_environment_error(error, path)
+        raise ValueError('corrupt, or not a safetensors file') from error
 
 
 def _read_pickle(path):
