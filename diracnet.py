@@ -17,6 +17,7 @@ import functools
 import hashlib
 import itertools
 import re
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ class Topology:
 
 def _shape_of(params, name, ndim):
     if name not in params:
-        raise ValueError(f'{name} is missing: expected the parameters of a DiracNet')
+        raise ValueError(f'{name} is missing: expected the parameters of a DiracNet, got '
+                         + (join_names(params) or 'none'))
     if getattr(params[name], 'ndim', None) != ndim:
         raise ValueError(f'{name} is invalid: expected a tensor with {ndim} dimensions')
     return params[name].shape
@@ -189,6 +191,13 @@ def find_nonfinite(tensors: Params) -> str | None:
     return next((name for name, t in tensors.items() if not t.isfinite().all()), None)
 
 
+def join_names(names: Iterable[Any], limit: int = 5) -> str:
+    """Returns the first names in one line, each cut to 200 characters, and the number of others."""
+    names = list(names)
+    more = f', and {len(names) - limit} more' if len(names) > limit else ''
+    return ', '.join(str(name)[:200] for name in names[:limit]) + more
+
+
 def check_params(params: Params, expected: Params) -> None:
     """Raises ValueError that lists the names and shapes that differ from `expected`."""
     errors = [f'{name} is missing' for name in expected.keys() - params.keys()]
@@ -199,10 +208,7 @@ def check_params(params: Params, expected: Params) -> None:
         if params[name].shape != expected[name].shape
     ]
     if errors:
-        more = f', and {len(errors) - 5} more' if len(errors) > 5 else ''
-        raise ValueError(
-            f'the checkpoint does not fit the network: {", ".join(sorted(errors)[:5])}{more}'
-        )
+        raise ValueError(f'the checkpoint does not fit the network: {join_names(sorted(errors))}')
 
 
 def init_params(topology: Topology) -> dict[str, Tensor]:
@@ -487,16 +493,20 @@ class DiracNet(nn.Module):
 
     The state dict has the keys of the published folded checkpoints: `features.conv.weight|bias`,
     `features.group{g}.block{b}.conv.weight|bias`, `fc.weight|bias`. The arguments and errors are
-    those of `make_topology`.
+    those of `make_topology`, except that num_classes=0 makes `fc` an nn.Identity: the outputs are
+    the pooled features (N, channels[-1]).
     """
 
     def __init__(self, depth: int = 18, width: float = 1, dataset: str = 'ImageNet',
                  num_classes: int | None = None, in_channels: int = 3) -> None:
         super().__init__()
-        topology = make_topology(depth, width, dataset, num_classes, in_channels)
+        no_head = num_classes == 0
+        topology = make_topology(depth, width, dataset, None if no_head else num_classes,
+                                 in_channels)
         stem = {'conv': stem_conv(topology, bias=True)}
         self.features = nn.Sequential(make_layers(topology, stem, self._block))
-        self.fc = nn.Linear(topology.channels[-1], topology.num_classes)
+        self.fc = (nn.Identity() if no_head
+                   else nn.Linear(topology.channels[-1], topology.num_classes))
 
     @staticmethod
     def _block(cin, cout):
@@ -548,38 +558,53 @@ def load_published(url: str, get_params: Callable[[Any], Params]) -> Params:
         raise RuntimeError(f'{url}: {reason}; download it to {path}') from error
 
 
-def _diracnet(depth, pretrained):
-    model = DiracNet(depth)
-    if pretrained:
-        def get_params(contents):
-            check_params(contents, model.state_dict())
-            return contents
+def _diracnet(depth, pretrained, num_classes, in_channels):
+    model = DiracNet(depth, num_classes=num_classes, in_channels=in_channels)
+    if not pretrained:
+        return model
+    with torch.device('meta'):
+        published = DiracNet(depth).state_dict()
 
-        model.load_state_dict(load_published(MODEL_URLS[depth], get_params))
+    def get_params(contents):
+        check_params(contents, published)
+        return contents
+
+    params = load_published(MODEL_URLS[depth], get_params)
+    fits = {'features.conv.': in_channels == 3, 'fc.': num_classes in (1000, None)}
+    if not fits['features.conv.']:
+        warnings.warn(f'diracnet{depth}: features.conv is randomly initialized; the weights '
+                      f'are for 3 input channels, not {in_channels}', stacklevel=3)
+    new = tuple(prefix for prefix, fit in fits.items() if not fit)
+    params = {name: tensor for name, tensor in params.items() if not name.startswith(new)}
+    model.load_state_dict({**model.state_dict(), **params})
     return model
 
 
-def diracnet18(pretrained: bool = False) -> DiracNet:
-    """Returns the folded DiracNet-18 for ImageNet: (N, 3, 224, 224) to logits (N, 1000).
+def diracnet18(pretrained: bool = False, num_classes: int = 1000,
+               in_channels: int = 3) -> DiracNet:
+    """Returns the folded DiracNet-18: (N, in_channels, H, W) to logits (N, num_classes).
 
+    pretrained: load the authors' weights for ImageNet, downloaded once into the cache of torch.hub;
+    their hash is checked each time. The classes are those of ILSVRC2012, ordered by WordNet ID.
     Inputs (N, 3, 224, 224) are RGB in [0, 1], center crops of images whose shorter side OpenCV
     resized to 256 (cubic), normalized with mean (.485, .456, .406) and std (.229, .224, .225), as
-    by `diracnets.preprocess()`. The classes are those of ILSVRC2012, ordered by WordNet ID.
+    by `diracnets.preprocess()`. The authors report a top-1 error of 30.37 % and a top-5 error of
+    10.88 % (arXiv 1706.00388); these figures were not reproduced here. Raises RuntimeError, with
+    the path for a manual download, if the weights cannot be loaded.
 
-    pretrained: load the authors' weights, downloaded once into the cache of torch.hub; their hash
-    is checked each time. The authors report a top-1 error of 30.37 % and a top-5 error of 10.88 %
-    (arXiv 1706.00388); these figures were not reproduced here. Raises RuntimeError, with the path
-    for a manual download, if the weights cannot be loaded.
+    num_classes: if it is not 1000, `fc` is randomly initialized, also with `pretrained`; 0 replaces
+    `fc` by nn.Identity, and the outputs are the pooled features (N, 512). in_channels: if it is not
+    3, the stem, `features.conv`, is randomly initialized too, with a warning.
     """
-    return _diracnet(18, pretrained)
+    return _diracnet(18, pretrained, num_classes, in_channels)
 
 
-def diracnet34(pretrained: bool = False) -> DiracNet:
-    """Returns the folded DiracNet-34 for ImageNet: (N, 3, 224, 224) to logits (N, 1000).
+def diracnet34(pretrained: bool = False, num_classes: int = 1000,
+               in_channels: int = 3) -> DiracNet:
+    """Returns the folded DiracNet-34: (N, in_channels, H, W) to logits (N, num_classes).
 
-    Inputs (N, 3, 224, 224), mean, std, classes and errors are those of `diracnet18`.
-
-    pretrained: load the authors' weights. The RepVGG paper quotes a top-1 error of 27.79 %; a top-5
-    error of 9.34 % is unverified. These figures were not reproduced here.
+    Inputs (N, 3, 224, 224), mean, std, classes, arguments and errors are those of `diracnet18`. The
+    RepVGG paper quotes a top-1 error of 27.79 % for the authors' weights; a top-5 error of 9.34 %
+    is unverified. These figures were not reproduced here.
     """
-    return _diracnet(34, pretrained)
+    return _diracnet(34, pretrained, num_classes, in_channels)

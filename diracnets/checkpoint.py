@@ -4,12 +4,17 @@
     model = diracnets.fold(params)
 
 Supported files are checkpoints of train.py (or the folder of a run), checkpoints of the original
-repository, checkpoints of DistributedDataParallel and torch.compile, bare state dicts and
-safetensors files, folded or not. Nothing in a file is executed. The CRC of every entry of an
-archive is checked first, because torch.load does not detect altered values.
+repository and of other training scripts, which contain a state dict under one of PARAMS_KEYS, bare
+state dicts and safetensors files, folded or not. A prefix that all names share is removed, such as
+`module.` of DistributedDataParallel or `net.` of a LightningModule. Nothing in a file is executed.
+The CRC of every entry of an archive is checked first, because torch.load does not detect altered
+values.
 """
 
+import argparse
+import contextlib
 import errno
+import json
 import os
 import re
 import sys
@@ -22,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diracnet import Topology, is_folded, load_published
+from diracnet import Topology, is_folded, join_names, load_published
 from diracnets.metadata import ORIGIN_KEYS, check_bounds, check_schema, parse_metadata
 
 MODEL_FILE, PREVIOUS_FILE, BEST_FILE = 'model.pt7', 'previous.pt7', 'best.pt7'  # of a run's folder
@@ -35,8 +40,10 @@ UNREADABLE = {  # extension: the error
     '.onnx': 'the parameters in an ONNX file cannot be read; use the run or another file that was '
              'exported from it',
 }
-WRAPPERS = re.compile(r'^(module\.|_orig_mod\.)+')  # of DistributedDataParallel, torch.compile
-DELTA = re.compile(r'^eye[\d_]+$')  # dense identities in original checkpoints, like eye64_64_3_3
+PARAMS_KEYS = ('params', 'state_dict', 'model', 'net')  # the first is that of train.py
+COMPILED = re.compile(r'(?<![^.])_orig_mod\.')  # of torch.compile, also of a part of the model
+# dense identities in original checkpoints, like eye64_64_3_3, and the counter of AveragedModel
+IGNORED = re.compile(r'(.*\.)?(eye[\d_]+|n_averaged)$')
 
 
 @dataclass(frozen=True)
@@ -90,21 +97,46 @@ def load_params(path: str | os.PathLike) -> dict[str, Tensor]:
 def read_checkpoint(path: str | os.PathLike) -> CheckpointContents:
     """Reads the parameters and the metadata of a model of any architecture.
 
-    Running statistics may be in `params` or in `stats`; dense deltas and the name prefixes of
-    wrappers are removed. path and errors are those of `load_dict`.
+    Running statistics may be in `params` or in `stats`; dense deltas, the counter of AveragedModel
+    and a common prefix of all names are removed. The parameters of a DiracNet that are named after
+    its modules, as in diracnets.timm, get flat names. path and errors are those of `load_dict`.
     """
-    return _parse(load_dict(path), path)
+    return parse_checkpoint(load_dict(path), path)
 
 
-def _parse(contents, path):
+def parse_checkpoint(contents: Mapping, path: str | os.PathLike) -> CheckpointContents:
+    """Parses a dict that was loaded from a file; see `read_checkpoint`. path: for errors."""
     if not isinstance(contents.get('params'), Mapping):  # a state dict
         texts = getattr(contents, '_metadata', None)
         metadata = parse_metadata(texts if isinstance(texts, Mapping) else {}, path)
         contents = {'params': contents, **metadata}
     params = {**contents['params'], **(contents.get('stats') or {})}
-    params = {WRAPPERS.sub('', name): tensor for name, tensor in params.items()}
-    params = {name: tensor for name, tensor in params.items() if not DELTA.match(name)}
+    params = {COMPILED.sub('', name): t for name, t in params.items() if not IGNORED.match(name)}
+    start = len(common_prefix(params))
+    params = {name[start:]: tensor for name, tensor in params.items()}
+    if 'group0.block0.conv.alpha' in params:  # a functional DiracNet with the names of modules
+        params = {flat_name(name): tensor for name, tensor in params.items()
+                  if not name.endswith('.num_batches_tracked')}
     return make_contents(path, contents, params)
+
+
+def flat_name(name: str) -> str:
+    """Returns the name in `define_diracnet`'s parameters of a parameter of a module."""
+    return re.sub(r'\bconv\.(alpha|beta)$', r'\1', re.sub(r'\bconv\.weight$', 'conv', name))
+
+
+def module_name(name: str) -> str:
+    """Returns the name in a module-based DiracNet of a parameter: the inverse of `flat_name`."""
+    return re.sub(r'\b(alpha|beta)$', r'conv.\1', re.sub(r'\bconv$', 'conv.weight', name))
+
+
+def common_prefix(names: Iterable[str]) -> str:
+    """Returns the longest prefix of whole parts that all names share, such as 'model.net.', or ''.
+
+    No model of this project has one, because its first and last layers have different names.
+    """
+    prefix = os.path.commonprefix(list(names))
+    return prefix[: prefix.rfind('.') + 1]
 
 
 def make_contents(path: str | os.PathLike, contents: Mapping, params: dict) -> CheckpointContents:
@@ -149,6 +181,7 @@ def load_dict_file(path: str, required: Iterable[str] = ()) -> Mapping:
         if not isinstance(contents, Mapping):
             raise ValueError(f'contains a {type(contents).__name__}, expected a dict')
         check_bounds(contents)
+        contents = _find_params(contents)
         check_schema(contents)
         for name in required:
             if name not in contents:
@@ -158,19 +191,35 @@ def load_dict_file(path: str, required: Iterable[str] = ()) -> Mapping:
     return contents
 
 
+def _find_params(contents):
+    """Returns a checkpoint of train.py unchanged, and of another one only the state dict."""
+    if isinstance(contents.get('params'), Mapping):
+        return contents
+    while inner := [contents[k] for k in PARAMS_KEYS if isinstance(contents.get(k), Mapping)]:
+        contents = inner[0]
+    if not all(isinstance(value, Tensor) for value in contents.values()):
+        raise ValueError(
+            f'its keys are {join_names(contents, 12)}: expected tensors, or a state dict under '
+            + ', '.join(PARAMS_KEYS)
+        )
+    return contents
+
+
 def _read_safetensors(path):
     try:
-        from safetensors import SafetensorError, safe_open
-        from safetensors.torch import load_file
+        import safetensors.torch
     except ImportError as error:
         raise ValueError('safetensors is not installed; pip install safetensors') from error
     try:
-        contents = OrderedDict(load_file(path))
-        with safe_open(path, 'pt') as file:
-            contents._metadata = file.metadata() or {}
+        with open(path, 'rb') as file:
+            data = file.read()  # once, because the file may be replaced at any time
+        contents = OrderedDict(safetensors.torch.load(data))
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
+        contents._metadata = header.get('__metadata__') or {}
         return contents
-    except SafetensorError as error:
-        raise ValueError(f'corrupt, or not a safetensors file ({error})') from error
+    except Exception as error:  # of safetensors, or of torch for an unknown dtype
+        _raise_if_environment_error(error, path)
+        raise ValueError('corrupt, or not a safetensors file') from error
 
 
 def _read_pickle(path):
@@ -181,7 +230,8 @@ def _read_pickle(path):
             if is_archive and zipfile.ZipFile(file).testzip():
                 raise ValueError('an entry has the wrong CRC')
             file.seek(0)
-            return torch.load(file, map_location='cpu', weights_only=True)
+            with _namespaces_allowed():
+                return torch.load(file, map_location='cpu', weights_only=True)
         except Exception as error:  # corrupt bytes make both readers raise almost any exception
             _raise_if_environment_error(error, path)
             code = re.search(r'GLOBAL (\S+)', str(error))
@@ -190,6 +240,14 @@ def _read_pickle(path):
                                  'tensors and plain values') from error
             raise ValueError(
                 'corrupt, or not a file that torch.load reads with weights_only=True') from error
+
+
+def _namespaces_allowed():
+    """Lets torch.load read the options in checkpoints of scripts that use argparse."""
+    if not hasattr(torch.serialization, 'safe_globals'):  # torch 2.4
+        return contextlib.nullcontext()
+    known = torch.serialization.get_safe_globals()  # the context removes its types at the end
+    return torch.serialization.safe_globals({argparse.Namespace}.difference(known))
 
 
 def _raise_if_environment_error(error, path):
@@ -226,7 +284,7 @@ def pretrained_params(depth: int) -> dict[str, Tensor]:
         raise ValueError(f'depth {depth}: expected 18 or 34, the published depths')
 
     def params_of(downloaded):
-        contents = _parse(downloaded, checkpoint_path(depth))
+        contents = parse_checkpoint(downloaded, checkpoint_path(depth))
         args = {**contents.args, 'depth': depth, 'width': 1}
         return replace(contents, args=args).unfolded_params()
 

@@ -4,6 +4,7 @@ Files come from anyone. Their contents are checked against these limits and this
 other code uses them.
 """
 
+import argparse
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diracnet import find_nonfinite
 
@@ -23,6 +25,11 @@ MAX_VALUES, MAX_DEPTH, MAX_TEXT = 1_000_000, 20, 10_000  # limits on everything 
 MAX_JSON = 2**24  # characters
 SIZES = ('depth', 'width', 'layers', 'growth', 'reduce', 'droprate', 'image_size')  # in args
 MAX_SIZE = 10_000  # of SIZES: building a larger model would not end
+COUNTERS = ('num_batches_tracked', 'n_averaged')  # integers in state dicts
+DTYPES = {  # others, such as float8, lack operations
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8,
+    torch.int8, torch.int16, torch.int32, torch.int64,
+}
 TEXTS = ('model', 'block', 'activation', 'dataset', 'dtype')  # in args
 
 
@@ -32,24 +39,47 @@ TEXTS = ('model', 'block', 'activation', 'dataset', 'dtype')  # in args
 def check_bounds(contents: Any) -> None:
     """Raises ValueError for values that are too many, too long or too deeply nested to process.
 
-    Lists that contain each other many times are small in a file and exhaust memory when traversed.
+    Lists that contain each other many times are small in a file and exhaust memory when traversed;
+    so do tensors that repeat one number. Nothing is computed from a tensor.
     """
     level, count = [contents], 0
     for _ in range(MAX_DEPTH):
         children = []
         for value in level:
+            if isinstance(value, argparse.Namespace):
+                value = vars(value)
             if isinstance(value, Mapping):
                 children += [*value, *value.values()]
+                for name, tensor in value.items():
+                    if isinstance(tensor, Tensor):
+                        _check_storage(reprlib.repr(name), tensor)
             elif isinstance(value, (list, tuple, set)):
                 children += value
             elif isinstance(value, (str, bytes)) and len(value) > MAX_TEXT:
                 raise ValueError(f'a text of {len(value)} characters: expected at most {MAX_TEXT}')
+            elif isinstance(value, Tensor):
+                _check_storage('a tensor', value)
             count += 1
             if count + len(children) > MAX_VALUES:
                 raise ValueError(f'more than {MAX_VALUES} values in addition to the tensors')
         level = children
     if level:
         raise ValueError(f'values nested deeper than {MAX_DEPTH}')
+
+
+def _check_storage(name, tensor):
+    """Raises ValueError unless a tensor has its numbers in memory, in a common dtype."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        kind = 'nested' if tensor.is_nested else 'sparse'
+    elif tensor.device.type != 'cpu':
+        kind = f'on the device {tensor.device}'
+    elif tensor.dtype not in DTYPES:
+        kind = f'of {tensor.dtype}'
+    elif tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        kind = 'expanded'
+    else:
+        return
+    raise ValueError(f'{name} is {kind}: expected a dense tensor of a common dtype')
 
 
 def _is_dict(value):
@@ -82,7 +112,7 @@ def _is_plain_dict(value):
 
 def _is_totals(value):
     return isinstance(value, (list, tuple)) and len(value) in (4, 5) and all(
-        isinstance(number, (int, float)) and math.isfinite(number) for number in value
+        isinstance(number, (int, float)) and 0 <= number < math.inf for number in value
     )
 
 
@@ -91,7 +121,7 @@ SCHEMA = {  # keys of a checkpoint except `params`: the check, and the expected 
     'optimizer': (_is_dict, 'a dict'),
     'epoch': (_is_count, 'a non-negative integer'),
     'step': (_is_count, 'a non-negative integer'),
-    'totals': (_is_totals, 'four or five numbers'),
+    'totals': (_is_totals, 'four or five non-negative numbers'),
     'best': (lambda v: isinstance(v, (int, float)) and 0 <= v <= 100, 'a percentage'),
     'rng': (_is_dict, 'a dict'),
     'classes': (lambda v: isinstance(v, (list, tuple)) and all(map(_is_str, v)),
@@ -109,7 +139,8 @@ OPTIONAL = {'stats', 'classes', 'totals'}  # keys that may be None
 def check_schema(contents: Mapping) -> None:
     """Raises ValueError for the first value of a wrong type in a checkpoint or state dict.
 
-    Parameters must be floating-point tensors with finite values.
+    Parameters must be floating-point tensors with finite values, variances not negative, and the
+    optimizer must have the momenta of all parameters or of none.
     """
     if not isinstance(contents.get('params'), Mapping):  # a state dict
         _check_tensors(contents)
@@ -118,17 +149,34 @@ def check_schema(contents: Mapping) -> None:
         value = contents.get(name)
         if name in contents and not (value is None and name in OPTIONAL or is_valid(value)):
             raise ValueError(f'{name} is {reprlib.repr(value)}: expected {expected}')
+    _check_momenta(contents.get('optimizer') or {})
     _check_tensors(contents['params'])
     _check_tensors(contents.get('stats') or {})
 
 
+def _check_momenta(optimizer):
+    """Raises ValueError if some parameters have a momentum of SGD or Adam, and others do not."""
+    state, groups = optimizer.get('state'), optimizer.get('param_groups')
+    if not (_is_dict(state) and isinstance(groups, (list, tuple)) and all(map(_is_dict, groups))):
+        return
+    momenta = [buffers.get('momentum_buffer', buffers.get('exp_avg'))
+               for buffers in state.values() if _is_dict(buffers)]
+    found = sum(isinstance(momentum, Tensor) for momentum in momenta)
+    expected = sum(len(group.get('params', ())) for group in groups)
+    if 0 < found < expected:
+        raise ValueError(f'optimizer has the momenta of {found} of {expected} parameters: expected '
+                         'all or none')
+
+
 def _check_tensors(tensors):
     for name, tensor in tensors.items():
-        if not _is_str(name) or not isinstance(tensor, torch.Tensor):
+        if not _is_str(name) or not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise ValueError(f'{reprlib.repr(name)} is a {kind}: expected a tensor')
-        if not tensor.is_floating_point() and not name.endswith('num_batches_tracked'):
+        if not tensor.is_floating_point() and not name.endswith(COUNTERS):
             raise ValueError(f'{name} is of {tensor.dtype}: expected floating-point numbers')
+        if name.endswith('running_var') and (tensor < 0).any():
+            raise ValueError(f'{name} contains negative values: expected variances')
     nonfinite = find_nonfinite({n: t for n, t in tensors.items() if t.is_floating_point()})
     if nonfinite:
         raise ValueError(f'{nonfinite} contains non-finite values (NaN or Inf)')

@@ -412,7 +412,17 @@ INVALID = {  # refused by every command: (change of a checkpoint, error)
     'epoch in words': ({'epoch': 'two'}, "epoch is 'two'"),
     'best': ({'best': 1e9}, 'best is 1000000000.0'),
     'best in words': ({'best': 'good'}, "best is 'good'"),
-    'totals': ({'totals': ['a'] * 4}, 'totals is .*: expected four or five numbers'),
+    'totals': ({'totals': ['a'] * 4}, 'totals is .*: expected four or five non-negative'),
+    'negative totals': ({'step': 1, 'totals': [1.0, -1.0, 12, 2]}, r'totals is .*-1\.0'),
+    'half of the momenta': (
+        {'optimizer': {'state': {0: {'momentum_buffer': torch.ones(3)}, 1: {}},
+                       'param_groups': [{'params': [0]}, {'params': [1]}]}},
+        'optimizer has the momenta of 1 of 2 parameters'),
+    'momenta of none': (
+        {'optimizer': {'state': {0: {'momentum_buffer': None},
+                                 1: {'momentum_buffer': torch.ones(3)}},
+                       'param_groups': [{'params': [0, 1]}]}},
+        'optimizer has the momenta of 1 of 2 parameters'),
     'random states': ({'rng': 3}, 'rng is 3: expected a dict'),
     'options': ({'args': {'depth': {}}}, 'args is .*: expected a dict of plain options'),
     'classes': ({'classes': [1, 2]}, r'classes is \[1, 2\]: expected a list of names'),
@@ -422,6 +432,13 @@ PARAMS = {  # (change of a parameter, error)
     'integers': (lambda t: t.int(), 'conv is of torch.int32: expected floating-point numbers'),
     'not a number': (lambda t: t * math.nan, 'conv contains non-finite'),
     'no tensor': (lambda t: t.tolist(), "'conv' is a list"),
+    'sparse': (lambda t: t.to_sparse(), "'conv' is sparse"),
+    'compressed rows': (lambda t: t.flatten(1).to_sparse_csr(), "'conv' is sparse"),
+    'without numbers': (lambda t: t.to('meta'), "'conv' is on the device meta"),
+    'nested': (lambda t: torch.nested.nested_tensor([t[0], t[1]]), "'conv' is nested"),
+    '8 bits': (lambda t: t.to(torch.float8_e4m3fn), "'conv' is of torch.float8_e4m3fn"),
+    'complex': (lambda t: t.to(torch.complex64), "'conv' is of torch.complex64"),
+    'expanded': (lambda t: torch.ones(1).expand(100_000, 100_000), "'conv' is expanded"),
 }
 INVALID_TO_RESUME = {  # refused by --resume only
     'step beyond the end': ({'step': 5, 'totals': [1.0, 1.0, 40, 2]}, 'step 5 of an epoch: expect'),
@@ -461,20 +478,51 @@ def test_resume_fails_when_parameters_are_invalid(images, whole, tmp_path, capsy
     refuse_to_resume(images, whole, tmp_path, capsys, changed, message)
 
 
-@pytest.mark.parametrize('case', ['nested lists', 'negative step', 'classes', 'options'])
-def test_every_command_refuses_invalid_checkpoints(images, whole, tmp_path, capsys, case):
-    change, message = INVALID[case]
-    path = str(tmp_path / 'model.pt7')
-    torch.save({**torch.load(whole / 'model.pt7', weights_only=True), **change}, path)
+def every_command_refuses(path, tmp_path, capsys, message):
+    new = str(tmp_path / 'new')
     for main, arguments in (
         (export.main, [path, '--to', str(tmp_path / 'x.pth')]),
         (predict.main, ['x.png', '--model', path]),
         (train.main, ['--evaluate', '--resume', path, '--dataset', 'Digits']),
+        (train.main, ['--pretrained', path, '--dataset', 'Digits', '--depth', '10', '--save', new]),
     ):
         with pytest.raises(SystemExit) as exit:
             main(arguments)
         assert exit.value.code == 2
-        assert re.search(message, capsys.readouterr().err)
+        error = capsys.readouterr().err
+        assert re.search(message, error), error
+        assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize('case', ['nested lists', 'negative step', 'classes', 'options',
+                                  'negative totals', 'half of the momenta'])
+def test_every_command_refuses_invalid_checkpoints(images, whole, tmp_path, capsys, case):
+    change, message = INVALID[case]
+    path = str(tmp_path / 'model.pt7')
+    torch.save({**torch.load(whole / 'model.pt7', weights_only=True), **change}, path)
+    every_command_refuses(path, tmp_path, capsys, message)
+
+
+@pytest.mark.parametrize('case', PARAMS)
+def test_every_command_refuses_invalid_parameters(images, whole, tmp_path, capsys, case):
+    change, message = PARAMS[case]
+    params = params_of(whole)
+    path = str(tmp_path / 'model.pt7')
+    torch.save({'params': {**params, 'conv': change(params['conv'])}}, path)
+    every_command_refuses(path, tmp_path, capsys, message)
+
+
+def test_every_command_refuses_negative_variances(images, whole, tmp_path, capsys):
+    params, path = params_of(whole), str(tmp_path / 'model.pt7')
+    torch.save({'params': {**params, 'bn.running_var': -params['bn.running_var']}}, path)
+    every_command_refuses(path, tmp_path, capsys, 'bn.running_var contains negative values')
+
+
+def test_resume_fails_when_a_momentum_is_expanded(images, whole, tmp_path, capsys):
+    optimizer = torch.load(whole / 'model.pt7', weights_only=True)['optimizer']
+    optimizer['state'][0]['momentum_buffer'] = torch.ones(1).expand(100_000, 100_000)
+    refuse_to_resume(images, whole, tmp_path, capsys, {'optimizer': optimizer},
+                     "'momentum_buffer' is expanded")
 
 
 def test_save_does_not_follow_a_symlink(images, tmp_path):

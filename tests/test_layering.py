@@ -32,6 +32,7 @@ MAY_IMPORT = {  # module or package: the modules and packages of this project th
         'diracnet', 'diracnets.architectures', 'diracnets.checkpoint', 'diracnets.fold',
         'diracnets.metadata', 'diracnets.models', 'diracnets.onnx', 'diracnets.preprocessing',
     },
+    'diracnets.timm': {'diracconv', 'diracnet', 'diracnets.checkpoint', 'diracnets.models.plain'},
     'diracnets': LIBRARY,
     'cli': set(),
     'training.choices': set(),
@@ -51,8 +52,9 @@ MAY_IMPORT = {  # module or package: the modules and packages of this project th
 }
 OPTIONAL = {  # third-party packages that the library imports inside functions
     'PIL', 'cv2', 'numpy', 'onnx', 'onnxruntime', 'onnxscript', 'safetensors', 'torchvision',
-    'tqdm',
+    'timm', 'tqdm',
 }
+AT_MODULE_LEVEL = {'diracnets.timm': {'timm'}}  # modules that nothing else imports
 
 
 def module_name(path):
@@ -128,7 +130,7 @@ def test_scripts_are_imported_only_by_experiments(script):
     name for name in MODULES if packages([name]) <= LIBRARY))
 def test_library_imports_only_torch_at_module_level(module):
     tree = MODULES[module]
-    required = {*sys.stdlib_module_names, 'torch', *LIBRARY}
+    required = {*sys.stdlib_module_names, 'torch', *LIBRARY, *AT_MODULE_LEVEL.get(module, ())}
     assert packages(imported_names(walk_module_level(tree))) <= required
     assert packages(imported_names(ast.walk(tree))) <= required | OPTIONAL
 
@@ -141,6 +143,11 @@ def test_library_imports_only_torch_at_module_level(module):
 def test_options_and_log_import_only_the_standard_library(module):
     imported = packages(imported_names(walk_module_level(MODULES[module])))
     assert imported <= {*sys.stdlib_module_names, 'cli', 'diracnets', 'training'}
+
+
+@pytest.mark.parametrize('module', AT_MODULE_LEVEL)
+def test_modules_of_optional_packages_are_imported_by_no_other(module):
+    assert not any(module in imported for imported in project_imports().values())
 
 
 def test_import_diracnets_loads_no_other_package_than_torch():

@@ -379,3 +379,35 @@ def test_diracnet18_raises_when_contents_are_invalid(published, monkeypatch, cha
         diracnet18(pretrained=True)
     assert '\n' not in str(error.value)
     assert str(error.value).endswith(f'download it to {file}')
+
+
+@pytest.mark.parametrize(('arguments', 'new', 'outputs'), [
+    ({'num_classes': 5}, ['fc.bias', 'fc.weight'], 5),
+    ({'num_classes': 0}, [], 512),
+    ({'in_channels': 1}, ['features.conv.bias', 'features.conv.weight'], 1000),
+    ({'num_classes': 1000, 'in_channels': 3}, [], 1000),
+])
+def test_hub_diracnet18_has_a_new_head_or_stem_when_sizes_differ(
+    monkeypatch, recwarn, arguments, new, outputs
+):
+    published = DiracNet(18).state_dict()
+    monkeypatch.setattr(diracnet, 'load_published', lambda url, get_params: get_params(published))
+    model = torch.hub.load(str(ROOT), 'diracnet18', source='local', pretrained=True, **arguments)
+    state = model.state_dict()
+    assert sorted(name for name, tensor in state.items()
+                  if not torch.equal(tensor, published[name])) == new
+    assert published.keys() - state.keys() == (
+        {'fc.weight', 'fc.bias'} if arguments.get('num_classes') == 0 else set())
+    inputs = torch.randn(2, arguments.get('in_channels', 3), 64, 64)
+    assert model(inputs).shape == (2, outputs)
+    if outputs == 512:
+        assert torch.equal(model(inputs), model.features(inputs).mean(dim=(2, 3)))
+    warnings = [str(w.message) for w in recwarn if 'randomly' in str(w.message)]
+    assert len(warnings) == ('in_channels' in arguments and arguments['in_channels'] != 3)
+    assert diracnet.diracnet34(num_classes=7, in_channels=2).fc.out_features == 7
+
+
+@pytest.mark.parametrize('num_classes', [-1, 2.5])
+def test_diracnet18_raises_when_num_classes_is_invalid(num_classes):
+    with pytest.raises(ValueError, match=f'num_classes {num_classes}: expected'):
+        diracnet18(num_classes=num_classes)
