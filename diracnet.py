@@ -19,7 +19,7 @@ import itertools
 import re
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -400,27 +400,27 @@ class Network(nn.Sequential):
         for name in [name for name in state_dict if name.startswith(prefix)]:
             tensor = state_dict.pop(name)  # every tensor, to keep the order
             if not name.endswith(BATCH_COUNT):
-                state_dict[prefix + _flat_name(name.removeprefix(prefix))] = tensor
+                state_dict[prefix + flat_name(name.removeprefix(prefix))] = tensor
         return state_dict
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         for name in [name for name in state_dict if name.startswith(prefix)]:
             tensor = state_dict.pop(name)
-            state_dict[prefix + _module_name(name.removeprefix(prefix))] = tensor
+            state_dict[prefix + module_name(name.removeprefix(prefix))] = tensor
             if name.endswith('.running_var'):
                 count = torch.zeros((), dtype=torch.long, device=tensor.device)
                 state_dict.setdefault(name.removesuffix('.running_var') + BATCH_COUNT, count)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _flat_name(name):
+def flat_name(name: str) -> str:
     """Returns the name in `params` of a tensor in the modules of a Network."""
     name = re.sub(r'^(|group\d+\.block\d+\.)conv\.weight$', r'\1conv', name)
     return re.sub(r'^(group\d+\.block\d+\.)conv\.(alpha|beta)$', r'\1\2', name)
 
 
-def _module_name(name):
-    """Reverses `_flat_name`."""
+def module_name(name: str) -> str:
+    """Returns the name in the modules of a Network of a tensor in `params`."""
     name = re.sub(r'^(group\d+\.block\d+\.)(alpha|beta)$', r'\1conv.\2', name)
     return re.sub(r'^(|group\d+\.block\d+\.)conv$', r'\1conv.weight', name)
 

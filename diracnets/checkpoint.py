@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diracnet import Topology, is_folded, join_names, load_published
+from diracnet import Topology, flat_name, is_folded, join_names, load_published
 from diracnets.metadata import ORIGIN_KEYS, check_bounds, check_schema, parse_metadata
 
 MODEL_FILE, PREVIOUS_FILE, BEST_FILE = 'model.pt7', 'previous.pt7', 'best.pt7'  # of a run's folder
@@ -118,16 +118,6 @@ def parse_checkpoint(contents: Mapping, path: str | os.PathLike) -> CheckpointCo
         params = {flat_name(name): tensor for name, tensor in params.items()
                   if not name.endswith('.num_batches_tracked')}
     return make_contents(path, contents, params)
-
-
-def flat_name(name: str) -> str:
-    """Returns the name in `define_diracnet`'s parameters of a parameter of a module."""
-    return re.sub(r'\bconv\.(alpha|beta)$', r'\1', re.sub(r'\bconv\.weight$', 'conv', name))
-
-
-def module_name(name: str) -> str:
-    """Returns the name in a module-based DiracNet of a parameter: the inverse of `flat_name`."""
-    return re.sub(r'\b(alpha|beta)$', r'conv.\1', re.sub(r'\bconv$', 'conv.weight', name))
 
 
 def common_prefix(names: Iterable[str]) -> str:

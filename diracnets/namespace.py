@@ -14,6 +14,7 @@ from diracnets.quantization import equalize
 
 __all__ = [
     'DiracConv1d', 'DiracConv2d', 'DiracConv3d', 'DiracNet', 'DiracParametrization', 'LoadedModel',
-    'Network', 'OnnxModel', 'Preprocessing', 'create_model', 'define_diracnet', 'deploy', 'dirac', 'diracnet18', 'diracnet34', 'equalize', 'fold',
-    'list_models', 'load', 'load_params', 'preprocess', 'pretrained_params',
+    'Network', 'OnnxModel', 'Preprocessing', 'create_model', 'define_diracnet', 'deploy', 'dirac',
+    'diracnet18', 'diracnet34', 'equalize', 'fold', 'list_models', 'load', 'load_params',
+    'preprocess', 'pretrained_params',
 ]

@@ -21,9 +21,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from diracconv import DiracConv2d
-from diracnet import make_topology
-from diracnets.checkpoint import CHECKPOINT_URLS, module_name, parse_checkpoint
-from diracnets.models.plain import PlainNet, conv_block
+from diracnet import conv_block, make_topology, module_name
+from diracnets.checkpoint import CHECKPOINT_URLS, parse_checkpoint
+from diracnets.models.plain import PlainNet
 
 
 class TimmDiracNet(nn.Module):

@@ -4,7 +4,6 @@
     logits = model(inputs)                          # (N, 3, H, W) to (N, num_classes)
 """
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
