@@ -1,6 +1,6 @@
 """DiracNets for torch.hub. From a clone of this repository:
 
-    model = torch.hub.load('.', 'diracnet18', source='local', pretrained=True)
+    model = torch.hub.load('.', 'diracnet18', source='local', pretrained=True, num_classes=5)
 """
 
 from pathlib import Path

@@ -209,7 +209,8 @@ def _read_safetensors(path):
         return contents
     except Exception as error:  # of safetensors, or of torch for an unknown dtype
         _raise_if_environment_error(error, path)
-        raise ValueError('corrupt, or not a safetensors file') from error
+        reason = str(error).partition('\n')[0]
+        raise ValueError(f'corrupt, or not a safetensors file ({reason})') from error
 
 
 def _read_pickle(path):

@@ -162,7 +162,8 @@ def _check_momenta(optimizer):
     momenta = [buffers.get('momentum_buffer', buffers.get('exp_avg'))
                for buffers in state.values() if _is_dict(buffers)]
     found = sum(isinstance(momentum, Tensor) for momentum in momenta)
-    expected = sum(len(group.get('params', ())) for group in groups)
+    numbers = [group.get('params') for group in groups]
+    expected = sum(len(params) for params in numbers if isinstance(params, (list, tuple)))
     if 0 < found < expected:
         raise ValueError(f'optimizer has the momenta of {found} of {expected} parameters: expected '
                          'all or none')

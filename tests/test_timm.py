@@ -1,5 +1,6 @@
 """The adapter for timm, by the conventions that timm tests its own models for."""
 
+import argparse
 import copy
 import importlib
 import re
@@ -14,6 +15,7 @@ from diracnet import define_diracnet
 
 timm = pytest.importorskip('timm')
 pytest.importorskip('timm.optim')
+pytest.importorskip('timm.utils')
 importlib.import_module('diracnets.timm')  # registers the models
 NAMES = ['diracnet18', pytest.param('diracnet34', marks=pytest.mark.slow)]
 
@@ -156,8 +158,12 @@ def test_timm_checkpoints_are_read_by_both_sides(params, tmp_path):
         'file': str(tmp_path / 'model.pt7')}).eval()
     expected = logits(params, inputs)
     torch.testing.assert_close(model(inputs), expected, rtol=1e-4, atol=1e-5)
-    saved = tmp_path / 'checkpoint.pth.tar'
-    torch.save({'arch': 'diracnet18', 'state_dict': model.state_dict(), 'version': 2}, saved)
+    args = argparse.Namespace(model='diracnet18')
+    saver = timm.utils.CheckpointSaver(
+        model, torch.optim.SGD(model.parameters(), 0.1), checkpoint_dir=str(tmp_path),
+        args=args if hasattr(torch.serialization, 'safe_globals') else None)
+    saver.save_checkpoint(0, metric=90.0)
+    saved = tmp_path / 'checkpoint-0.pth.tar'
     loaded = diracnets.load(saved)
     assert loaded.title == 'DiracNet-18-1'
     torch.testing.assert_close(loaded.model(inputs), expected, rtol=1e-4, atol=1e-5)
