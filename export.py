@@ -25,7 +25,7 @@ import diracnets
 from cli import ArgumentParser, exit_on_error, print_table, require_packages
 from diracnets.fold import fold
 from diracnets.formats import FORMATS
-from diracnets.loading import check_classes
+from diracnets.loading import match_classes
 from diracnets.onnx import OnnxModel
 from diracnets.preprocessing import normalize
 from diracnets.quantization import calibration_set, equalize, quantize
@@ -70,10 +70,10 @@ def parse_options(argv=None):
 
 
 def load_test_set(opt, loaded):
-    """Loads the test set of --dataset; raises ValueError if its classes are not the model's."""
+    """Loads the test set of --dataset; raises ValueError for classes that the model lacks."""
     splits = data.load_splits(opt.dataset, opt.dataroot, loaded.preprocess, training=False)
-    check_classes(loaded.path, loaded.num_classes, loaded.classes, splits.classes)
-    return splits.test
+    return splits.test.relabeled(match_classes(
+        loaded.path, loaded.num_classes, loaded.classes, splits.classes))
 
 
 def verification_inputs(loaded, test, paths):

@@ -21,6 +21,7 @@ import torchvision
 from tqdm import tqdm
 
 from diracnets.image_files import DataError
+from diracnets.loading import class_positions
 from diracnets.preprocessing import (
     DATASETS,
     IMAGE_EXTENSIONS,
@@ -56,8 +57,11 @@ class DataSplits:
 
         train, test: pairs of images, uint8 (N, S, S) or (N, S, S, C), and labels (N,), from 0, as
         arrays or tensors; or torch Datasets (see DatasetImages). train: None for testing only.
-        classes: class names, by default those of the Dataset or the numbers of the labels. Raises
-        DataError for invalid images and labels.
+        classes: class names, by default those of the first Dataset or the numbers of the labels.
+        Datasets with `classes` of their own are matched by name: a test set may lack classes, or
+        have them in another order. If all names of the Datasets differ from `classes`, these rename
+        the classes of the first Dataset by position. Raises DataError for invalid images and
+        labels, and for a class that is not in `classes` or in the first Dataset.
         """
         sources = [source for source in (train, test) if source is not None]
         for source in sources:
@@ -66,7 +70,7 @@ class DataSplits:
         names = [str(name) for name in (_class_names(sources) if classes is None else classes)]
         if len(names) < 2:
             raise DataError(f'{len(names)} classes: expected two or more')
-        splits = [_to_dataset(source, len(names)) for source in sources]
+        splits = [_to_dataset(source, names, _own_classes(sources)) for source in sources]
         if splits[0].shape != splits[-1].shape:
             raise DataError(f'training images are {splits[0].shape}, test images '
                             f'{splits[-1].shape}: expected the same')
@@ -91,20 +95,51 @@ class DataSplits:
         return replace(self, train=train)
 
 
+    def with_classes(self, classes, positions):
+        """Returns splits with class names `classes`; positions: of the present classes in these."""
+        if classes == self.classes:
+            return self
+        splits = {split: getattr(self, split) for split in ('train', 'val', 'test')}
+        return replace(self, classes=classes, **{
+            split: images.relabeled(positions) for split, images in splits.items()
+            if images is not None})
+
+
+def _own_classes(sources):
+    """Returns the class names of the first Dataset that has some, or None."""
+    return next((list(map(str, source.classes)) for source in sources
+                 if hasattr(source, 'classes')), None)
+
+
 def _class_names(sources):
     """Returns the class names of Datasets, or the numbers of the labels of pairs."""
-    for source in sources:
-        if hasattr(source, 'classes'):
-            return source.classes
-        if not isinstance(source, (tuple, list)):
-            raise DataError('a Dataset without classes: expected class names')
-    return range(1 + max(int(np.max(np.asarray(labels), initial=-1)) for _, labels in sources))
+    names = _own_classes(sources)
+    if names is None and not all(isinstance(source, (tuple, list)) for source in sources):
+        raise DataError('a Dataset without classes: expected class names')
+    return names or range(
+        1 + max(int(np.max(np.asarray(labels), initial=-1)) for _, labels in sources))
 
 
-def _to_dataset(source, num_classes):
+def _match_dataset(source, names, first_names):
+    """Returns DatasetImages with the labels of `names`; raises DataError for other classes.
+
+    first_names: those of the first Dataset, which `names` rename by position if all differ.
+    """
+    own = _own_classes([source]) or names
+    expected = names if {*own} & {*names} else first_names[: len(names)]
+    positions = class_positions(own, expected)
+    if positions is None:
+        others = ', '.join(sorted({*own} - {*expected})[:5]) or 'of equal names'
+        raise DataError(f'a Dataset has classes {others}: expected {", ".join(expected[:5])}'
+                        + ', ...' * (len(expected) > 5))
+    return DatasetImages(source, len(own)).relabeled(positions)
+
+
+def _to_dataset(source, names, first_names):
     """Returns a BatchDataset of a pair of arrays or a Dataset; raises DataError."""
+    num_classes = len(names)
     if not isinstance(source, (tuple, list)):
-        dataset = DatasetImages(source, num_classes)
+        dataset = _match_dataset(source, names, first_names)
     else:
         images, labels = (torch.as_tensor(np.ascontiguousarray(array)) for array in source)
         if images.dtype != torch.uint8 or images.ndim not in (3, 4):

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 import diracnets
-from diracnets.loading import check_classes
+from cli import say
+from diracnets.loading import class_positions, match_classes
 from diracnets.models.registry import ARCHITECTURES
 from diracnets.preprocessing import Preprocessing, normalize
 from training import checkpoint, data, distributed, options
@@ -155,6 +156,9 @@ def prepare(opt, device, lock, splits=None):
     if changed:
         raise ValueError(f'{path}: {"; ".join(changed)}; use the same options, or --force')
     splits = load_training_splits(opt, splits, preprocess)
+    saved, names = state.get('classes') or [], splits.classes
+    if set(saved) == set(names) and class_positions(names, saved):  # in another order
+        splits = splits.with_classes(saved, class_positions(names, saved))
     preprocess = resolve_normalization(preprocess, opt, splits.train, state['args'])
     forward = Forward(preprocess, dtype, device)
     splits = splits.to(device)
@@ -170,6 +174,21 @@ def prepare(opt, device, lock, splits=None):
     if rank() == 0 and not run.done:
         prepare_folder(run, lock)
     return run
+
+
+def match_splits(splits, loaded, force=False):
+    """Returns test images with the labels of a LoadedModel, by class names: see `match_classes`."""
+    names = splits.classes
+    positions = match_classes(loaded.path, loaded.num_classes, loaded.classes, names, force)
+    if not loaded.classes:
+        return splits
+    matched = [loaded.classes[position] for position in positions]
+    if rank() == 0 and matched != names:
+        pairs = ', '.join(f'{name} is {other}' for name, other in zip(names[:3], matched))
+        say(f'--force: classes are matched by position: {pairs}' + ', ...' * (len(names) > 3))
+    elif rank() == 0 and len(names) < loaded.num_classes:
+        say(f'classes are matched by name: {len(names)} of {loaded.num_classes}')
+    return splits.with_classes(loaded.classes, positions)
 
 
 def load_for_evaluation(opt, device, splits=None):
@@ -188,8 +207,7 @@ def load_for_evaluation(opt, device, splits=None):
     if splits.test.shape != expected:
         raise ValueError(f'test images are {splits.test.shape}: expected {expected}, as the model '
                          f'of {loaded.path} has')
-    classes = None if opt.force else loaded.classes
-    check_classes(loaded.path, loaded.num_classes, classes, splits.classes)
+    splits = match_splits(splits, loaded, opt.force)
     dtype = choose_dtype(opt.dtype, device, loaded.args)
     loaded.model.to(device, param_dtype(dtype))
     return loaded, Forward(loaded.preprocess, dtype, device), splits
