@@ -20,7 +20,7 @@ from diracnets.fold import fold
 from diracnets.preprocessing import Preprocessing, normalize
 from pages import blocks
 from runs import assert_same_run, params_of, refused, run, stats_of, write_images
-from training import augmentation, data, options
+from training import augmentation, data, folders, options
 from training.data import DataSplits
 from training.loader import iterate_batches, make_loader
 
@@ -96,8 +96,8 @@ def test_augment_crops_and_flips_the_padded_image(reflect):
 
 def test_flips_of_image_files_without_crops(tmp_path):
     write_images(tmp_path, n=4, size=(80, 90))
-    paths, labels, _ = data.list_images(str(tmp_path))
-    dataset = data.ImageFiles(paths, labels, 70)
+    paths, labels, _ = folders.list_images(str(tmp_path))
+    dataset = folders.ImageFiles(paths, labels, 70)
     unflipped = dataset[torch.arange(8), None, torch.arange(8)][0].permute(0, 2, 3, 1).numpy()
     for flip, ways in (('none', {0}), ('horizontal', {0, 4}), ('all', set(range(8)))):
         images, sampled = dataset.augmented(crop=False, flip=flip), set()
@@ -111,8 +111,8 @@ def test_flips_of_image_files_without_crops(tmp_path):
 @pytest.mark.parametrize('kind', ['memory', 'files', 'pairs'])
 def test_alternating_flip_flips_each_image_in_every_second_epoch(tmp_path, kind):
     write_images(tmp_path, n=15, size=(70, 70))
-    paths, labels, _ = data.list_images(str(tmp_path))
-    dataset = data.ImageFiles(paths, labels, 70)
+    paths, labels, _ = folders.list_images(str(tmp_path))
+    dataset = folders.ImageFiles(paths, labels, 70)
     unflipped = dataset[torch.arange(30), None, torch.arange(30)][0].permute(0, 2, 3, 1)
     if kind == 'memory':
         dataset = data.MemoryImages(unflipped, labels)

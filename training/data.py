@@ -7,30 +7,19 @@ normalized by `diracnets.preprocessing.normalize` on the training device.
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-from collections import Counter
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
 
 import cv2
 import numpy as np
 import torch
 import torchvision
-from tqdm import tqdm
 
 from diracnets.image_files import DataError
 from diracnets.loading import class_positions
-from diracnets.preprocessing import (
-    DATASETS,
-    IMAGE_EXTENSIONS,
-    MAX_SMALL,
-    Preprocessing,
-    read_test_image,
-)
-from training.datasets import IGNORED, BatchDataset, DatasetImages, ImageFiles, MemoryImages
+from diracnets.preprocessing import DATASETS, Preprocessing
+from training.datasets import IGNORED, BatchDataset, DatasetImages, MemoryImages
 from training.distributed import all_reduce, rank, world_size
+from training.folders import load_folder
 from training.loader import iterate_batches, make_loader
 
 MIN_PIXELS = 8  # height and width of an image
@@ -170,91 +159,6 @@ def fits_in_memory(nbytes, device):
 # ---------------------------------------------------------------- datasets by name
 
 
-def list_images(folder):
-    """Lists a folder of class folders: returns sorted (paths, labels, class names).
-
-    Hidden entries and files with other extensions are skipped, and counted on stderr. Raises
-    DataError for a missing folder, fewer than two classes, or a class without images.
-    """
-    if not os.path.isdir(folder):
-        raise DataError(f'{folder}: no such folder; expected one folder of images for each class')
-    folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    classes = [name for name in folders if not name.startswith('.')]
-    skipped = [name for name in folders if name.startswith('.')]
-    if len(classes) < 2:
-        raise DataError(f'{folder}: {len(classes)} class folders, expected two or more')
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        entries = sorted(os.listdir(os.path.join(folder, name)))
-        files = [entry for entry in entries
-                 if entry.lower().endswith(IMAGE_EXTENSIONS) and not entry.startswith('.')]
-        others = sorted({*entries} - {*files})
-        if not files:
-            counts = f', only {_count_by_extension(others)}' if others else ''
-            raise DataError(f'{os.path.join(folder, name)}: a class folder without images{counts}: '
-                            f'expected {", ".join(IMAGE_EXTENSIONS)}')
-        paths += [os.path.join(folder, name, file) for file in files]
-        labels += [label] * len(files)
-        skipped += others
-    if skipped and rank() == 0:
-        print(f'{folder}: skipped {len(skipped)} entries ({_count_by_extension(skipped)}): '
-              f'expected {", ".join(IMAGE_EXTENSIONS)}', file=sys.stderr)
-    return paths, labels, classes
-
-
-def _count_by_extension(names):
-    """Counts names by extension, the most frequent first: '2 .gif, 1 .avif, 1 README'."""
-    counts = Counter(
-        name if name.startswith('.') else os.path.splitext(name)[1].lower() or name
-        for name in names
-    ).most_common()
-    rest = f', {sum(count for _, count in counts[5:])} others' if counts[5:] else ''
-    return ', '.join(f'{count} {extension}' for extension, count in counts[:5]) + rest
-
-
-def _read_small_images(paths, size, nthread, name):
-    """Reads small images into memory, with a progress bar: returns uint8 (N, size, size, 3)."""
-    images = np.empty((len(paths), size, size, 3), np.uint8)
-    stopped = threading.Event()
-
-    def read(i):
-        if not stopped.is_set():
-            images[i] = read_test_image(paths[i], size)
-
-    pool = ThreadPool(max(1, nthread))
-    try:
-        done = pool.imap_unordered(read, range(len(paths)), chunksize=64)
-        for _ in tqdm(done, f'reading {name}', len(paths), unit='img', disable=None, leave=False):
-            pass
-    finally:  # a thread that reads while the interpreter exits would abort the process
-        stopped.set()
-        pool.terminate()
-        pool.join()
-    return images
-
-
-def _load_folder(root, test_folders, training, size, nthread):
-    """Loads class folders from the first existing one of `test_folders` and from train/."""
-    test_folders = [os.path.join(root, folder) for folder in test_folders]
-    test_folder = next(filter(os.path.isdir, test_folders), test_folders[0])
-
-    def load(folder, paths, labels):
-        if size > MAX_SMALL:
-            return ImageFiles(paths, labels, size)
-        return MemoryImages(_read_small_images(paths, size, nthread, folder), labels)
-
-    if not training:
-        *test, classes = list_images(test_folder)
-        return DataSplits(None, load(test_folder, *test), classes)
-    train_folder = os.path.join(root, 'train')
-    *train, classes = list_images(train_folder)
-    *test, test_classes = list_images(test_folder)
-    if test_classes != classes:
-        different = ', '.join(sorted(set(classes) ^ set(test_classes))[:5])
-        raise DataError(f'{train_folder} and {test_folder}: different class folders: {different}')
-    return DataSplits(load(train_folder, *train), load(test_folder, *test), classes)
-
-
 def _load_cifar(name, root, training):
     """Loads CIFAR-10 or CIFAR-100 by torchvision, which downloads missing files."""
     dataset = getattr(torchvision.datasets, name)
@@ -289,15 +193,16 @@ def _load_digits(training):
     )
 
 
-def load_splits(name, root='.', preprocess=None, nthread=4, training=True, **augmentation):
+def load_splits(name, root='.', preprocess=None, nthread=4, training=True, classes=(),
+                use_val=True, **augmentation):
     """Loads the training and test set of a dataset by name, one of DATASETS.
 
     ImageNet and Folder are image files in root/train/CLASS/ and root/val/CLASS/, Folder also in
     root/test/CLASS/. root: the folder of the files; preprocess: the Preprocessing of the model, by
     default that of the dataset; nthread: threads that read small images; training: False loads
-    the test set only; augmentation: settings of an Augmentation, with the dataset's default for
-    `flip`. Raises DataError that names the path of an invalid file, and for a preprocessing of
-    other channels or another size than the dataset's.
+    the test set only; classes, use_val: see `load_folder`; augmentation: settings of an
+    Augmentation, with the dataset's default for `flip`. Raises DataError that names the path of an
+    invalid file, and for a preprocessing of other channels or another size than the dataset's.
     """
     preprocess = preprocess or Preprocessing.for_dataset(name)
     info = DATASETS[name]
@@ -305,7 +210,9 @@ def load_splits(name, root='.', preprocess=None, nthread=4, training=True, **aug
         raise DataError(f'{name} has images of 3 channels: expected {preprocess.channels}, the '
                         'channels of the model')
     if info.test_folders:
-        splits = _load_folder(root, info.test_folders, training, preprocess.size, nthread)
+        images, names = load_folder(root, info.test_folders, preprocess.size, nthread, training,
+                                    classes, use_val)
+        splits = DataSplits(**{'train': None, **images}, classes=names)
     elif preprocess.size != info.size:
         raise DataError(f'{name} has images of {info.size} pixels: expected {preprocess.size}')
     elif name == 'Digits':

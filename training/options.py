@@ -166,7 +166,7 @@ def _add_data_options(group):
         help='dataset; with --evaluate, by default that of the run (default: CIFAR10)')
     add('--dataroot', '--imagenetpath', default='.', type=expand_path,
         help='folder of the dataset; ImageNet: with train/CLASS/ and val/CLASS/, Folder: with '
-             'train/CLASS/ and test/CLASS/ or val/CLASS/')
+             'train/CLASS/ and test/CLASS/ or val/CLASS/; of both, val/ selects best.pt7')
     add('--image_size', default=None, type=at_least(data.MIN_PIXELS, int, MAX_IMAGE_SIZE),
         help='height and width of the inputs of a Folder, in pixels (default: 32); '
              f'{NETWORKS_BY_SIZE}')
@@ -252,7 +252,7 @@ def _add_run_options(group):
              'that the authors published; a new last layer is initialized if the classes differ')
     add('--force', default=False, action='store_true',
         help='resume although options that change the result differ, or evaluate although class '
-             'names differ')
+             'names differ, which are then matched by position')
     add('--evaluate', default=False, action='store_true',
         help='evaluate the model of --resume on the test set and write nothing; the checkpoint '
              'defines the architecture')

@@ -66,10 +66,9 @@ def check_ranks_agree(run):
                          ' steps, another rank a different number; use one --save that all share')
 
 
-def load_named_splits(opt, name, preprocess, training=True, **augmentation):
+def load_named_splits(opt, name, preprocess, **more):
     """Loads a dataset by name; one rank of each machine downloads it before the others read it."""
-    load = functools.partial(data.load_splits, name, opt.dataroot, preprocess, opt.nthread,
-                             training, **augmentation)
+    load = functools.partial(data.load_splits, name, opt.dataroot, preprocess, opt.nthread, **more)
     return distributed.rank_zero_first(load) if name.startswith('CIFAR') else load()
 
 
@@ -81,7 +80,8 @@ def load_training_splits(opt, splits, preprocess):
         'reflect': ARCHITECTURES[opt.model].crop_padding == 'reflect',
     }
     splits = (splits.augmented(**augmentation) if splits
-              else load_named_splits(opt, opt.dataset, preprocess, **augmentation))
+              else load_named_splits(opt, opt.dataset, preprocess, use_val=not opt.val,
+                                     **augmentation))
     if opt.val:
         splits.train, splits.val = data.hold_out(splits.train, opt.val)
     return splits
@@ -202,7 +202,8 @@ def load_for_evaluation(opt, device, splits=None):
         overrides |= zip(('mean', 'std'), options.mean_and_std(opt.normalise))
     loaded = diracnets.load(opt.save if opt.resume == 'auto' else opt.resume, overrides)
     name = overrides.get('dataset') or loaded.args.get('dataset', 'CIFAR10')
-    splits = splits or load_named_splits(opt, name, loaded.preprocess, training=False)
+    splits = splits or load_named_splits(opt, name, loaded.preprocess, training=False,
+                                         classes=loaded.classes or ())
     expected = (loaded.preprocess.size, loaded.preprocess.size, loaded.preprocess.channels)
     if splits.test.shape != expected:
         raise ValueError(f'test images are {splits.test.shape}: expected {expected}, as the model '
