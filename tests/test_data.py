@@ -647,7 +647,7 @@ def test_load_splits_ends_its_threads_when_an_image_is_corrupt(tmp_path, monkeyp
     write_images(tmp_path / 'test')
 
     def slow(path, size):
-        if path.endswith('cat/0.png'):
+        if path.endswith('train/cat/0.png'):
             raise DataError(path)
         time.sleep(0.01)
         return np.zeros((size, size, 3), np.uint8)

@@ -1,5 +1,6 @@
 """Folders of the user's own images: layouts, class names, formats and corrupt files."""
 
+import os
 import shutil
 
 import cv2
@@ -8,11 +9,12 @@ import pytest
 import torch
 
 import train
-from diracnets import preprocessing
+from corruption import jpeg_segment, png_of
+from diracnets import image_files, preprocessing
 from diracnets.image_files import DataError
 from diracnets.preprocessing import Preprocessing
-from runs import assert_same_run, refused, run, stats_of, write_images
-from training import data, folders
+from runs import assert_same_run, on_ranks, refused, run, stats_of, write_images, write_sets
+from training import data, distributed, folders
 
 NUMBERS = [str(number) for number in range(12)]  # as text, '10' and '11' are before '2'
 
@@ -223,3 +225,132 @@ def test_image_extensions_are_those_of_the_installed_opencv(monkeypatch):
     monkeypatch.setattr(cv2, 'haveImageWriter', lambda name: name == 'image.jp2')
     assert preprocessing.image_extensions.__wrapped__() == (
         *preprocessing.IMAGE_EXTENSIONS, '.jp2')
+
+
+# ---------------------------------------------------------------- corrupt files
+
+
+def corrupt(root, *names):
+    """Cuts files off in the middle; returns their paths."""
+    for name in names:
+        (root / name).write_bytes((root / name).read_bytes()[:-30])
+    return [str(root / name) for name in names]
+
+
+def small_options(size):
+    """The options of `run` for images of this size."""
+    large = ['--depth', 18, '--width', 0.125, '--batch_size', 4, '--nthread', 1]
+    return ['--image_size', size, '--epochs', 1, '--dtype', 'float', *(large if size > 64 else [])]
+
+
+@pytest.mark.parametrize('size', [32, 70])
+def test_corrupt_files_are_listed_at_once_or_left_out(tmp_path, capsys, size):
+    root = write_sets(tmp_path / 'images', 5, 3, (80, 80))
+    clean = shutil.copytree(root, tmp_path / 'clean')
+    names = ('train/cat/1.png', 'train/dog/3.png', 'test/cat/0.png')
+    errors = [f'{path}: not a readable image' for path in corrupt(root, *names)]
+    with pytest.raises(SystemExit) as exit_info:
+        run(root, tmp_path / 'run', *small_options(size))
+    assert exit_info.value.code == 2
+    *lines, last = capsys.readouterr().err.splitlines()
+    assert lines == errors
+    assert last.startswith(f'train.py: {root}: 3 of 16 files are corrupt; ')
+    assert not (tmp_path / 'run').exists()
+
+    run(root, tmp_path / 'run', '--skip_corrupt', *small_options(size))
+    assert capsys.readouterr().err.splitlines() == [
+        *errors, f'{root}/train: left out 2 of 10 files', f'{root}/test: left out 1 of 6 files']
+    for name in names:
+        (clean / name).unlink()
+    run(clean, tmp_path / 'whole', *small_options(size))
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+def test_corrupt_files_are_listed_up_to_a_limit(tmp_path, capsys):
+    root = write_sets(tmp_path, 14, 1)
+    paths = corrupt(root, *(f'train/{name}/{i}.png' for name in ('cat', 'dog') for i in range(14)))
+    with pytest.raises(DataError, match='28 of 30 files'):
+        data.load_splits('Folder', str(root))
+    lines = capsys.readouterr().err.splitlines()
+    listed = sorted(paths)[:20]  # in the order of the paths
+    assert lines == [*(f'{path}: not a readable image' for path in listed), '... and 8 more']
+    (tmp_path / 'train/dog/0.png').write_bytes((tmp_path / 'test/dog/0.png').read_bytes())
+    with pytest.raises(DataError, match='train: all files of a class are corrupt'):
+        data.load_splits('Folder', str(root), skip_corrupt=True)
+
+
+def test_no_check_reads_no_large_file(tmp_path, monkeypatch):
+    root = write_sets(tmp_path, 2, 2, (80, 80))
+    corrupt(root, 'train/cat/0.png', 'test/cat/0.png')
+    monkeypatch.setattr(folders, 'check_image', None)
+    inputs = Preprocessing.for_dataset('Folder', 70)
+    assert len(data.load_splits('Folder', str(root), inputs, check=False).train) == 4
+
+
+def load_on_a_rank(root, expected):
+    """Checks that a rank leaves out all corrupt files, and checks its share of the others."""
+    checked, check = [], folders.check_image
+    folders.check_image = lambda path: checked.append(path) or check(path)
+    distributed.init()
+    splits = data.load_splits('Folder', root, Preprocessing.for_dataset('Folder', 70),
+                              skip_corrupt=True)
+    assert [len(splits.train), len(splits.test)] == expected
+    assert len(checked) == 8
+    distributed.shutdown()
+
+
+@pytest.mark.slow
+def test_ranks_share_the_check_and_leave_out_the_same_files(tmp_path):
+    root = write_sets(tmp_path / 'images', 5, 3, (80, 80))
+    corrupt(root, 'train/cat/1.png', 'train/dog/2.png', 'train/dog/3.png', 'test/cat/0.png')
+    on_ranks(tmp_path, 2, load_on_a_rank, str(root), [7, 5])
+    errors = [(tmp_path / f'rank{rank}-of-2' / 'stderr').read_text() for rank in (0, 1)]
+    assert [len(text.splitlines()) for text in errors] == [6, 0]
+
+
+@pytest.mark.parametrize('extension', ['jpg', 'png', 'webp', 'bmp', 'gif'])
+def test_check_image_agrees_with_read_image(tmp_path, extension, monkeypatch):
+    content = cv2.imencode(f'.{extension}', SMOOTH)[1].tobytes()
+    path = tmp_path / 'image'
+
+    def error_of(read):
+        try:
+            read(str(path))
+        except DataError as error:
+            return str(error)
+
+    if extension in ('jpg', 'png', 'webp'):
+        with monkeypatch.context() as patch:
+            patch.setattr(cv2, 'imdecode', None)  # complete files are not decoded
+            path.write_bytes(content)
+            image_files.check_image(path)
+            patch.setattr(image_files, 'START_BYTES', 200)
+            image_files.check_image(path)
+    for cut in (0, 1, 2, 30, len(content) // 2, len(content) - 20, len(content)):
+        for trailing in (b'', bytes(10), bytes(100), content + bytes(100)):
+            path.write_bytes(content[: len(content) - cut] + trailing)
+            error, expected = error_of(image_files.check_image), error_of(image_files.read_image)
+            assert error in (None, expected)  # no false alarm
+            if not trailing or not any(trailing):
+                assert error == expected or extension == 'webp' and trailing
+    path.unlink()
+    assert error_of(image_files.check_image) == f'{path}: not readable (No such file or directory)'
+    os.mkfifo(path)
+    assert error_of(image_files.check_image) == f'{path}: not a regular file'
+
+
+def test_check_image_limits_the_pixels_without_decoding(tmp_path):
+    (tmp_path / 'image').write_bytes(png_of(100_000, 100_000))
+    with pytest.raises(DataError, match='100000 x 100000 pixels: .*MAX_PIXELS'):
+        image_files.check_image(tmp_path / 'image')
+
+
+def test_check_image_reads_headers_after_long_exif_data(tmp_path):
+    content = cv2.imencode('.jpg', SMOOTH)[1].tobytes()
+    path = tmp_path / 'image.jpg'
+    exif = 2 * jpeg_segment(0xE2, bytes(60_000))  # the frame header is after START_BYTES
+    path.write_bytes(content[:2] + exif + content[2:])
+    image_files.check_image(path)
+    path.write_bytes(content[:2] + exif + content[2:-2])
+    with pytest.raises(DataError, match='not a readable image'):
+        image_files.check_image(path)

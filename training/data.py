@@ -194,13 +194,13 @@ def _load_digits(training):
 
 
 def load_splits(name, root='.', preprocess=None, nthread=4, training=True, classes=(),
-                use_val=True, **augmentation):
+                use_val=True, check=True, skip_corrupt=False, **augmentation):
     """Loads the training and test set of a dataset by name, one of DATASETS.
 
     ImageNet and Folder are image files in root/train/CLASS/ and root/val/CLASS/, Folder also in
     root/test/CLASS/. root: the folder of the files; preprocess: the Preprocessing of the model, by
-    default that of the dataset; nthread: threads that read small images; training: False loads
-    the test set only; classes, use_val: see `load_folder`; augmentation: settings of an
+    default that of the dataset; nthread: threads that read files; training: False loads the test
+    set only; classes, use_val, check, skip_corrupt: see `load_folder`; augmentation: settings of an
     Augmentation, with the dataset's default for `flip`. Raises DataError that names the path of an
     invalid file, and for a preprocessing of other channels or another size than the dataset's.
     """
@@ -211,7 +211,7 @@ def load_splits(name, root='.', preprocess=None, nthread=4, training=True, class
                         'channels of the model')
     if info.test_folders:
         images, names = load_folder(root, info.test_folders, preprocess.size, nthread, training,
-                                    classes, use_val)
+                                    classes, use_val, check, skip_corrupt)
         splits = DataSplits(**{'train': None, **images}, classes=names)
     elif preprocess.size != info.size:
         raise DataError(f'{name} has images of {info.size} pixels: expected {preprocess.size}')

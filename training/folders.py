@@ -11,11 +11,13 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import say
-from diracnets.image_files import DataError
+from diracnets.image_files import DataError, check_image
 from diracnets.loading import class_positions
 from diracnets.preprocessing import MAX_SMALL, image_extensions, read_test_image
 from training.datasets import ImageFiles, MemoryImages
-from training.distributed import rank
+from training.distributed import merge_dicts, rank, world_size
+
+MAX_LISTED = 20  # corrupt files
 
 
 def class_folders(folder):
@@ -98,25 +100,85 @@ def _count_by_extension(names):
     return ', '.join(f'{count} {extension}' for extension, count in counts[:5]) + rest
 
 
-def _read_small_images(paths, size, nthread, name):
-    """Reads small images into memory, with a progress bar: returns uint8 (N, size, size, 3)."""
-    images = np.empty((len(paths), size, size, 3), np.uint8)
+# ---------------------------------------------------------------- reading and checking
+
+
+def _is_first():
+    """Returns whether this is the first process of its machine."""
+    return int(os.environ.get('LOCAL_RANK', 0)) == 0
+
+
+def _find_corrupt(numbers, read, title, nthread):
+    """Calls read(i) for each of `numbers` by threads, with a progress bar: returns {i: error}.
+
+    The errors are the messages of DataErrors, in all ranks those of all ranks.
+    """
     stopped = threading.Event()
 
-    def read(i):
-        if not stopped.is_set():
-            images[i] = read_test_image(paths[i], size)
+    def error_of(i):
+        try:
+            if not stopped.is_set():
+                read(i)
+        except DataError as error:
+            return i, str(error)
 
     pool = ThreadPool(max(1, nthread))
     try:
-        done = pool.imap_unordered(read, range(len(paths)), chunksize=64)
-        for _ in tqdm(done, f'reading {name}', len(paths), unit='img', disable=None, leave=False):
-            pass
+        done = pool.imap_unordered(error_of, numbers, chunksize=64)
+        errors = dict(filter(None, tqdm(done, title, len(numbers), unit='img', leave=False,
+                                        disable=None if _is_first() else True)))
     finally:  # a thread that reads while the interpreter exits would abort the process
         stopped.set()
         pool.terminate()
         pool.join()
-    return images
+    return merge_dicts(errors)
+
+
+def _read_images(folder, paths, labels, size, nthread, check):
+    """Reads small images into memory, and checks the files of large ones.
+
+    Returns (BatchDataset, {index of a corrupt file: error}).
+    """
+    if size > MAX_SMALL:
+        def read(i):
+            check_image(paths[i])
+
+        numbers = range(rank(), len(paths), world_size()) if check else ()
+        images, verb = ImageFiles(paths, labels, size), 'checking'
+    else:
+        pixels = np.empty((len(paths), size, size, 3), np.uint8)
+
+        def read(i):
+            pixels[i] = read_test_image(paths[i], size)
+
+        numbers, images, verb = range(len(paths)), MemoryImages(pixels, labels), 'reading'
+    return images, _find_corrupt(numbers, read, f'{verb} {folder}', nthread)
+
+
+def _report_corrupt(root, errors, total, skip_corrupt):
+    """Lists corrupt files on stderr; raises DataError unless they are left out."""
+    if len(errors) == 1 and not skip_corrupt:
+        raise DataError(errors[0])
+    if errors and _is_first():
+        more = [f'... and {len(errors) - MAX_LISTED} more'] * (len(errors) > MAX_LISTED)
+        print(*errors[:MAX_LISTED], *more, sep='\n', file=sys.stderr)
+    if errors and not skip_corrupt:
+        raise DataError(f'{root}: {len(errors)} of {total} files are corrupt; repair or remove '
+                        'them, or leave them out by --skip_corrupt')
+
+
+def _leave_out(folder, images, errors):
+    """Returns images without the corrupt ones; raises DataError if a class has no others."""
+    kept = [i for i in range(len(images)) if i not in errors]
+    rest = images.subset(kept)
+    if len(rest.labels.unique()) < len(images.labels.unique()):
+        raise DataError(f'{folder}: all files of a class are corrupt')
+    if _is_first():
+        print(f'{folder}: left out {len(errors)} of {len(images)} files', file=sys.stderr)
+    return rest
+
+
+# ---------------------------------------------------------------- splits
 
 
 def _test_folders(folders, classes, training, use_val):
@@ -142,29 +204,32 @@ def _test_folders(folders, classes, training, use_val):
     return splits
 
 
-def load_folder(root, test_folders, size, nthread=4, training=True, classes=(), use_val=True):
+def load_folder(root, test_folders, size, nthread=4, training=True, classes=(), use_val=True,
+                check=True, skip_corrupt=False):
     """Loads class folders of a dataset: returns ({split: images}, class names).
 
     test_folders: their names, in order of preference; the first with class folders is the test set,
     another one the validation set of a training, if `use_val`. training: False loads the test set
     only; classes: of the model to test. A test set may have some of the training set's classes.
+    check: check large image files, which are read on demand. skip_corrupt: leave out corrupt files;
+    otherwise they are listed and raise DataError.
     """
-    def load(folder, paths, labels):
-        if size > MAX_SMALL:
-            return ImageFiles(paths, labels, size)
-        return MemoryImages(_read_small_images(paths, size, nthread, folder), labels)
-
-    splits, train_folder = {}, os.path.join(root, 'train')
+    listed, train_folder = {}, os.path.join(root, 'train')
     if training:
-        *train, classes = list_images(train_folder)
-        splits['train'] = load(train_folder, *train)
+        *files, classes = list_images(train_folder)
+        listed['train'] = train_folder, *files
     folders = [os.path.join(root, name) for name in test_folders]
     for split, folder in _test_folders(folders, classes, training, use_val).items():
-        *test, names = list_images(folder, min_classes=1)
-        splits[split] = load(folder, *test)
+        paths, labels, names = list_images(folder, min_classes=1)
         if training:
             positions = _positions(folder, names, train_folder, classes)
-            splits[split] = splits[split].relabeled(positions)
+            labels = [positions[label] for label in labels]
+        listed[split] = folder, paths, labels
+    read = {split: _read_images(*files, size, nthread, check) for split, files in listed.items()}
+    _report_corrupt(root, [errors[i] for _, errors in read.values() for i in sorted(errors)],
+                    sum(len(images) for images, _ in read.values()), skip_corrupt)
+    splits = {split: _leave_out(listed[split][0], images, errors) if errors else images
+              for split, (images, errors) in read.items()}
     return splits, classes if training else names
 
 

@@ -68,7 +68,8 @@ def check_ranks_agree(run):
 
 def load_named_splits(opt, name, preprocess, **more):
     """Loads a dataset by name; one rank of each machine downloads it before the others read it."""
-    load = functools.partial(data.load_splits, name, opt.dataroot, preprocess, opt.nthread, **more)
+    load = functools.partial(data.load_splits, name, opt.dataroot, preprocess, opt.nthread,
+                             check=opt.check, skip_corrupt=opt.skip_corrupt, **more)
     return distributed.rank_zero_first(load) if name.startswith('CIFAR') else load()
 
 
