@@ -23,6 +23,7 @@ from training.folders import load_folder
 from training.loader import iterate_batches, make_loader
 
 MIN_PIXELS = 8  # height and width of an image
+MAX_CLASSES = 100_000  # numbered by the labels of arrays
 
 
 def default_flip(name):
@@ -52,10 +53,8 @@ class DataSplits:
         the classes of the first Dataset by position. Raises DataError for invalid images and
         labels, and for a class that is not in `classes` or in the first Dataset.
         """
-        sources = [source for source in (train, test) if source is not None]
-        for source in sources:
-            if isinstance(source, (tuple, list)) and len(source) != 2:
-                raise DataError(f'{len(source)} arrays: expected images and labels')
+        sources = [_check_arrays(source) if isinstance(source, (tuple, list)) else source
+                   for source in (train, test) if source is not None]
         names = [str(name) for name in (_class_names(sources) if classes is None else classes)]
         if len(names) < 2:
             raise DataError(f'{len(names)} classes: expected two or more')
@@ -83,7 +82,6 @@ class DataSplits:
         train = None if self.train is None else self.train.augmented(**augmentation)
         return replace(self, train=train)
 
-
     def with_classes(self, classes, positions):
         """Returns splits with class names `classes`; positions: of the present classes in these."""
         if classes == self.classes:
@@ -105,8 +103,24 @@ def _class_names(sources):
     names = _own_classes(sources)
     if names is None and not all(isinstance(source, (tuple, list)) for source in sources):
         raise DataError('a Dataset without classes: expected class names')
-    return names or range(
-        1 + max(int(np.max(np.asarray(labels), initial=-1)) for _, labels in sources))
+    return names or range(max(int(labels.max(initial=-1)) for _, labels in sources) + 1)
+
+
+def _check_arrays(source):
+    """Returns (images, labels) as arrays, the labels int64; raises DataError for other values."""
+    if len(source) != 2:
+        raise DataError(f'{len(source)} arrays: expected images and labels')
+    images, labels = map(np.asarray, source)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise DataError(f'images are {images.dtype} {images.shape}: expected uint8 (N, S, S) or '
+                        '(N, S, S, C)')
+    if labels.dtype.kind not in 'iub' or labels.shape != images.shape[:1]:
+        raise DataError(f'labels are {labels.dtype} {labels.shape}: expected integers '
+                        f'({len(images)},)')
+    if len(labels) and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+        raise DataError(f'labels are {labels.min()} to {labels.max()}: expected 0 to '
+                        f'{MAX_CLASSES - 1:,} at most')
+    return np.ascontiguousarray(images), labels.astype(np.int64)
 
 
 def _match_dataset(source, names, first_names):
@@ -126,21 +140,14 @@ def _match_dataset(source, names, first_names):
 
 def _to_dataset(source, names, first_names):
     """Returns a BatchDataset of a pair of arrays or a Dataset; raises DataError."""
-    num_classes = len(names)
     if not isinstance(source, (tuple, list)):
         dataset = _match_dataset(source, names, first_names)
     else:
-        images, labels = (torch.as_tensor(np.ascontiguousarray(array)) for array in source)
-        if images.dtype != torch.uint8 or images.ndim not in (3, 4):
-            raise DataError(f'images are {images.dtype} {tuple(images.shape)}: expected uint8 '
-                            '(N, S, S) or (N, S, S, C)')
-        if labels.is_floating_point() or labels.shape != images.shape[:1]:
-            raise DataError(f'labels are {labels.dtype} {tuple(labels.shape)}: expected integers '
-                            f'({len(images)},)')
-        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        images, labels = source
+        if labels.max(initial=0) >= len(names):
             raise DataError(f'labels are {labels.min()} to {labels.max()}: expected 0 to '
-                            f'{num_classes - 1}')
-        dataset = MemoryImages(images, labels.long())
+                            f'{len(names) - 1}')
+        dataset = MemoryImages(images, labels)
     height, width, _ = dataset.shape
     if len(dataset) == 0 or height != width or height < MIN_PIXELS:
         raise DataError(f'{len(dataset)} images of {height} x {width} pixels: expected square '
