@@ -129,8 +129,8 @@ class DatasetImages(BatchDataset):
 
     An image is anything that `image_to_array` converts, with any number of channels; all images
     have the size of the first. They are augmented like images in memory, after the Dataset's own
-    transforms. Random transforms that use torch's generator follow the seed of the run. Raises
-    DataError that names an invalid item.
+    transforms. Random transforms that use torch's generator follow the seed of the run in training;
+    in evaluation each item has a seed of its own. Raises DataError that names an invalid item.
     """
 
     def __init__(self, items, num_classes, augmentation=NO_AUGMENTATION):
@@ -168,13 +168,14 @@ class DatasetImages(BatchDataset):
 
     def load_batch(self, indices, seed, local_indices):
         images, labels = [], []
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        with torch.random.fork_rng(devices=[]):
             for position in local_indices.tolist():
-                if seed is not None:
-                    torch.default_generator.manual_seed(seed + position)  # not CUDA's generators
-                image, label = self._load_item(int(indices[position]))
+                index = int(indices[position])
+                own_seed = index if seed is None else seed + position
+                torch.default_generator.manual_seed(own_seed)  # not CUDA's generators
+                image, label = self._load_item(index)
                 if image.shape != self.shape:
-                    raise DataError(f'item {indices[position]} of the Dataset is {image.shape}: '
+                    raise DataError(f'item {index} of the Dataset is {image.shape}: '
                                     f'expected {self.shape}, the shape of the first item')
                 images.append(image)
                 labels.append(label)
