@@ -354,3 +354,38 @@ def test_check_image_reads_headers_after_long_exif_data(tmp_path):
     path.write_bytes(content[:2] + exif + content[2:-2])
     with pytest.raises(DataError, match='not a readable image'):
         image_files.check_image(path)
+
+
+# ---------------------------------------------------------------- changed folders
+
+
+def test_resume_rejects_a_folder_whose_images_changed(tmp_path, capsys):
+    root = write_sets(tmp_path / 'images', 10, 3)
+    run(root, tmp_path / 'run', '--epochs', 1)
+    moved = shutil.copytree(root, tmp_path / 'moved')
+    (moved / 'train' / 'cat' / '3.png').rename(moved / 'train' / 'cat' / 'x.png')
+    options = ['--dataset', 'Folder', '--dataroot', moved, '--depth', 10, '--batch_size', 12,
+               '--epochs', 2, '--epoch_step', '[2]', '--save', tmp_path / 'run', '--resume', 'auto']
+    assert 'the images were 26 files, ' in refused(capsys, *options)
+    (moved / 'train' / 'cat' / 'x.png').rename(moved / 'train' / 'cat' / '3.png')
+    for i in range(10):
+        shutil.copy(moved / 'train' / 'dog' / '1.png', moved / 'train' / 'dog' / f'more{i}.png')
+    assert ', are 36 files, ' in refused(capsys, *options)
+    forced = shutil.copytree(tmp_path / 'run', tmp_path / 'forced')
+    run(moved, forced, '--resume', 'auto', '--force')
+    assert [epoch['files'][:8] for epoch in stats_of(forced)] == ['26 files', '36 files']
+    for i in range(10):
+        (moved / 'train' / 'dog' / f'more{i}.png').unlink()
+    run(moved, tmp_path / 'run', '--resume', 'auto')  # in another place
+    run(root, tmp_path / 'whole')
+    assert_same_run(tmp_path / 'run', tmp_path / 'whole')
+
+
+def test_resume_accepts_checkpoints_without_the_names_of_files(tmp_path):
+    root = write_sets(tmp_path / 'images', 4, 3)
+    run(root, tmp_path / 'run', '--epochs', 1)
+    older = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
+    del older['args']['files']
+    torch.save(older, tmp_path / 'run' / 'model.pt7')
+    run(root, tmp_path / 'run', '--resume', 'auto')
+    assert stats_of(tmp_path / 'run')[1]['files'].startswith('14 files, ')

@@ -40,6 +40,7 @@ class DataSplits:
     classes: list
     val: BatchDataset | None = None
     name: str = ''  # in DATASETS; empty for the user's own arrays
+    files: str = ''  # of class folders: the number, and a hash of the names
 
     @classmethod
     def from_arrays(cls, train, test, classes=None):
@@ -217,9 +218,9 @@ def load_splits(name, root='.', preprocess=None, nthread=4, training=True, class
         raise DataError(f'{name} has images of 3 channels: expected {preprocess.channels}, the '
                         'channels of the model')
     if info.test_folders:
-        images, names = load_folder(root, info.test_folders, preprocess.size, nthread, training,
-                                    classes, use_val, check, skip_corrupt)
-        splits = DataSplits(**{'train': None, **images}, classes=names)
+        fields = load_folder(root, info.test_folders, preprocess.size, nthread, training, classes,
+                             use_val, check, skip_corrupt)
+        splits = DataSplits(**{'train': None, **fields})
     elif preprocess.size != info.size:
         raise DataError(f'{name} has images of {info.size} pixels: expected {preprocess.size}')
     elif name == 'Digits':

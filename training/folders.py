@@ -1,5 +1,6 @@
 """Image files in class folders: which files there are, and reading them."""
 
+import hashlib
 import os
 import re
 import sys
@@ -206,7 +207,7 @@ def _test_folders(folders, classes, training, use_val):
 
 def load_folder(root, test_folders, size, nthread=4, training=True, classes=(), use_val=True,
                 check=True, skip_corrupt=False):
-    """Loads class folders of a dataset: returns ({split: images}, class names).
+    """Loads class folders of a dataset: returns the fields of DataSplits.
 
     test_folders: their names, in order of preference; the first with class folders is the test set,
     another one the validation set of a training, if `use_val`. training: False loads the test set
@@ -228,9 +229,17 @@ def load_folder(root, test_folders, size, nthread=4, training=True, classes=(), 
     read = {split: _read_images(*files, size, nthread, check) for split, files in listed.items()}
     _report_corrupt(root, [errors[i] for _, errors in read.values() for i in sorted(errors)],
                     sum(len(images) for images, _ in read.values()), skip_corrupt)
+    used = [f'{split}{path.removeprefix(folder)}' for split, (folder, paths, _) in listed.items()
+            for i, path in enumerate(paths) if i not in read[split][1]]
     splits = {split: _leave_out(listed[split][0], images, errors) if errors else images
               for split, (images, errors) in read.items()}
-    return splits, classes if training else names
+    return {**splits, 'classes': classes if training else names, 'files': _fingerprint(used)}
+
+
+def _fingerprint(names):
+    """Returns the number of files and a hash of their sorted names, as text."""
+    digest = hashlib.sha256(os.fsencode('\0'.join(sorted(names)))).hexdigest()
+    return f'{len(names)} files, hash {digest[:16]}'
 
 
 def _positions(folder, names, train_folder, classes):

@@ -157,6 +157,11 @@ def prepare(opt, device, lock, splits=None):
     if changed:
         raise ValueError(f'{path}: {"; ".join(changed)}; use the same options, or --force')
     splits = load_training_splits(opt, splits, preprocess)
+    if splits.files:  # identifies the data when a run is resumed
+        opt.files, before = splits.files, state['args'].get('files', splits.files)
+        if opt.files != before and not opt.force:
+            raise ValueError(f'{path}: the images were {before}, are {opt.files}; use the same '
+                             'images, or --force')
     saved, names = state.get('classes') or [], splits.classes
     if set(saved) == set(names) and class_positions(names, saved):  # in another order
         splits = splits.with_classes(saved, class_positions(names, saved))
