@@ -59,7 +59,7 @@ import torch
 import diracnets
 from diracnets.fold import fold
 from diracnets.formats import FORMATS
-from diracnets.loading import check_classes
+from diracnets.loading import match_classes
 from diracnets.onnx import OnnxModel
 from diracnets.preprocessing import normalize
 from diracnets.quantization import calibration_set, equalize, quantize
@@ -76,10 +76,10 @@ TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of logits, relative to the largest logi
 
 
 def load_test_set(opt, loaded):
-    """Loads the test set of --dataset; raises ValueError if its classes are not the model's."""
+    """Loads the test set of --dataset; raises ValueError for classes that the model lacks."""
     splits = data.load_splits(opt.dataset, opt.dataroot, loaded.preprocess, training=False)
-    check_classes(loaded.path, loaded.num_classes, loaded.classes, splits.classes)
-    return splits.test
+    return splits.test.relabeled(match_classes(
+        loaded.path, loaded.num_classes, loaded.classes, splits.classes))
 
 
 def verification_inputs(loaded, test, paths):

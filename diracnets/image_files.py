@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 2**28 // 3  # of an image, decoded or resized: 256 MiB, the limit of Pillow
 MAX_BYTES = 2**30  # of an image file
+START_BYTES, END_BYTES = 2**16, 64  # that `check_image` reads; EXIF data take up to 2^16 bytes
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_NONBLOCK', 0)  # for FIFOs
 
 
@@ -55,12 +56,9 @@ def opencv_errors(path):
         raise DataError(f'{path}: not a readable image ({reason})') from error
 
 
-def read_bytes(path: str | bytes | os.PathLike) -> bytes:
-    """Returns the content of a file.
-
-    Raises DataError that names the path if the file cannot be read, is not a regular file (a FIFO
-    or a device), or has more than MAX_BYTES.
-    """
+@contextlib.contextmanager
+def _open_file(path):
+    """Opens a file: yields (descriptor, size in bytes). Errors are those of `read_bytes`."""
     try:
         file = os.open(path, _OPEN_FLAGS)
         try:
@@ -70,11 +68,21 @@ def read_bytes(path: str | bytes | os.PathLike) -> bytes:
             if status.st_size > MAX_BYTES:
                 raise DataError(f'{path}: {status.st_size:,} bytes: expected at most {MAX_BYTES:,} '
                                 '(MAX_BYTES)')
-            return os.read(file, status.st_size)
+            yield file, status.st_size
         finally:
             os.close(file)
     except OSError as error:
         raise DataError(f'{path}: not readable ({error.strerror})') from error
+
+
+def read_bytes(path: str | bytes | os.PathLike) -> bytes:
+    """Returns the content of a file.
+
+    Raises DataError that names the path if the file cannot be read, is not a regular file (a FIFO
+    or a device), or has more than MAX_BYTES.
+    """
+    with _open_file(path) as (file, size):
+        return os.read(file, size)
 
 
 def check_pixels(path, height, width, suffix=''):
@@ -198,3 +206,24 @@ def read_image(path: str | bytes | os.PathLike) -> np.ndarray:
     """Reads an image file: returns uint8 (H, W, 3), RGB. Raises DataError that names the path."""
     import_opencv()  # a missing package is reported before a missing file
     return decode_image(read_bytes(path), path)
+
+
+def check_image(path: str | os.PathLike) -> None:
+    """Raises the DataError of `read_image`, as far as the header and the end of a file show it.
+
+    JPEG, PNG and WebP files are decoded only if their start and end do not show that they are
+    complete, as when other data follow the image; files of other formats are always decoded.
+    """
+    with _open_file(path) as (file, size):
+        start = os.pread(file, START_BYTES, 0)
+        end = os.pread(file, END_BYTES, max(0, size - END_BYTES))
+    is_complete = False
+    if start.startswith((_JPEG_START, _PNG_START)):
+        shape, is_truncated = _read_header(start + b'\0' + end, path)
+        is_complete = shape and not is_truncated
+        if is_complete:
+            check_pixels(path, *shape)
+    elif start[:4] == b'RIFF' and start[8:12] == b'WEBP':
+        is_complete = int.from_bytes(start[4:8], 'little') + 8 <= size
+    if not is_complete:
+        read_image(path)

@@ -6,7 +6,7 @@
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -194,6 +194,31 @@ def _build_other(contents, preprocess, options):
         model = folded if contents.params.keys() == folded.state_dict().keys() else model
     check_params(contents.params, model.state_dict())
     return model, num_classes, sizes, preprocess
+
+
+def class_positions(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:
+    """Returns the position of each name in `classes`, None if one is missing or not unique."""
+    if list(names) == list(classes):
+        return list(range(len(classes)))
+    positions = {name: position for position, name in enumerate(classes)}
+    unique = len(positions) == len(classes) and len(set(names)) == len(names)
+    if not unique or not positions.keys() >= set(names):
+        return None
+    return [positions[name] for name in names]
+
+
+def match_classes(path: str, num_classes: int, classes: list[str] | None,
+                  dataset_classes: list[str], by_position: bool = False) -> list[int]:
+    """Returns the number of each class of a dataset in the model of a file.
+
+    Classes match by name, also in another order and if the dataset has some of them only. They
+    match by position if the file contains no names, or with `by_position` if names differ; the
+    numbers of classes must then be equal. Otherwise raises ValueError.
+    """
+    positions = classes and class_positions(dataset_classes, classes)
+    if not positions:
+        check_classes(path, num_classes, None if by_position else classes, dataset_classes)
+    return positions or list(range(num_classes))
 
 
 def check_classes(path: str, num_classes: int, classes: list[str] | None,

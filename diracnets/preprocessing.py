@@ -7,6 +7,7 @@ seconds that the options of a command do not need.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -29,7 +30,19 @@ if TYPE_CHECKING:
 MAX_SMALL = 64  # pixels: smaller inputs are full images, larger ones are center crops
 DEFAULT_SIZE = 32  # pixels, of a dataset without a fixed size
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
+OPTIONAL_EXTENSIONS = ('.pgm', '.pbm', '.pnm', '.jp2', '.gif', '.avif')  # see `image_extensions`
 MAX_MEAN = 1e9  # of a channel's mean and std: far above the values of real images
+
+
+@functools.cache
+def image_extensions() -> tuple[str, ...]:
+    """Returns the extensions of image files that the installed OpenCV decodes, in lower case.
+
+    OpenCV is compiled with or without a format, for decoding and encoding alike, and lists formats
+    by extension for encoding only.
+    """
+    have = import_opencv().haveImageWriter
+    return IMAGE_EXTENSIONS + tuple(e for e in OPTIONAL_EXTENSIONS if have(f'image{e}'))
 
 
 @dataclass(frozen=True)

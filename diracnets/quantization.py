@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diracnets.fold import trace
 from diracnets.onnx import add_metadata
-from diracnets.preprocessing import IMAGE_EXTENSIONS
+from diracnets.preprocessing import image_extensions
 
 MAX_SCALE = 4.0  # of a channel: without a limit, rarely active channels would become large
 MIN_RANGE = 0.02  # relative to the largest channel: live channels are above, others are noise
@@ -166,7 +166,7 @@ def calibration_set(folder: str) -> tuple[list[str], dict[str, Any]]:
         os.path.join(parent, file)
         for parent, _, files in os.walk(folder)
         for file in files
-        if file.lower().endswith(IMAGE_EXTENSIONS)
+        if file.lower().endswith(image_extensions())
     )
     if not paths:
         raise ValueError(f'--int8 {folder}: contains no images; use another folder')

@@ -38,7 +38,7 @@ from experiments.interleaved import (
 )
 from experiments.results import ROOT, label, read_results
 from experiments.variants import BATCH, NATIVE, diracnet, multiply_adds, repeated
-from training import data, options
+from training import data, folders, options
 from training.choices import available_cores
 from training.evaluation import compute_logits
 
@@ -88,7 +88,7 @@ def bench_data(args):
         print('JPEG files: skipped, because --images FOLDER is missing')
         return
     workers = min(available_cores(), options.MAX_WORKERS)
-    n = 3 * len(data.list_images(args.images)[0])
+    n = 3 * len(folders.list_images(args.images)[0])
     arguments = args.images, 3, workers
     compare('JPEG files', [
         Variant(f'ImageFolder with PIL, {workers} workers', variants.jpegs_by_pil, arguments, n),

@@ -42,7 +42,7 @@ from experiments.variants import (
     standard,
     train_step,
 )
-from training import data
+from training import folders
 from training.choices import available_cores
 from training.compute import Forward, compile_model
 from training.options import at_least
@@ -139,7 +139,7 @@ def write_jpegs(folder, n=64):
 
 def compare_loading(folder, repeats):
     """Compares JPEG decoding by numbers of workers: training at 224 needs the same images/s."""
-    n = repeats * len(data.list_images(folder)[0])
+    n = repeats * len(folders.list_images(folder)[0])
     workers = [w for w in (1, 2, 4, 8, 16) if w <= available_cores()]
     variants = [Variant(f'{w} workers', jpegs_by_opencv, (folder, repeats, w, 64), n)
                 for w in workers]

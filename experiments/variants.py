@@ -21,7 +21,7 @@ from diracnets.deploy import deploy, native_bfloat16
 from diracnets.fold import fold
 from diracnets.models.registry import count_multiply_adds
 from diracnets.preprocessing import Preprocessing
-from training import data
+from training import data, folders
 from training.compute import Forward, compile_model, cross_entropy, keep_freed_memory
 from training.loader import make_loader
 from training.meters import Meters
@@ -121,8 +121,8 @@ def by_pil(n):
 
 def jpegs_by_opencv(folder, repeats, workers, batch=50):
     """Loads JPEG files: decoded, cropped, in batches, without a model."""
-    paths, labels, _ = data.list_images(folder)
-    images = data.ImageFiles(paths * repeats, labels * repeats, 224).augmented()
+    paths, labels, _ = folders.list_images(folder)
+    images = folders.ImageFiles(paths * repeats, labels * repeats, 224).augmented()
     return iterate(make_loader(images, batch, workers, seed=0))
 
 

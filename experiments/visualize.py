@@ -25,6 +25,7 @@ from plot import plot_filters
 from training import data
 from training.evaluation import compute_logits
 from training.options import DATASETS
+from training.setup import match_splits
 
 ROWS, COLUMNS = 4, 8  # of the sheet of mistakes
 
@@ -125,7 +126,8 @@ def main(argv=None):
     opt = parse_options(argv)
     with exit_on_error('experiments.visualize', (ValueError, OSError)):
         loaded = diracnets.load(opt.model)
-        splits = data.load_splits(opt.dataset, opt.dataroot, loaded.preprocess, training=False)
+        splits = match_splits(
+            data.load_splits(opt.dataset, opt.dataroot, loaded.preprocess, training=False), loaded)
         model, save, title = fold(loaded.model), Path(opt.save), loaded.title
         records = predict(model, loaded.preprocess, splits.test, splits.classes)
         table = save / 'predictions.csv'

@@ -73,7 +73,7 @@ def test_no_checks_and_no_compile_leave_these_out(monkeypatch, tmp_path):
 def test_written_jpeg_files_are_loaded(tmp_path):
     gpu.write_jpegs(tmp_path, 8)
     images, labels, global_batch_size = next(iter(make_loader(
-        gpu.data.ImageFiles(*gpu.data.list_images(tmp_path)[:2], 224).augmented(), 8, 0, 0)))
+        gpu.folders.ImageFiles(*gpu.folders.list_images(tmp_path)[:2], 224).augmented(), 8, 0, 0)))
     assert images.shape == (8, 3, 224, 224)
     assert global_batch_size == 8
     assert images.float().std() > 10

@@ -20,7 +20,7 @@ from diracnets.fold import fold
 from diracnets.preprocessing import Preprocessing, normalize
 from pages import blocks
 from runs import assert_same_run, params_of, refused, run, stats_of, write_images
-from training import augmentation, data, options
+from training import augmentation, data, folders, options
 from training.data import DataSplits
 from training.loader import iterate_batches, make_loader
 
@@ -96,8 +96,8 @@ def test_augment_crops_and_flips_the_padded_image(reflect):
 
 def test_flips_of_image_files_without_crops(tmp_path):
     write_images(tmp_path, n=4, size=(80, 90))
-    paths, labels, _ = data.list_images(str(tmp_path))
-    dataset = data.ImageFiles(paths, labels, 70)
+    paths, labels, _ = folders.list_images(str(tmp_path))
+    dataset = folders.ImageFiles(paths, labels, 70)
     unflipped = dataset[torch.arange(8), None, torch.arange(8)][0].permute(0, 2, 3, 1).numpy()
     for flip, ways in (('none', {0}), ('horizontal', {0, 4}), ('all', set(range(8)))):
         images, sampled = dataset.augmented(crop=False, flip=flip), set()
@@ -111,8 +111,8 @@ def test_flips_of_image_files_without_crops(tmp_path):
 @pytest.mark.parametrize('kind', ['memory', 'files', 'pairs'])
 def test_alternating_flip_flips_each_image_in_every_second_epoch(tmp_path, kind):
     write_images(tmp_path, n=15, size=(70, 70))
-    paths, labels, _ = data.list_images(str(tmp_path))
-    dataset = data.ImageFiles(paths, labels, 70)
+    paths, labels, _ = folders.list_images(str(tmp_path))
+    dataset = folders.ImageFiles(paths, labels, 70)
     unflipped = dataset[torch.arange(30), None, torch.arange(30)][0].permute(0, 2, 3, 1)
     if kind == 'memory':
         dataset = data.MemoryImages(unflipped, labels)
@@ -479,16 +479,19 @@ def arrays(n=6, shape=(8, 8, 3), dtype=np.uint8, labels=None):
 
 
 @pytest.mark.parametrize(('sources', 'message'), [
-    ((arrays(dtype=np.float32), arrays()), r'images are torch.float32 \(6, 8, 8, 3\): expected'),
+    ((arrays(dtype=np.float32), arrays()), r'images are float32 \(6, 8, 8, 3\): expected'),
     ((arrays(shape=(8, 9, 3)), arrays()), '6 images of 8 x 9 pixels: expected square'),
     ((arrays(shape=(4, 4)), arrays()), '6 images of 4 x 4 pixels: .* 8 pixels'),
     ((arrays(n=0), arrays()), '0 images'),
     ((arrays(), arrays(shape=(8, 8))), r'are \(8, 8, 3\), test images \(8, 8, 1\): expected the'),
-    ((arrays(labels=np.ones(6)), arrays()), r'labels are torch.float64 \(6,\): expected'),
-    ((arrays(labels=np.zeros((6, 1), int)), arrays()), r'labels are torch.int64 \(6, 1\)'),
+    ((arrays(labels=np.ones(6)), arrays()), r'labels are float64 \(6,\): expected'),
+    ((arrays(labels=np.zeros((6, 1), int)), arrays()), r'labels are int64 \(6, 1\)'),
     ((arrays(), arrays(), ['a']), '1 classes: expected two or more'),
     ((arrays(labels=np.arange(6)), arrays(), ['a', 'b']), 'labels are 0 to 5: expected 0 to 1'),
-    ((arrays(labels=np.arange(6) - 1), arrays()), 'labels are -1 to 4: expected 0 to 4'),
+    ((arrays(labels=np.arange(6) - 1), arrays()), 'labels are -1 to 4: expected 0 to '),
+    ((arrays(labels=['cat', 'dog'] * 3), arrays()), r'labels are <U3 \(6,\): expected integers'),
+    ((arrays(labels=np.arange(6) + 2**40), arrays()), 'labels are 1099511627776 to '),
+    ((arrays(labels=np.full(6, 2**64 - 1, np.uint64)), arrays()), 'labels are 184467440737'),
     (([*zip(*arrays())], arrays()), '6 arrays: expected images and labels'),
     ((Items(arrays(labels=[2] * 6), 'PIL'), arrays()), 'item 0 of the Dataset: label 2: expected'),
     ((Items(arrays(dtype=np.int64), 'array'), arrays()),
@@ -564,6 +567,16 @@ def test_folded_model_takes_the_inputs_of_its_run(pairs, by_folder):
     network, folded = trained.model.double(), fold(trained.model, torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(folded(inputs), network(inputs))
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int32])
+def test_splits_from_arrays_take_labels_of_any_integer_type(dtype):
+    images, labels = arrays(labels=np.array([5, 0, 1, 2, 3, 4], dtype))
+    for given in (labels, torch.from_numpy(labels)):
+        splits = DataSplits.from_arrays((images, given), (images[:3], given[:3]))
+        assert splits.classes == ['0', '1', '2', '3', '4', '5']
+        assert splits.train.labels.tolist() == [5, 0, 1, 2, 3, 4]
+        assert splits.train.labels.dtype == torch.int64
 
 
 def test_splits_from_arrays_number_their_classes():

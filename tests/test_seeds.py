@@ -4,7 +4,7 @@ import torch
 from torch.utils.data import Dataset
 
 from training.datasets import DatasetImages
-from training.loader import BatchSampler
+from training.loader import BatchSampler, make_loader
 
 
 def test_every_batch_has_a_seed_of_its_own():
@@ -26,3 +26,15 @@ class Noise(Dataset):
 def test_images_of_a_batch_get_different_transforms():
     images, *_ = DatasetImages(Noise(), 2)[torch.arange(4), 7, torch.arange(4)]
     assert len(torch.unique(images, dim=0)) == 4
+
+
+def test_random_transforms_in_evaluation_are_those_of_the_item():
+    dataset, state = DatasetImages(Noise(), 2), torch.get_rng_state()
+    (images, *_), = make_loader(dataset, 4, nthread=0)
+    assert torch.equal(torch.get_rng_state(), state)  # of the dropout in training
+    assert len(torch.unique(images, dim=0)) == 4
+    for batch_size, nthread, world_size in ((1, 0, 1), (3, 2, 1), (4, 0, 2)):
+        torch.manual_seed(batch_size)
+        batches = [batch for rank in range(world_size) for batch, *_ in make_loader(
+            dataset, batch_size, nthread, rank=rank, world_size=world_size)]
+        assert torch.equal(torch.cat(batches), images)

@@ -267,7 +267,7 @@ def test_unreadable_image_saves_before_the_error(tmp_path, capsys, content, mess
     def options_(save):
         return ['--dataset', 'Folder', '--dataroot', tmp_path, '--image_size', 70, '--depth', 18,
                 '--width', 0.125, '--save', tmp_path / save, '--nthread', 0, '--epochs', 1,
-                '--batch_size', 2, '--resume', 'auto']
+                '--batch_size', 2, '--resume', 'auto', '--no-check']
 
     write_images(tmp_path / 'train', n=4, size=(70, 70))
     write_images(tmp_path / 'test', n=2, size=(70, 70))

@@ -7,32 +7,23 @@ normalized by `diracnets.preprocessing.normalize` on the training device.
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-from collections import Counter
 from dataclasses import dataclass, replace
-from multiprocessing.pool import ThreadPool
 
 import cv2
 import numpy as np
 import torch
 import torchvision
-from tqdm import tqdm
 
 from diracnets.image_files import DataError
-from diracnets.preprocessing import (
-    DATASETS,
-    IMAGE_EXTENSIONS,
-    MAX_SMALL,
-    Preprocessing,
-    read_test_image,
-)
+from diracnets.loading import class_positions
+from diracnets.preprocessing import DATASETS, Preprocessing
 from training.choices import MIN_PIXELS
-from training.datasets import IGNORED, BatchDataset, DatasetImages, ImageFiles, MemoryImages
+from training.datasets import IGNORED, BatchDataset, DatasetImages, MemoryImages
 from training.distributed import all_reduce, rank, world_size
+from training.folders import load_folder
 from training.loader import iterate_batches, make_loader
 
+MAX_CLASSES = 100_000  # numbered by the labels of arrays
 
 @dataclass
 class DataSplits:
@@ -43,6 +34,7 @@ class DataSplits:
     classes: list
     val: BatchDataset | None = None
     name: str = ''  # in DATASETS; empty for the user's own arrays
+    files: str = ''  # of class folders: the number, and a hash of the names
 
     @classmethod
     def from_arrays(cls, train, test, classes=None):
@@ -50,17 +42,18 @@ class DataSplits:
 
         train, test: pairs of images, uint8 (N, S, S) or (N, S, S, C), and labels (N,), from 0, as
         arrays or tensors; or torch Datasets (see DatasetImages). train: None for testing only.
-        classes: class names, by default those of the Dataset or the numbers of the labels. Raises
-        DataError for invalid images and labels.
+        classes: class names, by default those of the first Dataset or the numbers of the labels.
+        Datasets with `classes` of their own are matched by name: a test set may lack classes, or
+        have them in another order. If all names of the Datasets differ from `classes`, these rename
+        the classes of the first Dataset by position. Raises DataError for invalid images and
+        labels, and for a class that is not in `classes` or in the first Dataset.
         """
-        sources = [source for source in (train, test) if source is not None]
-        for source in sources:
-            if isinstance(source, (tuple, list)) and len(source) != 2:
-                raise DataError(f'{len(source)} arrays: expected images and labels')
+        sources = [_check_arrays(source) if isinstance(source, (tuple, list)) else source
+                   for source in (train, test) if source is not None]
         names = [str(name) for name in (_class_names(sources) if classes is None else classes)]
         if len(names) < 2:
             raise DataError(f'{len(names)} classes: expected two or more')
-        splits = [_to_dataset(source, len(names)) for source in sources]
+        splits = [_to_dataset(source, names, _own_classes(sources)) for source in sources]
         if splits[0].shape != splits[-1].shape:
             raise DataError(f'training images are {splits[0].shape}, test images '
                             f'{splits[-1].shape}: expected the same')
@@ -84,33 +77,72 @@ class DataSplits:
         train = None if self.train is None else self.train.augmented(**augmentation)
         return replace(self, train=train)
 
+    def with_classes(self, classes, positions):
+        """Returns splits with class names `classes`; positions: of the present classes in these."""
+        if classes == self.classes:
+            return self
+        splits = {split: getattr(self, split) for split in ('train', 'val', 'test')}
+        return replace(self, classes=classes, **{
+            split: images.relabeled(positions) for split, images in splits.items()
+            if images is not None})
+
+
+def _own_classes(sources):
+    """Returns the class names of the first Dataset that has some, or None."""
+    return next((list(map(str, source.classes)) for source in sources
+                 if hasattr(source, 'classes')), None)
+
 
 def _class_names(sources):
     """Returns the class names of Datasets, or the numbers of the labels of pairs."""
-    for source in sources:
-        if hasattr(source, 'classes'):
-            return source.classes
-        if not isinstance(source, (tuple, list)):
-            raise DataError('a Dataset without classes: expected class names')
-    return range(1 + max(int(np.max(np.asarray(labels), initial=-1)) for _, labels in sources))
+    names = _own_classes(sources)
+    if names is None and not all(isinstance(source, (tuple, list)) for source in sources):
+        raise DataError('a Dataset without classes: expected class names')
+    return names or range(max(int(labels.max(initial=-1)) for _, labels in sources) + 1)
 
 
-def _to_dataset(source, num_classes):
+def _check_arrays(source):
+    """Returns (images, labels) as arrays, the labels int64; raises DataError for other values."""
+    if len(source) != 2:
+        raise DataError(f'{len(source)} arrays: expected images and labels')
+    images, labels = map(np.asarray, source)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise DataError(f'images are {images.dtype} {images.shape}: expected uint8 (N, S, S) or '
+                        '(N, S, S, C)')
+    if labels.dtype.kind not in 'iub' or labels.shape != images.shape[:1]:
+        raise DataError(f'labels are {labels.dtype} {labels.shape}: expected integers '
+                        f'({len(images)},)')
+    if len(labels) and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+        raise DataError(f'labels are {labels.min()} to {labels.max()}: expected 0 to '
+                        f'{MAX_CLASSES - 1:,} at most')
+    return np.ascontiguousarray(images), labels.astype(np.int64)
+
+
+def _match_dataset(source, names, first_names):
+    """Returns DatasetImages with the labels of `names`; raises DataError for other classes.
+
+    first_names: those of the first Dataset, which `names` rename by position if all differ.
+    """
+    own = _own_classes([source]) or names
+    expected = names if {*own} & {*names} else first_names[: len(names)]
+    positions = class_positions(own, expected)
+    if positions is None:
+        others = ', '.join(sorted({*own} - {*expected})[:5]) or 'of equal names'
+        raise DataError(f'a Dataset has classes {others}: expected {", ".join(expected[:5])}'
+                        + ', ...' * (len(expected) > 5))
+    return DatasetImages(source, len(own)).relabeled(positions)
+
+
+def _to_dataset(source, names, first_names):
     """Returns a BatchDataset of a pair of arrays or a Dataset; raises DataError."""
     if not isinstance(source, (tuple, list)):
-        dataset = DatasetImages(source, num_classes)
+        dataset = _match_dataset(source, names, first_names)
     else:
-        images, labels = (torch.as_tensor(np.ascontiguousarray(array)) for array in source)
-        if images.dtype != torch.uint8 or images.ndim not in (3, 4):
-            raise DataError(f'images are {images.dtype} {tuple(images.shape)}: expected uint8 '
-                            '(N, S, S) or (N, S, S, C)')
-        if labels.is_floating_point() or labels.shape != images.shape[:1]:
-            raise DataError(f'labels are {labels.dtype} {tuple(labels.shape)}: expected integers '
-                            f'({len(images)},)')
-        if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        images, labels = source
+        if labels.max(initial=0) >= len(names):
             raise DataError(f'labels are {labels.min()} to {labels.max()}: expected 0 to '
-                            f'{num_classes - 1}')
-        dataset = MemoryImages(images, labels.long())
+                            f'{len(names) - 1}')
+        dataset = MemoryImages(images, labels)
     height, width, _ = dataset.shape
     if len(dataset) == 0 or height != width or height < MIN_PIXELS:
         raise DataError(f'{len(dataset)} images of {height} x {width} pixels: expected square '
@@ -127,91 +159,6 @@ def fits_in_memory(nbytes, device):
 
 
 # ---------------------------------------------------------------- datasets by name
-
-
-def list_images(folder):
-    """Lists a folder of class folders: returns sorted (paths, labels, class names).
-
-    Hidden entries and files with other extensions are skipped, and counted on stderr. Raises
-    DataError for a missing folder, fewer than two classes, or a class without images.
-    """
-    if not os.path.isdir(folder):
-        raise DataError(f'{folder}: no such folder; expected one folder of images for each class')
-    folders = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    classes = [name for name in folders if not name.startswith('.')]
-    skipped = [name for name in folders if name.startswith('.')]
-    if len(classes) < 2:
-        raise DataError(f'{folder}: {len(classes)} class folders, expected two or more')
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        entries = sorted(os.listdir(os.path.join(folder, name)))
-        files = [entry for entry in entries
-                 if entry.lower().endswith(IMAGE_EXTENSIONS) and not entry.startswith('.')]
-        others = sorted({*entries} - {*files})
-        if not files:
-            counts = f', only {_count_by_extension(others)}' if others else ''
-            raise DataError(f'{os.path.join(folder, name)}: a class folder without images{counts}: '
-                            f'expected {", ".join(IMAGE_EXTENSIONS)}')
-        paths += [os.path.join(folder, name, file) for file in files]
-        labels += [label] * len(files)
-        skipped += others
-    if skipped and rank() == 0:
-        print(f'{folder}: skipped {len(skipped)} entries ({_count_by_extension(skipped)}): '
-              f'expected {", ".join(IMAGE_EXTENSIONS)}', file=sys.stderr)
-    return paths, labels, classes
-
-
-def _count_by_extension(names):
-    """Counts names by extension, the most frequent first: '2 .gif, 1 .avif, 1 README'."""
-    counts = Counter(
-        name if name.startswith('.') else os.path.splitext(name)[1].lower() or name
-        for name in names
-    ).most_common()
-    rest = f', {sum(count for _, count in counts[5:])} others' if counts[5:] else ''
-    return ', '.join(f'{count} {extension}' for extension, count in counts[:5]) + rest
-
-
-def _read_small_images(paths, size, nthread, name):
-    """Reads small images into memory, with a progress bar: returns uint8 (N, size, size, 3)."""
-    images = np.empty((len(paths), size, size, 3), np.uint8)
-    stopped = threading.Event()
-
-    def read(i):
-        if not stopped.is_set():
-            images[i] = read_test_image(paths[i], size)
-
-    pool = ThreadPool(max(1, nthread))
-    try:
-        done = pool.imap_unordered(read, range(len(paths)), chunksize=64)
-        for _ in tqdm(done, f'reading {name}', len(paths), unit='img', disable=None, leave=False):
-            pass
-    finally:  # a thread that reads while the interpreter exits would abort the process
-        stopped.set()
-        pool.terminate()
-        pool.join()
-    return images
-
-
-def _load_folder(root, test_folders, training, size, nthread):
-    """Loads class folders from the first existing one of `test_folders` and from train/."""
-    test_folders = [os.path.join(root, folder) for folder in test_folders]
-    test_folder = next(filter(os.path.isdir, test_folders), test_folders[0])
-
-    def load(folder, paths, labels):
-        if size > MAX_SMALL:
-            return ImageFiles(paths, labels, size)
-        return MemoryImages(_read_small_images(paths, size, nthread, folder), labels)
-
-    if not training:
-        *test, classes = list_images(test_folder)
-        return DataSplits(None, load(test_folder, *test), classes)
-    train_folder = os.path.join(root, 'train')
-    *train, classes = list_images(train_folder)
-    *test, test_classes = list_images(test_folder)
-    if test_classes != classes:
-        different = ', '.join(sorted(set(classes) ^ set(test_classes))[:5])
-        raise DataError(f'{train_folder} and {test_folder}: different class folders: {different}')
-    return DataSplits(load(train_folder, *train), load(test_folder, *test), classes)
 
 
 def _load_cifar(name, root, training):
@@ -248,15 +195,16 @@ def _load_digits(training):
     )
 
 
-def load_splits(name, root='.', preprocess=None, nthread=4, training=True, **augmentation):
+def load_splits(name, root='.', preprocess=None, nthread=4, training=True, classes=(),
+                use_val=True, check=True, skip_corrupt=False, **augmentation):
     """Loads the training and test set of a dataset by name, one of DATASETS.
 
     ImageNet and Folder are image files in root/train/CLASS/ and root/val/CLASS/, Folder also in
     root/test/CLASS/. root: the folder of the files; preprocess: the Preprocessing of the model, by
-    default that of the dataset; nthread: threads that read small images; training: False loads
-    the test set only; augmentation: settings of an Augmentation, with the dataset's default for
-    `flip`. Raises DataError that names the path of an invalid file, and for a preprocessing of
-    other channels or another size than the dataset's.
+    default that of the dataset; nthread: threads that read files; training: False loads the test
+    set only; classes, use_val, check, skip_corrupt: see `load_folder`; augmentation: settings of an
+    Augmentation, with the dataset's default for `flip`. Raises DataError that names the path of an
+    invalid file, and for a preprocessing of other channels or another size than the dataset's.
     """
     preprocess = preprocess or Preprocessing.for_dataset(name)
     info = DATASETS[name]
@@ -264,7 +212,9 @@ def load_splits(name, root='.', preprocess=None, nthread=4, training=True, **aug
         raise DataError(f'{name} has images of 3 channels: expected {preprocess.channels}, the '
                         'channels of the model')
     if info.test_folders:
-        splits = _load_folder(root, info.test_folders, training, preprocess.size, nthread)
+        fields = load_folder(root, info.test_folders, preprocess.size, nthread, training, classes,
+                             use_val, check, skip_corrupt)
+        splits = DataSplits(**{'train': None, **fields})
     elif preprocess.size != info.size:
         raise DataError(f'{name} has images of {info.size} pixels: expected {preprocess.size}')
     elif name == 'Digits':

@@ -43,6 +43,12 @@ class BatchDataset(Dataset):
                             f'the image size, {self.shape[0]}')
         return augmented
 
+    def relabeled(self, positions):
+        """Returns a copy with label positions[i] in place of i."""
+        relabeled = copy.copy(self)
+        relabeled.labels = torch.tensor(positions)[self.labels]
+        return relabeled
+
     def __len__(self):
         return len(self.labels)
 
@@ -123,22 +129,28 @@ class DatasetImages(BatchDataset):
 
     An image is anything that `image_to_array` converts, with any number of channels; all images
     have the size of the first. They are augmented like images in memory, after the Dataset's own
-    transforms. Random transforms that use torch's generator follow the seed of the run. Raises
-    DataError that names an invalid item.
+    transforms. Random transforms that use torch's generator follow the seed of the run in training;
+    in evaluation each item has a seed of its own. Raises DataError that names an invalid item.
     """
 
     def __init__(self, items, num_classes, augmentation=NO_AUGMENTATION):
         if len(items) == 0:
             raise DataError('a Dataset of 0 images: expected at least one')
-        self.items, self.num_classes = items, num_classes
+        self.items, self.positions = items, range(num_classes)  # of the labels: see `relabeled`
         self.shape, self.augmentation = self._load_item(0)[0].shape, augmentation
 
     def __len__(self):
         return len(self.items)
 
     def subset(self, indices):
-        items = Subset(self.items, indices.tolist())
-        return DatasetImages(items, self.num_classes, self.augmentation)
+        subset = copy.copy(self)
+        subset.items = Subset(self.items, indices.tolist())
+        return subset
+
+    def relabeled(self, positions):
+        relabeled = copy.copy(self)
+        relabeled.positions = [positions[i] for i in self.positions]
+        return relabeled
 
     def _load_item(self, i):
         try:
@@ -149,20 +161,21 @@ class DatasetImages(BatchDataset):
             image, label = image_to_array(image, rgb=False), operator.index(label)
         except (DataError, OSError, TypeError) as error:
             raise DataError(f'item {i} of the Dataset: {error}') from error
-        if not 0 <= label < self.num_classes:
+        if not 0 <= label < len(self.positions):
             raise DataError(f'item {i} of the Dataset: label {label}: expected 0 to '
-                            f'{self.num_classes - 1}')
-        return image, label
+                            f'{len(self.positions) - 1}')
+        return image, self.positions[label]
 
     def load_batch(self, indices, seed, local_indices):
         images, labels = [], []
-        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        with torch.random.fork_rng(devices=[]):
             for position in local_indices.tolist():
-                if seed is not None:
-                    torch.default_generator.manual_seed(seed + position)  # not CUDA's generators
-                image, label = self._load_item(int(indices[position]))
+                index = int(indices[position])
+                own_seed = index if seed is None else seed + position
+                torch.default_generator.manual_seed(own_seed)  # not CUDA's generators
+                image, label = self._load_item(index)
                 if image.shape != self.shape:
-                    raise DataError(f'item {indices[position]} of the Dataset is {image.shape}: '
+                    raise DataError(f'item {index} of the Dataset is {image.shape}: '
                                     f'expected {self.shape}, the shape of the first item')
                 images.append(image)
                 labels.append(label)

@@ -91,6 +91,15 @@ def all_reduce(numbers, op=dist.ReduceOp.SUM):
     return tensor.tolist()
 
 
+def merge_dicts(values):
+    """Merges the dicts of all processes; returns the same dict in each of them."""
+    parts = [values]
+    if world_size() > 1:
+        parts *= world_size()
+        dist.all_gather_object(parts, values)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def rank_zero_first(load):
     """Calls load() in the first process of each machine in order, then in all others.
 

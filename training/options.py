@@ -27,9 +27,9 @@ NETWORKS_BY_SIZE = (f'images of up to {MAX_SMALL} pixels take the CIFAR networks
 MODEL_OPTIONS = sorted({name for row in ARCHITECTURES.values() for name in row.options})
 # may differ when a run is resumed; every other option changes its result
 FREE_ON_RESUME = {
-    'checkpointing', 'dataroot', 'deterministic', 'epochs', 'evaluate', 'force', 'gpu_id',
+    'check', 'checkpointing', 'dataroot', 'deterministic', 'epochs', 'evaluate', 'force', 'gpu_id',
     'keep_every', 'name', 'ngpu', 'nthread', 'pretrained', 'recipe', 'resume', 'save',
-    'save_every', 'tensorboard',
+    'save_every', 'skip_corrupt', 'tensorboard',
 }
 
 
@@ -167,7 +167,7 @@ def _add_data_options(group):
         help='dataset; with --evaluate, by default that of the run (default: CIFAR10)')
     add('--dataroot', '--imagenetpath', default='.', type=expand_path,
         help='folder of the dataset; ImageNet: with train/CLASS/ and val/CLASS/, Folder: with '
-             'train/CLASS/ and test/CLASS/ or val/CLASS/')
+             'train/CLASS/ and test/CLASS/ or val/CLASS/; of both, val/ selects best.pt7')
     add('--image_size', default=None, type=at_least(MIN_PIXELS, int, MAX_IMAGE_SIZE),
         help='height and width of the inputs of a Folder, in pixels (default: 32); '
              f'{NETWORKS_BY_SIZE}')
@@ -198,6 +198,10 @@ def _add_data_options(group):
     add('--val', default=0, type=at_least(0, int),
         help='number of training images to hold out for validation; best.pt7 is then selected by '
              'their accuracy, not by that of the test set')
+    add('--check', default=True, action=argparse.BooleanOptionalAction,
+        help='check header and end of all image files first; smaller images are all read anyway')
+    add('--skip_corrupt', default=False, action='store_true',
+        help='leave out corrupt image files; otherwise they are listed, and the command ends')
     add('--nthread', default=min(available_cores(), MAX_WORKERS), type=at_least(0, int),
         help='number of DataLoader workers or threads')
 
@@ -253,7 +257,7 @@ def _add_run_options(group):
              'that the authors published; a new last layer is initialized if the classes differ')
     add('--force', default=False, action='store_true',
         help='resume although options that change the result differ, or evaluate although class '
-             'names differ')
+             'names differ, which are then matched by position')
     add('--evaluate', default=False, action='store_true',
         help='evaluate the model of --resume on the test set and write nothing; the checkpoint '
              'defines the architecture')
@@ -276,6 +280,8 @@ def parse_options(argv, splits=None):
         opt = _parse_with_recipe(parser, argv, opt.recipe)
     if opt.evaluate and not opt.resume:
         parser.error('--evaluate: no model; use --resume with a checkpoint to evaluate')
+    if opt.skip_corrupt and not opt.check:
+        parser.error('--no-check and --skip_corrupt contradict each other; use one of them')
     if opt.label_smoothing >= 1:
         parser.error(f'--label_smoothing {opt.label_smoothing}: expected less than 1')
     if opt.tensorboard and not importlib.util.find_spec('tensorboard'):

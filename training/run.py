@@ -61,7 +61,7 @@ class Run:
     @property
     def eval_splits(self):
         """The splits that are evaluated after each epoch; the first one selects best.pt7."""
-        return ('val', 'test') if self.opt.val else ('test',)
+        return ('test',) if self.splits.val is None else ('val', 'test')
 
     @property
     def done(self):

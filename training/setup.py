@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 import diracnets
+from cli import say
 from diracnets.architectures import ARCHITECTURES
-from diracnets.loading import check_classes
+from diracnets.loading import class_positions, match_classes
 from diracnets.preprocessing import Preprocessing, normalize
 from training import checkpoint, data, distributed, options
 from training.compute import Forward, choose_dtype, param_dtype
@@ -65,10 +66,10 @@ def check_ranks_agree(run):
                          ' steps, another rank a different number; use one --save that all share')
 
 
-def load_named_splits(opt, name, preprocess, training=True, **augmentation):
+def load_named_splits(opt, name, preprocess, **more):
     """Loads a dataset by name; one rank of each machine downloads it before the others read it."""
     load = functools.partial(data.load_splits, name, opt.dataroot, preprocess, opt.nthread,
-                             training, **augmentation)
+                             check=opt.check, skip_corrupt=opt.skip_corrupt, **more)
     return distributed.rank_zero_first(load) if name.startswith('CIFAR') else load()
 
 
@@ -80,7 +81,8 @@ def load_training_splits(opt, splits, preprocess):
         'reflect': ARCHITECTURES[opt.model].crop_padding == 'reflect',
     }
     splits = (splits.augmented(**augmentation) if splits
-              else load_named_splits(opt, opt.dataset, preprocess, **augmentation))
+              else load_named_splits(opt, opt.dataset, preprocess, use_val=not opt.val,
+                                     **augmentation))
     if opt.val:
         splits.train, splits.val = data.hold_out(splits.train, opt.val)
     return splits
@@ -155,6 +157,14 @@ def prepare(opt, device, lock, splits=None):
     if changed:
         raise ValueError(f'{path}: {"; ".join(changed)}; use the same options, or --force')
     splits = load_training_splits(opt, splits, preprocess)
+    if splits.files:  # identifies the data when a run is resumed
+        opt.files, before = splits.files, state['args'].get('files', splits.files)
+        if opt.files != before and not opt.force:
+            raise ValueError(f'{path}: the images were {before}, are {opt.files}; use the same '
+                             'images, or --force')
+    saved, names = state.get('classes') or [], splits.classes
+    if set(saved) == set(names) and class_positions(names, saved):  # in another order
+        splits = splits.with_classes(saved, class_positions(names, saved))
     preprocess = resolve_normalization(preprocess, opt, splits.train, state['args'])
     forward = Forward(preprocess, dtype, device)
     splits = splits.to(device)
@@ -172,6 +182,21 @@ def prepare(opt, device, lock, splits=None):
     return run
 
 
+def match_splits(splits, loaded, force=False):
+    """Returns test images with the labels of a LoadedModel, by class names: see `match_classes`."""
+    names = splits.classes
+    positions = match_classes(loaded.path, loaded.num_classes, loaded.classes, names, force)
+    if not loaded.classes:
+        return splits
+    matched = [loaded.classes[position] for position in positions]
+    if rank() == 0 and matched != names:
+        pairs = ', '.join(f'{name} is {other}' for name, other in zip(names[:3], matched))
+        say(f'--force: classes are matched by position: {pairs}' + ', ...' * (len(names) > 3))
+    elif rank() == 0 and len(names) < loaded.num_classes:
+        say(f'classes are matched by name: {len(names)} of {loaded.num_classes}')
+    return splits.with_classes(loaded.classes, positions)
+
+
 def load_for_evaluation(opt, device, splits=None):
     """Loads --resume and test images; returns (LoadedModel, Forward, DataSplits).
 
@@ -183,13 +208,13 @@ def load_for_evaluation(opt, device, splits=None):
         overrides |= zip(('mean', 'std'), options.mean_and_std(opt.normalise))
     loaded = diracnets.load(opt.save if opt.resume == 'auto' else opt.resume, overrides)
     name = overrides.get('dataset') or loaded.args.get('dataset', 'CIFAR10')
-    splits = splits or load_named_splits(opt, name, loaded.preprocess, training=False)
+    splits = splits or load_named_splits(opt, name, loaded.preprocess, training=False,
+                                         classes=loaded.classes or ())
     expected = (loaded.preprocess.size, loaded.preprocess.size, loaded.preprocess.channels)
     if splits.test.shape != expected:
         raise ValueError(f'test images are {splits.test.shape}: expected {expected}, as the model '
                          f'of {loaded.path} has')
-    classes = None if opt.force else loaded.classes
-    check_classes(loaded.path, loaded.num_classes, classes, splits.classes)
+    splits = match_splits(splits, loaded, opt.force)
     dtype = choose_dtype(opt.dtype, device, loaded.args)
     loaded.model.to(device, param_dtype(dtype))
     return loaded, Forward(loaded.preprocess, dtype, device), splits
