@@ -137,8 +137,7 @@ def test(opt, loaded, forward, splits):
     evaluate(loaded.model, forward, splits.test, meters, opt)
     summary = meters.summary('test')
     if rank() == 0:
-        print(f'test_loss: {summary["test_loss"]:.4f}')
-        print(f'test_acc: {summary["test_acc"]:.2f}')
+        say(f'test_loss: {summary["test_loss"]:.4f}', f'test_acc: {summary["test_acc"]:.2f}')
 
 
 def print_settings(settings, model, splits, forward):
@@ -149,10 +148,10 @@ def print_settings(settings, model, splits, forward):
     training = f'{len(splits.train)} training and ' if splits.train else ''
     say(
         *[f'  {name:<16}{value}' for name, value in settings.items()],
-        f'\n  {"parameter":<40}{"shape":<20}{"size":>12}',
+        '', f'  {"parameter":<40}{"shape":<20}{"size":>12}',
         *[f'  {name:<40}{str(tuple(param.shape)):<20}{param.numel():>12,}'
           for name, param in params.items()],
-        f'  {"total":<60}{sum(p.numel() for p in params.values()):>12,}\n',
+        f'  {"total":<60}{sum(p.numel() for p in params.values()):>12,}', '',
         f'{splits.name or "data from Python"}: {training}{len(splits.test)} test images, '
         f'{len(splits.classes)} classes; computing on {world_size()} x '
         f'{forward.device.type} in {forward.dtype}',

@@ -97,6 +97,16 @@ def test_epoch_line_shows_validation_and_test_accuracy(images, tmp_path, capsys)
         [stats[f'{split}_acc'] for stats in epochs] for split in ('train', 'val', 'test')]
 
 
+def test_run_prints_a_folder_with_backslashes_when_stdout_is_ascii(images, tmp_path, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), 'ascii', errors='strict')
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, 'stdout', output)
+        run(images, tmp_path / 'r\xe9sum\xe9', '--epochs', 1)
+    assert (tmp_path / 'r\xe9sum\xe9' / 'model.pt7').exists()
+    output.seek(0)
+    assert f'log and checkpoints in {tmp_path}/r\\xe9sum\\xe9' in output.read()
+
+
 @pytest.mark.parametrize('elsewhere', [True, False])
 def test_resume_of_a_finished_run_writes_nothing(images, tmp_path, capsys, elsewhere):
     first, save = tmp_path / 'run', tmp_path / ('other' if elsewhere else 'run')

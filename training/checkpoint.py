@@ -11,11 +11,11 @@ import io
 import os
 import platform
 import random
-import sys
 
 import numpy as np
 import torch
 
+from cli import warn
 from diracnet import find_nonfinite
 from diracnets.checkpoint import MODEL_FILE, PREVIOUS_FILE, load_dict, load_dict_file
 from training.files import link_or_copy, replacement, sync_folder, write_synced
@@ -123,8 +123,8 @@ class Lock:
                 f'{self.folder}: another run writes to this folder; use another --save'
             ) from error
         except OSError as error:
-            print(f'{self.folder}: cannot be locked ({error.strerror}); do not start a second run '
-                  'with this --save', file=sys.stderr)
+            warn(f'{self.folder}: cannot be locked ({error.strerror}); do not start a second run '
+                 'with this --save')
 
     def release(self):
         descriptor, self.descriptor = self.descriptor, None
