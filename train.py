@@ -114,7 +114,7 @@ def train(run, resume_command):
             if run.epoch > first:
                 done, left = (sum(size**2 for size in part)
                               for part in (sizes[first:run.epoch], sizes[run.epoch:]))
-                title += f', {(time.monotonic() - start) * left / done / 60:.0f} min left'
+                title += f' (run: {(time.monotonic() - start) * left / done / 60:.0f} min left)'
             stats = {**run.args, **train_one_epoch(
                 run, train_model, loader, sizes[run.epoch], title, signals)}
             run.eval()

@@ -18,7 +18,6 @@ import cv2
 import numpy as np
 import torch
 import torchvision
-from tqdm import tqdm
 
 from diracnets.image_files import DataError
 from diracnets.preprocessing import (
@@ -31,6 +30,7 @@ from diracnets.preprocessing import (
 from training.datasets import IGNORED, BatchDataset, DatasetImages, ImageFiles, MemoryImages
 from training.distributed import all_reduce, rank, world_size
 from training.loader import iterate_batches, make_loader
+from training.progress import Progress
 
 MIN_PIXELS = 8  # height and width of an image
 
@@ -189,7 +189,7 @@ def _read_small_images(paths, size, nthread, name):
     pool = ThreadPool(max(1, nthread))
     try:
         done = pool.imap_unordered(read, range(len(paths)), chunksize=64)
-        for _ in tqdm(done, f'reading {name}', len(paths), unit='img', disable=None, leave=False):
+        for _ in Progress(done, f'reading {name}', len(paths), 'img'):
             pass
     finally:  # a thread that reads while the interpreter exits would abort the process
         stopped.set()
@@ -307,7 +307,8 @@ def measure_normalization(images, nthread):
     """
     counts = torch.zeros(images.shape[-1], 256, dtype=torch.int64)  # of each pixel value
     loader = make_loader(images, 256, nthread, rank=rank(), world_size=world_size())
-    for pixels, labels, _ in iterate_batches(loader):
+    batches = Progress(iterate_batches(loader), 'measuring --normalize', len(loader))
+    for pixels, labels, _ in batches:
         channels = pixels[labels != IGNORED].transpose(0, 1).flatten(1)
         counts += torch.stack([channel.bincount(minlength=256) for channel in channels])
     counts = torch.tensor(all_reduce(counts.flatten().tolist()), dtype=torch.float64)
