@@ -45,7 +45,7 @@ from training.interruption import interruptible, out_of_memory_as_os_error
 from training.loader import iterate_batches, make_loader
 from training.meters import Meters
 from training.optimizers import lr_factor
-from training.run import raise_if_stopped
+from training.run import print_settings, raise_if_stopped
 from training.setup import load_for_evaluation, prepare
 
 
@@ -129,7 +129,7 @@ def train(run, resume_command):
 
 
 def test(opt, loaded, forward, splits):
-    """Prints the loss and accuracy of a loaded model on the test images."""
+    """Prints and returns the loss and accuracy of a loaded model on the test images."""
     settings = {'file': loaded.path, 'network': loaded.title, 'image_size': loaded.preprocess.size,
                 'batch_size': opt.batch_size, 'nthread': opt.nthread}
     print_settings(settings, loaded.model, splits, forward)
@@ -138,31 +138,16 @@ def test(opt, loaded, forward, splits):
     summary = meters.summary('test')
     if rank() == 0:
         say(f'test_loss: {summary["test_loss"]:.4f}', f'test_acc: {summary["test_acc"]:.2f}')
+    return summary
 
 
-def print_settings(settings, model, splits, forward):
-    """Prints the settings, the parameters of the model, the data and the hardware."""
-    if rank() > 0:
-        return
-    params = dict(model.named_parameters())
-    training = f'{len(splits.train)} training and ' if splits.train else ''
-    say(
-        *[f'  {name:<16}{value}' for name, value in settings.items()],
-        '', f'  {"parameter":<40}{"shape":<20}{"size":>12}',
-        *[f'  {name:<40}{str(tuple(param.shape)):<20}{param.numel():>12,}'
-          for name, param in params.items()],
-        f'  {"total":<60}{sum(p.numel() for p in params.values()):>12,}', '',
-        f'{splits.name or "data from Python"}: {training}{len(splits.test)} test images, '
-        f'{len(splits.classes)} classes; computing on {world_size()} x '
-        f'{forward.device.type} in {forward.dtype}',
-    )
-
-
-def main(argv=None, splits=None):
+def main(argv=None, splits=None, on_epoch=None):
     """Runs the command line in `argv`; exits with a one-line message and status on an error.
 
     splits: DataSplits to train or evaluate on, in place of --dataset: see
-    `training.data.DataSplits.from_arrays`.
+    `training.data.DataSplits.from_arrays`. on_epoch: called on rank 0 with the log record (a dict)
+    of each epoch, when its checkpoint is on disk. Returns the RunResult, or with --evaluate a dict
+    with test_loss, test_acc and test_time.
     """
     argv = sys.argv[1:] if argv is None else argv
     opt = options.parse_options(argv, splits)
@@ -182,15 +167,16 @@ def main(argv=None, splits=None):
                 loaded, forward, splits = load_for_evaluation(opt, device, splits)
             else:
                 run = prepare(opt, device, lock, splits)
+                run.on_epoch = on_epoch
         try:
             # from here on other errors are bugs, and keep their traceback
             with (exit_on_error('train.py', (DataError, DivergedError, OSError)),
                   out_of_memory_as_os_error()):
                 if opt.evaluate:
-                    test(opt, loaded, forward, splits)
-                else:
-                    print_settings(run.args, run.model, run.splits, run.forward)
-                    train(run, f'{script} {shlex.join(resume_argv)}')
+                    return test(opt, loaded, forward, splits)
+                print_settings(run.args, run.model, run.splits, run.forward)
+                train(run, f'{script} {shlex.join(resume_argv)}')
+                return run.result()
         finally:
             distributed.shutdown()
 

@@ -4,6 +4,7 @@ import math
 import os
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +20,19 @@ from training.compute import Forward
 from training.data import DataSplits
 from training.distributed import all_reduce, rank, world_size
 from training.interruption import SignalHandler, StoppedError
-from training.log import append_log
+from training.log import LOG_FILE, append_log, read_log
 from training.meters import STEPS_PER_READING, Meters, topk
 from training.optimizers import check_state, lr_factor, set_learning_rate
 from training.tensorboard import TensorBoardWriter
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a run: its best accuracy and the records of its epochs."""
+
+    folder: str  # of the log and the checkpoints
+    best_acc: float  # that of best.pt7, in per cent, on the validation set if there is one
+    history: list[dict]  # the records of log.txt, one per epoch
 
 
 @dataclass
@@ -41,6 +51,7 @@ class Run:
     best: float = 0.0  # best accuracy so far, in per cent, on the first of `eval_splits`
     resumed_from: str = ''  # the checkpoint, or its folder
     board: TensorBoardWriter = None
+    on_epoch: Callable[[dict], None] | None = None  # called on rank 0 after each epoch
     saved: float = field(default_factory=time.monotonic)  # time of the last save, in seconds
 
     @property
@@ -74,6 +85,11 @@ class Run:
             return f'{best}; log and checkpoints in {self.opt.save}'
         return (f'nothing was left to train, and nothing was written: {self.resumed_from} has '
                 f'{self.epoch} epochs, --epochs is {self.opt.epochs}; {best}')
+
+    def result(self):
+        log = os.path.join(self.opt.save, LOG_FILE)
+        history = read_log(log) if os.path.exists(log) else []
+        return RunResult(self.opt.save, self.best, history)
 
     def set_learning_rate(self, steps_per_epoch):
         """Sets the learning rate of the next step."""
@@ -124,6 +140,8 @@ class Run:
             say(f'==> id: {self.opt.save} ({self.epoch}/{self.opt.epochs}), {shown}')
             if self.board:
                 self.board.write(stats, self.model)
+            if self.on_epoch:
+                self.on_epoch(stats)
 
     def state(self):
         """Returns the contents of a checkpoint: see training/checkpoint.py."""
@@ -194,3 +212,21 @@ def raise_if_stopped(signals, step, steps):
     number, = all_reduce([signals.number], dist.ReduceOp.MAX)
     if number:
         raise StoppedError(int(number))
+
+
+def print_settings(settings, model, splits, forward):
+    """Prints the settings, the parameters of the model, the data and the hardware."""
+    if rank() > 0:
+        return
+    params = dict(model.named_parameters())
+    training = f'{len(splits.train)} training and ' if splits.train else ''
+    say(
+        *[f'  {name:<16}{value}' for name, value in settings.items()],
+        '', f'  {"parameter":<40}{"shape":<20}{"size":>12}',
+        *[f'  {name:<40}{str(tuple(param.shape)):<20}{param.numel():>12,}'
+          for name, param in params.items()],
+        f'  {"total":<60}{sum(p.numel() for p in params.values()):>12,}', '',
+        f'{splits.name or "data from Python"}: {training}{len(splits.test)} test images, '
+        f'{len(splits.classes)} classes; computing on {world_size()} x '
+        f'{forward.device.type} in {forward.dtype}',
+    )
