@@ -33,6 +33,7 @@ if __name__ == '__main__':  # before imports that take seconds
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from cli import exit_on_error, say
 from diracnets.preprocessing import DataError
@@ -58,7 +59,7 @@ def train_one_epoch(run, model, loader, size, title, signals):
     opt, optimizer = run.opt, run.optimizer
     loader.sampler.set_epoch(run.epoch + 1, run.step)
     run.set_learning_rate(len(loader))
-    run.model.train()
+    run.train()
     run.meters = Meters(len(run.splits.classes), len(run.splits.train), title, run.totals, run.step)
     with run.meters.bar:
         for images, labels, global_batch_size in signals.batches(loader):
@@ -66,6 +67,8 @@ def train_one_epoch(run, model, loader, size, title, signals):
             loss = cross_entropy(logits, labels, global_batch_size, opt.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
+            if opt.clip_grad:
+                clip_grad_norm_(run.model.parameters(), opt.clip_grad)
             optimizer.step()
             run.meters.update(loss, logits, labels, global_batch_size)
             run.end_step(len(loader), signals)
@@ -95,7 +98,7 @@ def train(run, resume_command):
     """Trains the remaining epochs of a run; writes the log and checkpoints into opt.save."""
     opt, splits = run.opt, run.splits
     train_model = DistributedDataParallel(run.model) if world_size() > 1 else run.model
-    eval_model = run.model
+    eval_model = run.eval_model
     sizes = progressive_sizes(run.preprocess.size, opt.grow, opt.epochs)  # of each epoch, in pixels
     constants = {'num_classes': len(splits.classes),
                  'n_parameters': sum(p.numel() for p in run.model.parameters())}
@@ -103,7 +106,8 @@ def train(run, resume_command):
         device = run.forward.device
         train_model = compile_model(train_model, device)
         eval_model = compile_model(eval_model, device)
-    loader = make_loader(splits.train, opt.batch_size, opt.nthread, opt.seed, rank(), world_size())
+    loader = make_loader(splits.train, opt.batch_size, opt.nthread, opt.seed, rank(), world_size(),
+                         opt.balance)
     with interruptible(run, resume_command) as signals:
         if opt.compile:
             compile_time = warm_up(run, train_model, eval_model, set(sizes[run.epoch:]))

@@ -93,7 +93,10 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointContents:
     Running statistics may be in `params` or in `stats`; dense deltas and the name prefixes of
     wrappers are removed. path and errors are those of `load_dict`.
     """
-    return _parse(load_dict(path), path)
+    contents = load_dict(path)
+    if contents.get('ema'):  # the average of train.py --ema, in place of the weights
+        contents = {**contents, 'params': contents['ema']}
+    return _parse(contents, path)
 
 
 def _parse(contents, path):

@@ -88,6 +88,7 @@ def _is_totals(value):
 
 SCHEMA = {  # keys of a checkpoint except `params`: the check, and the expected type in words
     'stats': (_is_dict, 'a dict'),
+    'ema': (_is_dict, 'a dict'),
     'optimizer': (_is_dict, 'a dict'),
     'epoch': (_is_count, 'a non-negative integer'),
     'step': (_is_count, 'a non-negative integer'),
@@ -120,6 +121,7 @@ def check_schema(contents: Mapping) -> None:
             raise ValueError(f'{name} is {reprlib.repr(value)}: expected {expected}')
     _check_tensors(contents['params'])
     _check_tensors(contents.get('stats') or {})
+    _check_tensors(contents.get('ema') or {})
 
 
 def _check_tensors(tensors):

@@ -145,7 +145,8 @@ def test_warm_up_compiles_every_batch_size():
 
     linear, trained, evaluated = torch.nn.Linear(3, 2), [], []
     compiled_run = SimpleNamespace(
-        model=linear, eval_splits=('val', 'test'), opt=SimpleNamespace(batch_size=4),
+        model=linear, train=linear.train, eval=linear.eval, eval_splits=('val', 'test'),
+        opt=SimpleNamespace(batch_size=4),
         forward=Forward(Preprocessing.for_dataset('Folder', 8), 'float', torch.device('cpu')),
         splits=SimpleNamespace(train=images(10), val=images(7), test=images(9)),
         optimizer=torch.optim.SGD(linear.parameters(), 0.1))

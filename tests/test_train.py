@@ -53,7 +53,8 @@ def test_options_have_the_papers_defaults():
         'nesterov': False, 'label_smoothing': 0, 'name': '',
         'tensorboard': False, 'pretrained': '', 'compile': False, 'checkpointing': False,
         'crop': True, 'flip': 'horizontal', 'normalise': '', 'optimizer': 'sgd', 'adam_lr': 0.01,
-        'grow': [], 'whiten': False, 'cutout': 0,
+        'grow': [], 'whiten': False, 'cutout': 0, 'balance': False, 'clip_grad': 0, 'ema': 0,
+        'freeze': 'none',
     }
 
 

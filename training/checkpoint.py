@@ -1,9 +1,10 @@
 """Checkpoints of a run: atomic writing, random states, and a lock on the folder of the run.
 
 A checkpoint is a plain dict that loads with `weights_only=True`: `params` (flat name to tensor,
-running statistics included), `optimizer`, `epoch` (finished epochs), `step` (finished steps of the
-next epoch), `totals` (sums of the meters over these steps), `rng`, `best`, `classes`, `args`,
-`versions` and `launcher` (a process id, which identifies restarts by torchrun).
+running statistics included), `ema` (with --ema, their average, which `diracnets.load` reads in
+place of `params`), `optimizer`, `epoch` (finished epochs), `step` (finished steps of the next
+epoch), `totals` (sums of the meters over these steps), `rng`, `best`, `classes`, `args`, `versions`
+and `launcher` (a process id, which identifies restarts by torchrun).
 """
 
 import fcntl

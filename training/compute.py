@@ -111,7 +111,7 @@ def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> flo
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         for images, model, size in passes:
             training = images is run.splits.train
-            run.model.train(training)
+            run.train() if training else run.eval()
             full, last = min(run.opt.batch_size, len(images)), len(images) % run.opt.batch_size
             for batch_size in {full, last} - {0}:
                 local_indices = torch.arange(batch_size).tensor_split(world_size())[rank()]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch.optim.swa_utils import AveragedModel
 
 from cli import say
 from diracnet import check_params
@@ -44,6 +45,8 @@ class Run:
     splits: DataSplits
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    frozen: list[torch.nn.Module]  # batch norms that stay in evaluation mode
+    average: AveragedModel | None  # of the model over all steps, with --ema
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the next epoch
     totals: list = None  # of the meters in these steps, if a checkpoint was resumed within an epoch
@@ -96,16 +99,30 @@ class Run:
         progress = self.epoch + self.step / steps_per_epoch
         set_learning_rate(self.optimizer, lr_factor(self.opt, progress))
 
+    @property
+    def eval_model(self):
+        """The model that is evaluated: the average of --ema if there is one."""
+        return self.average.module if self.average else self.model
+
+    def train(self):
+        """Sets training mode, except for frozen batch norms."""
+        self.model.train()
+        for norm in self.frozen:
+            norm.eval()
+
     def eval(self):
         """Sets evaluation mode, with the running statistics of rank 0 on all ranks."""
-        if world_size() > 1:
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
-        self.model.eval()
+        for model in dict.fromkeys([self.model, self.eval_model]):
+            if world_size() > 1:
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+            model.eval()
 
     def end_step(self, steps_per_epoch: int, signals: SignalHandler):
         """Counts a training step; saves if it is time; raises StoppedError after a signal."""
         self.step += 1
+        if self.average:
+            self.average.update_parameters(self.model)
         self.set_learning_rate(steps_per_epoch)
         if self.step < steps_per_epoch and not ranks_agree_at(self.step):
             return
@@ -145,8 +162,9 @@ class Run:
 
     def state(self):
         """Returns the contents of a checkpoint: see training/checkpoint.py."""
+        ema = {'ema': self.average.module.state_dict()} if self.average else {}
         return {
-            'params': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'params': self.model.state_dict(), **ema, 'optimizer': self.optimizer.state_dict(),
             'epoch': self.epoch, 'step': self.step, 'best': self.best,
             'rng': checkpoint.rng_state(), 'classes': self.splits.classes, 'args': self.args,
             'versions': checkpoint.versions(), 'launcher': os.getppid(),
@@ -182,6 +200,10 @@ class Run:
         self.optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
         self.epoch, self.step = state['epoch'], state.get('step', 0)
         self.best = state.get('best', 0.0)
+        if self.average and 'ema' in state:
+            check_params(state['ema'], self.average.module.state_dict())
+            self.average.module.load_state_dict(state['ema'])
+            self.average.n_averaged.fill_(bool(self.epoch or self.step))  # 0: not started
         self._check_progress(state.get('totals'))
         if rank() == 0:  # totals are sums over all ranks; the random state is that of rank 0
             self.totals = state.get('totals')

@@ -15,8 +15,9 @@ from diracnets.preprocessing import Preprocessing, normalize
 from training import checkpoint, data, distributed, options
 from training.compute import Forward, choose_dtype, param_dtype
 from training.distributed import all_reduce, rank
+from training.freezing import freeze
 from training.log import LOG_FILE, read_log, truncate_log
-from training.optimizers import make_optimizer
+from training.optimizers import make_average, make_optimizer
 from training.pretrained import load_pretrained
 from training.run import Run
 from training.tensorboard import TensorBoardWriter
@@ -161,7 +162,9 @@ def prepare(opt, device, lock, splits=None):
     model = build_model(opt, splits, forward)
     if opt.pretrained and not path:
         load_pretrained(model, opt, preprocess, splits.classes)
-    run = Run(opt, forward, splits, model, make_optimizer(model, opt), resumed_from=path)
+    frozen = freeze(model, opt.freeze)
+    run = Run(opt, forward, splits, model, make_optimizer(model, opt), frozen,
+              make_average(model, opt.ema), resumed_from=path)
     if opt.tensorboard:
         run.board = TensorBoardWriter(opt.save, run.args)
     if path:
