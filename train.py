@@ -40,7 +40,7 @@ from diracnets.preprocessing import DataError
 from training import checkpoint, distributed, options
 from training.augmentation import progressive_sizes
 from training.checkpoint import DivergedError
-from training.compute import compile_model, cross_entropy, keep_freed_memory, warm_up
+from training.compute import compile_models, cross_entropy, keep_freed_memory
 from training.distributed import rank, world_size
 from training.interruption import interruptible, out_of_memory_as_os_error
 from training.loader import iterate_batches, make_loader
@@ -102,16 +102,13 @@ def train(run, resume_command):
     sizes = progressive_sizes(run.preprocess.size, opt.grow, opt.epochs)  # of each epoch, in pixels
     constants = {'num_classes': len(splits.classes),
                  'n_parameters': sum(p.numel() for p in run.model.parameters())}
-    if opt.compile:
-        device = run.forward.device
-        train_model = compile_model(train_model, device)
-        eval_model = compile_model(eval_model, device)
     loader = make_loader(splits.train, opt.batch_size, opt.nthread, opt.seed, rank(), world_size(),
                          opt.balance)
     with interruptible(run, resume_command) as signals:
         if opt.compile:
-            compile_time = warm_up(run, train_model, eval_model, set(sizes[run.epoch:]))
-            constants = {'compile_time': compile_time, **constants}
+            train_model, eval_model, seconds = compile_models(
+                run, train_model, set(sizes[run.epoch:]))
+            constants = {'compile_time': seconds, **constants}
         first, start = run.epoch, time.monotonic()
         while not run.done:
             title = f'epoch {run.epoch + 1}/{opt.epochs}'

@@ -696,6 +696,12 @@ def test_meters_weight_every_image_equally():
     (['--recipe', 'mine'], 'mine'),
     (['--ngpu', '2'], 'torchrun --nproc_per_node=2 train.py --ngpu 2'),
     (['--colour'], '--colour'),
+    (['--model', 'diracnet-fast', '--dataset', 'Folder', '--image_size', '8'],
+     'images of 8 pixels are too small for diracnet-fast'),
+    (['--model', 'alexnet', '--dataset', 'ImageNet', '--grow', '[32,224]'],
+     'images of 32 pixels are too small for alexnet'),
+    (['--dataset', 'ImageNet', '--depth', '18', '--grow', '[24,224]'],
+     'images of 24 pixels are too small for diracnet'),
 ])
 def test_options_reject_invalid_values(capsys, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import diracnets
 from diracnets.loading import check_classes
 from diracnets.models.registry import ARCHITECTURES
-from diracnets.preprocessing import Preprocessing, normalize
+from diracnets.preprocessing import DATASETS, Preprocessing, normalize
 from training import checkpoint, data, distributed, options
 from training.compute import Forward, choose_dtype, param_dtype
 from training.distributed import all_reduce, rank
@@ -113,10 +113,18 @@ def check_model_options(opt, preprocess):
     """Raises ValueError for sizes that the architecture does not have, before data are read."""
     try:
         with torch.device('meta'):
-            diracnets.create_model(opt.model, preprocess.kind, **options.model_options(opt))
+            model = diracnets.create_model(opt.model, preprocess.kind, **options.model_options(opt))
     except ValueError as error:
         context = f'image_size {preprocess.size}: {options.NETWORKS_BY_SIZE}'
         raise ValueError(f'{error} ({context})') from error
+    size = min([preprocess.size, *opt.grow])
+    if size >= DATASETS[preprocess.kind].size:
+        return
+    try:
+        model.eval()(torch.empty(1, 3, size, size, device='meta'))
+    except RuntimeError as error:
+        raise ValueError(f'images of {size} pixels are too small for {opt.model}; use larger ones '
+                         f'({str(error).splitlines()[0]})') from error
 
 
 def build_model(opt, splits, forward):
