@@ -127,6 +127,16 @@ class Lock:
             warn(f'{self.folder}: cannot be locked ({error.strerror}); do not start a second run '
                  'with this --save')
 
+    def check(self):
+        """Raises OSError if the locked folder is no longer the one at its path."""
+        try:
+            same = os.path.samestat(os.fstat(self.descriptor), os.stat(self.folder))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise OSError(f'{self.folder}: was removed or replaced during the run; nothing more is '
+                          'written there')
+
     def release(self):
         descriptor, self.descriptor = self.descriptor, None
         if descriptor is not None:

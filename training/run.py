@@ -45,6 +45,7 @@ class Run:
     splits: DataSplits
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    lock: checkpoint.Lock  # of the folder, held by rank 0
     frozen: list[torch.nn.Module]  # batch norms that stay in evaluation mode
     average: AveragedModel | None  # of the model over all steps, with --ema
     epoch: int = 0  # finished epochs
@@ -143,6 +144,7 @@ class Run:
                 raise DivergedError(f'{name} is {value} after step {self.step}')
         if rank() == 0:
             checkpoint.check_finite(self.state())
+            self.lock.check()
             append_log(self.opt.save, stats)
         self.epoch, self.step, self.totals = self.epoch + 1, 0, None
         accuracies = {f'{split}_acc': stats[f'{split}_acc'] for split in self.eval_splits}
@@ -179,6 +181,7 @@ class Run:
         totals = self.meters.totals() if self.step else None
         self.saved = time.monotonic()
         if rank() == 0:
+            self.lock.check()
             checkpoint.save(self.opt.save, {**self.state(), 'totals': totals}, names, checked)
 
     def restore(self, state, path):

@@ -46,11 +46,12 @@ def find_checkpoint(opt):
     return path
 
 
-def prepare_folder(run, lock):
+def prepare_folder(run):
     """Creates, locks and prepares --save; raises ValueError if another run uses it."""
     folder = run.opt.save
     os.makedirs(folder, exist_ok=True)
-    lock.acquire()
+    run.lock.acquire()
+    run.lock.check()
     if not run.epoch and not run.step:
         find_checkpoint(run.opt)  # another run may have written there in the meantime
     checkpoint.quarantine(folder)
@@ -171,7 +172,7 @@ def prepare(opt, device, lock, splits=None):
     if opt.pretrained and not path:
         load_pretrained(model, opt, preprocess, splits.classes)
     frozen = freeze(model, opt.freeze)
-    run = Run(opt, forward, splits, model, make_optimizer(model, opt), frozen,
+    run = Run(opt, forward, splits, model, make_optimizer(model, opt), lock, frozen,
               make_average(model, opt.ema), resumed_from=path)
     if opt.tensorboard:
         run.board = TensorBoardWriter(opt.save, run.args)
@@ -179,7 +180,7 @@ def prepare(opt, device, lock, splits=None):
         run.restore(state, path)
     check_ranks_agree(run)
     if rank() == 0 and not run.done:
-        prepare_folder(run, lock)
+        prepare_folder(run)
     return run
 
 
