@@ -36,7 +36,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return matches[:1] if len({id(action) for action, *_ in matches}) == 1 else matches
 
     def error(self, message):
-        self.exit(2, f'{self.prog}: {message}\n')
+        self.exit(2, f'{self.prog}: {printable(message)}\n')
 
 
 def _exit_now(number, frame):
@@ -77,27 +77,45 @@ def exit_on_error(prog, expected=(ValueError, OSError, RuntimeError)):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except expected as error:
-        print(f'{prog}: {_one_line(error)}', file=sys.stderr)
+        warn(f'{prog}: {_one_line(error)}')
         sys.exit(getattr(error, 'status', 2 if isinstance(error, USER_ERRORS) else 1))
 
 
 def _one_line(error):
     if isinstance(error, OSError) and error.filename:
         return f'{error.filename}: {error.strerror}'
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    # an error of a DataLoader worker: a traceback, whose last line is class and message
-    return re.sub(r'^[\w.]+Error: ', '', lines[-1]) if len(lines) > 1 else lines[0]
+    text = str(error).strip() or type(error).__name__
+    if isinstance(error, RuntimeError) or text.startswith('Caught '):
+        # of torch, or of a DataLoader worker: a traceback, whose last line is class and message
+        return re.sub(r'^[\w.]+Error: ', '', text.splitlines()[-1])
+    return text
 
 
-def say(*lines):
-    """Prints lines to stdout; if stdout is closed, warns once on stderr and continues."""
+def printable(text: str) -> str:
+    """Returns text on one line, with backslash escapes for what must not or cannot be printed.
+
+    These are control characters, which could forge a line or change the terminal, and characters
+    that the encoding of stdout lacks.
+    """
+    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    return text.encode(encoding, 'backslashreplace').decode(encoding)
+
+
+def say(*lines: str) -> None:
+    """Prints `printable` lines; if stdout is closed, warns once on stderr and continues."""
     try:
-        print(*lines, sep='\n', flush=True)
+        print(*map(printable, lines), sep='\n', flush=True)
     except OSError as error:  # a closed terminal, `| head -1`, a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for all later output
-        with contextlib.suppress(OSError):
-            print(f'stdout: cannot be written ({error.strerror}); output is discarded',
-                  file=sys.stderr)
+        warn(f'stdout: cannot be written ({error.strerror}); output is discarded')
+
+
+def warn(line: str) -> None:
+    """Prints a `printable` line to stderr, unless stderr is closed."""
+    with contextlib.suppress(OSError):
+        if sys.stderr:  # else print would write to stdout
+            print(printable(line), file=sys.stderr, flush=True)
 
 
 def table(header, rows, left=()):
@@ -118,4 +136,4 @@ def table(header, rows, left=()):
 
 def print_table(header, rows, left=()):
     """Prints a `table`."""
-    print(*table(header, rows, left), sep='\n', flush=True)
+    say(*table(header, rows, left))

@@ -35,18 +35,19 @@ if __name__ == '__main__':  # --help and errors come before the imports that tak
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 
 from diracnets.preprocessing import DataError
 from training import checkpoint, distributed
 from training.augmentation import progressive_sizes
 from training.checkpoint import DivergedError
-from training.compute import compile_model, cross_entropy, keep_freed_memory, warm_up
+from training.compute import compile_models, cross_entropy, keep_freed_memory
 from training.distributed import rank, world_size
 from training.interruption import interruptible, out_of_memory_as_os_error
 from training.loader import iterate_batches, make_loader
 from training.meters import Meters
 from training.optimizers import lr_factor
-from training.run import raise_if_stopped
+from training.run import print_settings, raise_if_stopped
 from training.setup import load_for_evaluation, prepare
 
 
@@ -59,7 +60,7 @@ def train_one_epoch(run, model, loader, size, title, signals):
     opt, optimizer = run.opt, run.optimizer
     loader.sampler.set_epoch(run.epoch + 1, run.step)
     run.set_learning_rate(len(loader))
-    run.model.train()
+    run.train()
     run.meters = Meters(len(run.splits.classes), len(run.splits.train), title, run.totals, run.step)
     with run.meters.bar:
         for images, labels, global_batch_size in signals.batches(loader):
@@ -67,6 +68,8 @@ def train_one_epoch(run, model, loader, size, title, signals):
             loss = cross_entropy(logits, labels, global_batch_size, opt.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
+            if opt.clip_grad:
+                clip_grad_norm_(run.model.parameters(), opt.clip_grad)
             optimizer.step()
             run.meters.update(loss, logits, labels, global_batch_size)
             run.end_step(len(loader), signals)
@@ -96,26 +99,24 @@ def train(run, resume_command):
     """Trains the remaining epochs of a run; writes the log and checkpoints into opt.save."""
     opt, splits = run.opt, run.splits
     train_model = DistributedDataParallel(run.model) if world_size() > 1 else run.model
-    eval_model = run.model
+    eval_model = run.eval_model
     sizes = progressive_sizes(run.preprocess.size, opt.grow, opt.epochs)  # of each epoch, in pixels
     constants = {'num_classes': len(splits.classes),
                  'n_parameters': sum(p.numel() for p in run.model.parameters())}
-    if opt.compile:
-        device = run.forward.device
-        train_model = compile_model(train_model, device)
-        eval_model = compile_model(eval_model, device)
-    loader = make_loader(splits.train, opt.batch_size, opt.nthread, opt.seed, rank(), world_size())
+    loader = make_loader(splits.train, opt.batch_size, opt.nthread, opt.seed, rank(), world_size(),
+                         opt.balance)
     with interruptible(run, resume_command) as signals:
         if opt.compile:
-            compile_time = warm_up(run, train_model, eval_model, set(sizes[run.epoch:]))
-            constants = {'compile_time': compile_time, **constants}
+            train_model, eval_model, seconds = compile_models(
+                run, train_model, set(sizes[run.epoch:]))
+            constants = {'compile_time': seconds, **constants}
         first, start = run.epoch, time.monotonic()
         while not run.done:
             title = f'epoch {run.epoch + 1}/{opt.epochs}'
             if run.epoch > first:
                 done, left = (sum(size**2 for size in part)
                               for part in (sizes[first:run.epoch], sizes[run.epoch:]))
-                title += f', {(time.monotonic() - start) * left / done / 60:.0f} min left'
+                title += f' (run: {(time.monotonic() - start) * left / done / 60:.0f} min left)'
             stats = {**run.args, **train_one_epoch(
                 run, train_model, loader, sizes[run.epoch], title, signals)}
             run.eval()
@@ -130,7 +131,7 @@ def train(run, resume_command):
 
 
 def test(opt, loaded, forward, splits):
-    """Prints the loss and accuracy of a loaded model on the test images."""
+    """Prints and returns the loss and accuracy of a loaded model on the test images."""
     settings = {'file': loaded.path, 'network': loaded.title, 'image_size': loaded.preprocess.size,
                 'batch_size': opt.batch_size, 'nthread': opt.nthread}
     print_settings(settings, loaded.model, splits, forward)
@@ -138,32 +139,17 @@ def test(opt, loaded, forward, splits):
     evaluate(loaded.model, forward, splits.test, meters, opt)
     summary = meters.summary('test')
     if rank() == 0:
-        print(f'test_loss: {summary["test_loss"]:.4f}\ntest_acc: {summary["test_acc"]:.2f}')
+        say(f'test_loss: {summary["test_loss"]:.4f}', f'test_acc: {summary["test_acc"]:.2f}')
+    return summary
 
 
-def print_settings(settings, model, splits, forward):
-    """Prints the settings, the parameters of the model, the data and the hardware."""
-    if rank() > 0:
-        return
-    params = dict(model.named_parameters())
-    training = f'{len(splits.train)} training and ' if splits.train else ''
-    say(
-        *[f'  {name:<16}{value}' for name, value in settings.items()],
-        f'\n  {"parameter":<40}{"shape":<20}{"size":>12}',
-        *[f'  {name:<40}{str(tuple(param.shape)):<20}{param.numel():>12,}'
-          for name, param in params.items()],
-        f'  {"total":<60}{sum(p.numel() for p in params.values()):>12,}\n',
-        f'{splits.name or "data from Python"}: {training}{len(splits.test)} test images, '
-        f'{len(splits.classes)} classes; computing on {world_size()} x '
-        f'{forward.device.type} in {forward.dtype}',
-    )
-
-
-def main(argv=None, splits=None):
+def main(argv=None, splits=None, on_epoch=None):
     """Runs the command line in `argv`; exits with a one-line message and status on an error.
 
     splits: DataSplits to train or evaluate on, in place of --dataset: see
-    `training.data.DataSplits.from_arrays`.
+    `training.data.DataSplits.from_arrays`. on_epoch: called on rank 0 with the log record (a dict)
+    of each epoch, when its checkpoint is on disk. Returns the RunResult, or with --evaluate a dict
+    with test_loss, test_acc and test_time.
     """
     argv = sys.argv[1:] if argv is None else argv
     opt = options.parse_options(argv, splits)
@@ -183,15 +169,16 @@ def main(argv=None, splits=None):
                 loaded, forward, splits = load_for_evaluation(opt, device, splits)
             else:
                 run = prepare(opt, device, lock, splits)
+                run.on_epoch = on_epoch
         try:
             # from here on other errors are bugs, and keep their traceback
             with (exit_on_error('train.py', (DataError, DivergedError, OSError)),
                   out_of_memory_as_os_error()):
                 if opt.evaluate:
-                    test(opt, loaded, forward, splits)
-                else:
-                    print_settings(run.args, run.model, run.splits, run.forward)
-                    train(run, f'{script} {shlex.join(resume_argv)}')
+                    return test(opt, loaded, forward, splits)
+                print_settings(run.args, run.model, run.splits, run.forward)
+                train(run, f'{script} {shlex.join(resume_argv)}')
+                return run.result()
         finally:
             distributed.shutdown()
 

@@ -101,7 +101,10 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointContents:
     and a common prefix of all names are removed. The parameters of a DiracNet that are named after
     its modules, as in diracnets.timm, get flat names. path and errors are those of `load_dict`.
     """
-    return parse_checkpoint(load_dict(path), path)
+    contents = load_dict(path)
+    if contents.get('ema'):  # the average of train.py --ema, in place of the weights
+        contents = {**contents, 'params': contents['ema']}
+    return parse_checkpoint(contents, path)
 
 
 def parse_checkpoint(contents: Mapping, path: str | os.PathLike) -> CheckpointContents:

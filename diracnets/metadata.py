@@ -118,6 +118,7 @@ def _is_totals(value):
 
 SCHEMA = {  # keys of a checkpoint except `params`: the check, and the expected type in words
     'stats': (_is_dict, 'a dict'),
+    'ema': (_is_dict, 'a dict'),
     'optimizer': (_is_dict, 'a dict'),
     'epoch': (_is_count, 'a non-negative integer'),
     'step': (_is_count, 'a non-negative integer'),
@@ -152,6 +153,7 @@ def check_schema(contents: Mapping) -> None:
     _check_momenta(contents.get('optimizer') or {})
     _check_tensors(contents['params'])
     _check_tensors(contents.get('stats') or {})
+    _check_tensors(contents.get('ema') or {})
 
 
 def _check_momenta(optimizer):

@@ -343,7 +343,7 @@ def main(argv=None):
         status = run_checks() if opt.checks and opt.device == 'cuda' else 0
         torch.backends.cudnn.benchmark = opt.device == 'cuda'  # as in train.py
         peak = matmul_gflops('bfloat16', device, 8192 if opt.device == 'cuda' else 1024) / 1000
-        say(f'\nbfloat16 matmul peak: {peak:,.1f} TFLOP/s')
+        say('', f'bfloat16 matmul peak: {peak:,.1f} TFLOP/s')
         with tempfile.TemporaryDirectory() as folder:
             write_jpegs(folder)
             compared = comparisons(device, folder)

@@ -219,7 +219,7 @@ def train_all(runs, experiment, paths):
     estimated, measured = 0, 0  # seconds of the runs that are done
     for i, run in enumerate(runs):
         pace = measured / estimated if estimated else 1
-        say(f'\n{experiment}: run {i + 1} of {len(runs)}: {run.title}; '
+        say('', f'{experiment}: run {i + 1} of {len(runs)}: {run.title}; '
             f'{pace * sum(estimates[i:]) / 3600:.1f} h left')
         start = time.monotonic()
         folder = paths.run_folder(run)
@@ -265,7 +265,7 @@ def run_experiment(experiment, runs, paths):
 def run_script(commands):
     """Runs Python commands in order; raises RuntimeError if one fails."""
     for arguments, variables in commands:
-        say('\npython ' + ' '.join(arguments))
+        say('', 'python ' + ' '.join(arguments))
         status = subprocess.run([sys.executable, *arguments], cwd=ROOT,
                                 env={**os.environ, **variables}).returncode
         if status:

@@ -61,8 +61,8 @@ def compare(reference, run):
     states = []
     for folder in (reference, run):
         loaded = checkpoint.load(folder)
-        keys = ('params', 'optimizer', 'epoch', 'rng')
-        states.append(dict(flat({key: loaded[key] for key in keys})))
+        keys = ('params', 'ema', 'optimizer', 'epoch', 'rng')
+        states.append(dict(flat({key: loaded.get(key) for key in keys})))
     differences = sorted(states[0].keys() ^ states[1].keys())
     for name in states[0].keys() & states[1].keys():
         a, b = (state[name] for state in states)

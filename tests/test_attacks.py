@@ -126,6 +126,32 @@ def test_lock_refuses_a_second_run_in_the_same_folder(images, tmp_path, capsys):
     run(images, tmp_path, '--epochs', 1)  # the lock is released
 
 
+@pytest.mark.parametrize('replaced', [False, True])
+def test_run_ends_when_its_folder_is_removed(images, tmp_path, capsys, monkeypatch, replaced):
+    folder, original, epochs = tmp_path / 'run', train.train_one_epoch, []
+
+    def removing(*arguments):
+        epochs.append(1)
+        if len(epochs) == 2:
+            shutil.rmtree(folder)
+            if replaced:
+                run(images, folder, '--epochs', 1, '--seed', 2)  # another run
+        return original(*arguments)
+
+    monkeypatch.setattr(train, 'train_one_epoch', removing)
+    with pytest.raises(SystemExit) as stopped:
+        run(images, folder)
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1
+    assert error.startswith(f'train.py: {folder}: was removed or replaced')
+    if replaced:
+        assert [stats['seed'] for stats in stats_of(folder)] == [2]
+        assert torch.load(folder / 'model.pt7', weights_only=True)['args']['seed'] == 2
+    else:
+        assert not folder.exists()
+
+
 def test_lock_warns_when_the_file_system_has_no_locks(images, tmp_path, capsys, monkeypatch):
     def flock(descriptor, how):
         raise OSError(errno.ENOLCK, 'No locks available')

@@ -1,5 +1,6 @@
 """cli.py: Ctrl-C at any time, missing packages, help."""
 
+import io
 import os
 import signal
 import subprocess
@@ -100,6 +101,37 @@ def test_require_packages_names_the_missing_package_and_its_extra(
     assert (status, printed, error.count('\n')) == (2, '', 1)
     assert error.startswith(f'{script}: {missing} missing')
     assert f"pip install '.[{extra}]'" in error
+
+
+HOSTILE = '{0}\x1b[2J\r\n{0}\u202e\ud800\xe9\x00'.format('x.py: fine')
+ESCAPED = r'x.py: fine\x1b[2J\r\nx.py: fine\u202e\ud800%s\x00'
+
+
+@pytest.mark.parametrize(('encoding', 'letter'), [('utf-8', '\xe9'), ('ascii', r'\xe9')])
+def test_console_lines_are_escaped_when_they_contain_control_characters(
+    monkeypatch, capsys, encoding, letter
+):
+    output = io.TextIOWrapper(io.BytesIO(), encoding, errors='strict')
+    monkeypatch.setattr(sys, 'stdout', output)
+    parser = cli.ArgumentParser(prog='x.py')
+
+    def fail(error):
+        with pytest.raises(SystemExit), cli.exit_on_error('x.py'):
+            raise error
+
+    cli.say(HOSTILE, 'second line')
+    cli.print_table(['title'], [[HOSTILE]])
+    for error in (ValueError(HOSTILE), FileNotFoundError(2, 'no such file', HOSTILE)):
+        fail(error)
+    with pytest.raises(SystemExit):
+        parser.error(HOSTILE)
+    output.seek(0)
+    escaped = ESCAPED % letter
+    said, second, *table = output.read().splitlines()
+    assert (said, second, len(table)) == (escaped, 'second line', 3)
+    assert escaped in table[2]
+    assert capsys.readouterr().err.splitlines() == [
+        f'x.py: {escaped}', f'x.py: {escaped}: no such file', f'x.py: {escaped}']
 
 
 def test_help_of_test_py_shows_pytest_examples():

@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import itertools
 import os
 import pty
 import re
@@ -17,7 +18,7 @@ import torch
 import plot
 import train
 from runs import run, stats_of, write_sets
-from training import meters
+from training import meters, progress
 from training.log import read_log
 
 ROOT = Path(train.__file__).parent
@@ -77,6 +78,51 @@ def test_progress_bar_advances_with_each_step(monkeypatch):
     assert seen.summary('train')['train_loss'] == 1.0
 
 
+def test_progress_prints_a_line_each_minute_when_stderr_is_no_terminal(capsys, monkeypatch):
+    clock = [100.0]  # seconds
+    monkeypatch.setattr('tqdm.std.time', lambda: clock[0])
+    totals = [5.0, 8.0, 4, 1]  # 4 of 24 images before the resume: loss 2, one error
+    seen = meters.Meters(10, 24, 'epoch 2/9', totals, steps=1)
+    with seen.bar:
+        for _ in range(4):
+            clock[0] += 25
+            seen.last_reading = 0.0  # the loss is read in each step
+            seen.update(torch.tensor(1.0), torch.eye(10)[[0] * 4], torch.zeros(4).long(), 4)
+    # 25, 50, 75 (a line), 100 s: 12 images in 75 s; losses (4 * 2 + 12 * 1) / 16
+    assert capsys.readouterr().err.splitlines() == [
+        'epoch 2/9: 67 %, loss 1.250, acc 93.75 %, 0.2 img/s, 00:50 left']
+
+
+def test_progress_prints_nothing_within_a_minute_or_on_other_ranks(capsys, monkeypatch):
+    clock = itertools.count(0, 59)
+    monkeypatch.setattr('tqdm.std.time', lambda: next(clock))
+    assert list(progress.Progress(range(1), 'short')) == [0]
+    monkeypatch.setattr(progress, 'rank', lambda: 1)
+    assert list(progress.Progress(range(9), 'other rank')) == list(range(9))
+    assert capsys.readouterr() == ('', '')
+    monkeypatch.setattr(progress, 'rank', lambda: 0)
+    assert list(progress.Progress(range(9), 'long')) == list(range(9))
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r'long: \d+ %, 0\.0 it/s, \d\d:\d\d left', first)
+
+
+def test_run_prints_progress_of_training_and_evaluation(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, 'SECONDS_PER_LINE', 0)
+    run(images, tmp_path / 'run', '--val', 4)
+    errors = capsys.readouterr().err
+    assert '\r' not in errors
+    lines = errors.splitlines()
+    number = r'[\d.,]+'
+    for title, percents in (
+        (r'epoch 1/2', '60 100'), (r'epoch 1/2, val', '100'), (r'epoch 1/2, test', '100'),
+        (r'epoch 2/2 \(run: \d+ min left\)', '60 100'),
+    ):
+        pattern = (f'{title}: (\\d+) %, (?:loss {number}, acc {number} %, )?{number} img/s, '
+                   r'\d\d:\d\d left')
+        found = [match[1] for match in (re.fullmatch(pattern, line) for line in lines) if match]
+        assert ' '.join(found) == percents, (title, lines)
+
+
 def test_meters_read_the_loss_of_each_step_when_steps_are_long(monkeypatch):
     clock = iter(range(0, 1000, 2))  # seconds
     monkeypatch.setattr(meters.time, 'perf_counter', lambda: next(clock))
@@ -95,6 +141,16 @@ def test_epoch_line_shows_validation_and_test_accuracy(images, tmp_path, capsys)
     _, accuracy, _ = plot.plot_logs({'run': epochs}).axes
     assert [list(line.get_ydata()) for line in accuracy.lines] == [
         [stats[f'{split}_acc'] for stats in epochs] for split in ('train', 'val', 'test')]
+
+
+def test_run_prints_a_folder_with_backslashes_when_stdout_is_ascii(images, tmp_path, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), 'ascii', errors='strict')
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, 'stdout', output)
+        run(images, tmp_path / 'r\xe9sum\xe9', '--epochs', 1)
+    assert (tmp_path / 'r\xe9sum\xe9' / 'model.pt7').exists()
+    output.seek(0)
+    assert f'log and checkpoints in {tmp_path}/r\\xe9sum\\xe9' in output.read()
 
 
 @pytest.mark.parametrize('elsewhere', [True, False])

@@ -134,6 +134,29 @@ def test_compile_does_not_change_training(images, tmp_path):
     assert not any('compile_time' in s for s in logs[0])
 
 
+@pytest.mark.parametrize(('error', 'reason'), [
+    (RuntimeError('Dynamo is not supported on Python 3.99+'), 'RuntimeError: Dynamo is not'),
+    (RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: none found\n\nmore"),
+     'RuntimeError: InvalidCxxCompiler: none found'),
+    (AttributeError('no cudagraph_mark_step_begin'), 'AttributeError: no cudagraph'),
+])
+@pytest.mark.parametrize('when', ['compiled', 'called'])
+def test_compile_ends_in_one_line_when_torch_cannot_compile(
+    images, tmp_path, monkeypatch, capsys, error, reason, when
+):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch, 'compile', fail if when == 'compiled' else lambda *_, **__: fail)
+    with pytest.raises(SystemExit) as stopped:
+        run(images, tmp_path, '--compile')
+    assert stopped.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f'train.py: --compile: torch {torch.__version__} cannot compile')
+    assert f'({reason}' in lines[0]
+
+
 def test_warm_up_compiles_every_batch_size():
     def images(n):
         return data.MemoryImages(torch.zeros(n, 8, 8, 3, dtype=torch.uint8), torch.zeros(n).long())
@@ -146,7 +169,8 @@ def test_warm_up_compiles_every_batch_size():
 
     linear, trained, evaluated = torch.nn.Linear(3, 2), [], []
     compiled_run = SimpleNamespace(
-        model=linear, eval_splits=('val', 'test'), opt=SimpleNamespace(batch_size=4),
+        model=linear, train=linear.train, eval=linear.eval, eval_splits=('val', 'test'),
+        opt=SimpleNamespace(batch_size=4),
         forward=Forward(Preprocessing.for_dataset('Folder', 8), 'float', torch.device('cpu')),
         splits=SimpleNamespace(train=images(10), val=images(7), test=images(9)),
         optimizer=torch.optim.SGD(linear.parameters(), 0.1))

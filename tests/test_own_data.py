@@ -1,9 +1,12 @@
 """The user's own images: augmentation, normalization, and training on arrays and Datasets."""
 
+import contextlib
 import os
 import re
 import shutil
 import signal
+import sys
+from types import ModuleType
 
 import cv2
 import numpy as np
@@ -365,7 +368,7 @@ def test_training_on_arrays_equals_training_on_the_same_files(pairs, by_folder, 
 
 def test_docs_example_trains_on_arrays(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (text,) = [text for language, text in blocks('docs/training.md') if language == 'python']
+    text, *_ = [text for language, text in blocks('docs/training.md') if language == 'python']
     assert len([line for line in text.splitlines() if line]) <= 10
     names = {}
     exec(text, names)
@@ -393,6 +396,57 @@ def test_docs_example_trains_on_arrays(tmp_path, monkeypatch, capsys):
             model, preprocess, *_ = predict.load_classifier(name)
             torch.testing.assert_close(preprocess('digit.png')[None], expected)
             torch.testing.assert_close(model(expected), logits, rtol=1e-3, atol=1e-3)
+
+
+class Logger(ModuleType):
+    """A stand-in for the packages wandb and mlflow: `logged` has the calls, with their steps."""
+
+    def __init__(self, name, folder):
+        super().__init__(name)
+        self.folder, self.logged, self.summary = folder, [], {}
+
+    def init(self, project, config):
+        return contextlib.nullcontext(self)
+
+    def log(self, stats, step=None):
+        saved = torch.load(self.folder / 'model.pt7', weights_only=True)
+        self.logged.append((saved['epoch'], step, stats))  # the checkpoint is complete
+
+    log_metrics = log
+
+
+@pytest.mark.parametrize(('number', 'name'), [(1, 'wandb'), (2, 'mlflow')])
+def test_docs_examples_log_each_epoch_by_a_callback(pairs, tmp_path, monkeypatch, number, name):
+    text = [text for language, text in blocks('docs/training.md') if language == 'python'][number]
+    logger = Logger(name, tmp_path)
+    monkeypatch.setitem(sys.modules, name, logger)
+    argv = [str(word) for word in (*OPTIONS, '--save', tmp_path)]
+    splits = DataSplits.from_arrays(*pairs[1:])
+    names = {'argv': argv, 'splits': splits, 'train': train}
+    exec(text, names)
+    stats, result = stats_of(tmp_path), names['result']
+    assert (result.folder, result.history) == (str(tmp_path), stats)
+    assert result.best_acc == max(s['test_acc'] for s in stats)
+    best = torch.load(tmp_path / 'best.pt7', weights_only=True)
+    assert stats[best['epoch'] - 1]['test_acc'] == result.best_acc
+    assert [epoch for epoch, *_ in logger.logged] == [1, 2]
+    if name == 'wandb':
+        assert [logged for *_, logged in logger.logged] == stats
+        assert logger.summary == {'best_acc': result.best_acc}
+    else:
+        keys = ('train_loss', 'train_acc', 'test_loss', 'test_acc')
+        assert [logged for _, *logged in logger.logged] == [
+            [s['epoch'], {key: s[key] for key in keys}] for s in stats]
+
+
+def test_main_returns_the_result_of_a_finished_run_and_of_an_evaluation(pairs, tmp_path):
+    splits = DataSplits.from_arrays(*pairs[1:])
+    argv = [str(word) for word in (*OPTIONS, '--save', tmp_path / 'run', '--dtype', 'float')]
+    first = train.main(argv, splits)
+    assert train.main([*argv, '--resume', 'auto'], splits) == first
+    evaluated = train.main(['--evaluate', '--resume', first.folder, '--dtype', 'float'], splits)
+    assert evaluated['test_acc'] == first.history[-1]['test_acc']
+    assert evaluated['test_loss'] == pytest.approx(first.history[-1]['test_loss'], rel=1e-6)
 
 
 @pytest.mark.parametrize('model', ['diracnet-v1', 'plain', 'resnet', 'wide-resnet'])

@@ -54,6 +54,7 @@ def test_options_have_the_papers_defaults():
         'tensorboard': False, 'pretrained': '', 'compile': False, 'checkpointing': False,
         'crop': True, 'flip': 'horizontal', 'normalise': '', 'optimizer': 'sgd', 'adam_lr': 0.01,
         'grow': [], 'whiten': False, 'cutout': 0, 'check': True, 'skip_corrupt': False,
+        'balance': False, 'clip_grad': 0, 'ema': 0, 'freeze': 'none',
     }
 
 
@@ -695,6 +696,12 @@ def test_meters_weight_every_image_equally():
     (['--recipe', 'mine'], 'mine'),
     (['--ngpu', '2'], 'torchrun --nproc_per_node=2 train.py --ngpu 2'),
     (['--colour'], '--colour'),
+    (['--model', 'diracnet-fast', '--dataset', 'Folder', '--image_size', '8'],
+     'images of 8 pixels are too small for diracnet-fast'),
+    (['--model', 'alexnet', '--dataset', 'ImageNet', '--grow', '[32,224]'],
+     'images of 32 pixels are too small for alexnet'),
+    (['--dataset', 'ImageNet', '--depth', '18', '--grow', '[24,224]'],
+     'images of 24 pixels are too small for diracnet'),
 ])
 def test_options_reject_invalid_values(capsys, tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,10 @@
 """Checkpoints of a run: atomic writing, random states, and a lock on the folder of the run.
 
 A checkpoint is a plain dict that loads with `weights_only=True`: `params` (flat name to tensor,
-running statistics included), `optimizer`, `epoch` (finished epochs), `step` (finished steps of the
-next epoch), `totals` (sums of the meters over these steps), `rng`, `best`, `classes`, `args`,
-`versions` and `launcher` (a process id, which identifies restarts by torchrun).
+running statistics included), `ema` (with --ema, their average, which `diracnets.load` reads in
+place of `params`), `optimizer`, `epoch` (finished epochs), `step` (finished steps of the next
+epoch), `totals` (sums of the meters over these steps), `rng`, `best`, `classes`, `args`, `versions`
+and `launcher` (a process id, which identifies restarts by torchrun).
 """
 
 import fcntl
@@ -11,11 +12,11 @@ import io
 import os
 import platform
 import random
-import sys
 
 import numpy as np
 import torch
 
+from cli import warn
 from diracnet import find_nonfinite
 from diracnets.checkpoint import MODEL_FILE, PREVIOUS_FILE, load_dict, load_dict_file
 from training.files import link_or_copy, replacement, sync_folder, write_synced
@@ -123,8 +124,18 @@ class Lock:
                 f'{self.folder}: another run writes to this folder; use another --save'
             ) from error
         except OSError as error:
-            print(f'{self.folder}: cannot be locked ({error.strerror}); do not start a second run '
-                  'with this --save', file=sys.stderr)
+            warn(f'{self.folder}: cannot be locked ({error.strerror}); do not start a second run '
+                 'with this --save')
+
+    def check(self):
+        """Raises OSError if the locked folder is no longer the one at its path."""
+        try:
+            same = os.path.samestat(os.fstat(self.descriptor), os.stat(self.folder))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise OSError(f'{self.folder}: was removed or replaced during the run; nothing more is '
+                          'written there')
 
     def release(self):
         descriptor, self.descriptor = self.descriptor, None

@@ -13,7 +13,7 @@ from torch import nn
 
 from cli import say
 from diracnets.deploy import native_bfloat16
-from diracnets.preprocessing import Preprocessing, normalize
+from diracnets.preprocessing import DataError, Preprocessing, normalize
 from training.datasets import IGNORED
 from training.distributed import rank, world_size
 
@@ -97,13 +97,33 @@ def compile_model(model: nn.Module, device: torch.device) -> Callable:
     return run
 
 
-def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> float:
-    """Compiles the models of a run for every batch size; returns the time it took, in seconds.
+def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, Callable, float]:
+    """Compiles the models for training and for evaluation of a run; returns them and the seconds.
+
+    train_model: run.model or its distributed form; sizes: of the training images, in pixels. Raises
+    OSError if this version of torch, or this machine, cannot compile them.
+    """
+    start = time.perf_counter()
+    try:
+        models = [compile_model(model, run.forward.device)
+                  for model in (train_model, run.eval_model)]
+        warm_up(run, *models, sizes)
+    except (OSError, DataError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # of a compiler, which raises almost any
+        lines = [line for line in str(error).splitlines() if line and not line.endswith('raised:')]
+        reason = f'{type(error).__name__}: {(lines or [""])[0]}'
+        raise OSError(f'--compile: torch {torch.__version__} cannot compile the model '
+                      f'({reason}); omit --compile, or use another version of torch') from error
+    return *models, time.perf_counter() - start
+
+
+def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> None:
+    """Calls the compiled models of a run with every batch size, which compiles them.
 
     sizes: of the training images, in pixels. Leaves the model, the optimizer and the random number
     generators as they were.
     """
-    start = time.perf_counter()
     buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
     passes = [(run.splits.train, train_model, size) for size in sizes]
     passes += [(getattr(run.splits, split), eval_model, None) for split in run.eval_splits]
@@ -111,7 +131,7 @@ def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> flo
     with torch.random.fork_rng([device] if device.type == 'cuda' else []):
         for images, model, size in passes:
             training = images is run.splits.train
-            run.model.train(training)
+            run.train() if training else run.eval()
             full, last = min(run.opt.batch_size, len(images)), len(images) % run.opt.batch_size
             for batch_size in {full, last} - {0}:
                 local_indices = torch.arange(batch_size).tensor_split(world_size())[rank()]
@@ -123,4 +143,3 @@ def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> flo
                     loss.backward()
     run.optimizer.zero_grad()
     run.model.load_state_dict(buffers, strict=False)
-    return time.perf_counter() - start

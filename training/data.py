@@ -22,6 +22,7 @@ from training.datasets import IGNORED, BatchDataset, DatasetImages, MemoryImages
 from training.distributed import all_reduce, rank, world_size
 from training.folders import load_folder
 from training.loader import iterate_batches, make_loader
+from training.progress import Progress
 
 MAX_CLASSES = 100_000  # numbered by the labels of arrays
 
@@ -251,7 +252,8 @@ def measure_normalization(images, nthread):
     """
     counts = torch.zeros(images.shape[-1], 256, dtype=torch.int64)  # of each pixel value
     loader = make_loader(images, 256, nthread, rank=rank(), world_size=world_size())
-    for pixels, labels, _ in iterate_batches(loader):
+    batches = Progress(iterate_batches(loader), 'measuring --normalize', len(loader))
+    for pixels, labels, _ in batches:
         channels = pixels[labels != IGNORED].transpose(0, 1).flatten(1)
         counts += torch.stack([channel.bincount(minlength=256) for channel in channels])
     counts = torch.tensor(all_reduce(counts.flatten().tolist()), dtype=torch.float64)

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from diracnets.preprocessing import Preprocessing, normalize
 from training.loader import iterate_batches, make_loader
+from training.progress import Progress
 
 BATCH = 16  # images
 
@@ -22,10 +23,8 @@ def compute_logits(
     model: inputs (N, C, S, S) to logits (N, num_classes); test: a set of `training.data`, with
     uint8 images; title: for the progress bar; batch: the maximum N.
     """
-    from tqdm import tqdm
-
     loader = make_loader(test, batch)
-    batches = tqdm(iterate_batches(loader), title, len(loader), disable=None, leave=False)
+    batches = Progress(iterate_batches(loader), title, len(loader))
     logits, labels = zip(*(
         (model(normalize(images, preprocess)), batch_labels) for images, batch_labels, _ in batches
     ))

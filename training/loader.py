@@ -12,7 +12,7 @@ import threading
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, Subset
 
 from diracnets.image_files import DataError
 from training.datasets import MemoryImages
@@ -24,11 +24,13 @@ class BatchSampler(Sampler):
     `BatchDataset` describes the items. seed: with a seed, the order and the seeds of the batches
     follow from it and from the epoch, which `set_epoch` sets; with None, images come in order and
     are not augmented. Each of `world_size` ranks gets an equal part of a batch, up to one image.
+    labels: with labels (N,), each image is sampled with replacement, and each class equally often.
     """
 
-    def __init__(self, length, batch_size, seed=None, rank=0, world_size=1):
+    def __init__(self, length, batch_size, seed=None, rank=0, world_size=1, labels=None):
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.rank, self.world_size = rank, world_size
+        self.weights = None if labels is None else 1 / labels.bincount().double()[labels]
         self.set_epoch(1)
 
     def set_epoch(self, epoch, step=0):
@@ -43,7 +45,10 @@ class BatchSampler(Sampler):
         if self.seed is not None:
             mixed = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1, np.uint64)
             generator = torch.Generator().manual_seed(int(mixed[0] >> np.uint64(1)))
-            order = torch.randperm(self.length, generator=generator)
+            if self.weights is None:
+                order = torch.randperm(self.length, generator=generator)
+            else:
+                order = self.weights.multinomial(self.length, True, generator=generator)
             seeds = torch.randint(2**61, (len(self),), generator=generator)
             seeds = (2 * seeds + self.epoch % 2).tolist()  # odd in odd epochs: alternating_flip
         batches = list(zip(order.split(self.batch_size), seeds))
@@ -112,12 +117,24 @@ def _check_open_files(workers, loaders):
                         f'{limit}; raise ulimit -n, or lower --nthread')
 
 
-def make_loader(dataset, batch_size, nthread=4, seed=None, rank=0, world_size=1):
+def _labels_of(dataset):
+    """Returns the labels (N,) of a BatchDataset without loading its images; raises DataError."""
+    if hasattr(dataset, 'labels'):
+        return dataset.labels.cpu()
+    items, indices = dataset.items, torch.arange(len(dataset))
+    while isinstance(items, Subset):
+        items, indices = items.dataset, torch.as_tensor(items.indices)[indices]
+    if not hasattr(items, 'targets'):
+        raise DataError('--balance: the Dataset has no `targets`; add its labels as this attribute')
+    return torch.as_tensor(items.targets)[indices]
+
+
+def make_loader(dataset, batch_size, nthread=4, seed=None, rank=0, world_size=1, balance=False):
     """Returns a DataLoader over a BatchDataset.
 
     nthread: number of workers, for images that are not in memory; seed, rank, world_size: those of
-    the BatchSampler, the loader's `sampler`. Raises DataError if the workers need more open files
-    than the limit.
+    the BatchSampler, the loader's `sampler`; balance: sample each class equally often. Raises
+    DataError if the workers need more open files than the limit.
     """
     in_memory = isinstance(dataset, MemoryImages)
     on_gpu = in_memory and dataset.images.is_cuda
@@ -127,7 +144,8 @@ def make_loader(dataset, batch_size, nthread=4, seed=None, rank=0, world_size=1)
     return DataLoader(
         dataset,
         batch_size=None,  # the sampler makes the batches
-        sampler=BatchSampler(len(dataset), batch_size, seed, rank, world_size),
+        sampler=BatchSampler(len(dataset), batch_size, seed, rank, world_size,
+                             _labels_of(dataset) if balance else None),
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=_init_worker,

@@ -4,11 +4,11 @@ import time
 
 import torch
 from torchnet.meter import AverageValueMeter, ClassErrorMeter
-from tqdm import tqdm
 
 from training.checkpoint import DivergedError
 from training.datasets import IGNORED
-from training.distributed import all_reduce, rank, world_size
+from training.distributed import all_reduce, world_size
+from training.progress import Progress
 
 STEPS_PER_READING = 20  # steps between updates of the meters, which wait for the GPU
 SECONDS_PER_READING = 1  # or this time, so that long steps show their loss too
@@ -32,14 +32,12 @@ class Meters:
         self.loss = AverageValueMeter()
         self.accuracy = ClassErrorMeter(topk=self.topk, accuracy=True)
         self.pending, self.steps = [], steps
-        hidden = True if rank() > 0 else None  # None: hidden unless stderr is a terminal
-        self.bar = tqdm(total=length, desc=description, unit='img', disable=hidden, leave=False)
         self.start = self.last_reading = time.perf_counter()
         if totals:
             seconds, *sums = totals
             self.start -= seconds
             self._set_sums(sums)
-            self.bar.update(self.loss.n)
+        self.bar = Progress(None, description, length, 'img', self.loss.n)
 
     def _sums(self):
         return [self.loss.sum, self.loss.n, *(int(self.accuracy.sum[k]) for k in self.topk)]

@@ -8,6 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diracnets.architectures import ARCHITECTURES
 
@@ -85,10 +86,22 @@ def _muon(params, opt):
     if not hasattr(torch.optim, 'Muon'):
         raise ValueError(f'--optimizer muon: torch {torch.__version__} has no Muon; install torch '
                          '2.9 or newer')
+    if all(p.dim() <= 2 for p in params):
+        raise ValueError('--optimizer muon: all filters are frozen; use sgd')
     return FilterMuon(
         [p for p in params if p.dim() > 2], [p for p in params if p.dim() <= 2],
         opt.lr, opt.adam_lr,
     )
+
+
+def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
+    """Returns the exponential moving average of a model, running statistics included.
+
+    It starts as a copy of the model after the first update. With decay 0 there is none.
+    """
+    if not decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 class FilterMuon:

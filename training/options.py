@@ -195,6 +195,9 @@ def _add_data_options(group):
         help='initialize the first convolution with filters that whiten patches of the training '
              'images, each with both signs, and freeze it; with --pretrained freeze the filters of '
              'the file')
+    add('--balance', default=False, action=argparse.BooleanOptionalAction,
+        help='sample the training images of each class equally often, with replacement: for class '
+             'folders of different sizes')
     add('--val', default=0, type=at_least(0, int),
         help='number of training images to hold out for validation; best.pt7 is then selected by '
              'their accuracy, not by that of the test set')
@@ -232,6 +235,14 @@ def _add_training_options(group):
         help='weight decay of sgd, on filters and matrices; on all parameters for architectures '
              'whose papers do so')
     add('--label_smoothing', default=0, type=at_least(0, float), help='label smoothing, below 1')
+    add('--clip_grad', default=0, type=at_least(0, float),
+        help='maximum norm of the gradient of all parameters; 0: no limit')
+    add('--ema', default=0, type=at_least(0, float, 1), metavar='DECAY',
+        help='decay of an exponential moving average (EMA) of the weights, such as 0.999; the '
+             'average is evaluated and deployed, the run resumes from the weights; 0: no average')
+    add('--freeze', default='none', choices=('none', 'stem', 'features'),
+        help='keep parameters and running statistics unchanged: stem: of the first convolution and '
+             'its batch norm; features: of all layers but the last')
     add('--dtype', default='auto', choices=DTYPES,
         help='precision; bfloat16: autocast, with float32 parameters; auto: bfloat16 where the '
              'hardware supports it, else float')
@@ -284,6 +295,8 @@ def parse_options(argv, splits=None):
         parser.error('--no-check and --skip_corrupt contradict each other; use one of them')
     if opt.label_smoothing >= 1:
         parser.error(f'--label_smoothing {opt.label_smoothing}: expected less than 1')
+    if opt.ema >= 1:
+        parser.error(f'--ema {opt.ema}: expected less than 1')
     if opt.tensorboard and not importlib.util.find_spec('tensorboard'):
         parser.error('--tensorboard: the package is missing; pip install tensorboard')
     if not re.fullmatch(r'(\d+(,\d+)*)?', opt.gpu_id):
@@ -393,7 +406,8 @@ def changed_options(now, before):
         free -= {'epochs'}  # other schedules and progressive resizing stretch over all epochs
     if 'dataset' in before:  # fill in what older checkpoints lack
         older = {'crop': True, 'flip': default_flip(before['dataset']), 'normalise': '',
-                 'optimizer': 'sgd', 'grow': [], 'whiten': False, 'cutout': 0}
+                 'optimizer': 'sgd', 'grow': [], 'whiten': False, 'cutout': 0,
+                 'balance': False, 'clip_grad': 0, 'ema': 0, 'freeze': 'none'}
         before = {**older, **before, 'image_size': Preprocessing.from_args(before).size}
         # data from Python differ from a named dataset, where `given` is missing
         now, before = ({**args, 'given': args.get('given')} for args in (now, before))

@@ -7,6 +7,7 @@ from diracnets.loading import file_preprocess
 from diracnets.preprocessing import MAX_SMALL, Preprocessing
 from training import options
 from training.distributed import rank
+from training.freezing import last_layer
 
 NO_PARAMETERS = {'checkpointing', 'droprate'}  # model options that do not change the parameters
 
@@ -21,9 +22,7 @@ def load_pretrained(model, opt, preprocess, classes):
     """
     contents, file_inputs = _read(opt.pretrained)
     expected = model.state_dict()
-    names = [name for name, _ in model.named_parameters()]
-    layer = names[-1].rpartition('.')[0]  # with or without a bias
-    last = [name for name in names if name.rpartition('.')[0] == layer]
+    last = last_layer(model)
     params = contents.params
     num_classes = max(params[last[0]].shape[:1], default=0) if last[0] in params else len(classes)
     same_classes, reason = _compare_classes(num_classes, contents.classes, classes)

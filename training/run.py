@@ -4,10 +4,12 @@ import math
 import os
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch.optim.swa_utils import AveragedModel
 
 from cli import say
 from diracnet import check_params
@@ -19,10 +21,19 @@ from training.compute import Forward
 from training.data import DataSplits
 from training.distributed import all_reduce, rank, world_size
 from training.interruption import SignalHandler, StoppedError
-from training.log import append_log
+from training.log import LOG_FILE, append_log, read_log
 from training.meters import STEPS_PER_READING, Meters, topk
 from training.optimizers import check_state, lr_factor, set_learning_rate
 from training.tensorboard import TensorBoardWriter
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The result of a run: its best accuracy and the records of its epochs."""
+
+    folder: str  # of the log and the checkpoints
+    best_acc: float  # that of best.pt7, in per cent, on the validation set if there is one
+    history: list[dict]  # the records of log.txt, one per epoch
 
 
 @dataclass
@@ -34,6 +45,9 @@ class Run:
     splits: DataSplits
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
+    lock: checkpoint.Lock  # of the folder, held by rank 0
+    frozen: list[torch.nn.Module]  # batch norms that stay in evaluation mode
+    average: AveragedModel | None  # of the model over all steps, with --ema
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the next epoch
     totals: list = None  # of the meters in these steps, if a checkpoint was resumed within an epoch
@@ -41,6 +55,7 @@ class Run:
     best: float = 0.0  # best accuracy so far, in per cent, on the first of `eval_splits`
     resumed_from: str = ''  # the checkpoint, or its folder
     board: TensorBoardWriter = None
+    on_epoch: Callable[[dict], None] | None = None  # called on rank 0 after each epoch
     saved: float = field(default_factory=time.monotonic)  # time of the last save, in seconds
 
     @property
@@ -75,21 +90,40 @@ class Run:
         return (f'nothing was left to train, and nothing was written: {self.resumed_from} has '
                 f'{self.epoch} epochs, --epochs is {self.opt.epochs}; {best}')
 
+    def result(self):
+        log = os.path.join(self.opt.save, LOG_FILE)
+        history = read_log(log) if os.path.exists(log) else []
+        return RunResult(self.opt.save, self.best, history)
+
     def set_learning_rate(self, steps_per_epoch):
         """Sets the learning rate of the next step."""
         progress = self.epoch + self.step / steps_per_epoch
         set_learning_rate(self.optimizer, lr_factor(self.opt, progress))
 
+    @property
+    def eval_model(self):
+        """The model that is evaluated: the average of --ema if there is one."""
+        return self.average.module if self.average else self.model
+
+    def train(self):
+        """Sets training mode, except for frozen batch norms."""
+        self.model.train()
+        for norm in self.frozen:
+            norm.eval()
+
     def eval(self):
         """Sets evaluation mode, with the running statistics of rank 0 on all ranks."""
-        if world_size() > 1:
-            for buffer in self.model.buffers():
-                dist.broadcast(buffer, 0)
-        self.model.eval()
+        for model in dict.fromkeys([self.model, self.eval_model]):
+            if world_size() > 1:
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+            model.eval()
 
     def end_step(self, steps_per_epoch: int, signals: SignalHandler):
         """Counts a training step; saves if it is time; raises StoppedError after a signal."""
         self.step += 1
+        if self.average:
+            self.average.update_parameters(self.model)
         self.set_learning_rate(steps_per_epoch)
         if self.step < steps_per_epoch and not ranks_agree_at(self.step):
             return
@@ -110,6 +144,7 @@ class Run:
                 raise DivergedError(f'{name} is {value} after step {self.step}')
         if rank() == 0:
             checkpoint.check_finite(self.state())
+            self.lock.check()
             append_log(self.opt.save, stats)
         self.epoch, self.step, self.totals = self.epoch + 1, 0, None
         accuracies = {f'{split}_acc': stats[f'{split}_acc'] for split in self.eval_splits}
@@ -124,11 +159,14 @@ class Run:
             say(f'==> id: {self.opt.save} ({self.epoch}/{self.opt.epochs}), {shown}')
             if self.board:
                 self.board.write(stats, self.model)
+            if self.on_epoch:
+                self.on_epoch(stats)
 
     def state(self):
         """Returns the contents of a checkpoint: see training/checkpoint.py."""
+        ema = {'ema': self.average.module.state_dict()} if self.average else {}
         return {
-            'params': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+            'params': self.model.state_dict(), **ema, 'optimizer': self.optimizer.state_dict(),
             'epoch': self.epoch, 'step': self.step, 'best': self.best,
             'rng': checkpoint.rng_state(), 'classes': self.splits.classes, 'args': self.args,
             'versions': checkpoint.versions(), 'launcher': os.getppid(),
@@ -143,6 +181,7 @@ class Run:
         totals = self.meters.totals() if self.step else None
         self.saved = time.monotonic()
         if rank() == 0:
+            self.lock.check()
             checkpoint.save(self.opt.save, {**self.state(), 'totals': totals}, names, checked)
 
     def restore(self, state, path):
@@ -164,6 +203,10 @@ class Run:
         self.optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
         self.epoch, self.step = state['epoch'], state.get('step', 0)
         self.best = state.get('best', 0.0)
+        if self.average and 'ema' in state:
+            check_params(state['ema'], self.average.module.state_dict())
+            self.average.module.load_state_dict(state['ema'])
+            self.average.n_averaged.fill_(bool(self.epoch or self.step))  # 0: not started
         self._check_progress(state.get('totals'))
         if rank() == 0:  # totals are sums over all ranks; the random state is that of rank 0
             self.totals = state.get('totals')
@@ -194,3 +237,21 @@ def raise_if_stopped(signals, step, steps):
     number, = all_reduce([signals.number], dist.ReduceOp.MAX)
     if number:
         raise StoppedError(int(number))
+
+
+def print_settings(settings, model, splits, forward):
+    """Prints the settings, the parameters of the model, the data and the hardware."""
+    if rank() > 0:
+        return
+    params = dict(model.named_parameters())
+    training = f'{len(splits.train)} training and ' if splits.train else ''
+    say(
+        *[f'  {name:<16}{value}' for name, value in settings.items()],
+        '', f'  {"parameter":<40}{"shape":<20}{"size":>12}',
+        *[f'  {name:<40}{str(tuple(param.shape)):<20}{param.numel():>12,}'
+          for name, param in params.items()],
+        f'  {"total":<60}{sum(p.numel() for p in params.values()):>12,}', '',
+        f'{splits.name or "data from Python"}: {training}{len(splits.test)} test images, '
+        f'{len(splits.classes)} classes; computing on {world_size()} x '
+        f'{forward.device.type} in {forward.dtype}',
+    )

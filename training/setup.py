@@ -12,12 +12,13 @@ import diracnets
 from cli import say
 from diracnets.architectures import ARCHITECTURES
 from diracnets.loading import class_positions, match_classes
-from diracnets.preprocessing import Preprocessing, normalize
+from diracnets.preprocessing import DATASETS, Preprocessing, normalize
 from training import checkpoint, data, distributed, options
 from training.compute import Forward, choose_dtype, param_dtype
 from training.distributed import all_reduce, rank
+from training.freezing import freeze
 from training.log import LOG_FILE, read_log, truncate_log
-from training.optimizers import make_optimizer
+from training.optimizers import make_average, make_optimizer
 from training.pretrained import load_pretrained
 from training.run import Run
 from training.tensorboard import TensorBoardWriter
@@ -46,11 +47,12 @@ def find_checkpoint(opt):
     return path
 
 
-def prepare_folder(run, lock):
+def prepare_folder(run):
     """Creates, locks and prepares --save; raises ValueError if another run uses it."""
     folder = run.opt.save
     os.makedirs(folder, exist_ok=True)
-    lock.acquire()
+    run.lock.acquire()
+    run.lock.check()
     if not run.epoch and not run.step:
         find_checkpoint(run.opt)  # another run may have written there in the meantime
     checkpoint.quarantine(folder)
@@ -114,10 +116,18 @@ def check_model_options(opt, preprocess):
     """Raises ValueError for sizes that the architecture does not have, before data are read."""
     try:
         with torch.device('meta'):
-            diracnets.create_model(opt.model, preprocess.kind, **options.model_options(opt))
+            model = diracnets.create_model(opt.model, preprocess.kind, **options.model_options(opt))
     except ValueError as error:
         context = f'image_size {preprocess.size}: {options.NETWORKS_BY_SIZE}'
         raise ValueError(f'{error} ({context})') from error
+    size = min([preprocess.size, *opt.grow])
+    if size >= DATASETS[preprocess.kind].size:
+        return
+    try:
+        model.eval()(torch.empty(1, 3, size, size, device='meta'))
+    except RuntimeError as error:
+        raise ValueError(f'images of {size} pixels are too small for {opt.model}; use larger ones '
+                         f'({str(error).splitlines()[0]})') from error
 
 
 def build_model(opt, splits, forward):
@@ -171,14 +181,16 @@ def prepare(opt, device, lock, splits=None):
     model = build_model(opt, splits, forward)
     if opt.pretrained and not path:
         load_pretrained(model, opt, preprocess, splits.classes)
-    run = Run(opt, forward, splits, model, make_optimizer(model, opt), resumed_from=path)
+    frozen = freeze(model, opt.freeze)
+    run = Run(opt, forward, splits, model, make_optimizer(model, opt), lock, frozen,
+              make_average(model, opt.ema), resumed_from=path)
     if opt.tensorboard:
         run.board = TensorBoardWriter(opt.save, run.args)
     if path:
         run.restore(state, path)
     check_ranks_agree(run)
     if rank() == 0 and not run.done:
-        prepare_folder(run, lock)
+        prepare_folder(run)
     return run
 
 

@@ -1,6 +1,6 @@
 """TensorBoard events of a run: a new file for each start or resume."""
 
-import sys
+from cli import warn
 
 
 class TensorBoardWriter:
@@ -34,7 +34,7 @@ class TensorBoardWriter:
             self.writer.flush()
         except OSError as error:
             self.writer = None  # the next epoch opens another file
-            print(f'{self.folder}: no TensorBoard events written ({error})', file=sys.stderr)
+            warn(f'{self.folder}: no TensorBoard events written ({error})')
 
     def _open(self, epoch, metrics):
         """Opens a file whose events replace those of older files from this epoch on."""

@@ -4,7 +4,8 @@ import statistics
 import time
 
 import torch
-from tqdm import tqdm
+
+from training.progress import Progress
 
 REPETITIONS = 10
 
@@ -31,8 +32,7 @@ def interleave(timers, repetitions, title, out_of_time=lambda repetition: False)
     the measurement early. Returns one list of seconds per timer.
     """
     seconds = [[] for _ in timers]
-    bar = tqdm(range(repetitions), title, unit='repetition', disable=None, leave=False)
-    for repetition in bar:
+    for repetition in Progress(range(repetitions), title, unit='repetition'):
         if out_of_time(repetition):
             break
         for timer, values in zip(timers, seconds):
