@@ -12,6 +12,7 @@ No file is written if its outputs differ from those of the trained model.
 """
 
 import copy
+import functools
 import os
 
 if __name__ == '__main__':  # before the imports that take seconds
@@ -20,6 +21,7 @@ if __name__ == '__main__':  # before the imports that take seconds
     exit_on_ctrl_c()
 
 import torch
+import torch.nn.functional as F
 
 import diracnets
 from cli import ArgumentParser, exit_on_error, print_table, require_packages
@@ -36,6 +38,7 @@ from training.options import DATASETS
 from training.timing import images_per_second
 
 BATCH = 16  # images, for verification and timing
+OTHER_SIZE_BATCH = 4  # images, for verification at another size
 TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of logits, relative to the largest logit
 
 
@@ -45,6 +48,8 @@ def parse_options(argv=None):
     add('checkpoint', help='folder of a run, checkpoint, or a .pth or .safetensors file')
     add('--to', required=True, metavar='FILE',
         help=f'file to write; the extension is one of {", ".join(FORMATS)}')
+    add('--dynamic_size', action='store_true',
+        help='write an .onnx file that accepts inputs of any height and width')
     add('--int8', metavar='FOLDER',
         help='quantize the .onnx file to int8, calibrated on the images in this folder')
     add('--equalise', '--equalize', action='store_true', dest='equalize',
@@ -58,6 +63,8 @@ def parse_options(argv=None):
         parser.error(f'--to {opt.to}: unknown format; use one of {", ".join(FORMATS)}')
     if opt.int8 and opt.extension != '.onnx':
         parser.error(f'--to {opt.to}: --int8 needs a file name that ends in .onnx')
+    if opt.dynamic_size and opt.extension != '.onnx':
+        parser.error(f'--to {opt.to}: --dynamic_size needs a file name that ends in .onnx')
     if opt.equalize and not opt.int8:
         parser.error('--equalise: needs calibration images; add --int8 FOLDER')
     if os.path.realpath(opt.to) == os.path.realpath(opt.checkpoint):
@@ -125,13 +132,31 @@ def verify(models, tolerances, inputs, expected):
     return cells
 
 
+def verify_other_size(models, tolerances, inputs, reference):
+    """Returns a row like that of `verify`, for inputs of another size and shape.
+
+    reference: the original model. Raises ValueError if a model fails for these inputs, or differs.
+    """
+    height, width = inputs.shape[2] * 3 // 2, inputs.shape[3] * 2
+    inputs = F.interpolate(inputs[:OTHER_SIZE_BATCH], (height, width))
+    try:
+        cells = verify(models, tolerances, inputs, reference(inputs.double()))
+    except RuntimeError as error:
+        raise ValueError(f'--dynamic_size: the model fails for inputs of {height} x {width} '
+                         'pixels; omit this option') from error
+    return {f'max difference, {height} x {width}': cells}
+
+
 # ---------------------------------------------------------------- export
 
 
 def export_bytes(opt, folded, loaded, paths, calibration):
     """Returns {title: bytes}; the last one is the content of --to."""
     example = torch.zeros(2, *loaded.preprocess.shape)
-    content = FORMATS[opt.extension].to_bytes(folded, example, loaded.metadata())
+    to_bytes = FORMATS[opt.extension].to_bytes
+    if opt.dynamic_size:
+        to_bytes = functools.partial(to_bytes, dynamic_size=True)
+    content = to_bytes(folded, example, loaded.metadata())
     name = os.path.basename(opt.to)
     if not opt.int8:
         return {name: content}
@@ -166,14 +191,16 @@ def export(opt):
             with path_in_errors(opt.to):
                 write_synced(path, content)
             models[title] = FORMATS[opt.extension].open(path, folded)
-        expected = copy.deepcopy(unfolded).double()(inputs.double())
+        reference = copy.deepcopy(unfolded).double()
         memory = sum(tensor.nbytes for tensor in unfolded.state_dict().values())
         sizes = [memory, *map(len, contents.values())]
         rows = {
             'parameters': [f'{sum(param.numel() for param in model.parameters()):,}'
                            for model in (unfolded, *[folded] * len(contents))],
             'size, MB': [f'{size / 1e6:.2f}' for size in sizes],
-            'max difference': verify(models, tolerances, inputs, expected),
+            'max difference': verify(models, tolerances, inputs, reference(inputs.double())),
+            **(verify_other_size(models, tolerances, inputs, reference)
+               if opt.dynamic_size else {}),
             'images per second': [f'{rate:,.0f}' for rate in
                                   images_per_second(models.values(), inputs)],
         }
