@@ -24,7 +24,7 @@ class ArgumentParser(argparse.ArgumentParser):
                    formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
+        args = [expand_home(word) for word in (sys.argv[1:] if args is None else args)]
         for word in args:
             if re.fullmatch('-[^=]*=--', word):  # argparse would parse it as an empty list
                 self.error(f'{word}: expected a value other than --')
@@ -37,6 +37,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f'{self.prog}: {message}\n')
+
+
+def expand_home(word):
+    """Expands ~ in an argument, also in --to=~/x.onnx and in quotes, where shells do not."""
+    home = os.path.expanduser('~')
+    return re.sub('^(-[^=]*=)?~(?=/|$)', lambda match: (match[1] or '') + home, word)
 
 
 def _exit_now(number, frame):
@@ -87,6 +93,17 @@ def _one_line(error):
     lines = str(error).strip().splitlines() or [type(error).__name__]
     # an error of a DataLoader worker: a traceback, whose last line is class and message
     return re.sub(r'^[\w.]+Error: ', '', lines[-1]) if len(lines) > 1 else lines[0]
+
+
+def printable(text: str) -> str:
+    """Returns text on one line, with backslash escapes for what must not or cannot be printed.
+
+    These are control characters, which could forge a line or change the terminal, and characters
+    that the encoding of stdout lacks.
+    """
+    text = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+    encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'
+    return text.encode(encoding, 'backslashreplace').decode(encoding)
 
 
 def say(*lines):

@@ -3,6 +3,7 @@ r"""Exports a trained model: folds, verifies, and measures accuracy, size and sp
 The extension of the file selects the format: .onnx, .pt2 (torch.export), .safetensors or .pth
 (state dicts):
     python export.py logs/diracnet-28-2 --to diracnet.onnx
+    python export.py diracnet18 --to diracnet18.onnx        # the authors' ImageNet model
 
 int8, calibrated on a folder of images, with the top-1 accuracy before and after quantization:
     python export.py logs/diracnet-28-2 --to diracnet-int8.onnx --int8 ~/images/train --equalize \
@@ -23,13 +24,13 @@ if __name__ == '__main__':  # before the imports that take seconds
 import torch
 import torch.nn.functional as F
 
-import diracnets
-from cli import ArgumentParser, exit_on_error, print_table, require_packages
+from cli import ArgumentParser, exit_on_error, print_table, printable, require_packages
 from diracnets.fold import fold
 from diracnets.formats import FORMATS
 from diracnets.loading import check_classes
 from diracnets.onnx import OnnxModel
 from diracnets.preprocessing import normalize
+from diracnets.published import load_by_name
 from diracnets.quantization import calibration_set, equalize, quantize
 from training import data
 from training.evaluation import top1
@@ -45,7 +46,8 @@ TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of logits, relative to the largest logi
 def parse_options(argv=None):
     parser = ArgumentParser.of_script('export.py', __doc__)
     add = parser.add_argument
-    add('checkpoint', help='folder of a run, checkpoint, or a .pth or .safetensors file')
+    add('checkpoint', help='folder of a run, checkpoint, .pth or .safetensors file, or the name '
+                           'diracnet18 or diracnet34')
     add('--to', required=True, metavar='FILE',
         help=f'file to write; the extension is one of {", ".join(FORMATS)}')
     add('--dynamic_size', action='store_true',
@@ -107,7 +109,7 @@ def print_header(opt, loaded, source):
                  for values in (preprocess.mean, preprocess.std))
     shape = ', '.join(map(str, preprocess.shape))
     colors = 'RGB in [0, 1], ' if preprocess.channels == 3 else ''
-    print(f'{opt.checkpoint}: {loaded.title}, {loaded.num_classes} classes')
+    print(printable(f'{opt.checkpoint}: {loaded.title}, {loaded.num_classes} classes'))
     print(f'inputs: (N, {shape}), {colors}normalized with mean ({mean}), std ({std})')
     print('max difference: of the logits from those of the unfolded model in float64, relative to '
           f'the largest logit, on {source}')
@@ -168,7 +170,7 @@ def export_bytes(opt, folded, loaded, paths, calibration):
 @torch.no_grad()
 def export(opt):
     """Loads, folds, exports, verifies and measures; --to is written only if all of it succeeds."""
-    loaded = diracnets.load(opt.checkpoint)
+    loaded = load_by_name(opt.checkpoint)
     if isinstance(loaded.model, OnnxModel):
         raise ValueError(f'{loaded.path}: an ONNX file cannot be exported again; use the run or '
                          'another file that was exported from it')
@@ -209,8 +211,8 @@ def export(opt):
                                 for title, model in models.items()]
         with path_in_errors(opt.to):
             os.replace(path, opt.to)  # the last file
-    print_table(['', *models], [[name, *cells] for name, cells in rows.items()])
-    print(f'written to {opt.to}')
+    print_table(['', *map(printable, models)], [[name, *cells] for name, cells in rows.items()])
+    print(printable(f'written to {opt.to}'))
 
 
 def main(argv=None):

@@ -335,7 +335,7 @@ def test_export_refuses_a_malicious_pickle(trained, tmp_path):
 @pytest.mark.parametrize(('options', 'message'), [
     (['--to', 'x.h5'], 'x.h5: .*.onnx, .pt2, .safetensors, .pth'),
     (['--to', 'x.pt2', '--int8', '.'], 'x.pt2: --int8 .*.onnx'),
-    (['--to', 'x.onnx', '--int8', 'tests/nowhere'], '--int8 tests/nowhere'),
+    (['--to', 'x.onnx', '--int8', 'tests/nowhere'], 'tests/nowhere'),
     (['--to', 'x.onnx', '--equalise'], '--equalise.*--int8'),
     (['--to', 'x.onnx', '--equalize'], '--equalise.*--int8'),
     (['--to', 'x.pth', '--dataset', 'Folder', '--dataroot', 'nowhere'], 'nowhere/test: no such'),
