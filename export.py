@@ -54,9 +54,10 @@ def parse_options(argv=None):
         help='write an .onnx file that accepts inputs of any height and width')
     add('--int8', metavar='FOLDER',
         help='quantize the .onnx file to int8, calibrated on the images in this folder')
-    add('--equalise', '--equalize', action='store_true', dest='equalize',
-        help='equalize the channel ranges on the images of --int8 before quantization, which '
-             'improves the int8 accuracy of DiracNets; float outputs do not change')
+    add('--equalise', '--equalize', nargs='?', const='', metavar='FOLDER', dest='equalize',
+        help='equalize the channel ranges on the images of --int8, or without --int8 on those in '
+             'this folder, which improves the int8 accuracy of DiracNets; float outputs do not '
+             'change')
     add('--dataset', choices=DATASETS, help='measure the top-1 accuracy on this test set')
     add('--dataroot', default='.', help='folder of the test set (default: .)')
     opt = parser.parse_args(argv)
@@ -67,8 +68,10 @@ def parse_options(argv=None):
         parser.error(f'--to {opt.to}: --int8 needs a file name that ends in .onnx')
     if opt.dynamic_size and opt.extension != '.onnx':
         parser.error(f'--to {opt.to}: --dynamic_size needs a file name that ends in .onnx')
-    if opt.equalize and not opt.int8:
-        parser.error('--equalise: needs calibration images; add --int8 FOLDER')
+    if opt.equalize == '' and not opt.int8:
+        parser.error('--equalise: needs calibration images; use --equalise FOLDER or add --int8')
+    if opt.equalize and opt.int8:
+        parser.error(f'--equalise {opt.equalize}: the images are those of --int8; omit the folder')
     if os.path.realpath(opt.to) == os.path.realpath(opt.checkpoint):
         parser.error(f'--to {opt.to}: would overwrite the checkpoint; use another name')
     require_packages('export.py', 'deploy', *FORMATS[opt.extension].packages)
@@ -158,11 +161,11 @@ def export_bytes(opt, folded, loaded, paths, calibration):
     to_bytes = FORMATS[opt.extension].to_bytes
     if opt.dynamic_size:
         to_bytes = functools.partial(to_bytes, dynamic_size=True)
-    content = to_bytes(folded, example, loaded.metadata())
+    metadata = loaded.metadata(calibration=calibration)
+    content = to_bytes(folded, example, metadata)
     name = os.path.basename(opt.to)
     if not opt.int8:
         return {name: content}
-    metadata = loaded.metadata(calibration=calibration)
     float32, int8 = quantize(content, paths, loaded.preprocess, metadata)
     return {'float32': float32, name: int8}
 
@@ -174,11 +177,12 @@ def export(opt):
     if isinstance(loaded.model, OnnxModel):
         raise ValueError(f'{loaded.path}: an ONNX file cannot be exported again; use the run or '
                          'another file that was exported from it')
-    paths, calibration = calibration_set(opt.int8) if opt.int8 else ([], None)
+    images = opt.int8 or opt.equalize
+    paths, calibration = calibration_set(images) if images else ([], None)
     test = load_test_set(opt, loaded) if opt.dataset else None
     inputs, source = verification_inputs(loaded, test, paths)
     unfolded, folded = loaded.model.float(), fold(loaded.model).requires_grad_(False)
-    if opt.equalize:
+    if opt.equalize is not None:
         folded = equalize(folded, torch.stack([loaded.preprocess(path) for path in paths]))
         calibration['equalised'] = True
     print_header(opt, loaded, source)
