@@ -24,7 +24,7 @@ class ArgumentParser(argparse.ArgumentParser):
                    formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
+        args = [expand_home(word) for word in (sys.argv[1:] if args is None else args)]
         for word in args:
             if re.fullmatch('-[^=]*=--', word):  # argparse would parse it as an empty list
                 self.error(f'{word}: expected a value other than --')
@@ -37,6 +37,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f'{self.prog}: {printable(message)}\n')
+
+
+def expand_home(word):
+    """Expands ~ in an argument, also in --to=~/x.onnx and in quotes, where shells do not."""
+    home = os.path.expanduser('~')
+    return re.sub('^(-[^=]*=)?~(?=/|$)', lambda match: (match[1] or '') + home, word)
 
 
 def _exit_now(number, frame):

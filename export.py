@@ -3,6 +3,7 @@ r"""Exports a trained model: folds, verifies, and measures accuracy, size and sp
 The extension of the file selects the format: .onnx, .pt2 (torch.export), .safetensors or .pth
 (state dicts):
     python export.py logs/diracnet-28-2 --to diracnet.onnx
+    python export.py diracnet18 --to diracnet18.onnx        # the authors' ImageNet model
 
 int8, calibrated on a folder of images, with the top-1 accuracy before and after quantization:
     python export.py logs/diracnet-28-2 --to diracnet-int8.onnx --int8 ~/images/train --equalize \
@@ -12,9 +13,17 @@ No file is written if its outputs differ from those of the trained model.
 """
 
 import copy
+import functools
 import os
 
-from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error, print_table, require_packages
+from cli import (
+    ArgumentParser,
+    exit_on_ctrl_c,
+    exit_on_error,
+    print_table,
+    printable,
+    require_packages,
+)
 from training.options import DATASETS
 
 EXTENSIONS = {  # of diracnets.formats.FORMATS: the packages required in addition to torch
@@ -26,14 +35,18 @@ EXTENSIONS = {  # of diracnets.formats.FORMATS: the packages required in additio
 def parse_options(argv=None):
     parser = ArgumentParser.of_script('export.py', __doc__)
     add = parser.add_argument
-    add('checkpoint', help='folder of a run, checkpoint, or a .pth or .safetensors file')
+    add('checkpoint', help='folder of a run, checkpoint, .pth or .safetensors file, or the name '
+                           'diracnet18 or diracnet34')
     add('--to', required=True, metavar='FILE',
         help=f'file to write; the extension is one of {", ".join(EXTENSIONS)}')
+    add('--dynamic_size', action='store_true',
+        help='write an .onnx file that accepts inputs of any height and width')
     add('--int8', metavar='FOLDER',
         help='quantize the .onnx file to int8, calibrated on the images in this folder')
-    add('--equalise', '--equalize', action='store_true', dest='equalize',
-        help='equalize the channel ranges on the images of --int8 before quantization, which '
-             'improves the int8 accuracy of DiracNets; float outputs do not change')
+    add('--equalise', '--equalize', nargs='?', const='', metavar='FOLDER', dest='equalize',
+        help='equalize the channel ranges on the images of --int8, or without --int8 on those in '
+             'this folder, which improves the int8 accuracy of DiracNets; float outputs do not '
+             'change')
     add('--dataset', choices=DATASETS, help='measure the top-1 accuracy on this test set')
     add('--dataroot', default='.', help='folder of the test set (default: .)')
     opt = parser.parse_args(argv)
@@ -42,8 +55,12 @@ def parse_options(argv=None):
         parser.error(f'--to {opt.to}: unknown format; use one of {", ".join(EXTENSIONS)}')
     if opt.int8 and opt.extension != '.onnx':
         parser.error(f'--to {opt.to}: --int8 needs a file name that ends in .onnx')
-    if opt.equalize and not opt.int8:
-        parser.error('--equalise: needs calibration images; add --int8 FOLDER')
+    if opt.dynamic_size and opt.extension != '.onnx':
+        parser.error(f'--to {opt.to}: --dynamic_size needs a file name that ends in .onnx')
+    if opt.equalize == '' and not opt.int8:
+        parser.error('--equalise: needs calibration images; use --equalise FOLDER or add --int8')
+    if opt.equalize and opt.int8:
+        parser.error(f'--equalise {opt.equalize}: the images are those of --int8; omit the folder')
     if os.path.realpath(opt.to) == os.path.realpath(opt.checkpoint):
         parser.error(f'--to {opt.to}: would overwrite the checkpoint; use another name')
     require_packages('export.py', 'deploy', *EXTENSIONS[opt.extension])
@@ -55,13 +72,14 @@ if __name__ == '__main__':  # --help and errors come before the imports that tak
     parse_options()
 
 import torch
+import torch.nn.functional as F
 
-import diracnets
 from diracnets.fold import fold
 from diracnets.formats import FORMATS
 from diracnets.loading import match_classes
 from diracnets.onnx import OnnxModel
 from diracnets.preprocessing import normalize
+from diracnets.published import load_by_name
 from diracnets.quantization import calibration_set, equalize, quantize
 from training import data
 from training.evaluation import top1
@@ -69,6 +87,7 @@ from training.files import path_in_errors, sibling_tempdir, write_synced
 from training.timing import images_per_second
 
 BATCH = 16  # images, for verification and timing
+OTHER_SIZE_BATCH = 4  # images, for verification at another size
 TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of logits, relative to the largest logit
 
 
@@ -106,7 +125,7 @@ def print_header(opt, loaded, source):
                  for values in (preprocess.mean, preprocess.std))
     shape = ', '.join(map(str, preprocess.shape))
     colors = 'RGB in [0, 1], ' if preprocess.channels == 3 else ''
-    print(f'{opt.checkpoint}: {loaded.title}, {loaded.num_classes} classes')
+    print(printable(f'{opt.checkpoint}: {loaded.title}, {loaded.num_classes} classes'))
     print(f'inputs: (N, {shape}), {colors}normalized with mean ({mean}), std ({std})')
     print('max difference: of the logits from those of the unfolded model in float64, relative to '
           f'the largest logit, on {source}')
@@ -131,17 +150,35 @@ def verify(models, tolerances, inputs, expected):
     return cells
 
 
+def verify_other_size(models, tolerances, inputs, reference):
+    """Returns a row like that of `verify`, for inputs of another size and shape.
+
+    reference: the original model. Raises ValueError if a model fails for these inputs, or differs.
+    """
+    height, width = inputs.shape[2] * 3 // 2, inputs.shape[3] * 2
+    inputs = F.interpolate(inputs[:OTHER_SIZE_BATCH], (height, width))
+    try:
+        cells = verify(models, tolerances, inputs, reference(inputs.double()))
+    except RuntimeError as error:
+        raise ValueError(f'--dynamic_size: the model fails for inputs of {height} x {width} '
+                         'pixels; omit this option') from error
+    return {f'max difference, {height} x {width}': cells}
+
+
 # ---------------------------------------------------------------- export
 
 
 def export_bytes(opt, folded, loaded, paths, calibration):
     """Returns {title: bytes}; the last one is the content of --to."""
     example = torch.zeros(2, *loaded.preprocess.shape)
-    content = FORMATS[opt.extension].to_bytes(folded, example, loaded.metadata())
+    to_bytes = FORMATS[opt.extension].to_bytes
+    if opt.dynamic_size:
+        to_bytes = functools.partial(to_bytes, dynamic_size=True)
+    metadata = loaded.metadata(calibration=calibration)
+    content = to_bytes(folded, example, metadata)
     name = os.path.basename(opt.to)
     if not opt.int8:
         return {name: content}
-    metadata = loaded.metadata(calibration=calibration)
     float32, int8 = quantize(content, paths, loaded.preprocess, metadata)
     return {'float32': float32, name: int8}
 
@@ -149,15 +186,16 @@ def export_bytes(opt, folded, loaded, paths, calibration):
 @torch.no_grad()
 def export(opt):
     """Loads, folds, exports, verifies and measures; --to is written only if all of it succeeds."""
-    loaded = diracnets.load(opt.checkpoint)
+    loaded = load_by_name(opt.checkpoint)
     if isinstance(loaded.model, OnnxModel):
         raise ValueError(f'{loaded.path}: an ONNX file cannot be exported again; use the run or '
                          'another file that was exported from it')
-    paths, calibration = calibration_set(opt.int8) if opt.int8 else ([], None)
+    images = opt.int8 or opt.equalize
+    paths, calibration = calibration_set(images) if images else ([], None)
     test = load_test_set(opt, loaded) if opt.dataset else None
     inputs, source = verification_inputs(loaded, test, paths)
     unfolded, folded = loaded.model.float(), fold(loaded.model).requires_grad_(False)
-    if opt.equalize:
+    if opt.equalize is not None:
         folded = equalize(folded, torch.stack([loaded.preprocess(path) for path in paths]))
         calibration['equalised'] = True
     print_header(opt, loaded, source)
@@ -172,14 +210,16 @@ def export(opt):
             with path_in_errors(opt.to):
                 write_synced(path, content)
             models[title] = FORMATS[opt.extension].open(path, folded)
-        expected = copy.deepcopy(unfolded).double()(inputs.double())
+        reference = copy.deepcopy(unfolded).double()
         memory = sum(tensor.nbytes for tensor in unfolded.state_dict().values())
         sizes = [memory, *map(len, contents.values())]
         rows = {
             'parameters': [f'{sum(param.numel() for param in model.parameters()):,}'
                            for model in (unfolded, *[folded] * len(contents))],
             'size, MB': [f'{size / 1e6:.2f}' for size in sizes],
-            'max difference': verify(models, tolerances, inputs, expected),
+            'max difference': verify(models, tolerances, inputs, reference(inputs.double())),
+            **(verify_other_size(models, tolerances, inputs, reference)
+               if opt.dynamic_size else {}),
             'images per second': [f'{rate:,.0f}' for rate in
                                   images_per_second(models.values(), inputs)],
         }
@@ -188,8 +228,8 @@ def export(opt):
                                 for title, model in models.items()]
         with path_in_errors(opt.to):
             os.replace(path, opt.to)  # the last file
-    print_table(['', *models], [[name, *cells] for name, cells in rows.items()])
-    print(f'written to {opt.to}')
+    print_table(['', *map(printable, models)], [[name, *cells] for name, cells in rows.items()])
+    print(printable(f'written to {opt.to}'))
 
 
 def main(argv=None):

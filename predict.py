@@ -3,26 +3,37 @@
     python predict.py cat.jpg dog.jpg --model logs/diracnet-28-2
     python predict.py cat.jpg --model diracnet-int8.onnx    # a file of export.py
     python predict.py cat.jpg --model diracnet18            # the authors' ImageNet model
+    python predict.py photos --model diracnet18 --json photos.json  # a folder, and its folders
 
 Unreadable images are reported on stderr and skipped; the exit status is then 2.
 """
 
+import csv
+import io
+import json
+import os
 import sys
 
-from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error
+from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error, printable
 
-PUBLISHED = ('diracnet18', 'diracnet34')
+BATCH = 32  # images
+TOP = 5  # classes
 
 
 def parse_options(argv=None):
     parser = ArgumentParser.of_script('predict.py', __doc__)
-    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image file')
-    parser.add_argument(
-        '--model', required=True,
+    add = parser.add_argument
+    add('images', nargs='+', metavar='IMAGE', help='image file, or folder with images')
+    add('--model', required=True,
         help='folder of a run, checkpoint, .onnx, .safetensors or .pth file of export.py, or '
-             + ' or '.join(PUBLISHED),
-    )
-    return parser.parse_args(argv)
+             'diracnet18 or diracnet34')
+    add('--json', metavar='FILE', help='write paths, classes and probabilities to this JSON file')
+    add('--csv', metavar='FILE', help='write paths, classes and probabilities to this CSV file')
+    opt = parser.parse_args(argv)
+    for name, path in (('json', opt.json), ('csv', opt.csv)):
+        if path and not os.path.isdir(os.path.dirname(path) or '.'):
+            parser.error(f'--{name} {path}: its folder does not exist; use another path')
+    return opt
 
 
 if __name__ == '__main__':  # --help and errors come before the imports that take seconds
@@ -30,57 +41,103 @@ if __name__ == '__main__':  # --help and errors come before the imports that tak
     parse_options()
 
 import torch
+from tqdm import tqdm
 
-import diracnets
 from diracnets.fold import fold
-from diracnets.preprocessing import DataError
-
-
-def imagenet_classes():
-    """Returns the names of the 1000 classes of ILSVRC2012, in the order of their WordNet IDs."""
-    from torchvision.models import ResNet18_Weights
-
-    return ResNet18_Weights.IMAGENET1K_V1.meta['categories']
+from diracnets.preprocessing import DataError, find_images
+from diracnets.published import imagenet_classes, load_by_name
+from training.files import atomic_write
 
 
 def load_classifier(name):
     """Returns (folded model, Preprocessing, class names or None) of a file or published model."""
-    if name in PUBLISHED:
-        model = getattr(diracnets, name)(pretrained=True).eval()
-        return model, diracnets.preprocess('ImageNet'), imagenet_classes()
-    loaded = diracnets.load(name)
+    loaded = load_by_name(name)
     classes = loaded.classes
     if classes is None and (loaded.preprocess.kind, loaded.num_classes) == ('ImageNet', 1000):
         classes = imagenet_classes()
     return fold(loaded.model), loaded.preprocess, classes
 
 
+def read_input(preprocess, path):
+    """Returns the input for an image file, or the DataError of an unreadable one."""
+    try:
+        return preprocess(path)
+    except DataError as error:
+        return error
+
+
 @torch.inference_mode()
-def predict(opt):
-    """Prints the predictions for all readable images and returns the number of unreadable ones."""
-    model, preprocess, classes = load_classifier(opt.model)
-    unreadable = 0
-    for path in opt.images:
-        try:
-            image = preprocess(path)
-        except DataError as error:
-            print(f'predict.py: {error}', file=sys.stderr)
+def predict(paths, name):
+    """Yields (path, [(class, probability), ...] or DataError) of each image file, in order.
+
+    name: of the model. The list contains the TOP classes, the most probable first.
+    """
+    model, preprocess, classes = load_classifier(name)
+    for start in range(0, len(paths), BATCH):
+        batch = paths[start : start + BATCH]
+        inputs = [read_input(preprocess, path) for path in batch]
+        readable = [x for x in inputs if isinstance(x, torch.Tensor)]
+        outputs = iter(model(torch.stack(readable)).softmax(dim=1) if readable else ())
+        for path, x in zip(batch, inputs):
+            if isinstance(x, DataError):
+                yield path, x
+                continue
+            probabilities = next(outputs)  # (num_classes,)
+            if not probabilities.isfinite().all():
+                raise RuntimeError(f'{name}: its outputs are non-finite (NaN or Inf)')
+            top = probabilities.topk(min(TOP, len(probabilities)))
+            yield path, [(classes[i] if classes else f'class {i}', p)
+                         for p, i in zip(top.values.tolist(), top.indices.tolist())]
+
+
+def to_json(predictions):
+    """Returns the JSON text of [(path, [(class, probability), ...]), ...]."""
+    return json.dumps([
+        {'path': path, 'predictions': [{'class': name, 'probability': p} for name, p in top]}
+        for path, top in predictions
+    ], indent=1)
+
+
+def to_csv(predictions):
+    """Returns the CSV text of [(path, [(class, probability), ...]), ...], one row per image."""
+    file = io.StringIO()
+    columns = [f'{field}_{i}' for i in range(1, TOP + 1) for field in ('class', 'probability')]
+    writer = csv.writer(file)
+    writer.writerow(['path', *columns])
+    for path, top in predictions:
+        writer.writerow([path, *(value for pair in top for value in pair)])
+    return file.getvalue()
+
+
+def predict_all(opt):
+    """Prints and writes the predictions for all readable images.
+
+    Returns the number of unreadable ones.
+    """
+    paths = [path for name in opt.images
+             for path in (find_images(name) if os.path.isdir(name) else [name])]
+    predictions, unreadable = [], 0
+    results = tqdm(predict(paths, opt.model), total=len(paths), unit='img', disable=None,
+                   leave=False)
+    for path, top in results:
+        if isinstance(top, DataError):
+            tqdm.write(printable(f'predict.py: {top}'), sys.stderr)
             unreadable += 1
             continue
-        probabilities = model(image[None]).softmax(dim=1)[0]  # (num_classes,)
-        if not probabilities.isfinite().all():
-            raise RuntimeError(f'{opt.model}: its outputs are non-finite (NaN or Inf)')
-        print(path)
-        for p, label in zip(*probabilities.topk(min(5, len(probabilities)))):
-            print(f'  {100 * p:6.2f} %  {classes[label] if classes else f"class {label}"}')
+        predictions.append((path, top))
+        lines = [printable(path), *(f'  {100 * p:6.2f} %  {printable(name)}' for name, p in top)]
+        tqdm.write('\n'.join(lines))
         sys.stdout.flush()  # keeps the order of stdout and stderr in a terminal
+    for path, write in ((opt.json, to_json), (opt.csv, to_csv)):
+        if path:  # surrogates stand for bytes of file names that are not UTF-8
+            atomic_write(path, write(predictions).encode('utf-8', 'backslashreplace'))
     return unreadable
 
 
 def main(argv=None):
     opt = parse_options(argv)
     with exit_on_error('predict.py'):
-        unreadable = predict(opt)
+        unreadable = predict_all(opt)
     if unreadable:
         sys.exit(2)
 

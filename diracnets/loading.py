@@ -158,7 +158,8 @@ def _check_onnx(model, preprocess):
     """Raises ValueError unless the Preprocessing has the input shape of an OnnxModel."""
     if preprocess is None:
         raise ValueError('contains no metadata; use an ONNX file of export.py')
-    if model.input_shape != preprocess.shape:
+    fits = (dim in (None, size) for dim, size in zip(model.input_shape, preprocess.shape))
+    if not all(fits):
         raise ValueError(f'its metadata describe inputs {preprocess.shape}: expected '
                          f'{model.input_shape}, the inputs of its graph')
 

@@ -195,8 +195,9 @@ def make_metadata(args: Mapping, classes: list[str] | None, inputs: Mapping,
     args: the options of train.py as in a checkpoint; paths are cut to their last part. classes:
     their names, or None. inputs: the fields of the Preprocessing. origin: values by ORIGIN_KEYS.
     `network` is a title, `exported_from` the name of a file or folder, `epoch` the number of
-    finished epochs. `calibration` describes int8: the name of the dataset's folder, the number of
-    images used and available, how they were chosen, the seed, and whether ranges were equalized.
+    finished epochs. `calibration` describes the images of int8 and equalization: the name of the
+    dataset's folder, the number of images used and available, how they were chosen, the seed, and
+    whether ranges were equalized.
     """
     args = {name: strip_folders(value) for name, value in args.items() if name not in PATH_OPTIONS}
     origin = {name: value for name, value in origin.items() if value is not None}

@@ -1,21 +1,26 @@
 """Export to ONNX, and a module that runs an ONNX file with ONNX Runtime on the CPU.
 
     model = OnnxModel('diracnet-int8.onnx')
-    logits = model(inputs)                      # (N, C, S, S) to (N, num_classes)
+    logits = model(inputs)                      # (N, C, H, W) to (N, num_classes)
 """
 
+import ast
+import copy
 import os
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+NAME_SCOPES = 'pkg.torch.onnx.name_scopes'  # of the exporter's node metadata
 FATAL = 4  # log level of ONNX Runtime; its errors are raised as exceptions
 
 
 class OnnxModel(nn.Module):
     """The model in an ONNX file of export.py, from `inputs` to `logits`, both float32.
 
+    `input_shape` is (C, H, W), with None for H and W if the file accepts inputs of any size.
     ONNX files contain operators of ONNX Runtime and no code. Raises ValueError for a corrupt file,
     for other inputs or outputs, and if ONNX Runtime is not installed; OSError for a file that
     cannot be read. All of them name the file.
@@ -49,7 +54,8 @@ class OnnxModel(nn.Module):
         if names != ['inputs', 'logits'] or [len(shape) for shape in shapes] != [4, 2]:
             raise ValueError(f'{path}: its graph is not from inputs (N, C, S, S) to logits '
                              '(N, classes); use an ONNX file of export.py')
-        self.input_shape, (_, self.num_classes) = shapes[0][1:], shapes[1]  # (C, S, S)
+        self.input_shape = tuple(dim if isinstance(dim, int) else None for dim in shapes[0][1:])
+        self.num_classes = shapes[1][1]
 
     def __deepcopy__(self, memo):
         return self  # nothing in it changes
@@ -65,18 +71,74 @@ class OnnxModel(nn.Module):
         return torch.from_numpy(logits).to(inputs.device)
 
 
-def to_onnx(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str]) -> bytes:
+def to_onnx(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str],
+            dynamic_size: bool = False) -> bytes:
     """Exports a model to ONNX and returns the bytes of the file.
 
-    inputs: an example (N, C, H, W); N stays variable. metadata: texts by key.
+    inputs: an example (N, C, H, W); N stays variable, and with dynamic_size also H and W. metadata:
+    texts by key. Nodes are named after modules, as in '/features/group0/block0/conv/Conv', and
+    initializers have the names of the state dict. torch exports some models that take inputs of one
+    size only with dynamic_size too: compare the outputs for another size.
     """
+    names = {0: 'N', 2: 'H', 3: 'W'} if dynamic_size else {0: 'N'}
     program = torch.onnx.export(
         model, (inputs,), input_names=['inputs'], output_names=['logits'], opset_version=18,
-        dynamic_shapes=({0: torch.export.Dim('N')},), dynamo=True, verbose=False,
+        dynamic_shapes=({dim: torch.export.Dim(name) for dim, name in names.items()},),
+        dynamo=True, verbose=False,
     )
-    for node in program.model.graph:
-        node.metadata_props.clear()  # stack traces contain paths of this machine
-    return add_metadata(program.model_proto, metadata)
+    proto = program.model_proto
+    _use_global_average_pool(proto.graph)
+    _name_nodes(proto.graph)
+    return add_metadata(proto, metadata)
+
+
+def _use_global_average_pool(graph):
+    """Replaces ReduceMean over H and W by GlobalAveragePool, and Reshape after it by Flatten.
+
+    Other runtimes and converters expect these operators at the end of a network.
+    """
+    from onnx.numpy_helper import to_array
+
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        nodes.append(node)
+        before, after = (shapes.get(name, []) for name in (node.input[0], node.output[0]))
+        if node.op_type == 'Reshape' and before == [*after, 1, 1]:
+            node.op_type = 'Flatten'
+        elif (node.op_type == 'ReduceMean' and len(before) == 4 and node.input[-1] in constants
+              and sorted(to_array(constants[node.input[-1]]) % 4) == [2, 3]):
+            node.op_type = 'GlobalAveragePool'
+        else:
+            continue
+        del node.input[1:], node.attribute[:]
+        if node.op_type == 'GlobalAveragePool' and len(after) == 2:  # of keepdims=False
+            nodes.append(copy.deepcopy(node))
+            nodes[-1].op_type = 'Flatten'
+            nodes[-1].input[0] = node.output[0] = f'{node.output[0]}_pooled'
+    used = {name for node in nodes for name in node.input}
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for i, tensor in reversed(list(enumerate(graph.initializer))):
+        if tensor.name not in used:
+            del graph.initializer[i]
+
+
+def _name_nodes(graph):
+    """Names nodes after the modules of their operators, and removes the metadata of nodes."""
+    counts = Counter()
+    for node in graph.node:
+        scopes = {prop.key: prop.value for prop in node.metadata_props}.get(NAME_SCOPES)
+        if scopes:  # "['', 'features', 'features.conv', 'conv2d']": modules and the operator
+            *_, module, _ = ['', *ast.literal_eval(scopes)]
+            name = '/'.join(['', *filter(None, module.split('.')), node.op_type])
+            node.name = f'{name}_{counts[name]}' if counts[name] else name
+            counts[name] += 1
+        del node.metadata_props[:]  # stack traces contain paths of this machine
 
 
 def add_metadata(model, metadata: Mapping[str, str]) -> bytes:

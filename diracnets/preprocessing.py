@@ -277,6 +277,27 @@ def _resize_for_testing(image, name, size):
         return resize_and_crop(image, shorter, size)
 
 
+def find_images(folder: str) -> list[str]:
+    """Returns the sorted paths of the image files in a folder and in the folders inside it.
+
+    Image files have one of `image_extensions`; hidden files are skipped. Raises ValueError for a
+    folder without images, and OSError for a folder that cannot be read.
+    """
+    def fail(error):
+        raise error
+
+    extensions = image_extensions()
+    paths = sorted(
+        os.path.join(parent, file)
+        for parent, _, files in os.walk(folder, onerror=fail)
+        for file in files
+        if file.lower().endswith(extensions) and not file.startswith('.')
+    )
+    if not paths:
+        raise ValueError(f'{folder}: contains no images; use another folder')
+    return paths
+
+
 def read_test_image(path: str | os.PathLike, size: int) -> np.ndarray:
     """Reads an image file as in testing: returns uint8 (size, size, 3), RGB.
 

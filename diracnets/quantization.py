@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from diracnets.fold import trace
 from diracnets.onnx import add_metadata
-from diracnets.preprocessing import image_extensions
+from diracnets.preprocessing import find_images
 
 MAX_SCALE = 4.0  # of a channel: without a limit, rarely active channels would become large
 MIN_RANGE = 0.02  # relative to the largest channel: live channels are above, others are noise
@@ -162,14 +162,7 @@ def calibration_set(folder: str) -> tuple[list[str], dict[str, Any]]:
     Returns their paths and the `calibration` entry of the metadata, whose seed is None because
     nothing is random. Raises ValueError for a folder without images.
     """
-    paths = sorted(
-        os.path.join(parent, file)
-        for parent, _, files in os.walk(folder)
-        for file in files
-        if file.lower().endswith(image_extensions())
-    )
-    if not paths:
-        raise ValueError(f'--int8 {folder}: contains no images; use another folder')
+    paths = find_images(folder)
     selected = paths[:: -(-len(paths) // CALIBRATION_IMAGES)]
     return selected, {
         'dataset': os.path.basename(os.path.abspath(folder)), 'images': len(selected),

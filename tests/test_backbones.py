@@ -9,7 +9,6 @@ from torch import nn
 import diracnet
 import diracnets
 from diracnet import DiracNet, define_diracnet
-from diracnets import ModularNetwork
 from pages import ROOT, blocks
 
 pytest.importorskip('timm')
@@ -35,7 +34,6 @@ def page():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diracnet, 'load_published', lambda url, get_params: get_params(folded))
         patch.setattr(diracnets, 'pretrained_params', lambda depth: params)
-        patch.setattr(diracnets, 'Network', lambda f, params: ModularNetwork.from_params(params))
         codes = blocks('docs/backbones.md')
         assert len(codes) == text.count('```python') == 7
         names = {}

@@ -336,9 +336,11 @@ def test_export_refuses_a_malicious_pickle(trained, tmp_path):
 @pytest.mark.parametrize(('options', 'message'), [
     (['--to', 'x.h5'], 'x.h5: .*.onnx, .pt2, .safetensors, .pth'),
     (['--to', 'x.pt2', '--int8', '.'], 'x.pt2: --int8 .*.onnx'),
-    (['--to', 'x.onnx', '--int8', 'tests/nowhere'], '--int8 tests/nowhere'),
+    (['--to', 'x.onnx', '--int8', 'tests/nowhere'], 'tests/nowhere'),
     (['--to', 'x.onnx', '--equalise'], '--equalise.*--int8'),
     (['--to', 'x.onnx', '--equalize'], '--equalise.*--int8'),
+    (['--to', 'x.onnx', '--int8', '.', '--equalize', 'tests'], '--equalise tests: .*--int8'),
+    (['--to', 'x.pth', '--equalize', 'tests/nowhere'], 'tests/nowhere'),
     (['--to', 'x.pth', '--dataset', 'Folder', '--dataroot', 'nowhere'], 'nowhere/test: no such'),
     (['--to', 'x.pth', '--dataset', 'Digits'],
      r'classes differ: .* 10 \(digit 0 to digit 9\), .* 10 \(0 to 9\)'),

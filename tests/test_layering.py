@@ -43,7 +43,7 @@ MAY_IMPORT = {  # module or package: the modules and packages of this project th
     'training': {*LIBRARY, 'training', 'cli'},
     'train': {*LIBRARY, 'training', 'cli'},
     'export': {*LIBRARY, 'training', 'cli'},
-    'predict': {*LIBRARY, 'cli'},
+    'predict': {*LIBRARY, 'cli', 'training.files'},
     'plot': {'training.log', 'cli'},
     'test': {'cli'},
     'hubconf': {'diracnet'},

@@ -120,3 +120,18 @@ def test_export_equalizes(run_folder, tmp_path, capsys, option):
     assert len(moved) == 7
     assert moved[0] <= 1  # the stem's outputs alone are scaled, and each filter has a scale in int8
     assert min(moved[1:]) > 1
+
+
+def test_export_equalizes_float_files(run_folder, digits, tmp_path):
+    write_images(tmp_path / 'images', n=3)
+    plain, path = str(tmp_path / 'plain.pth'), str(tmp_path / 'equalized.pth')
+    export.main([str(run_folder), '--to', plain])
+    export.main([str(run_folder), '--to', path, '--equalize', str(tmp_path / 'images')])
+    before, after = diracnets.load(plain), diracnets.load(path)
+    assert 'calibration' not in before.origin
+    assert after.origin['calibration']['equalised'] is True
+    weights = [m.weight for m in after.model.modules() if isinstance(m, nn.Conv2d)]
+    pairs = zip(weights, (m.weight for m in before.model.modules() if isinstance(m, nn.Conv2d)))
+    assert min((a - b).abs().max() for a, b in pairs) > 0.01
+    inputs = digits[0][:20]
+    torch.testing.assert_close(after.model(inputs), before.model(inputs), rtol=1e-4, atol=1e-4)

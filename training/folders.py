@@ -9,7 +9,6 @@ from collections import Counter
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
-from tqdm import tqdm
 
 from cli import say
 from diracnets.image_files import DataError, check_image
@@ -17,6 +16,7 @@ from diracnets.loading import class_positions
 from diracnets.preprocessing import MAX_SMALL, image_extensions, read_test_image
 from training.datasets import ImageFiles, MemoryImages
 from training.distributed import merge_dicts, rank, world_size
+from training.progress import Progress
 
 MAX_LISTED = 20  # corrupt files
 
@@ -126,8 +126,7 @@ def _find_corrupt(numbers, read, title, nthread):
     pool = ThreadPool(max(1, nthread))
     try:
         done = pool.imap_unordered(error_of, numbers, chunksize=64)
-        errors = dict(filter(None, tqdm(done, title, len(numbers), unit='img', leave=False,
-                                        disable=None if _is_first() else True)))
+        errors = dict(filter(None, Progress(done, title, len(numbers), 'img')))
     finally:  # a thread that reads while the interpreter exits would abort the process
         stopped.set()
         pool.terminate()
