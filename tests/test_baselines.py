@@ -382,7 +382,7 @@ def test_fold_v1_gives_published_layers():
             chain.append(('conv', *size, module.bias is not None))
         elif isinstance(module, nn.Linear):
             chain.append(('linear', module.in_features, module.out_features))
-        elif not isinstance(module, (nn.Sequential, PlainNet)):
+        elif not isinstance(module, (nn.Sequential, nn.Identity, PlainNet)):
             chain.append(type(module).__name__)
 
     def blocks(cout, first, others):

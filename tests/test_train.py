@@ -172,7 +172,7 @@ def test_console_output(images, tmp_path, capsys):
     run(images, tmp_path / 'run')
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ['depth', '10'] for line in lines)
-    assert any(line.split() == ['group1.block0.conv', '(32,', '16,', '3,', '3)', '4,608']
+    assert any(line.split() == ['group1.block0.conv.weight', '(32,', '16,', '3,', '3)', '4,608']
                for line in lines)
     accuracies = [s['test_acc'] for s in stats_of(tmp_path / 'run')]
     for epoch, accuracy in enumerate(accuracies, start=1):
@@ -633,7 +633,7 @@ def test_weight_decay_skips_vectors():
     optimizer = make_optimizer(network, options.parse_options(['--weight_decay', '0.25']))
     decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
     for name, parameter in network.named_parameters():
-        matrix = name.endswith('conv') or name == 'fc.weight'
+        matrix = name.endswith('conv.weight') or name == 'fc.weight'
         assert decay[id(parameter)] == (0.25 if matrix else 0), name
     assert {group['momentum'] for group in optimizer.param_groups} == {0.9}
 

@@ -21,9 +21,9 @@ class TensorBoardWriter:
         metrics = {name: value for name, value in stats.items()
                    if name.split('_')[-1] in ('loss', 'acc', 'acc5')}
         scalars = {**metrics, 'epoch_lr': stats['epoch_lr']}
-        for name, parameter in model.named_parameters():
+        for name, tensor in model.state_dict().items():
             if name.split('.')[-1] in ('alpha', 'beta'):
-                scalars[f'mean/{name}'] = parameter.mean().item()
+                scalars[f'mean/{name}'] = tensor.mean().item()
         try:
             if self.writer is None:
                 self._open(stats['epoch'], metrics)
