@@ -211,10 +211,12 @@ def test_list_images_accepts_the_formats_that_opencv_decodes(tmp_path, extension
         image = SMOOTH[..., :1] if extension in ('.pgm', '.pbm') else SMOOTH
         image = (image > 127).astype(np.uint8) * 255 if extension == '.pbm' else image
         cv2.imwrite(str(tmp_path / 'test' / name / f'image{extension.upper()}'), image)
-    splits = data.load_splits('Folder', str(tmp_path), Preprocessing.for_dataset('Folder', 72),
-                              training=False)
+    inputs = Preprocessing.for_dataset('Folder', 72)
+    splits = data.load_splits('Folder', str(tmp_path), inputs, training=False)
     assert len(splits.test) == 2
     batch, *_ = splits.test[torch.arange(2), None, torch.arange(2)]
+    predicted = inputs(splits.test.paths[0])  # as in predict.py
+    assert torch.equal(predicted, preprocessing.normalize(batch, inputs)[0])
     expected = preprocessing.resize_and_crop(image[..., ::-1], 82, 72)
     error = batch[0].permute(1, 2, 0).numpy() - expected.reshape(72, 72, -1).astype(float)
     assert np.abs(error).mean() < 12  # some formats are lossy, and GIF has few colors

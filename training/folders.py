@@ -92,7 +92,7 @@ def _list_files(folder, extensions, parents=()):
 
 
 def _count_by_extension(names):
-    """Counts names by extension, the most frequent first: '2 .gif, 1 .avif, 1 README'."""
+    """Counts names by extension, the most frequent first: '2 .txt, 1 .heic, 1 README'."""
     counts = Counter(
         name if name.startswith('.') else os.path.splitext(name)[1].lower() or name
         for name in names
@@ -140,19 +140,16 @@ def _read_images(folder, paths, labels, size, nthread, check):
     Returns (BatchDataset, {index of a corrupt file: error}).
     """
     if size > MAX_SMALL:
-        def read(i):
-            check_image(paths[i])
+        share = range(rank(), len(paths), world_size()) if check else ()
+        return ImageFiles(paths, labels, size), _find_corrupt(
+            share, lambda i: check_image(paths[i]), f'checking {folder}', nthread)
+    pixels = np.empty((len(paths), size, size, 3), np.uint8)
 
-        numbers = range(rank(), len(paths), world_size()) if check else ()
-        images, verb = ImageFiles(paths, labels, size), 'checking'
-    else:
-        pixels = np.empty((len(paths), size, size, 3), np.uint8)
+    def read(i):
+        pixels[i] = read_test_image(paths[i], size)
 
-        def read(i):
-            pixels[i] = read_test_image(paths[i], size)
-
-        numbers, images, verb = range(len(paths)), MemoryImages(pixels, labels), 'reading'
-    return images, _find_corrupt(numbers, read, f'{verb} {folder}', nthread)
+    errors = _find_corrupt(range(len(paths)), read, f'reading {folder}', nthread)
+    return MemoryImages(pixels, labels), errors
 
 
 def _report_corrupt(root, errors, total, skip_corrupt):
@@ -169,8 +166,7 @@ def _report_corrupt(root, errors, total, skip_corrupt):
 
 def _leave_out(folder, images, errors):
     """Returns images without the corrupt ones; raises DataError if a class has no others."""
-    kept = [i for i in range(len(images)) if i not in errors]
-    rest = images.subset(kept)
+    rest = images.subset([i for i in range(len(images)) if i not in errors])
     if len(rest.labels.unique()) < len(images.labels.unique()):
         raise DataError(f'{folder}: all files of a class are corrupt')
     if _is_first():

@@ -90,6 +90,23 @@ def load_training_splits(opt, splits, preprocess):
     return splits
 
 
+def match_checkpoint(opt, splits, state, path):
+    """Returns splits with the order of the class names in the checkpoint to resume, if any.
+
+    Records the fingerprint of class folders in `opt`; raises ValueError if it was another one.
+    """
+    if splits.files:
+        opt.files, before = splits.files, state['args'].get('files', splits.files)
+        if opt.files != before and not opt.force:
+            raise ValueError(f'{path}: the images were {before}, are {opt.files}; use the same '
+                             'images, or --force')
+    saved = state.get('classes') or []
+    positions = class_positions(splits.classes, saved)
+    if not positions or len(saved) != len(positions):
+        return splits  # Run.restore raises for other classes
+    return splits.with_classes(saved, positions)
+
+
 def resolve_normalization(preprocess, opt, images, saved_args):
     """Returns the Preprocessing with the mean and std of --normalize, given or measured.
 
@@ -167,14 +184,7 @@ def prepare(opt, device, lock, splits=None):
     if changed:
         raise ValueError(f'{path}: {"; ".join(changed)}; use the same options, or --force')
     splits = load_training_splits(opt, splits, preprocess)
-    if splits.files:  # identifies the data when a run is resumed
-        opt.files, before = splits.files, state['args'].get('files', splits.files)
-        if opt.files != before and not opt.force:
-            raise ValueError(f'{path}: the images were {before}, are {opt.files}; use the same '
-                             'images, or --force')
-    saved, names = state.get('classes') or [], splits.classes
-    if set(saved) == set(names) and class_positions(names, saved):  # in another order
-        splits = splits.with_classes(saved, class_positions(names, saved))
+    splits = match_checkpoint(opt, splits, state, path)
     preprocess = resolve_normalization(preprocess, opt, splits.train, state['args'])
     forward = Forward(preprocess, dtype, device)
     splits = splits.to(device)
