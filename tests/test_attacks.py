@@ -84,16 +84,37 @@ def test_divergence_in_the_first_epoch_writes_nothing(images, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_cuda_out_of_memory_is_one_line(images, tmp_path, capsys, monkeypatch):
-    def train_one_epoch(*arguments):
-        raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0')
+def allocate():
+    torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(train, 'train_one_epoch', train_one_epoch)
+
+def raise_cuda_error():
+    raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0')
+
+
+def raise_memory_error():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(('fail', 'reason'), [
+    (raise_cuda_error, 'CUDA out of memory'), (raise_memory_error, 'out of memory'),
+    (allocate, f"can't allocate memory: you tried to allocate {2**60} bytes"),
+])
+@pytest.mark.parametrize('function', ['train_one_epoch', 'prepare', 'compile_models'])
+def test_out_of_memory_is_one_line(
+    images, tmp_path, capsys, monkeypatch, fail, reason, function
+):
+    def train_one_epoch(*arguments):
+        fail()
+
+    if function == 'compile_models':
+        monkeypatch.setattr('training.compute.warm_up', train_one_epoch)
+    else:
+        monkeypatch.setattr(train, function, train_one_epoch)
     with pytest.raises(SystemExit) as stopped:
-        run(images, tmp_path)
+        run(images, tmp_path, *['--compile'] * (function == 'compile_models'))
     assert stopped.value.code == 1
-    assert capsys.readouterr().err == (
-        'train.py: CUDA out of memory; use a smaller --batch_size\n')
+    assert capsys.readouterr().err == f'train.py: {reason}; use a smaller --batch_size\n'
 
 
 def test_log_error_names_the_file(tmp_path, monkeypatch):

@@ -4,12 +4,11 @@ import contextlib
 import signal
 import sys
 
-import torch
-
 from cli import say
 from diracnets.preprocessing import DataError
 from training import checkpoint
 from training.checkpoint import DivergedError
+from training.compute import is_out_of_memory
 from training.distributed import rank, world_size
 from training.loader import WorkerError, iterate_batches
 
@@ -86,9 +85,11 @@ def interruptible(run, resume_command: str):
 
 @contextlib.contextmanager
 def out_of_memory_as_os_error():
-    """Turns a CUDA out-of-memory error into an OSError that suggests a smaller batch size."""
+    """Turns an out-of-memory error into an OSError that suggests a smaller batch size."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        reason = str(error).split('. ')[0]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).split('DefaultCPUAllocator: ')[-1].split('. ')[0] or 'out of memory'
         raise OSError(f'{reason}; use a smaller --batch_size') from error
