@@ -147,6 +147,19 @@ def test_lock_refuses_a_second_run_in_the_same_folder(images, tmp_path, capsys):
     run(images, tmp_path, '--epochs', 1)  # the lock is released
 
 
+@pytest.mark.parametrize('name', ['log.txt', 'model.pt7', 'best.pt7', 'model.pt7.tmp'])
+@pytest.mark.parametrize('make', [os.mkdir, os.mkfifo])
+def test_train_refuses_a_folder_whose_files_are_not_regular(images, tmp_path, capsys, name, make):
+    path = tmp_path / 'run' / name
+    path.parent.mkdir()
+    make(path)
+    for resume in ([], ['--resume', 'auto']):
+        error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10,
+                        '--save', path.parent, *resume)
+        assert error.startswith(f'train.py: {path}: not a regular file; ')
+    assert list(path.parent.iterdir()) == [path]
+
+
 @pytest.mark.parametrize('replaced', [False, True])
 def test_run_ends_when_its_folder_is_removed(images, tmp_path, capsys, monkeypatch, replaced):
     folder, original, epochs = tmp_path / 'run', train.train_one_epoch, []
