@@ -13,6 +13,8 @@ import shlex
 import signal
 import socket
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -441,6 +443,33 @@ def test_check_ranks_agree_fails_when_steps_differ(monkeypatch):
         [0, 0] if op == torch.distributed.ReduceOp.MIN else numbers))
     with pytest.raises(ValueError, match='run: .* 2 epochs and 7 steps'):
         check_ranks_agree(run)
+
+
+def test_launcher_has_the_start_time_of_the_parent_process():
+    pid, ticks, _ = distributed.launcher().split()
+    assert int(pid) == os.getppid()
+    (boot,) = re.findall(r'^btime (\d+)$', Path('/proc/stat').read_text(), re.M)
+    started = int(boot) + int(ticks) / os.sysconf('SC_CLK_TCK')
+    assert int(boot) < started <= time.time() + 1
+
+
+@pytest.mark.parametrize('other', [
+    lambda launcher: re.sub(r' \d+ ', ' 1 ', launcher),  # process 1 of an earlier container
+    lambda launcher: re.sub(r'^\d+', '1', launcher), lambda launcher: os.getppid(),
+])
+def test_restart_resumes_only_the_run_of_its_own_launcher(
+    images, whole, tmp_path, capsys, monkeypatch, other
+):
+    run(images, tmp_path, '--epochs', 2)
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    path = tmp_path / 'model.pt7'
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, 'launcher': other(saved['launcher'])}, path)
+    error = refused(capsys, *SMALL, '--dataroot', images, '--save', tmp_path)
+    assert f'{tmp_path} contains a run' in error
+    torch.save(saved, path)
+    run(images, tmp_path, '--epochs', 3)
+    assert_same_run(tmp_path, whole)
 
 
 def test_init_fails_when_a_process_has_no_gpu(monkeypatch):

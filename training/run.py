@@ -19,7 +19,7 @@ from training import checkpoint
 from training.checkpoint import DivergedError
 from training.compute import Forward
 from training.data import DataSplits
-from training.distributed import rank, world_size
+from training.distributed import launcher, rank, world_size
 from training.interruption import SignalHandler
 from training.log import LOG_FILE, append_log, read_log
 from training.meters import Meters, topk
@@ -164,7 +164,7 @@ class Run:
             'params': self.model.state_dict(), **ema, 'optimizer': self.optimizer.state_dict(),
             'epoch': self.epoch, 'step': self.step, 'best': self.best,
             'rng': checkpoint.rng_state(), 'classes': self.splits.classes, 'args': self.args,
-            'versions': checkpoint.versions(), 'launcher': os.getppid(),
+            'versions': checkpoint.versions(), 'launcher': launcher(),
         }
 
     def save(self, names=(MODEL_FILE,), checked=False):

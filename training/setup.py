@@ -35,7 +35,7 @@ def find_checkpoint(opt):
     path = opt.resume
     # torchrun restarts all processes when one dies: they resume the run that they started
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and saved
-    if restarted and checkpoint.load(opt.save).get('launcher') == os.getppid():
+    if restarted and checkpoint.load(opt.save).get('launcher') == distributed.launcher():
         path = opt.save
     if path == 'auto':
         path = opt.save if saved else ''
