@@ -49,11 +49,21 @@ def _exit_now(number, frame):
     os._exit(128 + number)
 
 
+def _open_closed_streams():
+    """Opens the null device as each closed standard stream; files would get its descriptor."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or os.fdopen(1, 'w'), sys.stderr or os.fdopen(2, 'w')
+
+
 def exit_on_ctrl_c():
     """Makes Ctrl-C exit without a traceback until `exit_on_error` takes over.
 
     A command calls it before slow imports, such as torch. Where Ctrl-C is ignored it stays ignored.
+    Standard streams that are closed become the null device.
     """
+    _open_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_now)
 

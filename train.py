@@ -47,7 +47,7 @@ from training.interruption import interruptible, out_of_memory_as_os_error
 from training.loader import iterate_batches, make_loader
 from training.meters import Meters
 from training.optimizers import lr_factor
-from training.run import print_settings, raise_if_stopped
+from training.run import print_settings
 from training.setup import load_for_evaluation, prepare
 
 
@@ -92,7 +92,7 @@ def evaluate(model, forward, images, meters, opt, signals=None):
             loss = cross_entropy(logits, labels, global_batch_size)
             meters.update(loss, logits, labels, global_batch_size)
             if signals:
-                raise_if_stopped(signals, step, len(loader))
+                signals.agree(step == len(loader))
 
 
 def train(run, resume_command):

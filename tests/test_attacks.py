@@ -84,16 +84,37 @@ def test_divergence_in_the_first_epoch_writes_nothing(images, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_cuda_out_of_memory_is_one_line(images, tmp_path, capsys, monkeypatch):
-    def train_one_epoch(*arguments):
-        raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0')
+def allocate():
+    torch.empty(2**60, dtype=torch.uint8)
 
-    monkeypatch.setattr(train, 'train_one_epoch', train_one_epoch)
+
+def raise_cuda_error():
+    raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0')
+
+
+def raise_memory_error():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(('fail', 'reason'), [
+    (raise_cuda_error, 'CUDA out of memory'), (raise_memory_error, 'out of memory'),
+    (allocate, f"can't allocate memory: you tried to allocate {2**60} bytes"),
+])
+@pytest.mark.parametrize('function', ['train_one_epoch', 'prepare', 'compile_models'])
+def test_out_of_memory_is_one_line(
+    images, tmp_path, capsys, monkeypatch, fail, reason, function
+):
+    def train_one_epoch(*arguments):
+        fail()
+
+    if function == 'compile_models':
+        monkeypatch.setattr('training.compute.warm_up', train_one_epoch)
+    else:
+        monkeypatch.setattr(train, function, train_one_epoch)
     with pytest.raises(SystemExit) as stopped:
-        run(images, tmp_path)
+        run(images, tmp_path, *['--compile'] * (function == 'compile_models'))
     assert stopped.value.code == 1
-    assert capsys.readouterr().err == (
-        'train.py: CUDA out of memory; use a smaller --batch_size\n')
+    assert capsys.readouterr().err == f'train.py: {reason}; use a smaller --batch_size\n'
 
 
 def test_log_error_names_the_file(tmp_path, monkeypatch):
@@ -124,6 +145,19 @@ def test_lock_refuses_a_second_run_in_the_same_folder(images, tmp_path, capsys):
                         '--save', tmp_path, '--resume', 'auto')
     assert error.startswith(f'train.py: {tmp_path}: another run ')
     run(images, tmp_path, '--epochs', 1)  # the lock is released
+
+
+@pytest.mark.parametrize('name', ['log.txt', 'model.pt7', 'best.pt7', 'model.pt7.tmp'])
+@pytest.mark.parametrize('make', [os.mkdir, os.mkfifo])
+def test_train_refuses_a_folder_whose_files_are_not_regular(images, tmp_path, capsys, name, make):
+    path = tmp_path / 'run' / name
+    path.parent.mkdir()
+    make(path)
+    for resume in ([], ['--resume', 'auto']):
+        error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10,
+                        '--save', path.parent, *resume)
+        assert error.startswith(f'train.py: {path}: not a regular file; ')
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize('replaced', [False, True])

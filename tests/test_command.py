@@ -103,6 +103,29 @@ def test_require_packages_names_the_missing_package_and_its_extra(
     assert f"pip install '.[{extra}]'" in error
 
 
+@pytest.mark.parametrize('closed', [[1], [2], [1, 2], [0, 1, 2]])
+def test_closed_streams_become_the_null_device(tmp_path, closed):
+    text = '\n'.join([
+        'import cli, sys', 'cli.exit_on_ctrl_c()', f'file = open({str(tmp_path / "file")!r}, "w")',
+        'assert file.fileno() > 2', 'cli.say("said")', 'cli.warn("warned")', 'sys.stdout.flush()',
+        'sys.stderr.flush()', 'file.write("written")',
+    ])
+    status, printed, error = run('-c', text, cwd=ROOT,
+                                 preexec_fn=lambda: list(map(os.close, closed)))
+    assert (tmp_path / 'file').read_text() == 'written'
+    assert status == 0
+    assert printed == ('' if 1 in closed else 'said\n')
+    assert error == ('' if 2 in closed else 'warned\n')
+
+
+@pytest.mark.slow
+def test_train_with_closed_streams(tmp_path):
+    command = ['train.py', '--dataset', 'Digits', '--depth', 10, '--epochs', 1, '--save', tmp_path]
+    done = run(*command, cwd=ROOT, preexec_fn=lambda: (os.close(1), os.close(2)))
+    assert done == (0, '', '')
+    assert (tmp_path / 'log.txt').read_text().startswith('json_stats: ')
+
+
 HOSTILE = '{0}\x1b[2J\r\n{0}\u202e\ud800\xe9\x00'.format('x.py: fine')
 ESCAPED = r'x.py: fine\x1b[2J\r\nx.py: fine\u202e\ud800%s\x00'
 

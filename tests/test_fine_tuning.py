@@ -1,6 +1,5 @@
 """Options that change a run: --freeze, --clip_grad, --balance and --ema."""
 
-import os
 import signal
 
 import pytest
@@ -13,7 +12,16 @@ import diracnets
 import train
 from diracnets.models.registry import ARCHITECTURES
 from diracnets.preprocessing import DataError
-from runs import assert_same_run, on_ranks, params_of, refused, run, stats_of, write_images
+from runs import (
+    assert_same_run,
+    on_ranks,
+    params_of,
+    refused,
+    run,
+    send_signal,
+    stats_of,
+    write_images,
+)
 from training.data import DataSplits
 from training.freezing import freeze, last_layer, stem
 from training.loader import BatchSampler, make_loader
@@ -242,30 +250,17 @@ def test_ema_rejects_a_decay_of_1(capsys):
 # ---------------------------------------------------------------- all together
 
 
-def train_and_stop(images, folder, monkeypatch, epoch, *options):
-    """Trains until a signal arrives in the first step of an epoch, or before its first step."""
-    original, epochs = train.train_one_epoch, []
-
-    def sending(*arguments):
-        epochs.append(1)
-        if len(epochs) == epoch:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, 'train_one_epoch', sending)
-        with pytest.raises(SystemExit):
-            run(images, folder, *options)
-
-
 @pytest.mark.parametrize('epoch', [1, 2])
 def test_resume_within_an_epoch_equals_the_uninterrupted_run(
     images, before, tmp_path, monkeypatch, epoch
 ):
     options = [*ALL, '--pretrained', before('plain')]
     run(images, tmp_path / 'whole', *options)
-    train_and_stop(images, tmp_path / 'run', monkeypatch, epoch, *options)
-    assert torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)['step'] in (0, 1)
+    with monkeypatch.context() as patch:
+        send_signal(patch, signal.SIGTERM, epoch=epoch)
+        with pytest.raises(SystemExit):
+            run(images, tmp_path / 'run', *options)
+    assert torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)['step'] == 1
     run(images, tmp_path / 'run', *options, '--resume', 'auto')
     assert_same_run(tmp_path / 'run', tmp_path / 'whole')
 

@@ -80,6 +80,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)  # mapped blocks would be unmapped when they are freed
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error of torch or Python means that the memory of a device is full."""
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))  # of the CPU
+
+
 def compile_model(model: nn.Module, device: torch.device) -> Callable:
     """Compiles a model, once for each batch size.
 
@@ -108,9 +114,9 @@ def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, C
         models = [compile_model(model, run.forward.device)
                   for model in (train_model, run.eval_model)]
         warm_up(run, *models, sizes)
-    except (OSError, DataError, torch.cuda.OutOfMemoryError):
-        raise
     except Exception as error:  # of a compiler, which raises almost any
+        if isinstance(error, (OSError, DataError)) or is_out_of_memory(error):
+            raise
         lines = [line for line in str(error).splitlines() if line and not line.endswith('raised:')]
         reason = f'{type(error).__name__}: {(lines or [""])[0]}'
         raise OSError(f'--compile: torch {torch.__version__} cannot compile the model '

@@ -3,6 +3,7 @@
 import os
 import time
 import uuid
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,21 @@ def init(deterministic=False):
     device = torch.device('cuda', local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def launcher():
+    """Returns a text that identifies the process that started this one, such as torchrun.
+
+    In a container its process id is often 1, so that the text also has its start time, and the boot
+    of the machine that this time is relative to. Without /proc it has the process id only.
+    """
+    pid = os.getppid()
+    try:
+        boot = Path('/proc/sys/kernel/random/boot_id').read_text().strip()
+        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()  # after the name
+        return f'{pid} {fields[19]} {boot}'  # field 22 of proc_pid_stat(5): clock ticks since boot
+    except OSError:
+        return str(pid)
 
 
 def _store_of_this_start(store, rank, world_size):

@@ -3,15 +3,20 @@
 import contextlib
 import signal
 import sys
+import time
+import weakref
 
-import torch
+import torch.distributed as dist
 
 from cli import say
 from diracnets.preprocessing import DataError
 from training import checkpoint
 from training.checkpoint import DivergedError
-from training.distributed import rank, world_size
+from training.compute import is_out_of_memory
+from training.distributed import all_reduce, rank, world_size
 from training.loader import WorkerError, iterate_batches
+
+SECONDS_PER_AGREEMENT, MAX_STEPS_PER_AGREEMENT = 2, 20  # between exchanges of signals
 
 
 class StoppedError(Exception):
@@ -27,27 +32,56 @@ class SignalHandler:
 
     def __enter__(self):
         self.number, self.waiting = 0, False
+        self.started = weakref.WeakSet()  # loaders whose workers run
+        self.steps, self.interval, self.agreed = 0, 1, time.monotonic()  # see `agree`
         handled = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
                    if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
         self.previous = {n: signal.signal(n, self.handle) for n in handled}
         return self
 
     def handle(self, number, frame):
-        self.number = number
+        self.number = self.number or number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if self.waiting and world_size() == 1:
+        self._stop_waiting()
+
+    def _stop_waiting(self):
+        if self.number and self.waiting and world_size() == 1:
             self.waiting = False
-            raise StoppedError(number)
+            raise StoppedError(self.number)
 
     def batches(self, loader):
         """Yields the batches of a loader, as `iterate_batches` does."""
+        self.waiting = loader in self.started  # otherwise it forks: no exception of `handle`
+        self._stop_waiting()
         batches, batch = iterate_batches(loader), True
+        self.started.add(loader)
         while batch:
             self.waiting = True
+            self._stop_waiting()  # there was a signal in the meantime
             batch = next(batches, None)
             self.waiting = False
             if batch:
                 yield batch
+
+    def agree(self, is_last: bool, due: bool = False) -> bool:
+        """Exchanges signals with the other ranks, if it is time; call it after each step.
+
+        This takes time. Therefore several ranks do so about every SECONDS_PER_AGREEMENT, as
+        torchrun waits for 30 s only, and after the last step of an epoch. Returns whether `due` is
+        true on any rank. Raises StoppedError if a rank received a signal.
+        """
+        self.steps += 1
+        if not is_last and self.steps < self.interval:
+            return False
+        seconds = time.monotonic() - self.agreed
+        number, due, seconds = all_reduce([self.number, bool(due), seconds], dist.ReduceOp.MAX)
+        if world_size() > 1:
+            steps = int(self.steps * SECONDS_PER_AGREEMENT / max(seconds, 1e-9))
+            self.interval = min(max(1, steps), MAX_STEPS_PER_AGREEMENT)
+        self.steps, self.agreed = 0, time.monotonic()
+        if number:
+            raise StoppedError(int(number))
+        return bool(due)
 
     def __exit__(self, *exception):
         for number, handler in self.previous.items():
@@ -61,9 +95,14 @@ def interruptible(run, resume_command: str):
     resume_command: the command that resumes the run, for the message. After a signal the process
     exits with status 128 + its number.
     """
+    with SignalHandler() as signals, _save_at_the_end(run, resume_command):
+        yield signals
+
+
+@contextlib.contextmanager
+def _save_at_the_end(run, resume_command):
     try:
-        with SignalHandler() as signals:
-            yield signals
+        yield
     except (DataError, WorkerError):  # an image file that is read only now
         if run.meters and world_size() == 1:
             run.save()
@@ -86,9 +125,11 @@ def interruptible(run, resume_command: str):
 
 @contextlib.contextmanager
 def out_of_memory_as_os_error():
-    """Turns a CUDA out-of-memory error into an OSError that suggests a smaller batch size."""
+    """Turns an out-of-memory error into an OSError that suggests a smaller batch size."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        reason = str(error).split('. ')[0]
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).split('DefaultCPUAllocator: ')[-1].split('. ')[0] or 'out of memory'
         raise OSError(f'{reason}; use a smaller --batch_size') from error

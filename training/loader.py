@@ -3,6 +3,7 @@
 `training.datasets` defines a batch. The order and the seeds of all batches follow from one seed.
 """
 
+import contextlib
 import os
 import resource
 import signal
@@ -63,17 +64,30 @@ class WorkerError(OSError):
 
 
 def iterate_batches(loader):
-    """Yields the batches of a loader; raises WorkerError when it waits for a dead worker.
+    """Starts the workers of a loader and returns an iterator over its batches.
 
-    torch would raise from its SIGCHLD handler at once, in the middle of a training step, and an
-    incomplete step must not be saved.
+    The iterator raises WorkerError when it waits for a dead worker. torch would raise from its
+    SIGCHLD handler at once, in the middle of a training step, and an incomplete step must not be
+    saved.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    try:
+    with _worker_errors(loader):
         batches = iter(loader)  # starts the workers, and sets torch's SIGCHLD handler
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    return _iterate(loader, batches)
+
+
+def _iterate(loader, batches):
+    with _worker_errors(loader):
         yield from batches
+
+
+@contextlib.contextmanager
+def _worker_errors(loader):
+    """Turns errors of a dead worker into WorkerError; errors of the dataset pass."""
+    try:
+        yield
     except (RuntimeError, EOFError, ConnectionError) as error:
         if 'DataLoader worker (pid' in str(error):
             reason = str(error).splitlines()[0]

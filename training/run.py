@@ -19,10 +19,10 @@ from training import checkpoint
 from training.checkpoint import DivergedError
 from training.compute import Forward
 from training.data import DataSplits
-from training.distributed import all_reduce, rank, world_size
-from training.interruption import SignalHandler, StoppedError
+from training.distributed import launcher, rank, world_size
+from training.interruption import SignalHandler
 from training.log import LOG_FILE, append_log, read_log
-from training.meters import STEPS_PER_READING, Meters, topk
+from training.meters import Meters, topk
 from training.optimizers import check_state, lr_factor, set_learning_rate
 from training.tensorboard import TensorBoardWriter
 
@@ -125,13 +125,8 @@ class Run:
         if self.average:
             self.average.update_parameters(self.model)
         self.set_learning_rate(steps_per_epoch)
-        if self.step < steps_per_epoch and not ranks_agree_at(self.step):
-            return
         due = self.opt.save_every and time.monotonic() - self.saved >= 60 * self.opt.save_every
-        number, due = all_reduce([signals.number, bool(due)], dist.ReduceOp.MAX)
-        if number:
-            raise StoppedError(int(number))
-        if due:
+        if signals.agree(self.step == steps_per_epoch, due):
             self.save()
 
     def end_epoch(self, stats):
@@ -169,7 +164,7 @@ class Run:
             'params': self.model.state_dict(), **ema, 'optimizer': self.optimizer.state_dict(),
             'epoch': self.epoch, 'step': self.step, 'best': self.best,
             'rng': checkpoint.rng_state(), 'classes': self.splits.classes, 'args': self.args,
-            'versions': checkpoint.versions(), 'launcher': os.getppid(),
+            'versions': checkpoint.versions(), 'launcher': launcher(),
         }
 
     def save(self, names=(MODEL_FILE,), checked=False):
@@ -223,20 +218,6 @@ class Run:
         length = 3 + len(topk(len(self.splits.classes)))  # see Meters.totals
         if totals and len(totals) != length:
             raise ValueError(f'{len(totals)} totals: expected {length}')
-
-
-def ranks_agree_at(step):
-    """Returns whether ranks exchange signals after this step, which takes time."""
-    return world_size() == 1 or step % STEPS_PER_READING == 0
-
-
-def raise_if_stopped(signals, step, steps):
-    """Raises StoppedError after an evaluation step, of `steps`, if a rank received a signal."""
-    if step < steps and not ranks_agree_at(step):
-        return
-    number, = all_reduce([signals.number], dist.ReduceOp.MAX)
-    if number:
-        raise StoppedError(int(number))
 
 
 def print_settings(settings, model, splits, forward):

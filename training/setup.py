@@ -28,14 +28,15 @@ from training.whitening import PIXELS, whiten
 def find_checkpoint(opt):
     """Returns the checkpoint to resume from, or its folder; '' to start a new run.
 
-    Raises ValueError if --save contains a run that would be overwritten.
+    Raises ValueError if --save contains a run that would be overwritten, or no regular files.
     """
+    check_files(opt.save)
     saved, log = checkpoint.exists(opt.save), os.path.join(opt.save, LOG_FILE)
     epochs = len(read_log(log)) if os.path.exists(log) else 0
     path = opt.resume
     # torchrun restarts all processes when one dies: they resume the run that they started
     restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0 and saved
-    if restarted and checkpoint.load(opt.save).get('launcher') == os.getppid():
+    if restarted and checkpoint.load(opt.save).get('launcher') == distributed.launcher():
         path = opt.save
     if path == 'auto':
         path = opt.save if saved else ''
@@ -45,6 +46,14 @@ def find_checkpoint(opt):
     if (saved or epochs) and not resumes_here:
         raise ValueError(f'{opt.save} contains a run; add --resume auto, or use another --save')
     return path
+
+
+def check_files(folder):
+    """Raises ValueError if a file of a run is a folder, or a FIFO, whose reader waits for ever."""
+    for entry in os.scandir(folder) if os.path.isdir(folder) else ():
+        is_of_run = entry.name.endswith(('.pt7', '.pt7.tmp', LOG_FILE, f'{LOG_FILE}.tmp'))
+        if is_of_run and os.path.exists(entry.path) and not entry.is_file():
+            raise ValueError(f'{entry.path}: not a regular file; remove it, or use another --save')
 
 
 def prepare_folder(run):
