@@ -22,7 +22,7 @@ if __name__ == '__main__':  # before the imports that take seconds
 import torch
 from tqdm import tqdm
 
-from cli import ArgumentParser, exit_on_error, printable
+from cli import ArgumentParser, exit_on_error, exit_on_signals, printable
 from diracnets.fold import fold
 from diracnets.preprocessing import DataError, find_images
 from diracnets.published import imagenet_classes, load_by_name
@@ -135,7 +135,7 @@ def predict_all(opt):
 
 def main(argv=None):
     opt = parse_options(argv)
-    with exit_on_error('predict.py'):
+    with exit_on_error('predict.py'), exit_on_signals():
         unreadable = predict_all(opt)
     if unreadable:
         sys.exit(2)
