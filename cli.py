@@ -97,6 +97,34 @@ def exit_on_error(prog, expected=(ValueError, OSError, RuntimeError)):
         sys.exit(getattr(error, 'status', 2 if isinstance(error, USER_ERRORS) else 1))
 
 
+@contextlib.contextmanager
+def exit_on_signals():
+    """Makes Ctrl-C, SIGTERM and SIGHUP end the block, with its cleanup, and exit with 128 + signal.
+
+    Only the first signal counts: a second one would end the cleanup. The exit status is the same if
+    a package turns the KeyboardInterrupt into another error, such as a failed import.
+    """
+    received = []
+
+    def stop(number, frame):
+        if not received:
+            received.append(number)
+            raise KeyboardInterrupt
+
+    handled = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+               if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    previous = {number: signal.signal(number, stop) for number in handled}
+    try:
+        yield
+    except BaseException:
+        if received:
+            sys.exit(128 + received[0])
+        raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def _one_line(error):
     if isinstance(error, OSError) and error.filename:
         return f'{error.filename}: {error.strerror}'

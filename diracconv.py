@@ -49,8 +49,7 @@ def dirac_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = None
     """Returns W_hat of each layer; layers of one shape are computed together.
 
     They are like the groups of one convolution: a few large operations take less time than many
-    small ones. convs: DiracConv1d, 2d or 3d. dtype: of the results, as autocast converts them: all
-    except float64 (default: that of the weights).
+    small ones. convs: DiracConv1d, 2d or 3d. dtype: of the results (default: that of the weights).
     """
     kinds = {}
     for conv in convs:
@@ -60,9 +59,7 @@ def dirac_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = None
     for (_, groups, weight_dtype, _), layers in kinds.items():
         weight, alpha, beta = (torch.cat([getattr(layer, name) for layer in layers])
                                for name in ('weight', 'alpha', 'beta'))
-        w_hat = dirac_weight(weight, alpha, beta, groups * len(layers))
-        if dtype and weight_dtype != torch.float64:
-            w_hat = w_hat.to(dtype)
+        w_hat = dirac_weight(weight, alpha, beta, groups * len(layers)).to(dtype or weight_dtype)
         w_hats.update(zip(layers, w_hat.chunk(len(layers))))
     return w_hats
 

@@ -435,11 +435,12 @@ def _run(model, x):
     if isinstance(x, fx.Proxy) or torch.jit.is_tracing() or has_hooks(*inside):
         return nn.Sequential.forward(model, x)
     layers = list(_flatten(model))
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else None
-    weights = dirac_weights([conv for conv in layers if type(conv) is DiracConv2d], dtype)
+    weights = {}
     for previous, layer in zip([None, *layers], layers):
-        if layer in weights:
+        if type(layer) is DiracConv2d:
+            if not weights:  # here the dtype of x is that of autocast
+                convs = [conv for conv in layers if type(conv) is DiracConv2d]
+                weights = dirac_weights(convs, x.dtype)
             x = layer._conv_forward(x, weights[layer], layer.bias)
         elif type(layer) is nn.ReLU and isinstance(previous, (_BatchNorm, nn.MaxPool2d)):
             x = F.relu(x, inplace=True)  # their backward passes do not need their outputs

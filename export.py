@@ -20,9 +20,11 @@ from cli import (
     ArgumentParser,
     exit_on_ctrl_c,
     exit_on_error,
-    print_table,
+    exit_on_signals,
     printable,
     require_packages,
+    say,
+    table,
 )
 from training.options import DATASETS
 
@@ -125,12 +127,11 @@ def print_header(opt, loaded, source):
                  for values in (preprocess.mean, preprocess.std))
     shape = ', '.join(map(str, preprocess.shape))
     colors = 'RGB in [0, 1], ' if preprocess.channels == 3 else ''
-    print(printable(f'{opt.checkpoint}: {loaded.title}, {loaded.num_classes} classes'))
-    print(f'inputs: (N, {shape}), {colors}normalized with mean ({mean}), std ({std})')
-    print('max difference: of the logits from those of the unfolded model in float64, relative to '
-          f'the largest logit, on {source}')
-    print(f'images per second: batches of {BATCH}, {torch.get_num_threads()} CPU threads\n',
-          flush=True)
+    say(printable(f'{opt.checkpoint}: {loaded.title}, {loaded.num_classes} classes'),
+        f'inputs: (N, {shape}), {colors}normalized with mean ({mean}), std ({std})',
+        'max difference: of the logits from those of the unfolded model in float64, relative to '
+        f'the largest logit, on {source}',
+        f'images per second: batches of {BATCH}, {torch.get_num_threads()} CPU threads', '')
 
 
 def verify(models, tolerances, inputs, expected):
@@ -228,13 +229,13 @@ def export(opt):
                                 for title, model in models.items()]
         with path_in_errors(opt.to):
             os.replace(path, opt.to)  # the last file
-    print_table(['', *map(printable, models)], [[name, *cells] for name, cells in rows.items()])
-    print(printable(f'written to {opt.to}'))
+    lines = table(['', *map(printable, models)], [[name, *cells] for name, cells in rows.items()])
+    say(*lines, printable(f'written to {opt.to}'))
 
 
 def main(argv=None):
     opt = parse_options(argv)
-    with exit_on_error('export.py'):
+    with exit_on_error('export.py'), exit_on_signals():
         export(opt)
 
 

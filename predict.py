@@ -14,7 +14,7 @@ import json
 import os
 import sys
 
-from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error, printable
+from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error, exit_on_signals, printable
 
 BATCH = 32  # images
 TOP = 5  # classes
@@ -136,7 +136,7 @@ def predict_all(opt):
 
 def main(argv=None):
     opt = parse_options(argv)
-    with exit_on_error('predict.py'):
+    with exit_on_error('predict.py'), exit_on_signals():
         unreadable = predict_all(opt)
     if unreadable:
         sys.exit(2)

@@ -221,8 +221,12 @@ def _read_pickle(path):
         warnings.simplefilter('ignore')  # torch.load warns of unusual pickle protocols
         try:
             is_archive = file.read(2) == b'PK' or zipfile.is_zipfile(file)  # else a legacy pickle
-            if is_archive and zipfile.ZipFile(file).testzip():
-                raise ValueError('an entry has the wrong CRC')
+            if is_archive:
+                archive = zipfile.ZipFile(file)
+                if any(entry.compress_type for entry in archive.infolist()):
+                    raise ValueError('an entry is compressed')  # a small file may expand to GBs
+                if archive.testzip():
+                    raise ValueError('an entry has the wrong CRC')
             file.seek(0)
             with _namespaces_allowed():
                 return torch.load(file, map_location='cpu', weights_only=True)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -24,6 +25,7 @@ from diracconv import dirac_weight, is_parametrized
 from diracnet import DiracNet, Network, Topology, has_hooks, is_folded
 
 PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONV_FUNCTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # torch.compile adds _orig_mod
 MOVED_HOOKS = (
     '_forward_hooks', '_forward_pre_hooks', '_forward_hooks_always_called',
@@ -52,7 +54,7 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
     subclass of DiracConv with its own forward, for errors in a layer's `fold()`, for a remaining
     tensor that is computed from others (such as a weight under torch.nn.utils.prune), for a module
     with batch norm that torch.fx cannot trace, such as one with control flow that depends on tensor
-    values; fold its submodules instead, and for a graph that was traced through a DiracConv.
+    values; fold its submodules instead.
     """
     if isinstance(source, Mapping):
         return _fold_params(source, dtype)
@@ -74,6 +76,9 @@ def _fold_params(params, dtype):
 def _fold_module(module, dtype):
     _check_copyable(module)
     root = nn.ModuleList([_unwrapped_copy(module)]).eval().double()  # the module gets a parent
+    for layer in list(root.modules()):
+        if isinstance(layer, fx.GraphModule):
+            _replace(root, layer, _with_called_convs(layer))
     is_network = type(root[0]) is Network
     for layer in list(root.modules()):
         if type(layer) is Network:
@@ -209,6 +214,37 @@ def _commutes_with_pool(layers, node, bn):
     return bn.weight is None or bn.weight.is_meta or bool((bn.weight > 0).all())
 
 
+def _with_called_convs(module):
+    """Returns a GraphModule that calls a convolution where this one computes W_hat and convolves.
+
+    The usual tracers, as in torchvision's create_feature_extractor, trace through DiracConv layers.
+    """
+    graph = copy.deepcopy(module.graph)
+    for node in graph.nodes:
+        w_hat = node.args[1] if node.target in CONV_FUNCTIONS else None
+        if getattr(w_hat, 'target', None) is not dirac_weight:
+            continue
+        weight, alpha, beta = (module.get_parameter(arg.target) for arg in w_hat.args[:3])
+        inputs, _, bias, stride, padding, dilation, groups = node.args
+        conv = CONV_FUNCTIONS[node.target](
+            weight.shape[1] * groups, len(weight), weight.shape[2:], stride, padding, dilation,
+            groups, bias is not None, device='meta',
+        )
+        conv.weight = nn.Parameter(dirac_weight(weight, alpha, beta, groups))
+        if bias is not None:
+            conv.bias = nn.Parameter(module.get_parameter(bias.target))
+        name = w_hat.args[0].target.removesuffix('.weight')
+        parent, _, leaf = name.rpartition('.')
+        setattr(module.get_submodule(parent), leaf, conv)
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.call_module(name, (inputs,)))
+    for node in reversed(graph.nodes):
+        if not node.users and (node.op == 'get_attr' or node.target is dirac_weight
+                               or node.target in CONV_FUNCTIONS):
+            graph.erase_node(node)
+    return fx.GraphModule(module, graph, type(module).__name__)
+
+
 def _conv_bn_pairs(module):
     """Returns the pairs (convolution, batch norm) that can be fused.
 
@@ -222,14 +258,6 @@ def _conv_bn_pairs(module):
     if not norms:
         return []
     graph = trace(module)
-    for node in graph.nodes:
-        if node.target is dirac_weight:
-            raise ValueError(
-                f'{type(module).__name__}: its graph computes W_hat of {node.args[0].target}, and '
-                'does not call the layer; fold the model before it is traced, or trace it with '
-                "leaf_modules=[DiracConv2d], in tracer_kwargs of torchvision's "
-                'create_feature_extractor'
-            )
     layers = dict(module.named_modules(remove_duplicate=False))
     called = [node.target for node in graph.nodes if node.op == 'call_module']
     read = [node.target.rpartition('.')[0] for node in graph.nodes if node.op == 'get_attr']

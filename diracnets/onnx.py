@@ -7,6 +7,7 @@
 import ast
 import copy
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Mapping
 
@@ -14,6 +15,12 @@ import torch
 from torch import Tensor, nn
 
 NAME_SCOPES = 'pkg.torch.onnx.name_scopes'  # of the exporter's node metadata
+OPERATORS = {  # that export.py writes, or wrote
+    'Add', 'AveragePool', 'BatchNormalization', 'Clip', 'Concat', 'Constant', 'Conv',
+    'DequantizeLinear', 'Div', 'Flatten', 'Gemm', 'GlobalAveragePool', 'Identity', 'Max', 'MaxPool',
+    'Min', 'Mul', 'Pad', 'Pow', 'QuantizeLinear', 'ReduceMax', 'ReduceMean', 'Relu', 'Reshape',
+    'Shape', 'Sigmoid', 'Squeeze', 'Tanh',
+}
 FATAL = 4  # log level of ONNX Runtime; its errors are raised as exceptions
 
 
@@ -21,24 +28,32 @@ class OnnxModel(nn.Module):
     """The model in an ONNX file of export.py, from `inputs` to `logits`, both float32.
 
     `input_shape` is (C, H, W), with None for H and W if the file accepts inputs of any size.
-    ONNX files contain operators of ONNX Runtime and no code. Raises ValueError for a corrupt file,
-    for other inputs or outputs, and if ONNX Runtime is not installed; OSError for a file that
-    cannot be read. All of them name the file.
+    Raises ValueError for a corrupt file, for operators other than OPERATORS, for tensors in other
+    files, for other inputs or outputs, and if onnx or ONNX Runtime is not installed; OSError for a
+    file that cannot be read. All of them name the file.
     """
 
     def __init__(self, path: str | os.PathLike):
         super().__init__()
         try:
             import onnxruntime
+            from google.protobuf.message import DecodeError
+            from onnx import load_model_from_string
         except ImportError as error:
             raise ValueError(
-                f'{path}: onnxruntime is not installed; pip install onnxruntime'
+                f'{path}: {error.name} is not installed; pip install onnxruntime onnx'
             ) from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = FATAL
         with open(path, 'rb') as file:
-            content = file.read()  # given bytes, ONNX Runtime does not open external data files
+            content = file.read()
+        try:
+            _check_nodes_and_tensors(load_model_from_string(content))
+        except DecodeError as error:
+            raise ValueError(f'{path}: corrupt, or not an ONNX file') from error
+        except ValueError as error:
+            raise ValueError(f'{path}: {error}; use an ONNX file of export.py') from error
         try:
             self.session = onnxruntime.InferenceSession(
                 content, options, providers=['CPUExecutionProvider']
@@ -69,6 +84,30 @@ class OnnxModel(nn.Module):
             reason = str(error).splitlines()[0]
             raise RuntimeError(f'{self.path}: ONNX Runtime failed ({reason})') from error
         return torch.from_numpy(logits).to(inputs.device)
+
+
+def _check_nodes_and_tensors(model):
+    """Raises ValueError for operators that export.py does not write, and for external tensors.
+
+    A Loop may never end, and ONNX Runtime reads tensors from files in the current folder.
+    """
+    from onnx import FunctionProto, NodeProto, TensorProto
+
+    def walk(message):
+        yield message
+        for field, value in message.ListFields():
+            if field.message_type:
+                for child in [value] if hasattr(value, 'ListFields') else value:
+                    yield from walk(child)
+
+    for message in walk(model):
+        if isinstance(message, (NodeProto, FunctionProto)):
+            name = getattr(message, 'op_type', message.name)
+            if message.domain not in ('', 'ai.onnx') or name not in OPERATORS:
+                raise ValueError(f'operator {reprlib.repr(name)} is refused')
+        if isinstance(message, TensorProto) and (
+                message.external_data or message.data_location == TensorProto.EXTERNAL):
+            raise ValueError(f'tensor {reprlib.repr(message.name)} is in another file')
 
 
 def to_onnx(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str],

@@ -3,6 +3,7 @@
 import os
 import pickle
 import struct
+import zipfile
 import zlib
 
 import onnx
@@ -54,6 +55,12 @@ def damaged(kind, params, tmp_path):
         torch.save(contents, path)
     if kind.startswith('truncated'):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if kind == 'compressed':
+        with zipfile.ZipFile(path) as archive:
+            entries = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+            for name, content in entries.items():
+                archive.writestr(name, content)
     if kind == 'altered':
         number = params['fc.bias'].numpy().tobytes()
         path.write_bytes(path.read_bytes().replace(number, bytes(len(number))))
@@ -65,6 +72,7 @@ DAMAGES = {
     'pickle': r'refused, because its pickle would call \S*mkdir',
     'pickle of today': 'corrupt, or not a file that torch.load reads with weights_only=True',
     'truncated': 'corrupt, or not a file that torch.load reads',
+    'compressed': 'corrupt, or not a file that torch.load reads',
     'altered': 'corrupt, or not a file that torch.load reads',
     'truncated.safetensors': 'corrupt, or not a safetensors file',
     'missing': 'group1.block0.conv',

@@ -10,6 +10,7 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -409,6 +410,51 @@ def test_export_names_missing_packages(run_folder, capsys, monkeypatch):
     line = error_of(export.main, [str(run_folder), '--to', 'x.onnx'], capsys)
     assert 'onnx, onnxruntime, onnxscript' in line
     assert "pip install '.[deploy]'" in line
+
+
+# ---------------------------------------------------------------- signals, closed pipe
+
+
+def export_with_a_signal(argv, number):
+    def write(path, content):
+        os.kill(os.getpid(), number)
+
+    export.write_synced = write  # called when the temporary folder exists
+    export.main(argv)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_export_removes_temporary_folders_after_a_signal(run_folder, tmp_path, number):
+    argv = [str(run_folder), '--to', str(tmp_path / 'new' / 'x.pth')]
+    status, _, errors = in_child(tmp_path / 'child', export_with_a_signal, argv, number)
+    assert (status, errors) == (128 + number, '')
+    assert not (tmp_path / 'new').exists()
+
+
+def load_with_a_failed_import(argv):
+    def load(name):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:  # as C extensions do
+            raise ValueError('onnxruntime is not installed') from None
+
+    predict.load_by_name = load
+    predict.main(argv)
+
+
+def test_ctrl_c_during_an_import_is_not_a_missing_package(tmp_path):
+    child = in_child(tmp_path / 'child', load_with_a_failed_import, ['x.png', '--model', 'x.onnx'])
+    assert child[::2] == (130, '')
+
+
+def test_export_writes_the_file_when_stdout_is_closed(run_folder, tmp_path, monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, 'w') as closed:
+        monkeypatch.setattr(sys, 'stdout', closed)
+        export.main([str(run_folder), '--to', str(tmp_path / 'x.pth')])
+    assert (tmp_path / 'x.pth').exists()
+    assert 'output is discarded' in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- predict.py

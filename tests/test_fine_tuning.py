@@ -10,7 +10,7 @@ from torch.utils.data import Subset
 
 import diracnets
 import train
-from diracnets.models.registry import ARCHITECTURES
+from diracnets.architectures import ARCHITECTURES
 from diracnets.preprocessing import DataError
 from runs import (
     assert_same_run,

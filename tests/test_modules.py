@@ -335,19 +335,28 @@ def test_fold_folds_encoder_whose_children_are_called(network):
                                                                         nn.BatchNorm2d) == 0
 
 
-def test_fold_folds_feature_extractor_or_names_traced_layer(network):
+@pytest.mark.parametrize('options', [{}, {'tracer_kwargs': {'leaf_modules': [DiracConv2d]}}])
+def test_fold_folds_feature_extractor(network, options):
     images = torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    network.group1.block0.conv = DiracConv2d(8, 16, 3, 2, padding=1, groups=4).double()
     nodes = {'group0': 'fine', 'group2.block0.bn': 'coarse'}
-    extractor = create_feature_extractor(
-        network, nodes, tracer_kwargs={'leaf_modules': [DiracConv2d]}).eval()
-    folded = check_folds(extractor, images)
-    assert count(folded, DiracConv2d) == count(folded, nn.BatchNorm2d) == 0
-    traced = create_feature_extractor(network, nodes)
-    with pytest.raises(ValueError, match='W_hat of group0.block0.conv.weight, .* leaf_modules'):
-        fold(traced)
-    around = create_feature_extractor(fold(network, torch.float64), ['features.group1'])
-    torch.testing.assert_close(around(images)['features.group1'],
-                               network[:5](images), rtol=1e-9, atol=1e-9)
+    extractor = create_feature_extractor(network, nodes, **options).eval()
+    for module in (extractor, nn.ModuleDict({'body': extractor})['body']):
+        folded = check_folds(module, images)
+        assert count(folded, nn.Conv2d) == 6
+        assert count(folded, DiracConv2d) == count(folded, nn.BatchNorm2d) == 0
+    assert count(extractor, nn.BatchNorm2d) == 6
+    around = create_feature_extractor(fold(network[:-1], torch.float64), ['group1'])
+    torch.testing.assert_close(around(images)['group1'], network[:5](images), rtol=1e-9, atol=1e-9)
+
+
+def test_fold_folds_symbolic_traces_of_layers_with_padding_mode_and_bias():
+    layers = nn.Sequential(DiracConv1d(4, 6, 3, padding=1, padding_mode='circular'),
+                           nn.BatchNorm1d(6), DiracConv1d(6, 6, 1, bias=False)).double().eval()
+    inputs = torch.randn(2, 4, 9, dtype=torch.float64)
+    folded = check_folds(torch.fx.symbolic_trace(layers), inputs)
+    assert count(folded, nn.BatchNorm1d) == 0
+    assert count(folded, nn.Conv1d) == 2
 
 
 @pytest.mark.parametrize('layer', [

@@ -1,5 +1,8 @@
 """Exported ONNX graphs: operators, names of nodes, inputs of any size, other runtimes."""
 
+import contextlib
+import io
+
 import cv2
 import numpy as np
 import onnx
@@ -11,7 +14,7 @@ import diracnets
 import export
 from diracnets.onnx import OnnxModel, to_onnx
 from diracnets.quantization import quantize
-from test_export import error_of, run_onnx
+from test_export import error_of, run_onnx, table_of
 
 
 class Pooled(nn.Module):
@@ -29,11 +32,9 @@ class Pooled(nn.Module):
 def dynamic(run_folder, tmp_path_factory):
     """A file of `export.py --dynamic_size`, and the table that was printed."""
     path = tmp_path_factory.mktemp('dynamic') / 'any-size.onnx'
-    with pytest.MonkeyPatch.context() as patch:
-        tables = []
-        patch.setattr(export, 'print_table', lambda *table: tables.append(table))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
         export.main([str(run_folder), '--to', str(path), '--dynamic_size'])
-    return path, tables[0]
+    return path, table_of(out.getvalue())
 
 
 @pytest.mark.parametrize(('pool', 'operators'), [
@@ -89,8 +90,7 @@ def test_dynamic_size_accepts_any_height_and_width(dynamic, run_folder, size):
 
 
 def test_dynamic_size_is_verified_at_another_size(dynamic):
-    header, rows = dynamic[1]
-    cells = dict(zip(header, next(row for row in rows if row[0] == 'max difference, 48 x 64')))
+    cells = dynamic[1]['max difference, 48 x 64']
     assert float(cells['any-size.onnx'].split()[0]) < 1e-4
 
 

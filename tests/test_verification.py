@@ -49,3 +49,58 @@ def test_onnx_model_refuses_other_shapes(tmp_path, inputs, logits):
         graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=8).SerializeToString())
     with pytest.raises(ValueError, match=r'model\.onnx: .*\(N, C, S, S\)'):
         OnnxModel(path)
+
+
+def identity_model(nodes, tensors=()):
+    """Returns an onnx.ModelProto from inputs (N, 3, 2, 2) to logits (N, 12)."""
+    graph = helper.make_graph(
+        [*nodes, helper.make_node('Flatten', ['inputs'], ['logits'])], 'flatten',
+        [helper.make_tensor_value_info('inputs', TensorProto.FLOAT, ['N', 3, 2, 2])],
+        [helper.make_tensor_value_info('logits', TensorProto.FLOAT, ['N', 12])], tensors,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 18)], ir_version=8)
+
+
+def loop_model():
+    true = helper.make_tensor('true', TensorProto.BOOL, [], [True])
+    done = helper.make_tensor_value_info('next', TensorProto.BOOL, [])
+    condition = helper.make_tensor_value_info('condition', TensorProto.BOOL, [])
+    count = helper.make_tensor_value_info('count', TensorProto.INT64, [])
+    body = helper.make_graph([helper.make_node('Identity', ['condition'], ['next'])], 'body',
+                             [count, condition], [done])
+    return identity_model([helper.make_node('Loop', ['', 'true'], [], body=body)], [true])
+
+
+def function_model():
+    model = identity_model([])
+    model.functions.add(name='Relu', domain='custom', input=['x'], output=['x'])
+    return model
+
+
+def external_model(attribute=False):
+    tensor = TensorProto(name='weight', data_type=TensorProto.FLOAT, dims=[4],
+                         data_location=TensorProto.EXTERNAL)
+    tensor.external_data.add(key='location', value='weight.bin')
+    if attribute:
+        return identity_model([helper.make_node('Constant', [], ['weight'], value=tensor)])
+    return identity_model([], [tensor])
+
+
+@pytest.mark.parametrize(('model', 'message'), [
+    (loop_model(), "operator 'Loop'"), (function_model(), "operator 'Relu'"),
+    (identity_model([helper.make_node('Relu', ['inputs'], ['x'], domain='custom')]),
+     "operator 'Relu'"),
+    (identity_model([helper.make_node('Hardmax', ['inputs'], ['x'])]), "operator 'Hardmax'"),
+    (external_model(), "tensor 'weight'"), (external_model(attribute=True), "tensor 'weight'"),
+], ids=['loop', 'function', 'domain', 'operator', 'external', 'external attribute'])
+def test_onnx_model_refuses_other_operators_and_external_tensors(
+    tmp_path, monkeypatch, model, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'weight.bin').write_bytes(bytes(16))
+    path = tmp_path / 'model.onnx'
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match=rf'model\.onnx: {message}'):
+        OnnxModel(path)
+    path.write_bytes(identity_model([]).SerializeToString())
+    assert OnnxModel(path)(torch.ones(2, 3, 2, 2)).shape == (2, 12)
