@@ -51,8 +51,8 @@ MAY_IMPORT = {  # module or package: the modules and packages of this project th
                     'plot'},
 }
 OPTIONAL = {  # third-party packages that the library imports inside functions
-    'PIL', 'cv2', 'numpy', 'onnx', 'onnxruntime', 'onnxscript', 'safetensors', 'torchvision',
-    'timm', 'tqdm',
+    'PIL', 'cv2', 'google', 'numpy', 'onnx', 'onnxruntime', 'onnxscript', 'safetensors', 'timm',
+    'torchvision', 'tqdm',
 }
 AT_MODULE_LEVEL = {'diracnets.timm': {'timm'}}  # modules that nothing else imports
 

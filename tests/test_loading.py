@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
 import diracnets
-from diracnet import Network, define_diracnet
+from diracnet import Network, define_diracnet, is_folded
 from diracnets.checkpoint import common_prefix
 from pages import blocks
 
@@ -37,7 +37,8 @@ def prefixed(prefix, params):
 
 def averaged(params):
     """The state dict of an AveragedModel of three updates, with its int64 counter."""
-    model = AveragedModel(Network(define_diracnet(10, 0.25, 'CIFAR10')[0], params))
+    model = AveragedModel(diracnets.DiracNet(10, 0.25, 'CIFAR10') if is_folded(params)
+                          else Network.from_params(params))
     model.n_averaged += 3
     return model.state_dict()
 
