@@ -46,6 +46,8 @@ def test_choose_dtype_auto(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/cpuinfo'), reason='no list of what the CPU can do')
+@pytest.mark.skipif(not hasattr(torch.cpu, 'get_capabilities'),
+                    reason='this version of torch does not report features of the CPU')
 def test_native_bfloat16_agrees_with_cpuinfo():
     with open('/proc/cpuinfo') as file:
         flags = file.read().split()
@@ -58,7 +60,7 @@ def test_native_bfloat16_agrees_with_cpuinfo():
     ({'avx512_bf16': True, 'avx2': True}, True), ({'avx512_bf16': False, 'avx2': True}, False),
 ])
 def test_native_bfloat16_depends_on_bfloat16_instructions_alone(monkeypatch, capabilities, native):
-    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities)
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities, raising=False)
     assert native_bfloat16('cpu')[0] is native
 
 

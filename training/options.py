@@ -121,7 +121,8 @@ def _add(group, *names, default, help, **kwargs):
     shown = '' if default in ('', None, argparse.SUPPRESS) or default is False else (
         ' (default: %(default)s)')
     help = help if help == argparse.SUPPRESS else help + shown
-    group.add_argument(*names, default=default, help=help, **kwargs)
+    # Python 3.10 adds defaults to the help of BooleanOptionalAction, too: set the help afterwards
+    group.add_argument(*names, default=default, **kwargs).help = help
 
 
 def _add_model_options(group):
