@@ -161,12 +161,12 @@ def load_dict_file(path: str, required: Iterable[str] = ()) -> Mapping:
 def _read_safetensors(path):
     try:
         from safetensors import SafetensorError, safe_open
-        from safetensors.torch import load_file
     except ImportError as error:
         raise ValueError('safetensors is not installed; pip install safetensors') from error
     try:
-        contents = OrderedDict(load_file(path))
-        with safe_open(path, 'pt') as file:
+        with safe_open(path, 'pt') as file:  # once: another process may replace the file
+            names = file.keys()
+            contents = OrderedDict((name, file.get_tensor(name)) for name in names)
             contents._metadata = file.metadata() or {}
         return contents
     except SafetensorError as error:
