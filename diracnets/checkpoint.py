@@ -14,7 +14,6 @@ values.
 import argparse
 import contextlib
 import errno
-import json
 import os
 import re
 import sys
@@ -200,15 +199,14 @@ def _find_params(contents):
 
 def _read_safetensors(path):
     try:
-        import safetensors.torch
+        from safetensors import safe_open
     except ImportError as error:
         raise ValueError('safetensors is not installed; pip install safetensors') from error
     try:
-        with open(path, 'rb') as file:
-            data = file.read()  # once, because the file may be replaced at any time
-        contents = OrderedDict(safetensors.torch.load(data))
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
-        contents._metadata = header.get('__metadata__') or {}
+        with safe_open(path, 'pt') as file:  # once, because the file may be replaced at any time
+            names = file.keys()
+            contents = OrderedDict((name, file.get_tensor(name)) for name in names)
+            contents._metadata = file.metadata() or {}
         return contents
     except Exception as error:  # of safetensors, or of torch for an unknown dtype
         _raise_if_environment_error(error, path)

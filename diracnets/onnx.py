@@ -37,7 +37,6 @@ class OnnxModel(nn.Module):
         super().__init__()
         try:
             import onnxruntime
-            from google.protobuf.message import DecodeError
             from onnx import load_model_from_string
         except ImportError as error:
             raise ValueError(
@@ -49,9 +48,11 @@ class OnnxModel(nn.Module):
         with open(path, 'rb') as file:
             content = file.read()
         try:
-            _check_nodes_and_tensors(load_model_from_string(content))
-        except DecodeError as error:
+            model = load_model_from_string(content)
+        except Exception as error:  # of protobuf
             raise ValueError(f'{path}: corrupt, or not an ONNX file') from error
+        try:
+            _check_nodes_and_tensors(model)
         except ValueError as error:
             raise ValueError(f'{path}: {error}; use an ONNX file of export.py') from error
         try:

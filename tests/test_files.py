@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,10 +17,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import safetensors
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import diracnets
 import export
@@ -382,6 +385,27 @@ def test_export_refuses_onnx(files, tmp_path, capsys):
 def test_load_names_the_package_when_it_is_missing(files, monkeypatch, form, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert_refused(files / form, f'{package} is not installed; pip install {package}')
+
+
+def test_load_reads_one_file_when_a_safetensors_file_is_replaced(files, tmp_path, monkeypatch):
+    path, other = tmp_path / 'model.safetensors', tmp_path / 'other.safetensors'
+    shutil.copy(files / 'float.safetensors', path)
+    state = load_file(path)
+    save_file({name: torch.zeros_like(tensor) for name, tensor in state.items()}, other)
+    safe_open = safetensors.safe_open
+
+    def open_and_replace(*arguments, **options):
+        file = safe_open(*arguments, **options)
+        if other.exists():
+            os.replace(other, path)
+        return file
+
+    for module in (safetensors, safetensors.torch):
+        monkeypatch.setattr(module, 'safe_open', open_and_replace)
+    loaded = diracnets.load(path)
+    assert not other.exists()
+    assert loaded.classes == CLASSES
+    assert all(torch.equal(t, state[name]) for name, t in loaded.model.state_dict().items())
 
 
 def test_export_removes_new_folders_when_it_fails(run, tmp_path, monkeypatch):
