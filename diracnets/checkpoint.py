@@ -12,7 +12,6 @@ values.
 """
 
 import argparse
-import contextlib
 import errno
 import os
 import re
@@ -240,8 +239,6 @@ def _read_pickle(path):
 
 def _namespaces_allowed():
     """Lets torch.load read the options in checkpoints of scripts that use argparse."""
-    if not hasattr(torch.serialization, 'safe_globals'):  # torch 2.4
-        return contextlib.nullcontext()
     known = torch.serialization.get_safe_globals()  # the context removes its types at the end
     return torch.serialization.safe_globals({argparse.Namespace}.difference(known))
 

@@ -40,9 +40,8 @@ def import_opencv():
         import cv2
     except ImportError as error:
         raise DataError('OpenCV is missing; install opencv-python-headless') from error
-    log = getattr(getattr(cv2, 'utils', None), 'logging', None)  # older versions have none
-    if log and 'OPENCV_LOG_LEVEL' not in os.environ:
-        log.setLogLevel(log.LOG_LEVEL_SILENT)
+    if 'OPENCV_LOG_LEVEL' not in os.environ:
+        cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     return cv2
 
 

@@ -16,8 +16,7 @@ from diracnet import Network, define_diracnet, is_folded
 from diracnets.checkpoint import common_prefix
 from pages import blocks
 
-HAS_SAFE_GLOBALS = hasattr(torch.serialization, 'safe_globals')  # from torch 2.5 on
-ARGS = argparse.Namespace(lr=0.1, opt=['sgd']) if HAS_SAFE_GLOBALS else {'lr': 0.1}
+ARGS = argparse.Namespace(lr=0.1, opt=['sgd'])
 
 
 @pytest.fixture
@@ -112,7 +111,6 @@ def test_load_error_lists_the_keys_when_there_are_no_parameters(tmp_path, conten
     assert all(name in str(caught.value) for name in names)
 
 
-@pytest.mark.skipif(not HAS_SAFE_GLOBALS, reason='torch refuses every Namespace')
 def test_load_refuses_values_inside_a_namespace_that_are_nested_too_deep(params, tmp_path):
     value = []
     for _ in range(40):
@@ -122,7 +120,6 @@ def test_load_refuses_values_inside_a_namespace_that_are_nested_too_deep(params,
         diracnets.load(tmp_path / 'a.pt')
 
 
-@pytest.mark.skipif(not HAS_SAFE_GLOBALS, reason='torch refuses every Namespace')
 def test_load_keeps_the_types_that_torch_load_allows(params, tmp_path):
     torch.save({'state_dict': params, 'args': argparse.Namespace(lr=0.1)}, tmp_path / 'a.pt')
     with torch.serialization.safe_globals([argparse.Namespace]):

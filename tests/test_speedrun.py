@@ -112,14 +112,6 @@ def test_muon_state_dict_round_trip():
     assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), whole.parameters()))
 
 
-def test_muon_names_the_required_torch_version_when_missing(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.delattr(torch.optim, 'Muon')
-    error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10,
-                    '--optimizer', 'muon', '--save', tmp_path / 'run')
-    assert f'torch {torch.__version__} has no Muon; install torch 2.9' in error
-    assert not list((tmp_path).glob('run/*.pt7'))
-
-
 # ---------------------------------------------------------------- whitening
 
 

@@ -161,7 +161,7 @@ def test_timm_checkpoints_are_read_by_both_sides(params, tmp_path):
     args = argparse.Namespace(model='diracnet18')
     saver = timm.utils.CheckpointSaver(
         model, torch.optim.SGD(model.parameters(), 0.1), checkpoint_dir=str(tmp_path),
-        args=args if hasattr(torch.serialization, 'safe_globals') else None)
+        args=args)
     saver.save_checkpoint(0, metric=90.0)
     saved = tmp_path / 'checkpoint-0.pth.tar'
     loaded = diracnets.load(saved)

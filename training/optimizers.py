@@ -59,7 +59,6 @@ def set_learning_rate(optimizer, factor):
 def make_optimizer(model, opt):
     """Returns the optimizer of --optimizer for the parameters that require gradients.
 
-    Raises ValueError if this version of torch has no Muon.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = {'sgd': _sgd, 'muon': _muon}[opt.optimizer](params, opt)
@@ -83,9 +82,6 @@ def _sgd(params, opt):
 
 
 def _muon(params, opt):
-    if not hasattr(torch.optim, 'Muon'):
-        raise ValueError(f'--optimizer muon: torch {torch.__version__} has no Muon; install torch '
-                         '2.9 or newer')
     if all(p.dim() <= 2 for p in params):
         raise ValueError('--optimizer muon: all filters are frozen; use sgd')
     return FilterMuon(
