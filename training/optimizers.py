@@ -59,6 +59,7 @@ def set_learning_rate(optimizer, factor):
 def make_optimizer(model, opt):
     """Returns the optimizer of --optimizer for the parameters that require gradients.
 
+    Raises ValueError for muon without filters to train.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = {'sgd': _sgd, 'muon': _muon}[opt.optimizer](params, opt)
