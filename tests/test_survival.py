@@ -167,6 +167,56 @@ def test_signal_saves_and_the_printed_command_resumes(
     assert_same_run(tmp_path, whole)
 
 
+COMBINATIONS = {
+    'defaults': [],
+    'bfloat16, cosine': ['--dtype', 'bfloat16', '--lr_schedule', 'cosine'],
+    'muon': ['--optimizer', 'muon', '--lr', 0.02, '--lr_schedule', 'linear'],
+    'augmentation, save_every': ['--flip', 'all', '--cutout', 8, '--save_every', 1e-5],
+    'dropout': ['--model', 'wide-resnet', '--width', 1, '--droprate', 0.3],
+    'average': ['--ema', 0.9, '--freeze', 'stem'],
+    'balanced, clipped': ['--balance', '--clip_grad', 1],
+    'progressive resizing': ['--grow', '[16,24,32]', '--label_smoothing', 0.1],
+    'checkpointing, float64': ['--checkpointing', '--dtype', 'double'],
+    'files and workers': ['--image_size', 70, '--depth', 18, '--width', 0.125, '--nthread', 2],
+}
+
+
+def train_until(split, epoch, arguments):
+    """Trains; ends as with SIGKILL in the first step on a split, 'train' or an evaluated one."""
+    cross_entropy, meters = train.cross_entropy, train.Meters
+
+    def make_meters(classes, length, title, *others):
+        in_split = title.endswith(f', {split}') if split != 'train' else ', ' not in title
+        if title.startswith(f'epoch {epoch}/') and in_split:
+            train.cross_entropy = lambda *_: os._exit(1)
+        return meters(classes, length, title, *others)
+
+    train.Meters = make_meters
+    run(*arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', COMBINATIONS)
+def test_resume_equals_the_uninterrupted_run(images, tmp_path, monkeypatch, case):
+    """Killed in training and in testing, and stopped by a signal in training and in validation."""
+    options = ['--epochs', 3, '--val', 6, '--batch_size', 6, *COMBINATIONS[case]]
+    run(images, tmp_path / 'whole', *options)
+    folder, resume = tmp_path / 'stopped', [*options, '--resume', 'auto']
+    for epoch, split in ((2, 'train'), (2, 'test')):
+        code, *_ = in_child(tmp_path / split, train_until, split, epoch, (images, folder, *resume))
+        assert code == 1
+        assert len(stats_of(folder)) == epoch - 1
+    for where in ('train_one_epoch', 'evaluate'):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            send_signal(patch, signal.SIGTERM, where)
+            run(images, folder, *resume)
+        state = checkpoint.load(folder)
+        assert state['epoch'] == 1
+        assert state['step'] in ((1, 6) if where == 'train_one_epoch' else (6,))  # of 6
+    run(images, folder, *resume)
+    assert_same_run(folder, tmp_path / 'whole')
+
+
 @pytest.mark.slow
 def test_sigterm_to_the_process_group_saves_with_workers(tmp_path):
     write_images(tmp_path / 'train', n=8, size=(70, 70))
