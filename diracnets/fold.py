@@ -76,32 +76,32 @@ def _fold_params(params, dtype):
 def _fold_module(module, dtype):
     _check_copyable(module)
     root = nn.ModuleList([_unwrapped_copy(module)]).eval().double()  # the module gets a parent
-    for layer in list(root.modules()):
-        if isinstance(layer, fx.GraphModule):
-            _replace(root, layer, _with_called_convs(layer))
-    is_network = type(root[0]) is Network
-    for layer in list(root.modules()):
+    _replace(root, {layer: _with_called_convs(layer) for layer in root.modules()
+                    if isinstance(layer, fx.GraphModule)})
+    is_network, folded_layers = type(root[0]) is Network, {}
+    for layer in root.modules():
         if type(layer) is Network:
             layer.__class__ = nn.Sequential  # it may get layers that a Network does not have
         elif _has_fold(layer):
-            folded = layer.fold()
+            folded_layers[layer] = folded = layer.fold()
             if not isinstance(folded, nn.Module):
                 raise ValueError(
                     f'{type(layer).__name__}.fold() returned a {type(folded).__name__}: expected '
                     'the nn.Module that replaces the layer'
                 )
-            _replace(root, layer, folded)
         elif is_parametrized(layer):
             # remove_parametrizations changes the class that parametrize made for this layer, and
             # the copy shares that class with the original: give the copy its own
             cls = type(layer)
             layer.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
             parametrize.remove_parametrizations(layer, 'weight')
-    for conv, bn in _conv_bn_pairs(root[0]):
+    _replace(root, folded_layers)
+    pairs = _conv_bn_pairs(root[0])
+    for conv, bn in pairs:
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
         )
-        _replace(root, bn, nn.Identity())
+    _replace(root, {bn: nn.Identity() for _, bn in pairs})
     model = _as_diracnet(root[0]) if is_network else root[0]
     return model.to(dtype).eval()
 
@@ -175,13 +175,14 @@ def _move_hooks(old, new):
         new._forward_pre_hooks.move_to_end(key, last=False)
 
 
-def _replace(root, old, new):
-    """Replaces `old` by `new` wherever it occurs in `root`; moves its hooks."""
-    _move_hooks(old, new)
+def _replace(root, replacements):
+    """Replaces modules, {old: new}, wherever they occur in `root`; moves their hooks."""
+    for old, new in replacements.items():
+        _move_hooks(old, new)
     for parent in list(root.modules()):
         for name, child in list(parent._modules.items()):  # children() leaves out repeated ones
-            if child is old:
-                setattr(parent, name, new)
+            if child in replacements:
+                setattr(parent, name, replacements[child])
 
 
 # ---------------------------------------------------------------- batch norms

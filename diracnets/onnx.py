@@ -160,9 +160,13 @@ def _use_global_average_pool(graph):
             nodes.append(copy.deepcopy(node))
             nodes[-1].op_type = 'Flatten'
             nodes[-1].input[0] = node.output[0] = f'{node.output[0]}_pooled'
-    used = {name for node in nodes for name in node.input}
+    used, kept = {value.name for value in graph.output}, []
+    for node in reversed(nodes):  # some versions compute the shape of Reshape by other nodes
+        if used & {*node.output}:
+            kept.append(node)
+            used.update(node.input)
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(reversed(kept))
     for i, tensor in reversed(list(enumerate(graph.initializer))):
         if tensor.name not in used:
             del graph.initializer[i]

@@ -183,7 +183,7 @@ COMBINATIONS = {
 
 def train_until(split, epoch, arguments):
     """Trains; ends as with SIGKILL in the first step on a split, 'train' or an evaluated one."""
-    cross_entropy, meters = train.cross_entropy, train.Meters
+    meters = train.Meters
 
     def make_meters(classes, length, title, *others):
         in_split = title.endswith(f', {split}') if split != 'train' else ', ' not in title
@@ -207,9 +207,10 @@ def test_resume_equals_the_uninterrupted_run(images, tmp_path, monkeypatch, case
         assert code == 1
         assert len(stats_of(folder)) == epoch - 1
     for where in ('train_one_epoch', 'evaluate'):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        with monkeypatch.context() as patch:
             send_signal(patch, signal.SIGTERM, where)
-            run(images, folder, *resume)
+            with pytest.raises(SystemExit):
+                run(images, folder, *resume)
         state = checkpoint.load(folder)
         assert state['epoch'] == 1
         assert state['step'] in ((1, 6) if where == 'train_one_epoch' else (6,))  # of 6
