@@ -109,8 +109,10 @@ def _fold_module(module, dtype):
 def _as_diracnet(network):
     """Returns the DiracNet with the layers of a folded Network, or the Network if they differ."""
     def layers(model):
-        return [repr(layer) for layer in model.modules()  # with all arguments
+        return [(type(layer), repr(layer)) for layer in model.modules()  # repr: all arguments
                 if not layer._modules and not isinstance(layer, (nn.Identity, nn.Flatten))]
+
+    containers = {type(layer) for layer in network.modules() if layer._modules}
 
     params = {name if name.startswith('fc.') else f'features.{name}': tensor
               for name, tensor in network.state_dict().items()}
@@ -120,7 +122,8 @@ def _as_diracnet(network):
         return network
     with torch.device('meta'):  # no random initialization that is discarded
         model = DiracNet.from_topology(topology)
-    if layers(model) != layers(network) or has_hooks(*list(network.modules())[1:]):
+    if (layers(model) != layers(network) or containers != {nn.Sequential}
+            or has_hooks(*list(network.modules())[1:]) or 'forward' in vars(network)):
         return network
     model.load_state_dict(params, assign=True)
     _move_hooks(network, model)

@@ -258,6 +258,20 @@ class Halved(Network):
         return super().forward(inputs) / 2
 
 
+class Residual(nn.Sequential):
+    """A group with a skip connection."""
+
+    def forward(self, inputs):
+        return inputs + super().forward(inputs)
+
+
+class Linear(nn.Linear):
+    """A layer with the name and the arguments of another one."""
+
+    def forward(self, inputs):
+        return 3 * super().forward(inputs)
+
+
 CHANGES = {  # name: (change in place, number of batch norms that stay)
     'eps': (lambda net: setattr(net.group1.block0.bn, 'eps', 1e-2), 0),
     'eps of the stem': (lambda net: setattr(net.bn, 'eps', 1e-2), 0),
@@ -278,6 +292,9 @@ CHANGES = {  # name: (change in place, number of batch norms that stay)
         lambda net: setattr(net.group0.block0.conv, '__class__', type('Mine', (DiracConv2d,), {})),
         0),
     'another forward': (lambda net: setattr(net, '__class__', Halved), 0),
+    'container with another forward': (
+        lambda net: setattr(net, 'group0', Residual(OrderedDict(net.group0.named_children()))), 0),
+    'layer with the same name': (lambda net: setattr(net.fc, '__class__', Linear), 0),
     'hook': (lambda net: net.group1.block0.conv.register_forward_hook(_square), 1),
     'hook before': (lambda net: net.fc.register_forward_pre_hook(
         lambda module, args: (args[0] ** 2,)), 0),
