@@ -131,6 +131,19 @@ def test_network_state_dict_round_trips_when_head_has_names_of_blocks(params):
     assert torch.equal(around.net.fc.conv.alpha, network.fc.conv.alpha)
 
 
+def test_network_keeps_tensors_that_a_subclass_of_batch_norm_returns(params):
+    class Same(nn.BatchNorm2d):
+        def forward(self, inputs):
+            return inputs
+
+    network = Network.from_params(params).eval()
+    network.conv, network.bn = nn.Identity(), Same(8)
+    inputs = torch.randn(2, 8, 16, 16, dtype=torch.float64)
+    original = inputs.clone()
+    network(inputs)
+    assert torch.equal(inputs, original)
+
+
 @pytest.mark.parametrize('name', ['bn', 'group1.block0.bn'])
 def test_network_keeps_statistics_of_batch_norm_in_evaluation_mode(params, name):
     network = Network.from_params({name: p.clone() for name, p in params.items()}).train()
