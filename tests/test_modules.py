@@ -380,6 +380,12 @@ def test_fold_folds_feature_extractor(network, options):
     torch.testing.assert_close(around(images)['group1'], network[:5](images), rtol=1e-9, atol=1e-9)
 
 
+def test_fold_folds_symbolic_trace_of_shared_layer():
+    conv = DiracConv2d(4, 4, 3, padding=1).double()
+    module = nn.Sequential(conv, nn.ReLU(), conv, nn.BatchNorm2d(4).double()).eval()
+    check_folds(torch.fx.symbolic_trace(module), torch.randn(2, 4, 8, 8, dtype=torch.float64))
+
+
 def test_fold_folds_symbolic_traces_of_layers_with_padding_mode_and_bias():
     layers = nn.Sequential(DiracConv1d(4, 6, 3, padding=1, padding_mode='circular'),
                            nn.BatchNorm1d(6), DiracConv1d(6, 6, 1, bias=False)).double().eval()
