@@ -46,6 +46,8 @@ MODEL_URLS = {
 }
 BATCH_COUNT = '.num_batches_tracked'  # a buffer of BatchNorm2d that is not in the parameters
 HOOK_ATTRIBUTES = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+# exact types: a subclass may keep its output, or return its input
+OVERWRITTEN = nn.BatchNorm2d, nn.SyncBatchNorm, nn.MaxPool2d
 Params = Mapping[str, Tensor]  # flat name, such as 'group0.block0.conv', -> tensor
 
 
@@ -442,7 +444,7 @@ def _run(model, x):
                 convs = [conv for conv in layers if type(conv) is DiracConv2d]
                 weights = dirac_weights(convs, x.dtype)
             x = layer._conv_forward(x, weights[layer], layer.bias)
-        elif type(layer) is nn.ReLU and isinstance(previous, (_BatchNorm, nn.MaxPool2d)):
+        elif type(layer) is nn.ReLU and type(previous) in OVERWRITTEN:
             x = F.relu(x, inplace=True)  # their backward passes do not need their outputs
         else:
             x = layer(x)

@@ -109,8 +109,10 @@ def _fold_module(module, dtype):
 def _as_diracnet(network):
     """Returns the DiracNet with the layers of a folded Network, or the Network if they differ."""
     def layers(model):
-        return [repr(layer) for layer in model.modules()  # with all arguments
+        return [(type(layer), repr(layer)) for layer in model.modules()  # repr: all arguments
                 if not layer._modules and not isinstance(layer, (nn.Identity, nn.Flatten))]
+
+    containers = {type(layer) for layer in network.modules() if layer._modules}
 
     params = {name if name.startswith('fc.') else f'features.{name}': tensor
               for name, tensor in network.state_dict().items()}
@@ -120,7 +122,8 @@ def _as_diracnet(network):
         return network
     with torch.device('meta'):  # no random initialization that is discarded
         model = DiracNet.from_topology(topology)
-    if layers(model) != layers(network) or has_hooks(*list(network.modules())[1:]):
+    if (layers(model) != layers(network) or containers != {nn.Sequential}
+            or has_hooks(*list(network.modules())[1:]) or 'forward' in vars(network)):
         return network
     model.load_state_dict(params, assign=True)
     _move_hooks(network, model)
@@ -220,23 +223,25 @@ def _with_called_convs(module):
 
     The usual tracers, as in torchvision's create_feature_extractor, trace through DiracConv layers.
     """
-    graph = copy.deepcopy(module.graph)
+    graph, converted = copy.deepcopy(module.graph), set()
     for node in graph.nodes:
         w_hat = node.args[1] if node.target in CONV_FUNCTIONS else None
         if getattr(w_hat, 'target', None) is not dirac_weight:
             continue
-        weight, alpha, beta = (module.get_parameter(arg.target) for arg in w_hat.args[:3])
-        inputs, _, bias, stride, padding, dilation, groups = node.args
-        conv = CONV_FUNCTIONS[node.target](
-            weight.shape[1] * groups, len(weight), weight.shape[2:], stride, padding, dilation,
-            groups, bias is not None, device='meta',
-        )
-        conv.weight = nn.Parameter(dirac_weight(weight, alpha, beta, groups))
-        if bias is not None:
-            conv.bias = nn.Parameter(module.get_parameter(bias.target))
         name = w_hat.args[0].target.removesuffix('.weight')
-        parent, _, leaf = name.rpartition('.')
-        setattr(module.get_submodule(parent), leaf, conv)
+        inputs, _, bias, stride, padding, dilation, groups = node.args
+        if name not in converted:  # a shared layer is called several times
+            weight, alpha, beta = (module.get_parameter(arg.target) for arg in w_hat.args[:3])
+            conv = CONV_FUNCTIONS[node.target](
+                weight.shape[1] * groups, len(weight), weight.shape[2:], stride, padding, dilation,
+                groups, bias is not None, device='meta',
+            )
+            conv.weight = nn.Parameter(dirac_weight(weight, alpha, beta, groups))
+            if bias is not None:
+                conv.bias = nn.Parameter(module.get_parameter(bias.target))
+            parent, _, leaf = name.rpartition('.')
+            setattr(module.get_submodule(parent), leaf, conv)
+            converted.add(name)
         with graph.inserting_before(node):
             node.replace_all_uses_with(graph.call_module(name, (inputs,)))
     for node in reversed(graph.nodes):

@@ -131,6 +131,19 @@ def test_network_state_dict_round_trips_when_head_has_names_of_blocks(params):
     assert torch.equal(around.net.fc.conv.alpha, network.fc.conv.alpha)
 
 
+def test_network_keeps_tensors_that_a_subclass_of_batch_norm_returns(params):
+    class Same(nn.BatchNorm2d):
+        def forward(self, inputs):
+            return inputs
+
+    network = Network.from_params(params).eval()
+    network.conv, network.bn = nn.Identity(), Same(8)
+    inputs = torch.randn(2, 8, 16, 16, dtype=torch.float64)
+    original = inputs.clone()
+    network(inputs)
+    assert torch.equal(inputs, original)
+
+
 @pytest.mark.parametrize('name', ['bn', 'group1.block0.bn'])
 def test_network_keeps_statistics_of_batch_norm_in_evaluation_mode(params, name):
     network = Network.from_params({name: p.clone() for name, p in params.items()}).train()
@@ -258,6 +271,20 @@ class Halved(Network):
         return super().forward(inputs) / 2
 
 
+class Residual(nn.Sequential):
+    """A group with a skip connection."""
+
+    def forward(self, inputs):
+        return inputs + super().forward(inputs)
+
+
+class Linear(nn.Linear):
+    """A layer with the name and the arguments of another one."""
+
+    def forward(self, inputs):
+        return 3 * super().forward(inputs)
+
+
 CHANGES = {  # name: (change in place, number of batch norms that stay)
     'eps': (lambda net: setattr(net.group1.block0.bn, 'eps', 1e-2), 0),
     'eps of the stem': (lambda net: setattr(net.bn, 'eps', 1e-2), 0),
@@ -278,6 +305,9 @@ CHANGES = {  # name: (change in place, number of batch norms that stay)
         lambda net: setattr(net.group0.block0.conv, '__class__', type('Mine', (DiracConv2d,), {})),
         0),
     'another forward': (lambda net: setattr(net, '__class__', Halved), 0),
+    'container with another forward': (
+        lambda net: setattr(net, 'group0', Residual(OrderedDict(net.group0.named_children()))), 0),
+    'layer with the same name': (lambda net: setattr(net.fc, '__class__', Linear), 0),
     'hook': (lambda net: net.group1.block0.conv.register_forward_hook(_square), 1),
     'hook before': (lambda net: net.fc.register_forward_pre_hook(
         lambda module, args: (args[0] ** 2,)), 0),
@@ -348,6 +378,12 @@ def test_fold_folds_feature_extractor(network, options):
     assert count(extractor, nn.BatchNorm2d) == 6
     around = create_feature_extractor(fold(network[:-1], torch.float64), ['group1'])
     torch.testing.assert_close(around(images)['group1'], network[:5](images), rtol=1e-9, atol=1e-9)
+
+
+def test_fold_folds_symbolic_trace_of_shared_layer():
+    conv = DiracConv2d(4, 4, 3, padding=1).double()
+    module = nn.Sequential(conv, nn.ReLU(), conv, nn.BatchNorm2d(4).double()).eval()
+    check_folds(torch.fx.symbolic_trace(module), torch.randn(2, 4, 8, 8, dtype=torch.float64))
 
 
 def test_fold_folds_symbolic_traces_of_layers_with_padding_mode_and_bias():
