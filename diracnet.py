@@ -440,15 +440,20 @@ def _run(model, x):
     weights = {}
     for previous, layer in zip([None, *layers], layers):
         if type(layer) is DiracConv2d:
-            if not weights:  # here the dtype of x is that of autocast
+            if not weights:
                 convs = [conv for conv in layers if type(conv) is DiracConv2d]
-                weights = dirac_weights(convs, x.dtype)
+                weights = dirac_weights(convs, x.dtype if _has_autocast(x) else None)
             x = layer._conv_forward(x, weights[layer], layer.bias)
         elif type(layer) is nn.ReLU and type(previous) in OVERWRITTEN:
             x = F.relu(x, inplace=True)  # their backward passes do not need their outputs
         else:
             x = layer(x)
     return x
+
+
+def _has_autocast(x):
+    """Returns whether autocast is enabled on the device of a tensor; the meta device has none."""
+    return x.device.type != 'meta' and torch.is_autocast_enabled(x.device.type)
 
 
 def _flatten(model):

@@ -226,7 +226,8 @@ def _with_called_convs(module):
     graph, converted = copy.deepcopy(module.graph), set()
     for node in graph.nodes:
         w_hat = node.args[1] if node.target in CONV_FUNCTIONS else None
-        if getattr(w_hat, 'target', None) is not dirac_weight:
+        if getattr(w_hat, 'target', None) is not dirac_weight or (
+                len(w_hat.args), len(node.args)) != (4, 7):  # not the calls of a DiracConv layer
             continue
         name = w_hat.args[0].target.removesuffix('.weight')
         inputs, _, bias, stride, padding, dilation, groups = node.args

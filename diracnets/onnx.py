@@ -122,7 +122,7 @@ def to_onnx(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str],
     """
     names = {0: 'N', 2: 'H', 3: 'W'} if dynamic_size else {0: 'N'}
     program = torch.onnx.export(
-        model, (inputs,), input_names=['inputs'], output_names=['logits'], opset_version=18,
+        model, (inputs.contiguous(),), input_names=['inputs'], output_names=['logits'], opset_version=18,
         dynamic_shapes=({dim: torch.export.Dim(name) for dim, name in names.items()},),
         dynamo=True, verbose=False,
     )
@@ -147,7 +147,7 @@ def _use_global_average_pool(graph):
     nodes = []
     for node in graph.node:
         nodes.append(node)
-        before, after = (shapes.get(name, []) for name in (node.input[0], node.output[0]))
+        before, after = (shapes.get(name, []) for name in ([*node.input, ''][0], node.output[0]))
         if node.op_type == 'Reshape' and before == [*after, 1, 1]:
             node.op_type = 'Flatten'
         elif (node.op_type == 'ReduceMean' and len(before) == 4 and node.input[-1] in constants

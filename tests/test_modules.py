@@ -118,6 +118,25 @@ def test_network_equals_its_layers_when_autocast(params, dtype):
         assert torch.equal(network(inputs), nn.Sequential.forward(network, inputs))
 
 
+class Cast(nn.Module):
+    """Casts its input."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, inputs):
+        return inputs.to(self.dtype)
+
+
+def test_network_equals_its_layers_when_dtypes_differ(params):
+    network = Network.from_params(params).eval()
+    network.group0 = nn.Sequential(Cast(torch.bfloat16), network.group0.bfloat16(),
+                                   Cast(torch.float64))
+    inputs = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    assert torch.equal(network(inputs), nn.Sequential.forward(network, inputs))
+
+
 def test_network_state_dict_round_trips_when_head_has_names_of_blocks(params):
     network = Network.from_params(params)
     network.fc = nn.Sequential(OrderedDict(conv=DiracConv2d(32, 5, 1)))
