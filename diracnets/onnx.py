@@ -122,9 +122,9 @@ def to_onnx(model: nn.Module, inputs: Tensor, metadata: Mapping[str, str],
     """
     names = {0: 'N', 2: 'H', 3: 'W'} if dynamic_size else {0: 'N'}
     program = torch.onnx.export(
-        model, (inputs.contiguous(),), input_names=['inputs'], output_names=['logits'], opset_version=18,
+        model, (inputs.contiguous(),), input_names=['inputs'], output_names=['logits'],
         dynamic_shapes=({dim: torch.export.Dim(name) for dim, name in names.items()},),
-        dynamo=True, verbose=False,
+        opset_version=18, dynamo=True, verbose=False,
     )
     proto = program.model_proto
     _use_global_average_pool(proto.graph)
