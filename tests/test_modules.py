@@ -168,8 +168,6 @@ def test_network_keeps_statistics_of_batch_norm_in_evaluation_mode(params, name)
     network = Network.from_params({name: p.clone() for name, p in params.items()}).train()
     network.get_submodule(name).eval()
     network(torch.randn(4, 3, 16, 16, dtype=torch.float64))
-    counts = {n: int(t) for n, t in network.named_buffers() if n.endswith('tracked')}
-    assert counts == {n: int(n != f'{name}.num_batches_tracked') for n in counts}
     same = {key for key, t in network.state_dict().items() if torch.equal(t, params[key])}
     assert same == {key for key in params if 'running' not in key or key.startswith(f'{name}.run')}
 
