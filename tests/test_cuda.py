@@ -70,7 +70,8 @@ def forward_backward(model, device, dtype, autocast=False):
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
         logits = model(inputs)
     F.cross_entropy(logits.to(dtype), labels).backward()
-    return logits, {n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())
+    statistics = {n: b for n, b in model.named_buffers() if 'running_' in n}
+    return logits, {n: p.grad for n, p in model.named_parameters()}, statistics
 
 
 def gradient_vector(gradients, kind):
