@@ -362,12 +362,12 @@ class Network(nn.Sequential):
             raise ValueError(f'f is {f!r}: expected the function that define_diracnet returned')
         topology, = f.args
         with torch.device('meta'):  # no random initialization that is discarded
-            check_params(params, init_params(topology))
             stem = {'conv': stem_conv(topology, bias=False), 'bn': batch_norm(topology.channels[0])}
             layers = make_layers(topology, stem, functools.partial(conv_block, DiracConv2d))
             layers['flatten'] = nn.Flatten()
             layers['fc'] = nn.Linear(topology.channels[-1], topology.num_classes)
             super().__init__(layers)
+        check_params(params, self.state_dict())
         self.checkpointing = checkpointing
         self.load_state_dict({name: t.detach() for name, t in params.items()}, assign=True)
 

@@ -127,7 +127,7 @@ def print_header(opt, loaded, source):
                  for values in (preprocess.mean, preprocess.std))
     shape = ', '.join(map(str, preprocess.shape))
     colors = 'RGB in [0, 1], ' if preprocess.channels == 3 else ''
-    say(printable(f'{opt.checkpoint}: {loaded.title}, {loaded.num_classes} classes'),
+    say(f'{opt.checkpoint}: {loaded.title}, {loaded.num_classes} classes',
         f'inputs: (N, {shape}), {colors}normalized with mean ({mean}), std ({std})',
         'max difference: of the logits from those of the unfolded model in float64, relative to '
         f'the largest logit, on {source}',
@@ -230,7 +230,7 @@ def export(opt):
         with path_in_errors(opt.to):
             os.replace(path, opt.to)  # the last file
     lines = table(['', *map(printable, models)], [[name, *cells] for name, cells in rows.items()])
-    say(*lines, printable(f'written to {opt.to}'))
+    say(*lines, f'written to {opt.to}')
 
 
 def main(argv=None):
