@@ -100,19 +100,16 @@ def raise_memory_error():
     (raise_cuda_error, 'CUDA out of memory'), (raise_memory_error, 'out of memory'),
     (allocate, f"can't allocate memory: you tried to allocate {2**60} bytes"),
 ])
-@pytest.mark.parametrize('function', ['train_one_epoch', 'prepare', 'compile_models'])
+@pytest.mark.parametrize('function', ['train_one_epoch', 'prepare'])
 def test_out_of_memory_is_one_line(
     images, tmp_path, capsys, monkeypatch, fail, reason, function
 ):
     def train_one_epoch(*arguments):
         fail()
 
-    if function == 'compile_models':
-        monkeypatch.setattr('training.compute.warm_up', train_one_epoch)
-    else:
-        monkeypatch.setattr(train, function, train_one_epoch)
+    monkeypatch.setattr(train, function, train_one_epoch)
     with pytest.raises(SystemExit) as stopped:
-        run(images, tmp_path, *['--compile'] * (function == 'compile_models'))
+        run(images, tmp_path)
     assert stopped.value.code == 1
     assert capsys.readouterr().err == f'train.py: {reason}; use a smaller --batch_size\n'
 

@@ -524,11 +524,40 @@ def test_restart_resumes_only_the_run_of_its_own_launcher(
 
 
 def test_init_fails_when_a_process_has_no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator',
+                        lambda check_available: torch.device('cuda'))
+    monkeypatch.setattr(torch.accelerator, 'device_count', lambda: 4)
     monkeypatch.setenv('LOCAL_RANK', '4')
     with pytest.raises(ValueError, match='process 4 of this machine has no GPU.* 4 or less'):
         distributed.init()
+
+
+@pytest.mark.parametrize('kind', ['cuda', 'xpu', 'mps'])
+def test_init_selects_the_accelerator_of_torch(monkeypatch, kind):
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator',
+                        lambda check_available: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    assert distributed.init() == torch.device(kind)
+    assert torch.backends.cudnn.benchmark == (kind == 'cuda')
+
+
+def test_rng_state_of_an_accelerator_is_restored(monkeypatch):
+    """Of this device only; older checkpoints have the states of all CUDA devices."""
+    device = SimpleNamespace(states=[torch.tensor([5])])
+    device.get_rng_state = lambda: device.states[-1]
+    device.set_rng_state = device.states.append
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator',
+                        lambda check_available: torch.device('cuda'))
+    monkeypatch.setattr(torch, 'get_device_module', lambda kind: device)
+    state = checkpoint.rng_state()
+    assert state['cuda'] == [torch.tensor([5])]
+    checkpoint.set_rng_state({**state, 'cuda': [torch.tensor([7]), torch.tensor([8])]})
+    assert device.states == [torch.tensor([5]), torch.tensor([7])]
+    for other in ({'mps': [torch.tensor([9])]}, {'cuda': []}):  # of another device, of the CPU
+        checkpoint.set_rng_state({**{k: v for k, v in state.items() if k != 'cuda'}, **other})
+    assert len(device.states) == 2
 
 
 def test_meters_can_be_reduced_twice(monkeypatch):

@@ -43,7 +43,7 @@ def rng_state():
         'python': random.getstate(),
         'numpy': (name, keys.tolist(), *rest),
         'torch': torch.get_rng_state(),
-        'cuda': torch.cuda.get_rng_state_all(),
+        **{device: [module.get_rng_state()] for device, module in _accelerators()},
     }
 
 
@@ -51,8 +51,15 @@ def set_rng_state(state):
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
-    if len(state['cuda']) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state['cuda'])
+    for device, module in _accelerators():
+        for saved in state.get(device, [])[:1]:  # older checkpoints have the states of all GPUs
+            module.set_rng_state(saved)
+
+
+def _accelerators():
+    """Returns [(device type, torch module)] of the accelerator, or [] if there is none."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return [(device.type, torch.get_device_module(device))] if device else []
 
 
 def check_finite(state):

@@ -1,6 +1,7 @@
 """The forward pass and the loss of a batch: device, precision and compilation."""
 
 import ctypes
+import importlib.util
 import os
 import platform
 import time
@@ -11,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import say
+from cli import say, warn
 from diracnets.deploy import native_bfloat16
 from diracnets.preprocessing import DataError, Preprocessing, normalize
 from training.datasets import IGNORED
 from training.distributed import rank, world_size
+from training.progress import Progress
 
 
 def choose_dtype(dtype: str, device: torch.device, args: dict) -> str:
@@ -29,6 +31,33 @@ def choose_dtype(dtype: str, device: torch.device, args: dict) -> str:
     if rank() == 0:
         say(f'--dtype auto: {dtype} ({reason})')
     return dtype
+
+
+def choose_compile(to_compile: bool | str, device: torch.device, deterministic: bool) -> bool:
+    """Resolves --compile: 'auto' compiles on a CUDA GPU, in one process."""
+    if to_compile != 'auto':
+        return to_compile
+    reason = _reason_against_compile(device, deterministic)
+    if rank() == 0:
+        say(f'--compile auto: off ({reason})' if reason else
+            f'--compile auto: on ({device.type}: captures each step as a CUDA graph)')
+    return not reason
+
+
+def _reason_against_compile(device, deterministic):
+    """Returns why --compile auto does not compile, or ''."""
+    if device.type == 'cpu':
+        return 'cpu: compiled steps are slower'
+    if device.type != 'cuda':
+        return f'{device.type}: untested'
+    if not importlib.util.find_spec('triton'):
+        return 'Triton is not installed'
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (7, 0):
+        return 'compute capability {}.{}, Triton needs 7.0'.format(*capability)
+    if deterministic:
+        return '--deterministic: the compiler selects kernels by their speed'
+    return 'several processes: untested' if world_size() > 1 else ''
 
 
 def param_dtype(dtype: str) -> torch.dtype:
@@ -82,7 +111,7 @@ def keep_freed_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error of torch or Python means that the memory of a device is full."""
-    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or (
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error))  # of the CPU
 
 
@@ -103,43 +132,54 @@ def compile_model(model: nn.Module, device: torch.device) -> Callable:
     return run
 
 
-def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, Callable, float]:
-    """Compiles the models for training and for evaluation of a run; returns them and the seconds.
+def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, Callable, dict]:
+    """Compiles the models for training and for evaluation of a run.
 
-    train_model: run.model or its distributed form; sizes: of the training images, in pixels. Raises
-    OSError if this version of torch, or this machine, cannot compile them.
+    train_model: run.model or its distributed form; sizes: of the training images, in pixels.
+    Returns the two models and the log entry of the seconds that this took. If this version of
+    torch, or this machine, cannot compile them, it prints a warning, returns the uncompiled models,
+    and no entry.
     """
     start = time.perf_counter()
     try:
         models = [compile_model(model, run.forward.device)
                   for model in (train_model, run.eval_model)]
         warm_up(run, *models, sizes)
+    except DataError:
+        raise
     except Exception as error:  # of a compiler, which raises almost any
-        if isinstance(error, (OSError, DataError)) or is_out_of_memory(error):
-            raise
         lines = [line for line in str(error).splitlines() if line and not line.endswith('raised:')]
         reason = f'{type(error).__name__}: {(lines or [""])[0]}'
-        raise OSError(f'--compile: torch {torch.__version__} cannot compile the model '
-                      f'({reason}); omit --compile, or use another version of torch') from error
-    return *models, time.perf_counter() - start
+        if rank() == 0:
+            warn(f'torch {torch.__version__} cannot compile the model ({reason}); training '
+                 'continues without --compile')
+        torch.compiler.reset()
+        return train_model, run.eval_model, {}
+    return *models, {'compile_time': time.perf_counter() - start}
 
 
 def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> None:
     """Calls the compiled models of a run with every batch size, which compiles them.
 
     sizes: of the training images, in pixels. Leaves the model, the optimizer and the random number
-    generators as they were.
+    generators as they were, also after an error.
     """
     buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
-    passes = [(run.splits.train, train_model, size) for size in sizes]
-    passes += [(getattr(run.splits, split), eval_model, None) for split in run.eval_splits]
+    passes = []
+    for images, model, sizes_of_images in [
+        (run.splits.train, train_model, sizes),
+        *((getattr(run.splits, split), eval_model, [None]) for split in run.eval_splits),
+    ]:
+        full, last = min(run.opt.batch_size, len(images)), len(images) % run.opt.batch_size
+        passes += [(images, model, size, batch_size) for size in sizes_of_images
+                   for batch_size in {full, last} - {0}]
     device = run.forward.device
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        for images, model, size in passes:
-            training = images is run.splits.train
-            run.train() if training else run.eval()
-            full, last = min(run.opt.batch_size, len(images)), len(images) % run.opt.batch_size
-            for batch_size in {full, last} - {0}:
+    devices = [] if device.type == 'cpu' else [torch.accelerator.current_device_index()]
+    try:
+        with torch.random.fork_rng(devices, device_type=device.type):
+            for images, model, size, batch_size in Progress(passes, 'compiling', unit='graph'):
+                training = images is run.splits.train
+                run.train() if training else run.eval()
                 local_indices = torch.arange(batch_size).tensor_split(world_size())[rank()]
                 pixels, labels, _ = images[torch.arange(batch_size), None, local_indices]
                 with torch.set_grad_enabled(training):
@@ -147,5 +187,6 @@ def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> Non
                     loss = cross_entropy(logits, labels, batch_size)
                 if training:
                     loss.backward()
-    run.optimizer.zero_grad()
-    run.model.load_state_dict(buffers, strict=False)
+    finally:
+        run.optimizer.zero_grad()
+        run.model.load_state_dict(buffers, strict=False)

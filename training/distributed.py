@@ -14,33 +14,33 @@ from training.choices import available_cores
 def init(deterministic=False):
     """Joins the process group if torchrun started this process; returns the device to use.
 
-    The backend is NCCL on CUDA and gloo on the CPU. deterministic: use deterministic CUDA kernels
-    where they exist. Raises ValueError if there are more processes than GPUs.
+    The device is the accelerator of torch (CUDA; MPS and XPU are untested), else the CPU. The
+    backend is the default of the device: NCCL on CUDA and gloo on the CPU. deterministic: use
+    deterministic kernels where they exist. Raises ValueError if there are more processes than GPUs.
     """
-    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get('LOCAL_RANK', 0))
-    if cuda and local_rank >= torch.cuda.device_count():
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    device, local_rank = accelerator or torch.device('cpu'), int(os.environ.get('LOCAL_RANK', 0))
+    if accelerator and local_rank >= torch.accelerator.device_count():
         raise ValueError(f'process {local_rank} of this machine has no GPU; use --nproc_per_node '
-                         f'{torch.cuda.device_count()} or less')
-    torch.backends.cudnn.benchmark = cuda and not deterministic
-    if deterministic and cuda:
+                         f'{torch.accelerator.device_count()} or less')
+    torch.backends.cudnn.benchmark = device.type == 'cuda' and not deterministic
+    if deterministic and accelerator:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS reads it at first use
         # only a warning: the backward pass of max-pooling has no deterministic kernel, but its
         # windows do not overlap on small images, so that the order of additions does not matter
         torch.use_deterministic_algorithms(True, warn_only=True)
     if 'LOCAL_RANK' not in os.environ:
-        return torch.device('cuda' if cuda else 'cpu')
+        return device
     store, rank, world_size = next(dist.rendezvous('env://'))
     store = _store_of_this_start(store, rank, world_size)
-    dist.init_process_group(
-        'nccl' if cuda else 'gloo', store=store, rank=rank, world_size=world_size
-    )
-    if not cuda:
+    dist.init_process_group(dist.get_default_backend_for_device(device), store=store, rank=rank,
+                            world_size=world_size)
+    if not accelerator:
         if os.environ.get('OMP_NUM_THREADS') == '1':  # torchrun's default
             torch.set_num_threads(available_cores())
-        return torch.device('cpu')
-    device = torch.device('cuda', local_rank)
-    torch.cuda.set_device(device)
-    return device
+        return device
+    torch.accelerator.set_device_index(local_rank)
+    return torch.device(device.type, local_rank)
 
 
 def launcher():
@@ -101,7 +101,7 @@ def all_reduce(numbers, op=dist.ReduceOp.SUM):
     """Reduces a list of numbers elementwise over all processes; returns a list."""
     if world_size() == 1:
         return numbers
-    device = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    device = 'cpu' if dist.get_backend() == 'gloo' else torch.accelerator.current_accelerator()
     tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, op)
     return tensor.tolist()

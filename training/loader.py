@@ -151,7 +151,7 @@ def make_loader(dataset, batch_size, nthread=4, seed=None, rank=0, world_size=1,
     DataError if the workers need more open files than the limit.
     """
     in_memory = isinstance(dataset, MemoryImages)
-    on_gpu = in_memory and dataset.images.is_cuda
+    on_gpu = in_memory and dataset.images.device.type != 'cpu'
     workers = 0 if in_memory else nthread
     if workers:
         _check_open_files(workers, 1 if seed is None else 2)  # training also has a test loader

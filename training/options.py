@@ -27,8 +27,8 @@ NETWORKS_BY_SIZE = (f'images of up to {MAX_SMALL} pixels take the CIFAR networks
 MODEL_OPTIONS = sorted({name for row in ARCHITECTURES.values() for name in row.options})
 # may differ when a run is resumed; every other option changes its result
 FREE_ON_RESUME = {
-    'check', 'checkpointing', 'dataroot', 'deterministic', 'epochs', 'evaluate', 'force', 'gpu_id',
-    'keep_every', 'name', 'ngpu', 'nthread', 'pretrained', 'recipe', 'resume', 'save',
+    'check', 'checkpointing', 'compile', 'dataroot', 'deterministic', 'epochs', 'evaluate', 'force',
+    'gpu_id', 'keep_every', 'name', 'ngpu', 'nthread', 'pretrained', 'recipe', 'resume', 'save',
     'save_every', 'skip_corrupt', 'tensorboard',
 }
 
@@ -249,7 +249,10 @@ def _add_training_options(group):
              'hardware supports it, else float')
     add('--deterministic', default=False, action='store_true',
         help='use deterministic CUDA kernels where they exist; the CPU is always deterministic')
-    add('--compile', default=False, action='store_true', help='compile the model by torch.compile')
+    add('--compile', default='auto', nargs='?', const=True, choices=('auto',), metavar='auto',
+        help='compile the model by torch.compile; auto: on a CUDA GPU, in one process')
+    add('--no-compile', default=argparse.SUPPRESS, dest='compile', action='store_const',
+        const=False, help='do not compile the model')
     add('--seed', default=1, type=at_least(0, int),
         help='seed of the parameters, the order of the images and the augmentation')
 

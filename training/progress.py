@@ -39,6 +39,6 @@ class Progress(tqdm):
         state = self.format_dict
         rate = (self.n - self.initial) / state['elapsed'] if state['elapsed'] else 0
         left = self.format_interval((self.total - self.n) / rate) if rate else '?'
-        parts = [f'{100 * self.n / self.total:.0f} %', self.postfix, f'{rate:,.1f} {self.unit}/s',
-                 f'{left} left']
+        parts = [f'{100 * self.n / self.total:.0f} %', self.postfix,
+                 f'{rate:,.1f} {self.unit}/s' if rate >= 0.1 else '', f'{left} left']
         return f'{self.desc}: {", ".join(filter(None, parts))}'

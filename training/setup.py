@@ -14,7 +14,7 @@ from diracnets.architectures import ARCHITECTURES
 from diracnets.loading import class_positions, match_classes
 from diracnets.preprocessing import DATASETS, Preprocessing, normalize
 from training import checkpoint, data, distributed, options
-from training.compute import Forward, choose_dtype, param_dtype
+from training.compute import Forward, choose_compile, choose_dtype, param_dtype
 from training.distributed import all_reduce, rank
 from training.freezing import freeze
 from training.log import LOG_FILE, read_log, truncate_log
@@ -188,6 +188,7 @@ def prepare(opt, device, lock, splits=None):
     path = find_checkpoint(opt)
     state = checkpoint.load(path) if path else {'args': {}}
     dtype = choose_dtype(opt.dtype, device, state['args'])
+    opt.compile = choose_compile(opt.compile, device, opt.deterministic)
     changed = [] if opt.force else options.changed_options(
         {**vars(opt), 'dtype': dtype}, state['args'])
     if changed:

@@ -11,9 +11,9 @@ REPETITIONS = 10
 
 
 def synchronize(device):
-    """Waits until a CUDA device has finished its queued work; a CPU has no queue."""
-    if torch.device(device).type == 'cuda':
-        torch.cuda.synchronize(device)
+    """Waits until an accelerator has finished its queued work; a CPU has no queue."""
+    if torch.device(device).type != 'cpu':
+        torch.accelerator.synchronize(device)
 
 
 def seconds_per_call(work, calls=1, device='cpu'):
