@@ -13,7 +13,7 @@ model. `DiracParametrization` is W_hat for `torch.nn.utils.parametrize`.
     model = dirac(model)                    # diracnets.fold reverses this
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from numbers import Integral
 
 import torch
@@ -42,26 +42,6 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
 
 
 fx.wrap('dirac_weight')  # a leaf of symbolic traces, because it depends on shapes and dtypes
-
-
-def dirac_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = None
-                  ) -> dict[nn.Module, Tensor]:
-    """Returns W_hat of each layer; layers of one shape are computed together.
-
-    They are like the groups of one convolution: a few large operations take less time than many
-    small ones. convs: DiracConv1d, 2d or 3d. dtype: of the results (default: that of the weights).
-    """
-    kinds = {}
-    for conv in convs:
-        kind = conv.weight.shape, conv.groups, conv.weight.dtype, conv.weight.device
-        kinds.setdefault(kind, []).append(conv)
-    w_hats = {}
-    for (_, groups, weight_dtype, _), layers in kinds.items():
-        weight, alpha, beta = (torch.cat([getattr(layer, name) for layer in layers])
-                               for name in ('weight', 'alpha', 'beta'))
-        w_hat = dirac_weight(weight, alpha, beta, groups * len(layers)).to(dtype or weight_dtype)
-        w_hats.update(zip(layers, w_hat.chunk(len(layers))))
-    return w_hats
 
 
 def normalize(weight: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from diracconv import ALPHA_INIT, BETA_INIT, DiracConv2d, dirac_weight, dirac_weights
+from diracconv import ALPHA_INIT, BETA_INIT, DiracConv2d, dirac_weight
+from diracweights import dirac_weights
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 CIFAR_STEM, CIFAR_CHANNELS = 3, (16, 32, 64)  # stem kernel size; channels of groups at width 1
@@ -441,7 +442,8 @@ def _run(model, x):
         if type(layer) is DiracConv2d:
             if not weights:
                 convs = [conv for conv in layers if type(conv) is DiracConv2d]
-                weights = dirac_weights(convs, x.dtype if _has_autocast(x) else None)
+                weights = dirac_weights(convs, x.dtype if _has_autocast(x) else None,
+                                        x.is_contiguous(memory_format=torch.channels_last))
             x = layer._conv_forward(x, weights[layer], layer.bias)
         elif _is_standard_norm(layer):
             # its call would take 1 % of a training step. It also counts batches, which the momentum

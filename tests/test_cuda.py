@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diracconv import DiracConv2d
 from diracnet import Network, define_diracnet
 from diracnets.deploy import deploy
 from diracnets.fold import fold
 from diracnets.onnx import to_onnx
+from diracweights import dirac_weights
 from pages import ROOT
 from runs import params_of, stats_of, wait_until
 from training import data
@@ -102,6 +104,27 @@ def test_training_step_matches_float64_of_the_cpu(model, device, autocast, toler
         expected = gradient_vector(expected_gradients, kind)
         error = (gradient_vector(gradients, kind) - expected).norm() / expected.norm()
         assert 0 < error <= of_gradients, kind
+
+
+@on_gpu
+def test_w_hat_takes_few_kernels_and_equals_float64_of_the_cpu(model, device):
+    """One kernel for the forward and one for the backward pass, and what packs the parameters."""
+    def w_hats_and_gradients(model):
+        convs = [module for module in model.modules() if isinstance(module, DiracConv2d)]
+        params = [p for conv in convs for p in (conv.weight, conv.alpha, conv.beta)]
+        w_hats = list(dirac_weights(convs, channels_last=True).values())
+        return *w_hats, *torch.autograd.grad(w_hats, params, [w**2 for w in w_hats])
+
+    model = model.to(device)
+    w_hats_and_gradients(model)  # compiles the kernels
+    with torch.profiler.profile() as profile:
+        results = w_hats_and_gradients(model)
+    launches = [event.name for event in profile.events() if event.device_type.name == 'CUDA']
+    assert {name for name in launches if 'ward_kernel' in name} == {
+        '_forward_kernel', '_backward_kernel'}
+    assert len(launches) - len(results) // 4 < 30  # without the squares of this test
+    for tensor, expected in zip(results, w_hats_and_gradients(model.cpu().double())):
+        assert difference(tensor, expected) <= 1e-5
 
 
 @on_gpu

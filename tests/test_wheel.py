@@ -109,7 +109,8 @@ def torch_alone(tmp_path_factory):
 def test_wheel_contains_the_library_only(wheel):
     version = diracnets.__version__
     assert {path.name for path in wheel.iterdir()} == {
-        'diracconv.py', 'diracnet.py', 'diracnets', f'diracnets-{version}.dist-info'}
+        'diracconv.py', 'diracnet.py', 'diracweights.py', 'diracnets',
+        f'diracnets-{version}.dist-info'}
     assert (wheel / 'diracnets' / 'py.typed').exists()
     modules = {path.relative_to(ROOT) for path in (ROOT / 'diracnets').rglob('*.py')}
     assert {path.relative_to(wheel) for path in (wheel / 'diracnets').rglob('*.py')} == modules
