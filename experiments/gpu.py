@@ -6,8 +6,9 @@
     python -m experiments.gpu --device cpu    # a dry run with small models
 
 It first runs `python test.py -m gpu`, which compares the GPU with the CPU; if that fails, the exit
-status is 1. It needs no network and no files: images are random. Results are appended to
-logs/gpu/rates.csv.
+status is 1. It needs no network and no files: images are random. Results are appended to files in
+logs/gpu: rates.csv (images per second), runs.csv (cost of a run of 200 epochs) and profile.csv
+(kernels of a step).
 """
 
 import argparse
@@ -27,9 +28,10 @@ import torchvision
 from tqdm import tqdm
 
 import diracnets
-from cli import ArgumentParser, exit_on_error, say
+from cli import ArgumentParser, exit_on_error, print_table, say
 from diracnet import DiracNet
 from diracnets.preprocessing import Preprocessing
+from experiments.gpu_runs import profile_records, profile_step, run_cost
 from experiments.interleaved import Variant, print_records, timing_columns
 from experiments.results import CPU, ROOT, append_results, device_name, environment
 from experiments.variants import (
@@ -53,6 +55,7 @@ MIN_SECONDS = 0.2  # of work in one repetition
 COMPILED = 'train.py --compile'
 FORMS = 'train.py', COMPILED
 EAGER = 'float32, NCHW, eager'
+CHANGES = 'channels-last weights', 'max-autotune', 'optimizer of one kernel per tensor'
 
 
 def standard_convolutions(form):
@@ -71,12 +74,22 @@ PRINTED = {  # header: format of a cell
 
 
 def training_step(make, dataset, batch, form, device):
-    """Prepares a step of train.py on random images; `form` is EAGER or of FORMS."""
+    """Prepares a step of train.py on random images; `form` is EAGER, of FORMS or of CHANGES.
+
+    CHANGES are changes of COMPILED.
+    """
     preprocess = Preprocessing.for_dataset(dataset)
     eager = form == EAGER
     model = make().to(device)
-    optimizer = make_sgd(model, fused=device.type == 'cuda' and not eager)
-    compiled = compile_model(model, device) if form == COMPILED else model
+    if form == 'channels-last weights':
+        model = model.to(memory_format=torch.channels_last)
+    fused = device.type == 'cuda' and form not in (EAGER, 'optimizer of one kernel per tensor')
+    optimizer = make_sgd(model, fused=fused)
+    compiled = model
+    if form == 'max-autotune':
+        compiled = torch.compile(model, dynamic=False, mode='max-autotune')
+    elif form in (COMPILED, *CHANGES):
+        compiled = compile_model(model, device)
     forward = Forward(preprocess, 'float' if eager else 'bfloat16', device)
     images = torch.randint(256, (batch, preprocess.size, preprocess.size, 3), dtype=torch.uint8,
                            device=device).permute(0, 3, 1, 2)  # (N, 3, H, W), channels last
@@ -113,6 +126,15 @@ def compare_training(depth, width, dataset, batch, device, resnet, target=''):
         for name, make, form in forms
     ]
     return Comparison(f'training {depth}-{width:g}, batch {batch}', variants, target)
+
+
+def compare_changes(depth, width, batch, device):
+    """Compares training of a DiracNet for CIFAR with that of changed settings."""
+    make = functools.partial(diracnet, depth, width)
+    cost = 3 * multiply_adds(make)
+    variants = [Variant(form, training_step, (make, 'CIFAR10', batch, form, device), batch, cost)
+                for form in (COMPILED, *CHANGES)]
+    return Comparison(f'changes of training {depth}-{width:g}, batch {batch}', variants)
 
 
 def compare_inference(depth, batch, device, target=''):
@@ -155,6 +177,7 @@ def comparisons(device, folder):
 
     if device.type == 'cpu':
         yield compare_training(10, 1, 'CIFAR10', 8, device, resnet(10, 1))
+        yield compare_changes(10, 1, 8, device)
         yield compare_inference(18, 1, device)
         yield compare_loading(folder, 1)
         return
@@ -170,6 +193,7 @@ def comparisons(device, folder):
         make = functools.partial(torchvision.models.get_model, name)
         yield compare_training(depth, 1, 'ImageNet', 256, device, (name, make))
     yield compare_loading(folder, 8)
+    yield compare_changes(28, 10, 128, device)
     for depth, batch in itertools.product((18, 34), (1, 16, 256)):
         if (depth, batch) != (18, 256):
             yield compare_inference(depth, batch, device)
@@ -290,8 +314,9 @@ def overhead_of_w_hat(variants, form):
 
 
 def without_compile(comparison):
-    """Removes the variants with --compile: compilation takes a minute per model."""
-    variants = [v for v in comparison.variants if '--compile' not in v.name]
+    """Removes the compiled variants: compilation takes a minute per model."""
+    variants = [v for v in comparison.variants
+                if '--compile' not in v.name and v.name not in CHANGES]
     return replace(comparison, variants=variants)
 
 
@@ -309,6 +334,27 @@ def time_in_order(comparisons, peak, device, table, columns, deadline):
         torch._dynamo.reset()  # it keeps only a few compiled models of the same code
         if device.type == 'cuda':
             torch.cuda.empty_cache()
+
+
+def measure_runs(device, logs, columns, deadline):
+    """Measures the cost of runs and the kernels of their steps until the deadline."""
+    runs, images = (((28, 1), (34, 2), (28, 10)), 50_000) if device.type == 'cuda' else (
+        ((10, 1),), 256)
+    for depth, width in runs:
+        if time.monotonic() > deadline:
+            say(f'run of {depth}-{width:g}: skipped, no time left')
+            continue
+        cost = {'model': f'{depth}-{width:g}', **run_cost(depth, width, images)}
+        append_results([{**cost, **columns}], logs / 'runs.csv')
+        print_table([*cost], [[str(value) for value in cost.values()]], left=[*cost])
+        make = functools.partial(diracnet, depth, width)
+        for form in FORMS[: 1 if device.type == 'cpu' else None]:
+            work = training_step(make, 'CIFAR10', 128, form, device)
+            records = profile_records(f'{depth}-{width:g}, batch 128, {form}',
+                                      profile_step(work, device))
+            append_results([{**record, **columns} for record in records], logs / 'profile.csv')
+            print_table([*records[0]], [[str(value) for value in record.values()]
+                                        for record in records], left=['kernels'])
 
 
 def run_checks():
@@ -347,8 +393,11 @@ def main(argv=None):
         with tempfile.TemporaryDirectory() as folder:
             write_jpegs(folder)
             compared = comparisons(device, folder)
+            columns = environment_of(device)
+            if opt.compile:
+                measure_runs(device, opt.logs, columns, deadline)
             time_in_order(compared if opt.compile else map(without_compile, compared), peak,
-                          device, opt.logs / 'rates.csv', environment_of(device), deadline)
+                          device, opt.logs / 'rates.csv', columns, deadline)
     if status:
         sys.exit(1)
 

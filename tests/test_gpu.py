@@ -5,8 +5,9 @@ import time
 import pytest
 import torch
 
-from experiments import gpu
+from experiments import gpu, gpu_runs
 from experiments.gpu import Comparison, Variant
+from experiments.results import read_csv
 from training.loader import make_loader
 
 CPU = torch.device('cpu')
@@ -68,6 +69,48 @@ def test_no_checks_and_no_compile_leave_these_out(monkeypatch, tmp_path):
     names = [variant.name for comparison in compared for variant in comparison.variants]
     assert 'train.py' in names
     assert not any('--compile' in name for name in names)
+
+
+@pytest.mark.parametrize(('kernel', 'kind'), [
+    ('_forward_kernel', 'W_hat'),
+    ('triton_per_fused_mul_sum_3', 'fused by the compiler'),
+    ('void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, int, 512, true>', 'batch norm'),
+    ('sm90_xmma_wgrad_implicit_gemm_indexed_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64',
+     'convolution and matmul'),
+    ('void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, __nv_bfloat16, float>', 'layout conversion'),
+    ('void at::native::(anonymous namespace)::CatArrayBatchedCopy<float, 1, 128, 1>',
+     'concatenation'),
+    ('void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>', 'fill'),
+    ('void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>',
+     'elementwise and other'),
+])
+def test_kernels_are_grouped_by_name(kernel, kind):
+    assert gpu_runs.kind_of(kernel) == kind
+
+
+def test_profile_counts_operators_of_each_step():
+    a = torch.randn(64, 64)
+    kinds = gpu_runs.profile_step(lambda: (torch.cat([a, a]), a @ a, a @ a), CPU, steps=3)
+    milliseconds, launches = kinds['concatenation']
+    assert launches == 1
+    assert milliseconds > 0
+    assert not kinds.keys() & {'W_hat', 'pooling'}
+    records = gpu_runs.profile_records('step', {'a': (1.0, 2), 'b': (3.0, 4)})
+    assert [(r['kernels'], r['percent'], r['launches']) for r in records] == [
+        ('b', 75, 4), ('a', 25, 2)]
+
+
+@pytest.mark.slow
+def test_measured_run_states_its_command_and_minutes(tmp_path):
+    gpu.measure_runs(CPU, tmp_path, {'device': 'CPU'}, time.monotonic() + 600)
+    cost, = read_csv(tmp_path / 'runs.csv')
+    assert cost['command'] == 'python train.py --depth 10 --width 1'
+    seconds, rate = float(cost['seconds_per_epoch']), float(cost['images_per_second'])
+    assert float(cost['minutes']) == pytest.approx(200 * seconds / 60, abs=0.1)
+    assert seconds > 256 / rate > 0  # training, then testing
+    steps = read_csv(tmp_path / 'profile.csv')
+    assert {step['step'] for step in steps} == {'10-1, batch 128, train.py'}
+    assert sum(float(step['percent']) for step in steps) == pytest.approx(100, abs=1)
 
 
 def test_written_jpeg_files_are_loaded(tmp_path):
