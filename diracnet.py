@@ -442,8 +442,7 @@ def _run(model, x):
         if type(layer) is DiracConv2d:
             if not weights:
                 convs = [conv for conv in layers if type(conv) is DiracConv2d]
-                weights = dirac_weights(convs, x.dtype if _has_autocast(x) else None,
-                                        x.is_contiguous(memory_format=torch.channels_last))
+                weights = dirac_weights(convs, x.dtype if _has_autocast(x) else None, x)
             x = layer._conv_forward(x, weights[layer], layer.bias)
         elif _is_standard_norm(layer):
             # its call would take 1 % of a training step. It also counts batches, which the momentum

@@ -23,14 +23,17 @@ MAX_FUSED = 2**14  # elements of a filter that a program of a kernel can hold
 
 
 def dirac_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = None,
-                  channels_last: bool = False) -> dict[nn.Module, Tensor]:
+                  inputs: Tensor | None = None) -> dict[nn.Module, Tensor]:
     """Returns W_hat of each layer; layers of one shape are computed together.
 
     They are like the groups of one convolution: a few large operations take less time than many
     small ones. On CUDA, one Triton kernel computes all layers. convs: DiracConv1d, 2d or 3d. dtype:
-    of the results (default: that of the weights). channels_last: the memory format on CUDA.
+    of the results (default: that of the weights). inputs: (N, C, H, W), in whose memory format the
+    kernel writes the results.
     """
     if _are_fusible(convs):
+        channels_last = inputs is not None and inputs.is_contiguous(
+            memory_format=torch.channels_last)
         params = [getattr(conv, name) for name in ('weight', 'alpha', 'beta') for conv in convs]
         groups = tuple(conv.groups for conv in convs)
         return dict(zip(convs, FusedWeights.apply(groups, dtype, channels_last, *params)))

@@ -107,14 +107,15 @@ def test_training_step_matches_float64_of_the_cpu(model, device, autocast, toler
 
 
 @on_gpu
-def test_w_hat_takes_few_kernels_and_equals_float64_of_the_cpu(model, device):
+def test_w_hat_takes_few_kernels_and_equals_float64_of_the_cpu(model, inputs, device):
     """One kernel for the forward and one for the backward pass, and what packs the parameters."""
     def w_hats_and_gradients(model):
         convs = [module for module in model.modules() if isinstance(module, DiracConv2d)]
         params = [p for conv in convs for p in (conv.weight, conv.alpha, conv.beta)]
-        w_hats = list(dirac_weights(convs, channels_last=True).values())
+        w_hats = list(dirac_weights(convs, inputs=inputs).values())
         return *w_hats, *torch.autograd.grad(w_hats, params, [w**2 for w in w_hats])
 
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
     model = model.to(device)
     w_hats_and_gradients(model)  # compiles the kernels
     with torch.profiler.profile() as profile:
