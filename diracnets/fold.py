@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
@@ -52,9 +53,9 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
     The result is in evaluation mode, on the CPU for parameters and on the device of the module
     (also meta) otherwise. Raises ValueError for parameters that are not those of a DiracNet, for a
     subclass of DiracConv with its own forward, for errors in a layer's `fold()`, for a remaining
-    tensor that is computed from others (such as a weight under torch.nn.utils.prune), for a module
-    with batch norm that torch.fx cannot trace, such as one with control flow that depends on tensor
-    values; fold its submodules instead.
+    tensor that is computed from others (such as a weight under torch.nn.utils.prune), for a program
+    of torch.export with batch norm, and for a module with batch norm that torch.fx cannot trace,
+    such as one with control flow that depends on tensor values; fold its submodules instead.
     """
     if isinstance(source, Mapping):
         return _fold_params(source, dtype)
@@ -138,9 +139,15 @@ def _check_copyable(module):
     """Raises ValueError for a tensor that is computed from others, and so cannot be copied.
 
     torch.nn.utils.prune, weight_norm and spectral_norm create such tensors. Without requires_grad
-    they can be copied, except into the layer that a `fold()` returns.
+    they can be copied, except into the layer that a `fold()` returns. Also raises ValueError for
+    programs of torch.export, which contain operators in place of layers.
     """
     for name, layer in module.named_modules():
+        if isinstance(layer, fx.GraphModule) and any(
+                'batch_norm' in str(node.target) and isinstance(node.target, OpOverload)
+                for node in layer.graph.nodes):
+            raise ValueError(f'{name or "the module"} is a program of torch.export, in which batch '
+                             'norm cannot be folded: fold the model, then export it')
         for key, value in vars(layer).items():
             if isinstance(value, Tensor) and (not value.is_leaf or (
                 _has_fold(layer) and {f'{key}_orig', f'{key}_v'} & layer._parameters.keys()

@@ -421,6 +421,18 @@ def test_fold_module_raises_when_batch_norm_is_in_untraceable_module():
     assert relative(folded(inputs), module(inputs)) < 1e-12
 
 
+@pytest.mark.parametrize('container', [nn.Identity, nn.Sequential])
+def test_fold_refuses_a_program_of_torch_export(container):
+    """Its batch norm is an operator: it was returned unfolded before."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    program = torch.export.export(model, (torch.randn(2, 3, 8, 8),)).module()
+    module = program if container is nn.Identity else container(program)
+    with pytest.raises(ValueError, match='is a program of torch.export.*fold the model, then'):
+        fold(module)
+    folded = torch.export.export(fold(model), (torch.randn(2, 3, 8, 8),)).module()
+    assert fold(folded)(torch.ones(2, 3, 8, 8)).shape == (2, 4, 6, 6)
+
+
 def test_fold_module_names_exception_without_message_when_untraceable():
     class Unfinished(nn.Module):
         def __init__(self):
