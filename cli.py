@@ -40,9 +40,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def expand_home(word):
-    """Expands ~ in an argument, also in --to=~/x.onnx and in quotes, where shells do not."""
-    home = os.path.expanduser('~')
-    return re.sub('^(-[^=]*=)?~(?=/|$)', lambda match: (match[1] or '') + home, word)
+    """Expands ~ or ~user in an argument, also in --to=~/x.onnx and in quotes, unlike shells."""
+    return re.sub('^(-[^=]*=)?(~[^/]*)(?=/|$)',
+                  lambda match: (match[1] or '') + os.path.expanduser(match[2]), word)
 
 
 def _exit_now(number, frame):

@@ -276,8 +276,7 @@ def main(argv=None):
     parser.add_argument('bench', choices=BENCHES, help='comparisons to measure, or plot')
     parser.add_argument('--repetitions', '--pairs', type=options.at_least(10, int), default=10,
                         help='per variant (default: %(default)s)')
-    parser.add_argument('--images', default='', type=options.expand_path,
-                        help='class folders of JPEG files, for data')
+    parser.add_argument('--images', default='', help='class folders of JPEG files, for data')
     parser.add_argument('--run', help='folder of a run, or a checkpoint, for deploy')
     parser.add_argument('--dataset', choices=options.DATASETS, default='CIFAR10',
                         help='dataset of the test images, for deploy (default: %(default)s)')

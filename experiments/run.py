@@ -40,7 +40,7 @@ from experiments.release import write_log
 from experiments.results import CPU, ROOT, append_results, device_name, environment, read_csv
 from training.checkpoint import DivergedError, Lock
 from training.log import LOG_FILE, read_log
-from training.options import DATASETS, expand_path
+from training.options import DATASETS
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def parse_options(argv):
     add('--only', default='*', metavar='PATTERN',
         help="train only these runs, such as 'plain*' or '*seed 1' (default: all)")
     add('--dataset', choices=DATASETS, help="dataset (default: Folder; Digits for budget tiny)")
-    add('--dataroot', default='.', type=expand_path,
+    add('--dataroot', default='.',
         help='folder of its files: train/CLASS and test/CLASS of a Folder (default: .)')
     add('--logs', type=Path,
         help='folder of the results (default: logs, or logs/BUDGET for other budgets than small)')

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pwd
 import shutil
 from pathlib import Path
 
@@ -175,3 +176,5 @@ def test_commands_expand_the_home_folder(run_folder, photos, tmp_path, capsys, m
 def test_expand_home_replaces_a_leading_tilde(monkeypatch, word, expected):
     monkeypatch.setenv('HOME', '/home/\\1')
     assert cli.expand_home(word) == expected.replace('HOME', '/home/\\1')
+    user = pwd.getpwuid(os.getuid())
+    assert cli.expand_home(f'--to=~{user.pw_name}/a') == f'--to={user.pw_dir}/a'

@@ -19,7 +19,7 @@ MAX_SIZE = 10_000  # of depth, width and the like: larger models would exhaust t
 MAX_IMAGE_SIZE = 4096  # pixels per side: one input takes 200 MB
 DTYPES = ('auto', 'float', 'bfloat16', 'double')
 MAX_WORKERS = 8  # default limit: more workers hardly read faster
-METAVARS = {'int': 'N', 'float': 'X', 'expand_path': 'PATH', 'list': 'LIST'}  # by type
+METAVARS = {'int': 'N', 'float': 'X', 'list': 'LIST'}  # by type
 RECIPE_FOLDER = Path(__file__).parent.parent / 'recipes'
 RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
 NETWORKS_BY_SIZE = (f'images of up to {MAX_SMALL} pixels take the CIFAR networks, larger ones the '
@@ -86,10 +86,6 @@ def mean_and_std(numbers):
     """Splits a list of --normalize into means and stds."""
     middle = len(numbers) // 2
     return numbers[:middle], numbers[middle:]
-
-
-def expand_path(text):
-    return os.path.expanduser(text)
 
 
 def default_flip(dataset):
@@ -166,7 +162,7 @@ def _add_data_options(group):
     add = functools.partial(_add, group)
     add('--dataset', default=None, choices=DATASETS,
         help='dataset; with --evaluate, by default that of the run (default: CIFAR10)')
-    add('--dataroot', '--imagenetpath', default='.', type=expand_path,
+    add('--dataroot', '--imagenetpath', default='.', metavar='PATH',
         help='folder of the dataset; ImageNet: with train/CLASS/ and val/CLASS/, Folder: with '
              'train/CLASS/ and test/CLASS/ or val/CLASS/; of both, val/ selects best.pt7')
     add('--image_size', default=None, type=at_least(MIN_PIXELS, int, MAX_IMAGE_SIZE),
@@ -259,15 +255,15 @@ def _add_training_options(group):
 
 def _add_run_options(group):
     add = functools.partial(_add, group)
-    add('--save', default='checkpoints', type=expand_path, help='folder of checkpoints and log')
+    add('--save', default='checkpoints', metavar='PATH', help='folder of checkpoints and log')
     add('--name', default='', metavar='NAME', help='short for --save runs/NAME')
     add('--save_every', default=0, type=at_least(0, float),
         help='minutes between checkpoints within an epoch; 0: only at the end of each epoch')
     add('--keep_every', default=0, type=at_least(0, int),
         help='epochs between permanent checkpoints, epoch-N.pt7; 0: none')
-    add('--resume', default='', type=expand_path,
+    add('--resume', default='', metavar='PATH',
         help='checkpoint, or its folder, to resume; auto: that of --save if it exists')
-    add('--pretrained', default='', type=expand_path,
+    add('--pretrained', default='', metavar='PATH',
         help='parameters to start from: a file, the folder of a run, or 18 or 34 for the weights '
              'that the authors published; a new last layer is initialized if the classes differ')
     add('--force', default=False, action='store_true',
