@@ -266,6 +266,10 @@ def test_bn_and_pad_pads_with_batch_norm_of_zero_without_gradient():
     assert layer.bn.weight.grad.tolist() == [0, 0]
 
 
+def test_bn_and_pad_keeps_the_dtype_of_autocast():
+    assert diverse_branch.BNAndPad(1, 2)(torch.randn(4, 2, 5, 5).bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize('block_type', BLOCKS)
 @pytest.mark.parametrize('groups', [1, 4])
 def test_equivalent_kernel_has_gradient_for_every_branch(block_type, groups):
