@@ -274,6 +274,8 @@ SCRIPTS = {'dtype': dtype, 'ranks': ranks, 'gpu': gpu}  # lists of (arguments of
 # Multiply-adds per second of 2 CPU cores in bfloat16, by width: narrow layers are less efficient.
 # They include loading and testing; docs/results.md compares the estimates with measured hours.
 RATES = {0.5: 2.5e10, 1: 9e10, 2: 1.3e11, 4: 1.7e11}
+# Time per multiply-add over that of base: batch norms and sums of branches (logs/blocks/steps.csv).
+BRANCHES = {'acb': 1.3, 'dbb': 1.9, 'repvgg': 1.4}
 DIGITS, CIFAR = 1437, 50_000  # training images
 TIMING_HOURS = {'cost': 0.1, 'blocks': 0.1}  # 3 to 7 minutes on 2 CPU cores
 
@@ -299,7 +301,8 @@ def estimated_seconds(run, dataset):
     wide = run.options['model'] == 'diracnet-fast'
     width = max(RATES) if wide else run.options['width']
     rate = RATES[max((w for w in RATES if w <= width), default=min(RATES))]
-    return training_multiply_adds(run, dataset) / rate
+    branches = BRANCHES.get(run.options.get('block'), 1)
+    return branches * training_multiply_adds(run, dataset) / rate
 
 
 def estimated_hours(experiment, budget, runs):

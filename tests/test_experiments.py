@@ -564,6 +564,15 @@ def test_estimated_seconds_use_the_rate_of_the_width(width, rate, monkeypatch):
     assert definitions.estimated_seconds(spec, 'Digits') == seconds
 
 
+def test_estimated_seconds_of_blocks_agree_with_measured_steps():
+    times = results.step_times(results.ROOT / 'logs')
+    runs = {spec.series: definitions.estimated_seconds(spec, 'Folder')
+            for spec in EXPERIMENTS['blocks'](BUDGETS['medium']) if spec.seed == 1}
+    for block in ('acb', 'dbb', 'repvgg'):
+        _, low, high = times[block]
+        assert 0.9 * low < runs[block] / runs['base'] < 1.1 * high, block
+
+
 def test_estimated_seconds_use_the_rate_of_wide_models_for_diracnet_fast(monkeypatch):
     monkeypatch.setattr(definitions, 'RATES', {0.5: 2, 4: 7})
     for options in ({}, {'width': 0.75}):
