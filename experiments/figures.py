@@ -227,7 +227,7 @@ def blocks(figure, results, measured, logs):
         ns = seed_counts([{**record, 'x': record['epochs']} for record in of_depth])
         axes.set_title(f'{layers:.0f} layers, {ns}')
         axes.margins(x=0.2)
-        finish(axes, 'epochs × step time / step time of base', ACCURACY)
+        finish(axes, 'epochs × step time / that of base (95 % CI)', ACCURACY)
         log_scale(axes)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
