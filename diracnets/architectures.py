@@ -9,7 +9,7 @@ from typing import Any
 
 from diracnets.preprocessing import KINDS
 
-BLOCKS = ('base', 'dbb', 'acb', 'dirac')  # see diracnets.models.blocks.with_block
+BLOCKS = ('base', 'dbb', 'acb', 'repvgg', 'dirac')  # see diracnets.models.blocks.with_block
 ACTIVATIONS = ('relu', 'gelu', 'silu')
 
 

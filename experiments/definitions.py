@@ -14,6 +14,11 @@ from training.augmentation import progressive_sizes
 from training.options import model_options, parse_options
 
 COMPARED_MODELS = ('plain', 'dirac-init', 'diracnet', 'resnet')
+COMPARED_BLOCKS = {  # the options of a plain network with each: those of `depth` where it has them
+    'base': {'model': 'plain'}, 'dirac-init': {'model': 'dirac-init'},
+    'dirac': {'model': 'diracnet'},
+    **{block: {'model': 'plain', 'block': block} for block in ('acb', 'dbb', 'repvgg')},
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Budget:
     deeper: tuple = (202, 400)  # with one seed
     widths: tuple = (0.5, 1, 2)
     layers: int = 28  # of models that are compared at one depth
+    block_depths: tuple = (16, 28, 52)
     large: float = 4  # a width at which DiracNets may be worse than ResNets
     thousand: tuple = (100, 202, 400, 1000)  # depths on the digits
     speedrun: tuple = (  # epochs, slice of VARIANTS, seeds: the recipe's own epochs first
@@ -80,13 +86,14 @@ class Budget:
 BUDGETS = {
     # 200,000 images per run, cosine schedule
     'small': Budget(4, 3, {'lr_schedule': 'cosine', 'keep_every': 1}),
-    'medium': Budget(30, 3, {'lr_schedule': 'cosine', 'keep_every': 5}, depths=(28, 52), deeper=()),
+    'medium': Budget(30, 3, {'lr_schedule': 'cosine', 'keep_every': 5}, depths=(28, 52), deeper=(),
+                     block_depths=(28,)),
     'paper': Budget(200, 5, {'keep_every': 20}, widths=(1, 2, 4, 10), large=10),
     # for the tests: seconds
     'tiny': Budget(
         1, 1, {'lr_schedule': 'cosine', 'batch_size': 64, 'keep_every': 1}, 'Digits',
-        depths=(10,), deeper=(), widths=(0.5,), layers=10, large=0.5, thousand=(10,),
-        speedrun=((1, slice(2), 1),),
+        depths=(10,), deeper=(), widths=(0.5,), layers=10, block_depths=(10,), large=0.5,
+        thousand=(10,), speedrun=((1, slice(2), 1),),
     ),
 }
 INIT_SCALES = (1, 0.1, 0.01)
@@ -191,6 +198,14 @@ def thousand(budget):
     ]
 
 
+def blocks(budget):
+    """Which re-parameterization trains a plain network best?"""
+    return [
+        run for layers in budget.block_depths for block, options in COMPARED_BLOCKS.items()
+        for run in budget.runs(block, layers, depth=layers, **options)
+    ]
+
+
 def speedrun(budget):
     """Which parts of the recipe make a model accurate in few epochs?"""
     return [
@@ -204,7 +219,7 @@ def speedrun(budget):
 EXPERIMENTS = {
     'depth': depth, 'width': width, 'init': init, 'alpha-beta': alpha_beta, 'delta': delta,
     'versions': versions, 'large': large, 'cost': cost, 'int8': int8, 'thousand': thousand,
-    'speedrun': speedrun,
+    'blocks': blocks, 'speedrun': speedrun,
 }
 
 
@@ -259,8 +274,10 @@ SCRIPTS = {'dtype': dtype, 'ranks': ranks, 'gpu': gpu}  # lists of (arguments of
 # Multiply-adds per second of 2 CPU cores in bfloat16, by width: narrow layers are less efficient.
 # They include loading and testing; docs/results.md compares the estimates with measured hours.
 RATES = {0.5: 2.5e10, 1: 9e10, 2: 1.3e11, 4: 1.7e11}
+# Time per multiply-add over that of base: batch norms and sums of branches (logs/blocks/steps.csv).
+BRANCHES = {'acb': 1.3, 'dbb': 1.9, 'repvgg': 1.4}
 DIGITS, CIFAR = 1437, 50_000  # training images
-TIMING_HOURS = {'cost': 0.1}  # of an experiment's timings: 3 to 7 minutes on 2 CPU cores
+TIMING_HOURS = {'cost': 0.1, 'blocks': 0.1}  # 3 to 7 minutes on 2 CPU cores
 
 
 @functools.cache
@@ -284,7 +301,8 @@ def estimated_seconds(run, dataset):
     wide = run.options['model'] == 'diracnet-fast'
     width = max(RATES) if wide else run.options['width']
     rate = RATES[max((w for w in RATES if w <= width), default=min(RATES))]
-    return training_multiply_adds(run, dataset) / rate
+    branches = BRANCHES.get(run.options.get('block'), 1)
+    return branches * training_multiply_adds(run, dataset) / rate
 
 
 def estimated_hours(experiment, budget, runs):

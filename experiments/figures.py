@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from cli import ArgumentParser, exit_on_error
-from experiments.definitions import EXPERIMENTS
+from experiments.definitions import COMPARED_BLOCKS, EXPERIMENTS
 from experiments.results import (
     ROOT,
     completed,
@@ -26,6 +26,7 @@ from experiments.results import (
     mean_std,
     read_results,
     seed_counts,
+    step_times,
 )
 from training.log import read_log
 
@@ -209,6 +210,38 @@ def int8(figure, results, measured, logs):
     drops.axvline(0, color='black', linewidth=0.8)
 
 
+def blocks(figure, results, measured, logs):
+    """One panel per depth; the runs of the budget medium, if there are some, are further points."""
+    times = step_times(logs)
+    if not times:
+        raise ValueError(f'{logs / "blocks"}: no steps.csv; run python -m experiments.run blocks')
+    longer = completed(read_results(logs / 'medium' / 'blocks' / 'results.csv'))
+    timed = [record for record in results + longer if record['series'] in times]
+    depths = sorted(grouped(timed, 'x').items())
+    panels = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
+    for axes, ((layers,), of_depth) in zip(panels, depths):
+        groups = grouped(of_depth, 'series')
+        for style, block in zip(STYLES, COMPARED_BLOCKS):
+            if (block,) in groups:
+                draw_over_cost(axes, groups[block,], times[block], label=block, **style)
+        ns = seed_counts([{**record, 'x': record['epochs']} for record in of_depth])
+        axes.set_title(f'{layers:.0f} layers, {ns}')
+        axes.margins(x=0.2)
+        finish(axes, 'epochs × step time / that of base (95 % CI)', ACCURACY)
+        log_scale(axes)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+
+
+def draw_over_cost(axes, records, times, **style):
+    """Draws accuracies over epochs x relative step time: means, one std and the 95 % CI."""
+    points = sorted(grouped(records, 'epochs').items())
+    means, stds = zip(*(mean_std([record['test_acc_percent'] for record in group])
+                        for _, group in points))
+    median, low, high = ([epochs * time for (epochs,), _ in points] for time in times)
+    ends = [[a - b for a, b in zip(*ends)] for ends in ((median, low), (high, median))]
+    axes.errorbar(median, means, stds, ends, **style)
+
+
 def speedrun(figure, results, measured, logs):
     accuracies, over_compute = figure.subplots(1, 2, width_ratios=(3, 2))
     epochs = min(record['x'] for record in measured)
@@ -241,7 +274,8 @@ FIGURES = {
     'depth': functools.partial(over_x, xlabel='depth (layers)'),
     'init': functools.partial(over_x, xlabel="initial std of the filters / Kaiming's std"),
     'width': width, 'alpha-beta': alpha_beta, 'delta': one_depth, 'versions': versions,
-    'large': one_depth, 'cost': cost, 'int8': int8, 'thousand': thousand, 'speedrun': speedrun,
+    'large': one_depth, 'cost': cost, 'int8': int8, 'thousand': thousand, 'blocks': blocks,
+    'speedrun': speedrun,
 }
 TWO_ROWS = {'versions', 'alpha-beta'}
 FROM_MEASURED = {'alpha-beta', 'cost', 'int8', 'speedrun'}  # drawn from measured.csv alone

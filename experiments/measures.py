@@ -11,12 +11,13 @@ from torch import nn
 
 import diracnets
 from cli import say
-from diracnets.checkpoint import load_params
+from diracnets.checkpoint import MODEL_FILE, load_params
 from diracnets.fold import fold
 from diracnets.models.diracnet_v1 import NCReLU
 from diracnets.onnx import OnnxModel, to_onnx
 from diracnets.preprocessing import Preprocessing, normalize
 from diracnets.quantization import calibration_set, equalize, quantize
+from experiments.definitions import COMPARED_BLOCKS
 from experiments.interleaved import Variant, compare
 from experiments.results import append_results, read_csv
 from experiments.variants import BATCH, NATIVE, repeated, standard_step, step
@@ -26,10 +27,11 @@ from training.evaluation import top1
 from training.log import LOG_FILE, read_log
 from training.timing import matmul_gflops
 
-TABLE = 'measured.csv'
+TABLE, STEP_TABLE = 'measured.csv', 'steps.csv'
 IMAGES = 1000  # of the test set, for activations
 BINS, BIN = 48, 0.25  # of a histogram: their number, and their width in std
 REPETITIONS, STEPS = 20, 5  # of the timings, and steps per repetition
+DEPTH = 28  # of the models that are timed, and of the blocks that are quantized
 GRADIENT_IMAGES = 16  # digits, for the gradients at initialization
 
 
@@ -165,8 +167,8 @@ def speedrun(run, paths):
 # ---------------------------------------------------------------- cost
 
 
-def cifar_model(name, depth, width):
-    return diracnets.create_model(name, 'CIFAR10', depth=depth, width=width)
+def cifar_model(name, depth, width, **options):
+    return diracnets.create_model(name, 'CIFAR10', depth=depth, width=width, **options)
 
 
 def inference(name, depth, folded):
@@ -187,7 +189,7 @@ def inference(name, depth, folded):
 def cost(runs, paths):
     """Times a training step and inference of DiracNet, plain network and ResNet."""
     table = paths.logs / 'cost' / TABLE
-    depth, images = 28, STEPS * BATCH
+    depth, images = DEPTH, STEPS * BATCH
 
     def variant(name, prepare, *arguments):
         return Variant(name, repeated, (STEPS, prepare, *arguments), images, dtype=NATIVE)
@@ -207,6 +209,39 @@ def cost(runs, paths):
     for title, variants in comparisons.items():
         if title not in done:
             compare(title, variants, REPETITIONS, table)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def block_step(depth, model, **options):
+    """Prepares a training step of a model of width 1; the options are those of `create_model`."""
+    return step(depth, 1, functools.partial(cifar_model, model, **options))
+
+
+def has_checkpoint(run, experiment, paths):
+    """Returns whether the run's folder has the checkpoint of its result: another may differ."""
+    result = paths.result(run, experiment)
+    return (bool(result) and result['ended'] == 'whole'
+            and (paths.run_folder(run) / MODEL_FILE).exists()
+            and epochs_and_accuracy(run, paths) == [result['epochs'], result['test_acc_percent']])
+
+
+def blocks(runs, paths):
+    """Times a step with each block, and measures int8 where there is a checkpoint, at one depth.
+
+    Runs of other experiments are not trained again to get a checkpoint; `int8` measured some.
+    """
+    table = paths.logs / 'blocks' / STEP_TABLE
+    if not table.exists():
+        compare(f'a training step, {DEPTH}-1', [
+            Variant(block, functools.partial(block_step, **options), (DEPTH,), BATCH, dtype=NATIVE)
+            for block, options in COMPARED_BLOCKS.items()
+        ], REPETITIONS, table)
+    for run in runs if paths.dataset == 'Folder' else ():  # int8 calibrates on image files
+        if (run.x == DEPTH and run.run_name not in measured_runs('int8', paths.logs)
+                and has_checkpoint(run, 'blocks', paths)):
+            add_measurement(int8, 'blocks', run, paths)
 
 
 # ---------------------------------------------------------------- gradients
@@ -244,7 +279,7 @@ def gradients(runs, paths):
 # ---------------------------------------------------------------- all
 
 
-EXPERIMENT_MEASURES = {'cost': cost, 'thousand': gradients}  # once per experiment
+EXPERIMENT_MEASURES = {'cost': cost, 'thousand': gradients, 'blocks': blocks}  # per experiment
 RUN_MEASURES = {  # once per run
     'alpha-beta': alpha_beta, 'versions': activations, 'int8': int8, 'speedrun': speedrun,
 }
@@ -255,13 +290,24 @@ def measured_runs(experiment, logs):
     return {record['run'] for record in read_csv(logs / experiment / TABLE)}
 
 
-def measure_run(experiment, run, paths):
-    """Measures a finished run that has no records yet, and appends them to measured.csv."""
-    result = paths.result(run, experiment)
-    if (experiment not in RUN_MEASURES or run.run_name in measured_runs(experiment, paths.logs)
-            or result['ended'] != 'whole'):
+def epochs_and_accuracy(run, paths):
+    """Returns the epochs and the last accuracy in the log of a run, as text."""
+    log = paths.run_folder(run) / LOG_FILE
+    epochs = read_log(log) if log.exists() else []
+    return [str(len(epochs)), *(str(stats['test_acc']) for stats in epochs[-1:])]
+
+
+def add_measurement(measure, experiment, run, paths):
+    """Appends the records of a measurement of a run to measured.csv, unless it has some."""
+    if run.run_name in measured_runs(experiment, paths.logs):
         return
     say(f'{experiment}: measuring {run.title}')
     columns = {'series': run.series, 'x': run.x, 'seed': run.seed, 'run': run.run_name}
-    append_results([{**columns, **record} for record in RUN_MEASURES[experiment](run, paths)],
+    append_results([{**columns, **record} for record in measure(run, paths)],
                    paths.logs / experiment / TABLE)
+
+
+def measure_run(experiment, run, paths):
+    """Measures a finished run of an experiment in RUN_MEASURES."""
+    if experiment in RUN_MEASURES and paths.result(run, experiment)['ended'] == 'whole':
+        add_measurement(RUN_MEASURES[experiment], experiment, run, paths)

@@ -107,6 +107,12 @@ def mean_std(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def step_times(logs):
+    """Returns {block: (median, low, high)} of a step over one of `base`, as `blocks` measured."""
+    return {record['what']: [1 / record[name] for name in ('ratio', 'ratio_high', 'ratio_low')]
+            for record in read_results(logs / 'blocks' / 'steps.csv')}
+
+
 def seed_counts(results):
     """Returns the number of seeds per point as text, such as 'n = 3' or 'n = 1 to 3'."""
     sizes = sorted({len(group) for group in grouped(results, 'series', 'x').values()})

@@ -182,12 +182,10 @@ def check_same_run(run, result, paths):
 
     A replication of a run whose checkpoint was deleted may differ, for example on another machine.
     """
-    log = paths.run_folder(run) / LOG_FILE
-    epochs = read_log(log) if log.exists() else []
-    in_log = [str(len(epochs)), *(str(stats['test_acc']) for stats in epochs[-1:])]
+    in_log = measures.epochs_and_accuracy(run, paths)
     if in_log != [result['epochs'], result['test_acc_percent']]:
         raise ValueError(
-            f'{log.parent}: epochs and accuracy {", ".join(in_log)}: expected '
+            f'{paths.run_folder(run)}: epochs and accuracy {", ".join(in_log)}: expected '
             f'{result["epochs"]}, {result["test_acc_percent"]} as in its result; use another '
             '--logs to start from scratch')
 

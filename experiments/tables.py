@@ -22,9 +22,15 @@ from diracnets.models.registry import create_model
 from diracnets.preprocessing import Preprocessing
 from experiments import gpu
 from experiments.claims import CLAIMS
-from experiments.definitions import BUDGETS, EXPERIMENTS, command_line, estimated_hours
+from experiments.definitions import (
+    BUDGETS,
+    COMPARED_BLOCKS,
+    EXPERIMENTS,
+    command_line,
+    estimated_hours,
+)
 from experiments.interleaved import RATIO, pairs_with_baseline
-from experiments.measures import RUN_MEASURES
+from experiments.measures import DEPTH, RUN_MEASURES
 from experiments.results import (
     CPU,
     ROOT,
@@ -35,6 +41,7 @@ from experiments.results import (
     read_csv,
     read_results,
     seed_counts,
+    step_times,
 )
 from experiments.variants import multiply_adds
 from hubconf import TRAINED
@@ -163,6 +170,36 @@ def by_depth(logs):
     return ['model', *(f'{layers:.0f} layers' for layers in sorted(depths))], lines
 
 
+def blocks(logs):
+    """The blocks of plain networks: accuracy and loss at each depth, and the costs at one."""
+    groups = grouped(read_experiment('blocks', logs)[0], 'series', 'x')
+    depths, times = sorted({layers for _, layers in groups}), step_times(logs)
+    drops = {
+        record['run']: record['float32_test_acc_percent'] - record['int8_test_acc_percent']
+        for name in ('int8', 'blocks') for record in read_experiment(name, logs)[1]}
+
+    def with_n(values, diverged=0):
+        counts = [f'{len(values)}', *[f'{diverged} diverged'] * (diverged > 0)]
+        mean = [format_mean(values)] if values else []
+        return ' '.join([*mean, f'({", ".join(counts)})']) if values or diverged else ''
+
+    lines = []
+    for block in [name for name in COMPARED_BLOCKS if any(name == key[0] for key in groups)]:
+        seeds = {layers: groups.get((block, layers), []) for layers in [*depths, DEPTH]}
+        runs = {layers: completed(records) for layers, records in seeds.items()}
+        lines.append([
+            block, f'{runs[DEPTH][0]["parameters"]:,.0f}' if runs[DEPTH] else '',
+            '{:.2f} ({:.2f} to {:.2f})'.format(*times[block]) if block in times else '',
+            *(with_n(column(runs[n], 'test_acc_percent'), len(seeds[n]) - len(runs[n]))
+              for n in depths),
+            *(format_mean(column(runs[n], 'train_loss'), 3) if runs[n] else '' for n in depths),
+            with_n([drops[record['run']] for record in runs[DEPTH] if record['run'] in drops]),
+        ])
+    return ['block', f'parameters, {DEPTH} layers', 'step time / base (95 % CI)',
+            *(f'{n:.0f} layers, % (n)' for n in depths), *(f'loss, {n:.0f} layers' for n in depths),
+            'int8 drop, pp (n)'], lines
+
+
 def common_points(first, second):
     """Yields (series, x) and the cells of the points that two lists of results share."""
     groups = [grouped(completed(results), 'series', 'x') for results in (first, second)]
@@ -231,6 +268,7 @@ SIZES = [  # model, dataset, options, recipe
     ('plain', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
     ('plain', 'CIFAR10', {'depth': 28, 'width': 1, 'block': 'dbb'}, 'diracnet-cifar'),
     ('plain', 'CIFAR10', {'depth': 28, 'width': 1, 'block': 'acb'}, 'diracnet-cifar'),
+    ('plain', 'CIFAR10', {'depth': 28, 'width': 1, 'block': 'repvgg'}, 'diracnet-cifar'),
     ('dirac-init', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
     ('resnet', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
     ('wide-resnet', 'CIFAR10', {'depth': 16, 'width': 4}, 'wide-resnet'),
@@ -393,9 +431,9 @@ def read_experiment(experiment, logs):
 
 LEFT_ALIGNED = (  # columns of text
     'finding', 'experiment', 'model', 'series', 'dtype', 'variant', 'source', 'change', 'passed',
-    'baseline', 'images', 'source of the recipe', 'command')
+    'baseline', 'images', 'source of the recipe', 'command', 'block')
 OTHER_TABLES = {
-    'claims': claims, 'tried': tried, 'kept': pretrained, 'by-depth': by_depth,
+    'claims': claims, 'tried': tried, 'kept': pretrained, 'by-depth': by_depth, 'blocks': blocks,
     'devices': devices, 'again': again, 'hours': hours, 'bench': bench, 'gpu-checks': gpu_checks,
     'gpu-training': gpu_training, 'gpu-inference': gpu_inference, 'sizes': sizes,
 }

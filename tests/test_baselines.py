@@ -82,7 +82,7 @@ def test_create_model_has_published_number_of_parameters(name, dataset, options,
 def test_with_block_has_published_number_of_parameters(name, base, dbb, deployed):
     models = [build_on_meta(name, 'ImageNet', block=block) for block in BLOCKS]
     assert [count(model) for model in models[:2]] == [base, dbb]
-    assert [count(fold(model)) for model in models] == [deployed] * 4
+    assert [count(fold(model)) for model in models] == [deployed] * len(BLOCKS)
 
 
 @pytest.mark.parametrize(('name', 'filters'), [  # 3x3 and 5x5 filters after the stem
@@ -160,7 +160,7 @@ def test_count_multiply_adds_counts_folded_blocks():
     (('plain', 'MNIST'), {}, "plain .*'MNIST'"),
     (('plain', 'CIFAR10'), {'growth': 12}, 'plain .*growth.* depth, width, block'),
     (('resnet', 'CIFAR10'), {'block': 'dbb'}, 'resnet .*block.* depth, width'),
-    (('plain', 'CIFAR10'), {'block': 'vgg'}, "block 'vgg'.* base, dbb, acb, dirac"),
+    (('plain', 'CIFAR10'), {'block': 'vgg'}, "block 'vgg'.* base, dbb, acb, repvgg, dirac"),
     (('plain', 'CIFAR10'), {'depth': 17}, 'depth 17.* 16 and 22'),
     (('plain', 'CIFAR10', 0), {}, 'num_classes 0'),
     (('densenet', 'CIFAR10', None, 1), {}, 'densenet.* 3 .*1'),
@@ -229,6 +229,7 @@ SMALLEST = [
     ('plain', 'CIFAR10', {'depth': 10}),
     ('plain', 'CIFAR10', {'depth': 10, 'block': 'dbb'}),
     ('plain', 'CIFAR10', {'depth': 10, 'block': 'acb'}),
+    ('plain', 'CIFAR10', {'depth': 10, 'block': 'repvgg'}),
     ('plain', 'CIFAR10', {'depth': 10, 'block': 'dirac'}),
     ('plain', 'ImageNet', {'depth': 18, 'width': 0.25, 'block': 'dbb'}),
     ('dirac-init', 'CIFAR10', {'depth': 10}),
@@ -238,6 +239,7 @@ SMALLEST = [
     ('densenet', 'CIFAR10', {'layers': 10, 'bottleneck': False, 'droprate': 0.1}),
     ('densenet121', 'ImageNet', {}),
     *[(name, 'ImageNet', {'block': 'dbb'}) for name in ('resnet18', 'alexnet', 'mobilenet')],
+    *[(name, 'ImageNet', {'block': 'repvgg'}) for name in ('alexnet', 'mobilenet')],
     *[(name, 'ImageNet', {}) for name in ('resnet34', 'resnet50')],
 ]
 

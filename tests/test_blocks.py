@@ -7,15 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diracnets import create_model
+from diracnets import create_model, fold
 from diracnets.models import diverse_branch
 from diracnets.models.asymmetric_convolution import ACBlock
 from diracnets.models.diverse_branch import DiverseBranchBlock
+from diracnets.models.repvgg import RepVGGBlock
 from reference import batch_norm
 
 SHAPES = [  # in, out, groups
     (4, 6, 1), (4, 4, 1), (4, 6, 2), (6, 6, 6), (4, 8, 4), (1, 1, 1),
 ]
+BLOCKS = [DiverseBranchBlock, ACBlock, RepVGGBlock]
 VARIANTS = list(itertools.product(SHAPES, (3, 5), (1, 2)))
 
 
@@ -82,7 +84,7 @@ def test_dbb_matches_sum_of_branches_in_paper(shape, k, stride):
     torch.testing.assert_close(block(x), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('block_type', [DiverseBranchBlock, ACBlock])
+@pytest.mark.parametrize('block_type', BLOCKS)
 @pytest.mark.parametrize(('shape', 'k', 'stride'), VARIANTS)
 def test_blocks_keep_outputs_when_deployed_or_folded(block_type, shape, k, stride):
     cin, cout, groups = shape
@@ -96,7 +98,7 @@ def test_blocks_keep_outputs_when_deployed_or_folded(block_type, shape, k, strid
         block.switch_to_deploy()
         deployed = block(x)
     for result in (by_hand, folded, deployed):
-        assert (result - expected).abs().max() < 1e-5
+        assert (result - expected).abs().max() < 1e-10 * expected.abs().max()
     assert expected.abs().max() > 0.1
     assert torch.equal(block.get_equivalent_kernel_bias()[0], kernel)
     block.switch_to_deploy()  # idempotent
@@ -114,6 +116,58 @@ def test_acb_matches_sum_of_three_convolutions():
     )
     assert state['ver_conv.weight'].shape[2:] == (3, 1)
     assert state['hor_conv.weight'].shape[2:] == (1, 3)
+    torch.testing.assert_close(block(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(('shape', 'k', 'stride'), VARIANTS)
+def test_repvgg_matches_sum_of_branches_in_paper(shape, k, stride):
+    cin, cout, groups = shape
+    block = random_block(RepVGGBlock, cin, cout, k, stride, groups).eval()
+    state = block.state_dict()
+    x = torch.randn(2, cin, 9, 8, dtype=torch.float64)
+    expected = sum(
+        batch_norm(F.conv2d(x, state[f'{name}.conv.weight'], None, stride, padding, 1, groups),
+                   state, f'{name}.bn')
+        for name, padding in (('rbr_dense', k // 2), ('rbr_1x1', 0))
+    )
+    has_identity = cin == cout and stride == 1
+    if has_identity:
+        expected = expected + batch_norm(x, state, 'rbr_identity')
+    assert ('rbr_identity.weight' in state) == has_identity
+    torch.testing.assert_close(block(x), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(('cin', 'cout', 'groups'), [(4, 4, 1), (4, 4, 2), (6, 6, 6), (4, 8, 4)])
+def test_repvgg_kernel_by_hand(cin, cout, groups):
+    block = random_block(RepVGGBlock, cin, cout, 3, 1, groups).eval()
+    state = block.state_dict()
+
+    def scale(prefix, o):
+        std = (state[f'{prefix}.running_var'][o] + 1e-5).sqrt()
+        return state[f'{prefix}.weight'][o] / std
+
+    kernel = state['rbr_dense.conv.weight'].clone()
+    for o in range(cout):
+        kernel[o] *= scale('rbr_dense.bn', o)
+        kernel[o, :, 1, 1] += scale('rbr_1x1.bn', o) * state['rbr_1x1.conv.weight'][o, :, 0, 0]
+        if cin == cout:  # input channel o is channel o % (in / groups) of its group
+            kernel[o, o % (cin // groups), 1, 1] += scale('rbr_identity', o)
+    torch.testing.assert_close(block.fold().weight, kernel, rtol=1e-12, atol=1e-12)
+
+
+def test_repvgg_uses_batch_statistics_of_each_branch_in_training():
+    block = random_block(RepVGGBlock, 4, 4, 3, 1, 1).train()
+    state = block.state_dict()
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+
+    def normalized(x, prefix):
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        weight, bias = (state[f'{prefix}.{name}'].view(-1, 1, 1) for name in ('weight', 'bias'))
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
+    expected = (normalized(F.conv2d(x, state['rbr_dense.conv.weight'], padding=1), 'rbr_dense.bn')
+                + normalized(F.conv2d(x, state['rbr_1x1.conv.weight']), 'rbr_1x1.bn')
+                + normalized(x, 'rbr_identity'))
     torch.testing.assert_close(block(x), expected, rtol=1e-9, atol=1e-9)
 
 
@@ -142,6 +196,50 @@ def test_dbb_state_dict_has_published_keys():
     assert torch.equal(built(x), block(x))
 
 
+def test_repvgg_state_dict_has_published_keys():
+    strided = {'rbr_dense.conv.weight', 'rbr_1x1.conv.weight'}.union(
+        *map(bn_keys, ['rbr_dense.bn', 'rbr_1x1.bn']))
+    block = RepVGGBlock(4, 4, 3, padding=1)
+    assert block.state_dict().keys() == strided | bn_keys('rbr_identity')
+    for other in (RepVGGBlock(4, 4, 3, 2, 1), RepVGGBlock(4, 8, 3, padding=1)):
+        assert other.state_dict().keys() == strided
+    block.switch_to_deploy()
+    assert block.state_dict().keys() == {'rbr_reparam.weight', 'rbr_reparam.bias'}
+    built = RepVGGBlock(4, 4, 3, padding=1, deploy=True)
+    built.load_state_dict(block.state_dict())
+    x = torch.randn(1, 4, 5, 5)
+    assert torch.equal(built(x), block(x))
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_repvgg_a0_has_published_number_of_parameters():
+    layers, cin = [], 3
+    with torch.device('meta'):
+        for cout, blocks in ((48, 1), (48, 2), (96, 4), (192, 14), (1280, 1)):
+            for stride in [2] + [1] * (blocks - 1):
+                layers.append(RepVGGBlock(cin, cout, 3, stride, 1))
+                cin = cout
+        model = nn.Sequential(*layers, nn.Linear(cin, 1000))
+    assert parameters(model) == 9_108_968  # 9.11M of repvgg_a0 in timm
+    biases = sum(layer.conv_args[1] for layer in layers)
+    assert round((parameters(fold(model)) - biases) / 1e6, 2) == 8.30  # table 4, weights alone
+
+
+def test_plain_with_repvgg_has_parameters_by_hand():
+    def block(cin, cout):  # two convolutions, and two or three batch norms of 2 C each
+        return 10 * cin * cout + 2 * 2 * cout + 2 * cout * (cin == cout)
+
+    groups = ((16, 16), (16, 32), (32, 64))
+    expected = block(3, 16) + sum(block(cin, cout) + 7 * block(cout, cout) for cin, cout in groups)
+    with torch.device('meta'):
+        model = create_model('plain', 'CIFAR10', depth=28, width=1, block='repvgg')
+    assert parameters(model) == expected + 64 * 10 + 10
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in model.features.children())
+
+
 def test_dbb_1x1_before_kxk_has_internal_width_and_starts_as_identity():
     dense = DiverseBranchBlock(4, 6, 3, padding=1)
     assert (dense.dbb_1x1_kxk.idconv1.weight == 0).all()
@@ -168,7 +266,11 @@ def test_bn_and_pad_pads_with_batch_norm_of_zero_without_gradient():
     assert layer.bn.weight.grad.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize('block_type', [DiverseBranchBlock, ACBlock])
+def test_bn_and_pad_keeps_the_dtype_of_autocast():
+    assert diverse_branch.BNAndPad(1, 2)(torch.randn(4, 2, 5, 5).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('block_type', BLOCKS)
 @pytest.mark.parametrize('groups', [1, 4])
 def test_equivalent_kernel_has_gradient_for_every_branch(block_type, groups):
     block = random_block(block_type, 4, 4, 3, 1, groups).train()
@@ -180,7 +282,7 @@ def test_equivalent_kernel_has_gradient_for_every_branch(block_type, groups):
         assert parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize('block_type', [DiverseBranchBlock, ACBlock])
+@pytest.mark.parametrize('block_type', BLOCKS)
 @pytest.mark.parametrize(('options', 'expected'), [
     ({'kernel_size': 4, 'padding': 2}, 'kernel_size 4'),
     ({'kernel_size': 3, 'padding': 0}, 'padding 0.* 1'),

@@ -18,7 +18,7 @@ import diracnets
 import train
 from diracconv import dirac_weight
 from diracnets.checkpoint import load_params
-from experiments import definitions, figures, jpeg, measures, results, run
+from experiments import definitions, figures, jpeg, measures, results, run, tables
 from experiments.definitions import BUDGETS, EXPERIMENTS, SCRIPTS, VARIANTS, RunSpec
 from training import data
 from training.options import parse_options
@@ -60,6 +60,8 @@ def tiny(experiment, folder, *options):
 def test_tiny_budget_gives_results_and_figure(experiment, shared, monkeypatch):
     small = functools.partial(matmul_gflops, size=256)  # a size of 4096 takes most of a minute
     monkeypatch.setattr(measures, 'matmul_gflops', small)
+    monkeypatch.setattr(measures, 'REPETITIONS', 2)
+    monkeypatch.setattr(measures, 'DEPTH', 10)
     folder = tiny(experiment, shared)
     runs = EXPERIMENTS[experiment](BUDGETS['tiny'])
     records = read(folder / 'results.csv')
@@ -94,6 +96,153 @@ def test_cost_gives_times_and_figure(monkeypatch, shared):
     assert len(rows) == 8
     assert all(row['n'] == '2' and float(row['milliseconds']) > 0 for row in rows)
     assert cv2.imread(str(folder / 'cost.png')).std() > 10
+
+
+# ---------------------------------------------------------------- blocks
+
+
+def test_blocks_share_the_runs_of_depth():
+    logs = results.ROOT / 'logs'
+    paths = run.Paths(logs, logs / 'none', 'Folder', '.')
+    for budget, depths in (('small', (16, 28, 52)), ('medium', (28,))):
+        runs = EXPERIMENTS['blocks'](BUDGETS[budget])
+        assert {(spec.series, spec.x, spec.seed) for spec in runs} == set(itertools.product(
+            ('base', 'dirac-init', 'dirac', 'acb', 'dbb', 'repvgg'), depths, (1, 2, 3)))
+        names = {spec.run_name for spec in EXPERIMENTS['depth'](BUDGETS[budget])}
+        assert {spec.series for spec in runs if spec.run_name in names} == {
+            'base', 'dirac-init', 'dirac'}
+        assert len({spec.run_name for spec in runs}) == len(runs) == 18 * len(depths)
+    trained = [spec for spec in EXPERIMENTS['blocks'](BUDGETS['small'])
+               if not run.needs_training(spec, 'blocks', paths)]
+    of_depth = {(row['series'], row['x'], row['seed'])
+                for row in read(logs / 'depth' / 'results.csv') if row['x'] in ('16', '28', '52')}
+    for name, model in (('base', 'plain'), ('dirac-init', 'dirac-init'), ('dirac', 'diracnet')):
+        shared = {(model, f'{spec.x}', f'{spec.seed}') for spec in trained if spec.series == name}
+        assert shared == {point for point in of_depth if point[0] == model}
+        assert len(shared) == 9
+
+
+def test_blocks_train_with_their_block():
+    opts = [(spec.series, parse_options(definitions.command_line(spec.options)))
+            for spec in EXPERIMENTS['blocks'](BUDGETS['medium']) if spec.seed == 1]
+    assert [(name, opt.model, opt.block, opt.depth, opt.epochs) for name, opt in opts
+            if opt.model == 'plain'] == [
+        (name, 'plain', name, 28, 30) for name in ('base', 'acb', 'dbb', 'repvgg')]
+
+
+def test_blocks_time_the_models_that_are_trained(tmp_path, monkeypatch):
+    compared = []
+    monkeypatch.setattr(measures, 'compare', lambda *arguments: compared.append(arguments))
+    monkeypatch.setattr(measures, 'DEPTH', 10)
+    measures.blocks([], run.Paths(tmp_path, tmp_path / 'runs', 'Digits', '.'))
+    (_, variants, _, table), = compared
+    assert table == tmp_path / 'blocks' / 'steps.csv'
+    # convolutions, batch norms and linear layer of 10-1: the stem, then two layers in each group
+    pairs = [(3, 16), (16, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64)]
+    base = sum(9 * cin * cout + 2 * cout for cin, cout in pairs) + 650
+    expected = {
+        'base': base, 'dirac-init': base, 'dirac': base + sum(2 * cout for _, cout in pairs[1:]),
+        'acb': base + sum(6 * cin * cout + 4 * cout for cin, cout in pairs),
+        'repvgg': base + sum(cin * cout + 2 * cout + 2 * cin * (cin == cout)
+                             for cin, cout in pairs),
+    }
+    counts = {}
+    for variant in variants:
+        model = variant.prepare(*variant.arguments).args[1]
+        counts[variant.name] = sum(parameter.numel() for parameter in model.parameters())
+    assert counts.pop('dbb') > max(expected.values())
+    assert counts == expected
+    table.parent.mkdir()
+    table.touch()
+    measures.blocks([], run.Paths(tmp_path, tmp_path / 'runs', 'Digits', '.'))
+    assert len(compared) == 1
+
+
+@pytest.mark.slow
+def test_blocks_measure_int8_of_the_checkpoints_of_their_results(
+    digit_files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(measures, 'DEPTH', 10)
+    write_blocks(tmp_path / 'logs', times={'repvgg': 1})
+    folder = tmp_path / 'logs' / 'blocks'
+    options = '--only', 'repvgg, *', '--dataset', 'Folder', '--dataroot', digit_files
+    tiny('blocks', tmp_path, *options)
+    row, = read(folder / 'measured.csv')
+    result, = read(folder / 'results.csv')
+    assert (row['series'], row['x'], row['run']) == ('repvgg', '10', result['run'])
+    # the log has the accuracy of the unfolded model in bfloat16 or float32
+    assert abs(float(row['float32_test_acc_percent']) - float(result['test_acc_percent'])) < 2
+    tiny('blocks', tmp_path, *options)
+    assert len(read(folder / 'measured.csv')) == 1
+    (folder / 'measured.csv').unlink()
+    log = tmp_path / 'runs' / 'Folder' / result['run'] / 'log.txt'
+    log.write_text(log.read_text().replace('"test_acc": ', '"test_acc": 1'))  # of another run
+    tiny('blocks', tmp_path, *options)
+    assert not (folder / 'measured.csv').exists()
+
+
+def write_blocks(logs, runs=(), times=()):
+    """Writes results of blocks, (series, layers, seed, accuracy, epochs), and step times."""
+    (logs / 'blocks').mkdir(parents=True)
+    if runs:
+        (logs / 'blocks' / 'results.csv').write_text(
+            'series,x,seed,test_acc_percent,epochs,ended,train_loss,parameters,run\n' + ''.join(
+                f'{series},{x},{seed},{accuracy},{epochs},{"whole" if accuracy else "diverged"},'
+                f'0.5,1234,{series}-{x}-{seed}\n' for series, x, seed, accuracy, epochs in runs))
+    if times:
+        (logs / 'blocks' / 'steps.csv').write_text('what,ratio,ratio_low,ratio_high\n' + ''.join(
+            f'{name},{1 / time},{1 / (time + 0.5)},{1 / (time - 0.25)}\n'
+            for name, time in times.items()))
+
+
+def test_table_of_blocks_leaves_out_what_is_missing(tmp_path):
+    write_blocks(tmp_path, [
+        ('repvgg', 28, 1, 80, 4), ('base', 28, 1, 60, 4), ('base', 28, 2, 64, 4),
+        ('base', 52, 1, '', 4), ('dirac', 52, 1, 70, 4), ('dirac', 52, 2, '', 4),
+    ], {'base': 1, 'repvgg': 1.5, 'dbb': 3})
+    for name, run_name, drop in (('int8', 'base-28-1', 1), ('blocks', 'base-28-2', 2),
+                                 ('blocks', 'another', 9)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        with open(tmp_path / name / 'measured.csv', 'a') as file:
+            if not file.tell():
+                file.write('run,float32_test_acc_percent,int8_test_acc_percent\n')
+            file.write(f'{run_name},70,{70 - drop}\n')
+    header, lines = tables.blocks(tmp_path)
+    assert header == [
+        'block', 'parameters, 28 layers', 'step time / base (95 % CI)', '28 layers, % (n)',
+        '52 layers, % (n)', 'loss, 28 layers', 'loss, 52 layers', 'int8 drop, pp (n)']
+    assert lines == [
+        ['base', '1,234', '1.00 (0.75 to 1.50)', '62.00 ± 2.83 (2)', '(0, 1 diverged)',
+         '0.500 ± 0.000', '', '1.50 ± 0.71 (2)'],
+        ['dirac', '', '', '', '70.00 (1, 1 diverged)', '', '0.500', ''],
+        ['repvgg', '1,234', '1.50 (1.25 to 2.00)', '80.00 (1)', '', '0.500', '', ''],
+    ]
+    assert tables.table('blocks', tmp_path / 'nothing').startswith('| block ')
+
+
+def test_figure_of_blocks_draws_accuracy_over_cost(tmp_path):
+    write_blocks(tmp_path, [
+        ('base', 28, 1, 60, 4), ('base', 28, 2, 64, 4), ('repvgg', 28, 1, 70, 4),
+        ('repvgg', 28, 2, 74, 4), ('acb', 28, 1, 75, 4), ('base', 16, 1, 80, 4),
+        ('repvgg', 28, 3, '', 4)], {'base': 1, 'repvgg': 1.5, 'dbb': 3})
+    write_blocks(tmp_path / 'medium', [('repvgg', 28, 1, 90, 30)])
+    figure = figures.draw('blocks', tmp_path)
+    shallow, deep = figure.axes
+    assert shallow.get_title() == '16 layers, n = 1'
+    assert deep.get_title() == '28 layers, n = 1 to 2'  # one run of 30 epochs
+    points = {container.get_label(): container for container in deep.containers}
+    assert list(points) == ['base', 'repvgg']  # acb has no step time, dbb no run
+    line, _, (horizontal, vertical) = points['repvgg']
+    assert [*line.get_xydata().flatten()] == pytest.approx([6, 72, 45, 90])
+    assert [*horizontal.get_segments()[0][:, 0]] == pytest.approx([5, 8])  # the 95 % interval
+    assert [*vertical.get_segments()[0][:, 1]] == pytest.approx([72 - 8 ** 0.5, 72 + 8 ** 0.5])
+    assert len({container[0].get_marker() for container in points.values()}) == 2
+    (tmp_path / 'blocks' / 'steps.csv').unlink()
+    with pytest.raises(ValueError, match='steps.csv'):
+        figures.draw('blocks', tmp_path)
+
+
+# ---------------------------------------------------------------- finished and interrupted runs
 
 
 @pytest.mark.slow
@@ -413,6 +562,15 @@ def test_estimated_seconds_use_the_rate_of_the_width(width, rate, monkeypatch):
     spec, = BUDGETS['tiny'].runs('diracnet', 0, model='diracnet', depth=10, width=width)
     seconds = definitions.training_multiply_adds(spec, 'Digits') / rate
     assert definitions.estimated_seconds(spec, 'Digits') == seconds
+
+
+def test_estimated_seconds_of_blocks_agree_with_measured_steps():
+    times = results.step_times(results.ROOT / 'logs')
+    runs = {spec.series: definitions.estimated_seconds(spec, 'Folder')
+            for spec in EXPERIMENTS['blocks'](BUDGETS['medium']) if spec.seed == 1}
+    for block in ('acb', 'dbb', 'repvgg'):
+        _, low, high = times[block]
+        assert 0.9 * low < runs[block] / runs['base'] < 1.1 * high, block
 
 
 def test_estimated_seconds_use_the_rate_of_wide_models_for_diracnet_fast(monkeypatch):

@@ -83,7 +83,7 @@ def test_freeze_keeps_parameters_and_running_statistics(images, before, tmp_path
 
 @pytest.mark.parametrize(('name', 'block'), [
     *((name, None) for name in ARCHITECTURES), ('plain', 'dbb'), ('alexnet', 'acb'),
-    ('mobilenet', 'dirac'),
+    ('plain', 'repvgg'), ('mobilenet', 'dirac'),
 ])
 def test_freeze_finds_the_first_convolution_and_the_last_layer(name, block):
     with torch.device('meta'):

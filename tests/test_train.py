@@ -413,6 +413,7 @@ SMALLEST = {  # the smallest model of each
     'diracnet-fast': ['--width', 0.25, '--whiten', '--optimizer', 'muon'],
     'plain': ['--depth', 10],
     'plain, dbb': ['--depth', 10, '--block', 'dbb'],
+    'plain, repvgg': ['--depth', 10, '--block', 'repvgg'],
     'plain, dirac': ['--depth', 10, '--block', 'dirac'],
     'plain, ImageNet': [*IMAGENET, '--depth', 18, '--width', 0.25],
     'dirac-init': ['--depth', 10],

@@ -144,7 +144,8 @@ def _add_model_options(group):
         type=at_least(1, int, MAX_SIZE))
     add('width', 'factor on the number of channels', type=at_least(0, float, MAX_SIZE))
     add('block', 'convolution in training: base (standard), or a block that folds into a standard '
-                 'one: dbb (diverse branches), acb (asymmetric convolutions), dirac',
+                 'one: dbb (diverse branches), acb (asymmetric convolutions), repvgg (3x3, 1x1 and '
+                 'identity), dirac',
         choices=BLOCKS)
     add('activation', 'activation function', choices=ACTIVATIONS)
     add('layers', 'number of layers', type=at_least(1, int, MAX_SIZE))

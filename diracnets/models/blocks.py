@@ -1,4 +1,4 @@
-"""Training blocks that replace convolutions: DBB, ACB and Dirac parametrization.
+"""Training blocks that replace convolutions: DBB, ACB, RepVGG, Dirac parametrization.
 
 `with_block` identifies a convolution and its batch norm by the order in which their parent
 registers them. All models in this package and in torchvision register the batch norm directly
@@ -15,6 +15,7 @@ from diracconv import dirac
 from diracnets.architectures import BLOCKS
 from diracnets.models.asymmetric_convolution import ACBlock
 from diracnets.models.diverse_branch import DiverseBranchBlock
+from diracnets.models.repvgg import RepVGGBlock
 
 MIN_LARGE_KERNEL = 7  # convolutions of kernel size 1, and of this size and above, are not replaced
 
@@ -61,6 +62,7 @@ REPLACEMENTS = {  # by block: a function that replaces the convolutions of a mod
     'base': lambda model: model,
     'dbb': functools.partial(_with_branches, DiverseBranchBlock),
     'acb': functools.partial(_with_branches, ACBlock),
+    'repvgg': functools.partial(_with_branches, RepVGGBlock),
     'dirac': _with_dirac,
 }
 
@@ -69,9 +71,9 @@ def with_block(model: nn.Module, block: str) -> nn.Module:
     """Replaces the convolutions of a model by a training block, in place; returns the model.
 
     block is one of
-    - 'dbb' (Ding et al., arXiv 2103.13425) or 'acb' (Ding et al., arXiv 1908.03930): replaces each
-      convolution together with its batch norm. Convolutions of kernel size 1, or 7 and above,
-      remain, and get a batch norm if they have none;
+    - 'dbb' (Ding et al., arXiv 2103.13425), 'acb' (Ding et al., arXiv 1908.03930) or 'repvgg' (Ding
+      et al., arXiv 2101.03697): replaces each convolution together with its batch norm.
+      Convolutions of kernel size 1, or 7 and above, remain, and get a batch norm if they have none;
     - 'dirac' (Zagoruyko & Komodakis, arXiv 1706.00388): gives the same convolutions the weight
       W_hat. The first convolution of the model remains standard, as in DiracNets;
     - 'base': changes nothing.

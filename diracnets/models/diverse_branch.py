@@ -106,10 +106,10 @@ class BNAndPad(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(x)
-        _, shift = _scale_shift(self.bn)
+        shift = _scale_shift(self.bn)[1].detach().to(x.dtype)  # float32 would slow down autocast
         padding = [self.padding] * 4
         border = 1 - F.pad(torch.ones_like(x[:1, :1]), padding)  # (1, 1, H + 2p, W + 2p)
-        return F.pad(x, padding) + border * shift.detach().view(-1, 1, 1)
+        return F.pad(x, padding) + border * shift.view(-1, 1, 1)
 
 
 def _branch(**layers: nn.Module) -> nn.Sequential:
