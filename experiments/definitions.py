@@ -19,6 +19,12 @@ COMPARED_BLOCKS = {  # the options of a plain network with each: those of `depth
     'dirac': {'model': 'diracnet'},
     **{block: {'model': 'plain', 'block': block} for block in ('acb', 'dbb', 'repvgg')},
 }
+REFERENCES = {  # of other papers, with the hyperparameters of these
+    'WRN-16-4': {'recipe': 'wide-resnet', 'model': 'wide-resnet', 'depth': 16, 'width': 4},
+    'DenseNet-40-12': {'recipe': 'densenet', 'model': 'densenet', 'layers': 40, 'reduce': 1,
+                       'bottleneck': False},
+    'DenseNet-BC-100-12': {'recipe': 'densenet', 'model': 'densenet'},
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Budget:
     block_depths: tuple = (16, 28, 52)
     large: float = 4  # a width at which DiracNets may be worse than ResNets
     thousand: tuple = (100, 202, 400, 1000)  # depths on the digits
+    references: dict = field(default_factory=REFERENCES.copy)
     speedrun: tuple = (  # epochs, slice of VARIANTS, seeds: the recipe's own epochs first
         (8, slice(2), 5), (4, slice(1), 3), (4, slice(2, None), 3))
 
@@ -94,6 +101,8 @@ BUDGETS = {
         1, 1, {'lr_schedule': 'cosine', 'batch_size': 64, 'keep_every': 1}, 'Digits',
         depths=(10,), deeper=(), widths=(0.5,), layers=10, block_depths=(10,), large=0.5,
         thousand=(10,), speedrun=((1, slice(2), 1),),
+        references={'WRN-10-1': {'recipe': 'wide-resnet', 'model': 'wide-resnet', 'depth': 10,
+                                 'width': 1}},
     ),
 }
 INIT_SCALES = (1, 0.1, 0.01)
@@ -206,6 +215,14 @@ def blocks(budget):
     ]
 
 
+def reference(budget):
+    """How accurate are Wide ResNets and DenseNets with the same budget?"""
+    return [
+        RunSpec(series, budget.epochs, 1, {**options, **budget.options, 'epochs': budget.epochs})
+        for series, options in budget.references.items()
+    ]
+
+
 def speedrun(budget):
     """Which parts of the recipe make a model accurate in few epochs?"""
     return [
@@ -219,7 +236,7 @@ def speedrun(budget):
 EXPERIMENTS = {
     'depth': depth, 'width': width, 'init': init, 'alpha-beta': alpha_beta, 'delta': delta,
     'versions': versions, 'large': large, 'cost': cost, 'int8': int8, 'thousand': thousand,
-    'blocks': blocks, 'speedrun': speedrun,
+    'blocks': blocks, 'reference': reference, 'speedrun': speedrun,
 }
 
 
@@ -299,7 +316,7 @@ def estimated_seconds(run, dataset):
     """Estimates the seconds of a run on 2 idle CPU cores, as an upper bound."""
     # diracnet-fast is as wide, at any width, as the other models at their largest
     wide = run.options['model'] == 'diracnet-fast'
-    width = max(RATES) if wide else run.options['width']
+    width = max(RATES) if wide else run.options.get('width', min(RATES))
     rate = RATES[max((w for w in RATES if w <= width), default=min(RATES))]
     branches = BRANCHES.get(run.options.get('block'), 1)
     return branches * training_multiply_adds(run, dataset) / rate

@@ -274,8 +274,8 @@ FIGURES = {
     'depth': functools.partial(over_x, xlabel='depth (layers)'),
     'init': functools.partial(over_x, xlabel="initial std of the filters / Kaiming's std"),
     'width': width, 'alpha-beta': alpha_beta, 'delta': one_depth, 'versions': versions,
-    'large': one_depth, 'cost': cost, 'int8': int8, 'thousand': thousand, 'blocks': blocks,
-    'speedrun': speedrun,
+    'large': one_depth, 'reference': one_depth, 'cost': cost, 'int8': int8, 'thousand': thousand,
+    'blocks': blocks, 'speedrun': speedrun,
 }
 TWO_ROWS = {'versions', 'alpha-beta'}
 FROM_MEASURED = {'alpha-beta', 'cost', 'int8', 'speedrun'}  # drawn from measured.csv alone

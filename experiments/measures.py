@@ -17,14 +17,15 @@ from diracnets.models.diracnet_v1 import NCReLU
 from diracnets.onnx import OnnxModel, to_onnx
 from diracnets.preprocessing import Preprocessing, normalize
 from diracnets.quantization import calibration_set, equalize, quantize
-from experiments.definitions import COMPARED_BLOCKS
-from experiments.interleaved import Variant, compare
+from experiments.definitions import COMPARED_BLOCKS, command_line
+from experiments.interleaved import Variant, compare, worker
 from experiments.results import append_results, read_csv
-from experiments.variants import BATCH, NATIVE, repeated, standard_step, step
+from experiments.variants import BATCH, NATIVE, repeated, standard_step, step, step_of
 from training import data
 from training.compute import keep_freed_memory
 from training.evaluation import top1
 from training.log import LOG_FILE, read_log
+from training.options import model_options, parse_options
 from training.timing import matmul_gflops
 
 TABLE, STEP_TABLE = 'measured.csv', 'steps.csv'
@@ -244,6 +245,23 @@ def blocks(runs, paths):
             add_measurement(int8, 'blocks', run, paths)
 
 
+# ---------------------------------------------------------------- memory
+
+
+def options_step(opt):
+    """Prepares a training step of the model and with the batch size of options of train.py."""
+    return step_of(opt, diracnets.create_model(opt.model, 'CIFAR10', **model_options(opt)))
+
+
+def peak_memory(run, paths):
+    """Measures the peak memory of training steps on the CPU, in a process of its own."""
+    opt = parse_options(command_line(run.options))
+    variant = Variant(run.series, options_step, (opt,), opt.batch_size, dtype=NATIVE)
+    with worker(variant) as timer:
+        timer()
+    return [{'peak_memory_mb': round(variant.memory), 'batch_size': opt.batch_size}]
+
+
 # ---------------------------------------------------------------- gradients
 
 
@@ -282,6 +300,7 @@ def gradients(runs, paths):
 EXPERIMENT_MEASURES = {'cost': cost, 'thousand': gradients, 'blocks': blocks}  # per experiment
 RUN_MEASURES = {  # once per run
     'alpha-beta': alpha_beta, 'versions': activations, 'int8': int8, 'speedrun': speedrun,
+    'reference': peak_memory,
 }
 
 
