@@ -58,14 +58,17 @@ class Claim:
 
 def show(estimates, form='+.1f'):
     """Returns an estimate with its interval, or the ranges of several, as text."""
+    def text(*values):
+        values = [value if float(f'{value:{form}}') else 0.0 for value in values]  # never -0.0
+        return ' to '.join(dict.fromkeys(f'{value:{form}}' for value in values))
+
     if not estimates:
         return ''
-    values = sorted(e.value for e in estimates)
-    text = ' to '.join(dict.fromkeys(f'{value:{form}}' for value in (values[0], values[-1])))
-    low, high = min(e.low for e in estimates), max(e.high for e in estimates)
-    if math.isinf(low) or all(e.low == e.high for e in estimates):
-        return text
-    return f'{text} ({low:{form}} to {high:{form}})'
+    values = [e.value for e in estimates]
+    ends = [*(e.low for e in estimates), *(e.high for e in estimates)]
+    interval = '' if math.inf in ends or all(e.low == e.high for e in estimates) else (
+        f' ({text(min(ends), max(ends))})')
+    return text(min(values), max(values)) + interval
 
 
 # ---------------------------------------------------------------- accuracy

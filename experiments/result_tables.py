@@ -38,13 +38,13 @@ from experiments.results import (
 CI = '(95 % CI)'
 
 
-def cell(runs, name='test_acc_percent', digits=2):
-    """Returns the mean ± std of a column over the runs that did not diverge, and their number."""
+def cell(runs):
+    """Returns the accuracy of the runs that did not diverge, mean ± std, and their number."""
     done = completed(runs)
     if not done:
         return f'{len(runs)} diverged' if runs else ''
     diverged = f', {len(runs) - len(done)} diverged' if len(done) < len(runs) else ''
-    return f'{format_mean(column(done, name), digits)} ({len(done)}{diverged})'
+    return f'{format_mean(column(done, "test_acc_percent"))} ({len(done)}{diverged})'
 
 
 def compared(points, first, second):
@@ -67,8 +67,8 @@ def depth(logs):
     lines = [[name, *(cell(groups.get((name, x), [])) for x in depths),
               show(estimated(points, lost_with_depth(points, name)[1]))]
              for name in dict.fromkeys(name for name, _ in groups)]
-    sizes = {x: f'{runs[0]["parameters"]:,.0f}' for (_, x), runs in groups.items()}
-    lines.append(['parameters', *map(sizes.get, depths), ''])
+    sizes = {x: f'{runs[0]["parameters"] / 1e6:.2g}' for (_, x), runs in groups.items()}
+    lines.append(['parameters, millions', *map(sizes.get, depths), ''])
     for a, b in DEPTH_DIFFERENCES:
         cells = [compared(points, (a, x), (b, x)) for x in depths]
         if any(cells):
@@ -118,20 +118,15 @@ def init(logs):
     """Accuracies over the std of the initial filters, relative to Kaiming's."""
     results = read_pooled('init', logs)
     groups, points = grouped(results, 'series', 'x'), accuracies(results)
-    first, *scales = INIT_SCALES
-    kaiming = {'plain, delta-orthogonal': 'plain'}  # the model with Kaiming's initialization
     lines = []
     for name in dict.fromkeys(series for series, _ in groups):
-        same = kaiming.get(name, name)
-        lines.append([name, cell(groups[name, first]), *(
-            text for scale in scales for text in (
-                cell(groups.get((name, scale), [])),
-                compared(points, (name, scale), (same, first))))])
-        if same != name:
-            lines[-1][2:] = ['', compared(points, (name, first), (same, first)),
-                             *[''] * (2 * len(scales) - 2)]
-    return ['model', 'std as Kaiming', *(
-        text for scale in scales for text in (f'std × {scale:g}', f'difference, pp {CI}'))], lines
+        kaiming = name.partition(',')[0], INIT_SCALES[0]  # 'plain, delta-orthogonal' is plain
+        lines.append([name, *(
+            text for x in INIT_SCALES for text in (
+                cell(groups.get((name, x), [])),
+                '' if (name, x) == kaiming else compared(points, (name, x), kaiming)))])
+    return ['model', *(text for scale in INIT_SCALES for text in (
+        f'std × {scale:g}', f'difference, pp {CI}'))], lines
 
 
 # ---------------------------------------------------------------- alpha and beta

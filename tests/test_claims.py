@@ -22,6 +22,7 @@ def test_show_gives_the_ranges_of_values_and_intervals():
     assert claims.show([Estimate(2, 1, 3), Estimate(-1, -2, 4)]) == '-1.0 to +2.0 (-2.0 to +4.0)'
     assert claims.show([Estimate(0.031, 0.031, 0.031)], '.2f') == '0.03'
     assert claims.show([Estimate(10.5, -math.inf, math.inf)]) == '+10.5'
+    assert claims.show([Estimate(1, -0.04, 3)]) == '+1.0 (+0.0 to +3.0)'
     assert claims.show([]) == ''
 
 

@@ -127,7 +127,7 @@ def test_fill_replaces_the_table_between_its_marks(tmp_path):
         assert filled.endswith('<!-- end -->\nafter\n')
         rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in filled.splitlines()]
         assert rows[3] == ['model', '28 layers']
-        assert rows[5:7] == [['diracnet', '72.00 ± 2.83 (2)'], ['parameters', '368,730']]
+        assert rows[5:7] == [['diracnet', '72.00 ± 2.83 (2)'], ['parameters, millions', '0.37']]
         assert tables.fill(filled, tmp_path) == filled
     for name in ('nothing', 'agian/width'):
         with pytest.raises(ValueError, match=name):
@@ -135,7 +135,7 @@ def test_fill_replaces_the_table_between_its_marks(tmp_path):
 
 
 def with_parameters(records):
-    return [{'parameters': 1e6 * record['x'], 'train_seconds': 3600, 'threads': 1,
+    return [{'parameters': 1e4 * record['x'], 'train_seconds': 3600, 'threads': 1,
              'dtype': 'float', **record} for record in records]
 
 
@@ -149,7 +149,7 @@ def test_depth_table_shows_losses_and_differences(tmp_path):
     assert lines[0][:4] == ['plain', '70.00 ± 0.10 (3)', '2 diverged', '']
     assert lines[0][4] == '+60.0 (+59.8 to +60.2)'
     assert lines[1][2:4] == ['66.00 ± 0.00 (2, 1 diverged)', '40.00 (1)']
-    assert lines[2] == ['parameters', '16,000,000', '100,000,000', '202,000,000', '']
+    assert lines[2] == ['parameters, millions', '0.16', '1', '2', '']
     # two groups of variance 0.01 and n = 3: half a width of 0.23
     assert lines[3][:2] == ['diracnet - plain, pp (95 % CI)', '-2.0 (-2.2 to -1.8)']
     assert {len(line) for line in lines} == {len(header)}
@@ -178,9 +178,9 @@ def test_init_and_ablations_show_differences_from_the_baseline(tmp_path):
         ('plain, delta-orthogonal', 1): around(61)}))
     header, lines = result_tables.init(tmp_path)
     assert lines == [
-        ['plain', '60.00 ± 0.10 (3)', '50.00 ± 0.10 (3)', '-10.0 (-10.2 to -9.8)', '40.00 (1)',
-         '-20.0'],
-        ['plain, delta-orthogonal', '61.00 ± 0.10 (3)', '', '+1.0 (+0.8 to +1.2)', '', '']]
+        ['plain', '60.00 ± 0.10 (3)', '', '50.00 ± 0.10 (3)', '-10.0 (-10.2 to -9.8)',
+         '40.00 (1)', '-20.0'],
+        ['plain, delta-orthogonal', '61.00 ± 0.10 (3)', '+1.0 (+0.8 to +1.2)', *[''] * 4]]
     assert {len(line) for line in lines} == {len(header)}
     same = run_records({('diracnet', 0): around(70)})
     for name, other in (('versions', ('diracnet-v1', 0)), ('delta', ('diracnet-repeated', 1))):
