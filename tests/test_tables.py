@@ -304,6 +304,15 @@ def test_replication_figure_compares_the_runs_of_each_seed(tmp_path):
     assert [*means.lines[0].get_ydata()] == [62]
 
 
+def test_results_page_states_the_correlations_of_the_replication_figure():
+    figure = Figure()
+    figures.replication(figure, tables.ROOT / 'logs')
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert [label.partition(':')[0] for label in labels] == ['10 and 16 layers', '28 layers']
+    page = (tables.ROOT / 'docs' / 'results.md').read_text()
+    assert all(f'({label.partition(": ")[2]})' in page for label in labels)
+
+
 def test_figures_pool_the_runs_of_the_replication(tmp_path):
     write_csv(tmp_path / 'delta' / 'results.csv', run_records({('diracnet', 0): (70, 72)}))
     write_csv(tmp_path / 'again' / 'delta' / 'results.csv', run_records({('diracnet', 0): (80,)}))
