@@ -1,151 +1,395 @@
-"""The claims of the paper and of other papers, and the rules that decide them."""
+"""The claims of the paper and of other papers, and the results in logs/ that decide them.
 
+The verdict on an accuracy depends on the 95 % Welch interval of a difference of means, not on the
+difference alone. All runs of a configuration count, see `results.read_pooled`; runs of one seed are
+averaged first. Where logs/ has results of several budgets, the longest budget comes first.
+"""
+
+import itertools
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+from diracnets.checkpoint import MODEL_FILE, load_params
 from experiments import gpu
-from experiments.results import grouped, mean_std
+from experiments.intervals import Estimate, exceeds, stays_within, welch
+from experiments.measures import layer_statistics
+from experiments.results import (
+    completed,
+    grouped,
+    label,
+    read_pooled,
+    read_results,
+    seed_means,
+)
+from hubconf import TRAINED
+from training.log import LOG_FILE, read_log
 
-TIE_MARGIN = 1.0  # pp of accuracy that count as no difference
+MARGIN = 1.0  # pp of accuracy that count as no difference
+TIME_MARGIN = 5.0  # per cent of time that count as minor
+ALPHA_MARGIN = 0.1  # of the root mean square of alpha - 1
 CHANCE = 10.0  # accuracy in per cent of a diverged run, with ten classes
+MAX_DEPTH = 100  # deeper networks were trained with one seed
+LONGER_BUDGETS = ('medium',)  # folders of logs/, the longest first
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a claim is decided by: one estimate per comparison."""
+
+    epochs: str
+    quantity: str
+    estimates: list[Estimate]
+    replication: list[Estimate]  # the same comparisons in the replication alone
+    n: str
+    verdict: str
+    form: str = '+.1f'  # of a number
 
 
 @dataclass(frozen=True)
 class Claim:
-    experiment: str
     text: str
     source: str
-    answer: Callable  # (results, measured) -> (finding, 'yes', 'partly' or 'no')
+    section: str  # of docs/results.md
+    answers: Callable  # folder of logs -> list of Answers
 
 
-def mean_accuracies(results):
-    """Returns {series: {x: mean test accuracy over seeds}}; diverged runs count as CHANCE."""
-    means = {}
-    for (series, x), seeds in grouped(results, 'series', 'x').items():
-        values = [record['test_acc_percent'] if record['ended'] == 'whole' else CHANCE
-                  for record in seeds]
-        means.setdefault(series, {})[x] = mean_std(values)[0]
-    return means
+def show(estimates, form='+.1f'):
+    """Returns an estimate with its interval, or the ranges of several, as text."""
+    def text(*values):
+        values = [value if float(f'{value:{form}}') else 0.0 for value in values]  # never -0.0
+        return ' to '.join(dict.fromkeys(f'{value:{form}}' for value in values))
+
+    if not estimates:
+        return ''
+    values = [e.value for e in estimates]
+    ends = [*(e.low for e in estimates), *(e.high for e in estimates)]
+    interval = '' if math.inf in ends or all(e.low == e.high for e in estimates) else (
+        f' ({text(min(ends), max(ends))})')
+    return text(min(values), max(values)) + interval
 
 
-def verdict(*holds):
-    return 'yes' if all(holds) else 'partly' if any(holds) else 'no'
+# ---------------------------------------------------------------- accuracy
 
 
-def _depth(results, measured):
-    means = mean_accuracies(results)
-    deepest = max(means['plain'].keys() & means['diracnet'].keys())
-    drops = {series: max(means[series].values()) - means[series][deepest]
-             for series in ('plain', 'diracnet')}
-    finding = ', '.join(f'{series} loses {drop:.1f} pp from its best depth to {deepest:.0f} layers'
-                        for series, drop in drops.items())
-    return finding, verdict(drops['plain'] > TIE_MARGIN, drops['diracnet'] <= TIE_MARGIN)
+def accuracies(results):
+    """Returns {(series, x): accuracies, one per seed}; diverged runs count as CHANCE."""
+    def accuracy(record):
+        return record['test_acc_percent'] if record['ended'] == 'whole' else CHANCE
+    return {key: seed_means(runs, accuracy)
+            for key, runs in grouped(results, 'series', 'x').items()}
 
 
-def _width(results, measured):
-    means = mean_accuracies(results)
-    by_width = all(sorted(of.items()) == sorted(of.items(), key=lambda item: item[1])
-                   for of in means.values())
-    depths = sorted(means, key=lambda series: float(series.split()[1]))
-    by_depth = all(means[a][x] <= means[b][x] for a, b in zip(depths, depths[1:])
-                   for x in means[a].keys() & means[b].keys())
-    finding = (f'accuracy {"rises" if by_width else "does not always rise"} with width, '
-               f'{"rises" if by_depth else "does not always rise"} with depth')
-    return finding, verdict(by_width, by_depth)
+def estimated(points, comparisons):
+    """Returns the Estimate of each comparison, a list of (weight, (series, x)); [] if some lack."""
+    if not {key for terms in comparisons for _, key in terms} <= points.keys():
+        return []
+    return [welch(*((weight, points[key]) for weight, key in terms)) for terms in comparisons]
 
 
-def _init(results, measured):
-    means = mean_accuracies(results)
-    drops = {series: means[series][1] - min(means[series].values())
-             for series in ('diracnet', 'plain')}
-    finding = ', '.join(f"{series} loses {drop:.1f} pp from Kaiming's initialization to its worst"
-                        for series, drop in drops.items())
-    return finding, verdict(drops['diracnet'] <= TIE_MARGIN)
+def counts(records, keys):
+    """Returns the number of runs of the points as text, such as '3' or '3 to 9'."""
+    groups = grouped(records, 'series', 'x')
+    sizes = sorted({len(groups[key]) for key in keys})
+    return ' to '.join(f'{size}' for size in dict.fromkeys((sizes[0], sizes[-1])))
 
 
-def _identity(results, measured):
-    layers, epochs = (sorted({record[name] for record in measured}) for name in ('layer', 'epoch'))
-    third = len(layers) // 3
-
-    def ratio(epoch, part):
-        return mean_std([record['dirac_norm'] / record['free_norm'] for record in measured
-                         if record['epoch'] == epoch and record['layer'] in part])[0]
-
-    # at initialization alpha is ten times beta: the question is how much of that remains
-    (first, first_after), (last, last_after) = (
-        [ratio(epoch, part) for epoch in (epochs[0], epochs[-1])]
-        for part in (layers[:third], layers[-third:]))
-    finding = (f'ratio of the norms of the Dirac and the learned term: from {first:.1f} to '
-               f'{first_after:.1f} in the first third of the layers, from {last:.1f} to '
-               f'{last_after:.1f} in the last')
-    return finding, verdict(last_after > 1, last_after > first_after)
+def budget_folders(logs):
+    """Returns the folders of the budgets, the longest first."""
+    return [*(logs / name for name in LONGER_BUDGETS), logs]
 
 
-def _alpha_drifts(results, measured):
-    last = max(record['epoch'] for record in measured)
-    drift, _ = mean_std([math.hypot(record['alpha_mean'] - 1, record['alpha_deviation'])
-                         for record in measured if record['epoch'] == last])
-    return (f'alpha differs from its initial value 1 by {drift:.2f} (root mean square of a layer)',
-            verdict(drift > 0.1))
+def by_accuracy(experiment, compare, decide):
+    """Returns the answers to a claim on accuracies, one for each budget with results.
+
+    compare(points) returns a description and its comparisons, [] if results are missing.
+    """
+    def answers(logs):
+        found = []
+        for folder in budget_folders(logs):
+            results = read_pooled(experiment, folder)
+            points = accuracies(results)
+            quantity, comparisons = compare(points)
+            estimates = estimated(points, comparisons)
+            if estimates:
+                again = read_results(folder / 'again' / experiment / 'results.csv')
+                keys = {key for terms in comparisons for _, key in terms}
+                epochs = max(record['epochs'] for record in completed(results))
+                found.append(Answer(
+                    f'{epochs:.0f}', f'{quantity}, pp', estimates,
+                    estimated(accuracies(again), comparisons), counts(results, keys),
+                    decide(estimates, MARGIN)))
+        return found
+    return answers
 
 
-def _difference(results, series, other):
-    means = {name: of[max(of)] for name, of in mean_accuracies(results).items()}
-    return means[series] - means[other]
+def difference(first, second):
+    return [(1, first), (-1, second)]
 
 
-def _large(results, measured):
-    lead = _difference(results, 'diracnet', 'resnet')
-    return f'DiracNet minus ResNet: {lead:+.1f} pp', verdict(lead < -TIE_MARGIN)
+def values_of_x(points, *series):
+    """Returns the values of x that all series have, in order."""
+    return sorted(set.intersection(*({x for name, x in points if name == one} for one in series)))
 
 
-def _versions(results, measured):
-    lead = _difference(results, 'diracnet-v1', 'diracnet')
-    return f'v1 minus v2: {lead:+.1f} pp', verdict(lead <= TIE_MARGIN)
+def lost_with_depth(points, series, minus=None):
+    """Compares the best depth of a series with the deepest, and with the loss of another one."""
+    both = [name for name in (series, minus) if name]
+    depths = [x for x in values_of_x(points, *both) if x <= MAX_DEPTH]
+    if len(depths) < 2:
+        return '', []
+    *shallower, deepest = depths
+    terms, best = [], {}
+    for name, sign in zip(both, (1, -1)):
+        best[name] = max(shallower, key=lambda x, name=name: statistics.mean(points[name, x]))
+        terms += [(sign, (name, best[name])), (-sign, (name, deepest))]
+    if minus:
+        return f'loss to {deepest:.0f} layers, {series} - {minus}', [terms]
+    return f'loss from {best[series]:.0f} to {deepest:.0f} layers', [terms]
 
 
-def _extra_time(measured, compared, name):
-    """Returns the extra time of a variant over the baseline as text and as (median, low, high)."""
-    record = next(record for record in measured
-                  if record['compared'].startswith(compared) and record['what'] == name)
-    extra = [100 * (1 / record[column] - 1) for column in ('ratio', 'ratio_high', 'ratio_low')]
-    return ('{:+.1f} % (95 % CI {:+.1f} to {:+.1f}; '.format(*extra)
-            + f'{record["dtype"]}, n = {record["n"]:.0f})', extra)
+def resnet_minus_diracnet(points):
+    depths = [x for x in values_of_x(points, 'resnet', 'diracnet') if x <= MAX_DEPTH]
+    span = ' to '.join(f'{x:.0f}' for x in dict.fromkeys(depths[:1] + depths[-1:]))
+    return f'resnet - diracnet, {span} layers', [
+        difference(('resnet', x), ('diracnet', x)) for x in depths]
 
 
-def _training_cost(results, measured):
-    finding, (extra, _, _) = _extra_time(measured, 'a training step', 'diracnet')
-    return f'time of a step {finding}', verdict(extra < 5)
+def doubled_width(points):
+    pairs = [((series, a), (series, b)) for series in dict.fromkeys(s for s, _ in points)
+             for a, b in itertools.pairwise(values_of_x(points, series))]
+    return f'gain of each of {len(pairs)} doublings', [difference(b, a) for a, b in pairs]
 
 
-def _training_cost_on_a_gpu(results, measured):
-    comparisons = gpu.training_comparisons(measured).values()
-    default, compiled = ([gpu.overhead_of_w_hat(variants, form)[0]
-                          for variants in comparisons] for form in gpu.FORMS)
-    ranges = [f'{min(extra):+.1f} to {max(extra):+.1f} %' for extra in (default, compiled)]
-    device = next(record['device'] for variants in comparisons for record in variants.values())
-    finding = (f'time of a step {ranges[0]}, with --compile {ranges[1]} (bfloat16, '
-               f'{len(comparisons)} comparisons, {device})')
-    return finding, verdict(*(extra < 5 for extra in default + compiled))
+def more_layers(points):
+    depths = sorted({series for series, _ in points}, key=lambda s: float(s.split()[1]))
+    if len(depths) < 2:
+        return '', []
+    first, last = depths[0], depths[-1]
+    widths = values_of_x(points, first, last)
+    return f'gain from {first} to {last}, {len(widths)} widths', [
+        difference((last, x), (first, x)) for x in widths]
 
 
-def _inference_cost(results, measured):
-    finding, (extra, low, high) = _extra_time(measured, 'inference', 'diracnet, folded')
-    return f'time of inference {finding}', verdict(low <= 0 <= high or extra < 1)
+def scaled_init(points, series, scales):
+    known = [scale for scale in scales if (series, scale) in points]
+    return (f"loss from Kaiming's std to {' and '.join(f'{scale:g}' for scale in known)} of it",
+            [difference((series, 1), (series, scale)) for scale in known])
 
 
-PAPER = 'DiracNets, arXiv 1706.00388'
+def two_models(points, first, second):
+    """Compares two models of an experiment that trains each model at one depth."""
+    keys = {series: (series, x) for series, x in points}
+    if not {first, second} <= keys.keys():
+        return '', []
+    return f'{first} - {second}', [difference(keys[first], keys[second])]
+
+
+# ---------------------------------------------------------------- alpha and beta
+
+
+def alpha_drift(layers):
+    """Returns the mean over the layers of the root mean square of alpha - 1."""
+    return statistics.mean(math.hypot(layer['alpha_mean'] - 1, layer['alpha_deviation'])
+                           for layer in layers)
+
+
+def third_of(layers, i):
+    """Returns the first, middle or last third of the layers: i is 0, 1 or 2."""
+    size = len(layers) // 3
+    return (layers[:size], layers[size:-size], layers[-size:])[i]
+
+
+def norm_ratio(layers):
+    """Returns the mean over the layers of the norm of the Dirac term over the learned term's."""
+    return statistics.mean(layer['dirac_norm'] / layer['free_norm'] for layer in layers)
+
+
+def last_ratio(layers):
+    return norm_ratio(third_of(layers, 2))
+
+
+def rise_of_ratio(layers):
+    return last_ratio(layers) - norm_ratio(third_of(layers, 0))
+
+
+def pretrained_layers(logs):
+    """Returns {name: (epochs, layers)} of the released checkpoints, the longest run first."""
+    found = {name: (read_log(logs / name / LOG_FILE)[-1]['epoch'],
+                    layer_statistics(load_params(logs / name / MODEL_FILE)))
+             for name in TRAINED if (logs / name / MODEL_FILE).exists()}
+    return dict(sorted(found.items(), key=lambda item: -item[1][0]))
+
+
+def layers_of_runs(*folders):
+    """Returns the layers of the runs of alpha-beta after their last epoch.
+
+    Each record has the series, the seed, the epochs, and the records of the layers as `layers`.
+    """
+    runs = []
+    for folder in folders:
+        records = read_results(folder / 'alpha-beta' / 'measured.csv')
+        last = max((record['epoch'] for record in records), default=0)
+        runs += [{'series': series, 'seed': seed, 'epochs': last, 'layers': [*layers]}
+                 for (series, seed), layers in grouped(
+                     [r for r in records if r['epoch'] == last], 'series', 'seed').items()]
+    return runs
+
+
+def by_layers(quantity, value, margin, form):
+    """Returns the answers on the layers: the released checkpoints first, then the short runs.
+
+    A checkpoint is a single run without interval, whose value alone decides.
+    """
+    def over_seeds(runs):
+        return [welch((1, seed_means(group, lambda run: value(run['layers']))))
+                for group in grouped(runs, 'series').values()]
+
+    def answers(logs):
+        found = []
+        pretrained = pretrained_layers(logs)
+        if pretrained:
+            estimates = [Estimate(*[value(layers)] * 3) for _, layers in pretrained.values()]
+            verdicts = {exceeds([estimate], margin) for estimate in estimates}
+            found.append(Answer(
+                ' and '.join(f'{epochs}' for epochs, _ in pretrained.values()), quantity,
+                estimates, [], ' and '.join('1' * len(pretrained)),
+                verdicts.pop() if len(verdicts) == 1 else 'inconclusive', form))
+        for folder in budget_folders(logs):
+            runs = layers_of_runs(folder, folder / 'again')
+            if runs:
+                estimates = over_seeds(runs)
+                found.append(Answer(
+                    f'{runs[0]["epochs"]:.0f}', quantity, estimates,
+                    over_seeds(layers_of_runs(folder / 'again')), f'{len(runs)}',
+                    exceeds(estimates, margin), form))
+        return found
+    return answers
+
+
+# ---------------------------------------------------------------- time
+
+
+def extra_time(record):
+    """Returns the extra time over the baseline, in per cent, of a record of a timing."""
+    return Estimate(*(100 * (1 / record[name] - 1) for name in (
+        'ratio', 'ratio_high', 'ratio_low')))
+
+
+def decide_time(estimates):
+    """Returns 'no' if an interval exceeds TIME_MARGIN, 'yes' if no median does."""
+    if any(estimate.low > TIME_MARGIN for estimate in estimates):
+        return 'no'
+    return 'yes' if all(e.value < TIME_MARGIN for e in estimates) else 'inconclusive'
+
+
+def time_answer(quantity, estimates, replication=()):
+    return [Answer('', f'{quantity}, %', estimates, [*replication], f'{len(estimates)}',
+                   decide_time(estimates))] if estimates else []
+
+
+def cost_records(logs, compared, name):
+    return [extra_time(record) for record in read_results(logs / 'cost' / 'measured.csv')
+            if record['compared'].startswith(compared) and label(record['what']) == name]
+
+
+def training_on_a_cpu(logs, name):
+    """Returns all measurements of W_hat on a CPU: of `cost`, its replication, and the benchmark."""
+    estimates = []
+    again = []
+    if name == 'W_hat':
+        again = cost_records(logs / 'again', 'a training step', 'diracnet')
+        estimates = cost_records(logs, 'a training step', 'diracnet') + again
+    estimates += [extra_time(record) for record in read_results(logs / 'bench.csv')
+                  if record['compared'].startswith('W_hat') and label(record['what']) == name]
+    return time_answer('extra time of a step, CPU', estimates, again)
+
+
+def training_on_a_gpu(logs, forms, imagenet):
+    """Returns the measurements of W_hat on the GPU, for ImageNet (batches of 256) or CIFAR."""
+    comparisons = gpu.training_comparisons(read_results(logs / 'gpu' / 'rates.csv'))
+    chosen = [variants for settings, variants in comparisons.items()
+              if settings.endswith('batch 256') == imagenet]
+    estimates = [Estimate(*gpu.overhead_of_w_hat(variants, form))
+                 for variants in chosen for form in forms]
+    devices = {record['device'].removeprefix('NVIDIA ').partition(' ')[0]
+               for variants in chosen for record in variants.values()}
+    return time_answer(f'extra time of a step, {", ".join(sorted(devices))}', estimates)
+
+
+def inference_on_a_cpu(logs):
+    first, again = (cost_records(folder, 'inference', 'diracnet, folded')
+                    for folder in (logs, logs / 'again'))
+    return time_answer('extra time, CPU', first + again, again)
+
+
+# ---------------------------------------------------------------- all
+
+
+PAPER, OTHER = 'section 4', 'Oyedotun et al.'  # the paper is DiracNets, arXiv 1706.00388
+DEPTH, WIDTH, INIT = 'Depth', 'Width and large networks', 'Initialization scale'
+ALPHA, ABLATIONS, COST = 'Alpha and beta', 'Ablations', 'Cost'
+EASY_INIT = 'DiracNets need no careful initialization: std / '
+MINOR = 'W_hat is a minor cost in training: '
 CLAIMS = [
-    Claim('depth', 'plain networks get worse with depth, DiracNets do not', PAPER, _depth),
-    Claim('width', 'both depth and width raise the accuracy', PAPER, _width),
-    Claim('init', 'careful initialization is mostly not needed', PAPER, _init),
-    Claim('alpha-beta', 'deep layers stay near the identity', PAPER, _identity),
-    Claim('alpha-beta', 'alpha drifts away from the identity', 'Oyedotun et al.', _alpha_drifts),
-    Claim('large', 'large DiracNets are less accurate than ResNets', 'Oyedotun et al.', _large),
-    Claim('versions', 'ReLU with alpha and beta per channel is no worse than NCReLU', PAPER,
-          _versions),
-    Claim('cost', 'W_hat is a minor cost in training', PAPER, _training_cost),
-    Claim('gpu', 'W_hat is a minor cost in training', PAPER, _training_cost_on_a_gpu),
-    Claim('cost', 'a folded DiracNet has no extra cost at inference', PAPER, _inference_cost),
+    Claim('plain networks degrade with depth', PAPER, DEPTH, by_accuracy(
+        'depth', partial(lost_with_depth, series='plain'), exceeds)),
+    Claim('DiracNets do not degrade with depth', PAPER, DEPTH, by_accuracy(
+        'depth', partial(lost_with_depth, series='diracnet'), stays_within)),
+    Claim('DiracNets degrade less than ResNets', 'this project', DEPTH, by_accuracy(
+        'depth', partial(lost_with_depth, series='resnet', minus='diracnet'), exceeds)),
+    Claim('DiracNets of width 1 are nearly as accurate as ResNets', 'abstract', DEPTH, by_accuracy(
+        'depth', resnet_minus_diracnet, stays_within)),
+    Claim('large DiracNets are less accurate than ResNets', OTHER, WIDTH, by_accuracy(
+        'large', partial(two_models, first='resnet', second='diracnet'), exceeds)),
+    Claim('width raises the accuracy', PAPER, WIDTH, by_accuracy(
+        'width', doubled_width, exceeds)),
+    Claim('depth raises the accuracy, up to 28 layers', PAPER, WIDTH, by_accuracy(
+        'width', more_layers, exceeds)),
+    Claim(EASY_INIT + '10', 'abstract', INIT, by_accuracy(
+        'init', partial(scaled_init, series='diracnet', scales=(0.1,)), stays_within)),
+    Claim(EASY_INIT + '100', 'abstract', INIT, by_accuracy(
+        'init', partial(scaled_init, series='diracnet', scales=(0.01,)), stays_within)),
+    Claim('plain networks need careful initialization', 'abstract', INIT, by_accuracy(
+        'init', partial(scaled_init, series='plain', scales=(0.1, 0.01)), exceeds)),
+    Claim('alpha drifts away from 1', OTHER, ALPHA, by_layers(
+        'root mean square of alpha - 1', alpha_drift, ALPHA_MARGIN, '.2f')),
+    Claim('the identity dominates in deep layers', PAPER, ALPHA, by_layers(
+        'Dirac / learned term, last third', last_ratio, 1, '.2f')),
+    Claim('deep layers stay nearer to the identity than shallow ones', PAPER, ALPHA, by_layers(
+        'Dirac / learned term, last - first third', rise_of_ratio, 0, '+.2f')),
+    Claim('ReLU with alpha and beta per channel is no worse than NCReLU', 'version 2', ABLATIONS,
+          by_accuracy('versions', partial(two_models, first='diracnet-v1', second='diracnet'),
+                      stays_within)),
+    *(Claim(MINOR + text, 'abstract', COST, partial(training_on_a_cpu, name=name))
+      for text, name in (('CPU', 'W_hat'), ('CPU, layer by layer', 'W_hat, layer by layer'))),
+    *(Claim(MINOR + text, 'abstract', COST, partial(
+        training_on_a_gpu, forms=forms, imagenet=imagenet)) for text, forms, imagenet in (
+            ('GPU, CIFAR networks', gpu.FORMS[:1], False),
+            ('GPU, CIFAR networks, --compile', gpu.FORMS[1:], False),
+            ('GPU, 224 pixels, with and without --compile', gpu.FORMS, True))),
+    Claim('a folded DiracNet has no extra cost at inference', 'abstract', COST,
+          inference_on_a_cpu),
 ]
+
+
+def anchor(heading):
+    """Returns the anchor of a heading, as GitHub makes it."""
+    return heading.lower().replace(' ', '-')
+
+
+def claims(logs):
+    """The claims, one line per budget that answers them."""
+    lines = []
+    for claim in CLAIMS:
+        link = f'[{claim.section}](#{anchor(claim.section)})'
+        for answer in claim.answers(logs):
+            lines.append([
+                claim.text, claim.source, answer.quantity, answer.epochs,
+                *(show(estimates, answer.form)
+                  for estimates in (answer.estimates, answer.replication)),
+                answer.n, f'**{answer.verdict}**', link])
+    return ['claim', 'source', 'quantity', 'epochs', 'ours (95 % CI)', 'replication', 'n',
+            'verdict', 'section'], lines

@@ -3,7 +3,8 @@
     python -m experiments.figures             # all that have results
     python -m experiments.figures depth       # logs/depth/depth.png
 
-Points are means over seeds, gray circles single runs, error bars one std; n is the number of seeds.
+Points are means over all runs of a configuration, replications included, gray circles single runs,
+error bars one std; n is the number of runs. `replication` compares first runs and replications.
 Markers and dashes identify the series too, for printing in black and white.
 """
 
@@ -11,6 +12,8 @@ import functools
 import itertools
 import math
 import operator
+import re
+import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -21,9 +24,13 @@ from experiments.definitions import COMPARED_BLOCKS, EXPERIMENTS
 from experiments.results import (
     ROOT,
     completed,
+    configuration,
     grouped,
+    grouped_by,
     label,
     mean_std,
+    read_both,
+    read_pooled,
     read_results,
     seed_counts,
     step_times,
@@ -185,15 +192,22 @@ def versions(figure, results, measured, logs):
 
 
 def cost(figure, results, measured, logs):
+    """Draws both measurements of the times: the first one above, the replication below."""
     panels = figure.subplots(1, 2)
     for axes, ((title,), group) in zip(panels, grouped(measured, 'compared').items()):
-        for y, record in enumerate(group):
-            time, low, high = (1 / record[name] for name in ('ratio', 'ratio_high', 'ratio_low'))
-            axes.barh(y, time, color='0.7', edgecolor='black')
-            axes.errorbar(time, y, xerr=[[time - low], [high - time]], color='black', capsize=3)
-            axes.annotate(f'{time:.2f}', (0.02, y), va='center', fontsize=9)
-        axes.set_yticks(range(len(group)), [label(record['what']) for record in group])
+        names = [*dict.fromkeys(record['what'] for record in group)]
+        for i, (style, (dtype,), records) in enumerate(styled(grouped(group, 'dtype'))):
+            times, low, high = ([1 / record[name] for record in records]
+                                for name in ('ratio', 'ratio_high', 'ratio_low'))
+            below, above = map(operator.sub, times, low), map(operator.sub, high, times)
+            axes.errorbar(times, [names.index(record['what']) + 0.2 * i for record in records],
+                          xerr=[[*below], [*above]], label=dtype,
+                          **{**style, 'linestyle': 'none'})
+        axes.set_yticks(range(len(names)), [label(name) for name in names])
         axes.invert_yaxis()
+        axes.axvline(1, color='black', linewidth=0.8)
+        axes.grid(alpha=0.25, axis='x')
+        axes.legend(fontsize=8)
         axes.set(xlabel=f'time / time of the first (median, 95 % CI, n = {group[0]["n"]:.0f})',
                  title=f'{label(title)}, 128 images')
 
@@ -270,6 +284,49 @@ def thousand(figure, results, measured, logs):
         finish(axes, 'layer / layers', 'gradient norm / norm, of the filters')
 
 
+def replication_pairs(logs):
+    """Returns [(first runs, their replication)] of the configurations with several seeds of both.
+
+    Both are {seed: accuracy}.
+    """
+    sets = [
+        grouped_by(configuration, completed([
+            record for path in sorted(folder.glob('*/results.csv'))
+            for record in read_results(path) if record['dataset'] == 'Folder']))
+        for folder in (logs, logs / 'again')]
+    pairs = {key: [{record['seed']: record['test_acc_percent'] for record in of[key]}
+                   for of in sets] for key in sets[1] if key in sets[0]}
+    return {key: pair for key, pair in pairs.items()
+            if pair[0].keys() == pair[1].keys() and len(pair[0]) > 1}
+
+
+def replication(figure, logs):
+    """Draws the replication over the first runs: means, and deviations of the runs of one seed."""
+    means, deviations = figure.subplots(1, 2)
+    depths = {}
+    for (_, run), pair in replication_pairs(logs).items():
+        layers = int(re.search(r'-(\d+)-', run)[1])
+        name = '28 layers' if layers == 28 else '10 and 16 layers'
+        depths.setdefault(name, []).append(pair)
+    for style, (name, pairs) in zip(STYLES, sorted(depths.items())):
+        style = {**style, 'linestyle': 'none', 'markersize': 5}
+        (x, xerr), (y, yerr) = (zip(*(mean_std([*pair[i].values()]) for pair in pairs))
+                                for i in (0, 1))
+        means.errorbar(x, y, yerr, xerr, label=f'{name} ({len(pairs)} configurations)',
+                       **{**style, 'capsize': 0})
+        first, second = ([pair[i][seed] - mean_std([*pair[i].values()])[0]
+                          for pair in pairs for seed in sorted(pair[0])] for i in (0, 1))
+        style.pop('capsize')
+        deviations.plot(first, second,
+                        label=f'{name}: r = {statistics.correlation(first, second):.2f}', **style)
+    for axes in (means, deviations):
+        low, high = axes.get_xlim()
+        axes.plot((low, high), (low, high), color='0.5', linewidth=0.8)
+    finish(means, f'{ACCURACY}, first runs', f'{ACCURACY}, replication')
+    finish(deviations, 'run of a seed - mean over seeds, first runs (pp)', 'the same, replication')
+    figure.suptitle('Does the replication reproduce the first runs? (n = 3 seeds each)')
+
+
 FIGURES = {
     'depth': functools.partial(over_x, xlabel='depth (layers)'),
     'init': functools.partial(over_x, xlabel="initial std of the filters / Kaiming's std"),
@@ -279,18 +336,25 @@ FIGURES = {
 }
 TWO_ROWS = {'versions', 'alpha-beta'}
 FROM_MEASURED = {'alpha-beta', 'cost', 'int8', 'speedrun'}  # drawn from measured.csv alone
+FROM_FIRST_RUNS = {'versions', 'thousand'}  # histograms, gradients: those of the first runs
+REPLICATION = 'replication'  # a figure of two experiments or more, in logs/again/
 
 
 def draw(experiment, logs):
     """Draws an experiment from its files under `logs`; raises ValueError if there are none."""
     folder = logs / experiment
-    results = read_results(folder / 'results.csv')
-    runs, measured = completed(results), read_results(folder / 'measured.csv')
-    if not runs and not measured:
-        raise ValueError(f'{folder}: no results; run python -m experiments.run {experiment}')
+    first, again = read_both(experiment, 'measured.csv', logs)
+    measured = first if experiment in FROM_FIRST_RUNS else first + again
     if experiment in FROM_MEASURED and not measured:
         raise ValueError(f'{folder}: nothing in measured.csv yet; run python -m experiments.run '
                          f'{experiment}')
+    results = read_pooled(experiment, logs)
+    if experiment in FROM_MEASURED or experiment == 'thousand':  # n is the number of runs drawn
+        first, again = read_both(experiment, 'results.csv', logs)
+        results = first if experiment in FROM_FIRST_RUNS else first + again
+    runs = completed(results)
+    if not runs and not measured:
+        raise ValueError(f'{folder}: no results; run python -m experiments.run {experiment}')
     figure = Figure((11, 7.4 if experiment in TWO_ROWS else 4.2), dpi=110, layout='constrained')
     FIGURES[experiment](figure, runs, measured, logs)
     diverged = len(results) - len(runs)
@@ -302,8 +366,14 @@ def draw(experiment, logs):
 
 def save(experiment, logs):
     """Draws an experiment into its folder; returns the path of the PNG."""
-    path = logs / experiment / f'{experiment}.png'
-    draw(experiment, logs).savefig(path)
+    if experiment == REPLICATION:
+        path = logs / 'again' / 'replication.png'
+        figure = Figure((11, 4.6), dpi=110, layout='constrained')
+        replication(figure, logs)
+    else:
+        path = logs / experiment / f'{experiment}.png'
+        figure = draw(experiment, logs)
+    figure.savefig(path)
     return path
 
 
@@ -314,6 +384,7 @@ def main(argv=None):
                         help='folder of the results (default: logs)')
     opt = parser.parse_args(argv)
     with_results = [name for name in EXPERIMENTS if list((opt.logs / name).glob('*.csv'))]
+    with_results += [REPLICATION] * bool(replication_pairs(opt.logs))
     with exit_on_error('experiments.figures'):
         for name in opt.experiments or with_results:
             print(save(name, opt.logs))

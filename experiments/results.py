@@ -2,8 +2,10 @@
 
 import csv
 import fcntl
+import operator
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -15,6 +17,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 CPU = 'CPU'  # in the `device` column; a GPU has its name there
 LABELS = {  # shown instead of names that are stored in CSV files
+    'float': 'float32',
     'ordinary convolutions': 'standard convolutions',
     'a training step, 28-1': 'training step, 28-1',
     'plain, of modules': 'plain, module-based',
@@ -86,6 +89,50 @@ def append_results(records, path):
         writer.writerows(records)
 
 
+# ---------------------------------------------------------------- all runs of a configuration
+
+
+def configuration(record):
+    """Returns the dataset and the options of a run: all but its seed."""
+    return record['dataset'], re.sub(r'-s\d+$', '', record['run'])
+
+
+def all_runs(logs):
+    """Returns the result of each run once: first runs, replications, and those on other devices.
+
+    Experiments share runs, and a repetition may be bit-identical: results of one seed with equal
+    accuracy and loss are one run.
+    """
+    again = logs / 'again'
+    runs = {}
+    for path in (*sorted(logs.glob('*/results.csv')), logs / 'depth' / 'cpu.csv',
+                 *sorted(again.glob('*/results.csv'))):
+        for record in read_results(path):
+            if again in path.parents:
+                record['log'] = f'again/{record["log"]}'
+            runs.setdefault((record['dataset'], record['run'], record['test_acc_percent'],
+                             record['train_loss']), record)
+    return [*runs.values()]
+
+
+def read_pooled(experiment, logs):
+    """Returns all runs of the configurations of an experiment, with its `series` and `x`."""
+    first = read_results(logs / experiment / 'results.csv')
+    points = {configuration(record): {name: record[name] for name in ('series', 'x')}
+              for record in first}
+    runs = grouped_by(configuration, all_runs(logs)) if points else {}
+    return [{**record, **point} for key, point in points.items()
+            for record in sorted(runs[key], key=operator.itemgetter('seed'))]
+
+
+def read_both(experiment, name, logs):
+    """Returns the records of a file of an experiment: those of the first runs, and the replication.
+
+    name: `results.csv` or `measured.csv`.
+    """
+    return [read_results(folder / experiment / name) for folder in (logs, logs / 'again')]
+
+
 # ---------------------------------------------------------------- groups and statistics
 
 
@@ -94,12 +141,26 @@ def completed(results):
     return [record for record in results if record['ended'] == 'whole']
 
 
-def grouped(records, *columns):
-    """Returns {values of the columns: records}, in the order of the records."""
+def grouped_by(key, records):
+    """Returns {key of a record: records}, in the order of the records."""
     groups = defaultdict(list)
     for record in records:
-        groups[tuple(record[name] for name in columns)].append(record)
+        groups[key(record)].append(record)
     return groups
+
+
+def grouped(records, *columns):
+    """Returns {values of the columns: records}, in the order of the records."""
+    return grouped_by(lambda record: tuple(record[name] for name in columns), records)
+
+
+def seed_means(records, value):
+    """Returns the mean of `value(record)` over the runs of each seed.
+
+    Runs of one seed have the same initial parameters and are no independent samples: their
+    accuracies are correlated (docs/results.md, Replication).
+    """
+    return [statistics.mean(map(value, runs)) for runs in grouped(records, 'seed').values()]
 
 
 def mean_std(values):
@@ -111,6 +172,17 @@ def step_times(logs):
     """Returns {block: (median, low, high)} of a step over one of `base`, as `blocks` measured."""
     return {record['what']: [1 / record[name] for name in ('ratio', 'ratio_high', 'ratio_low')]
             for record in read_results(logs / 'blocks' / 'steps.csv')}
+
+
+def column(records, name):
+    return [record[name] for record in records]
+
+
+def format_mean(values, digits=2):
+    """Returns the mean of values, and their std if there are several, as text."""
+    mean, std = mean_std(values)
+    mean = round(mean, digits) + 0.0  # never -0.00
+    return f'{mean:.{digits}f}' + (f' ± {std:.{digits}f}' if len(values) > 1 else '')
 
 
 def seed_counts(results):

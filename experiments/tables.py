@@ -3,10 +3,10 @@
     python -m experiments.tables
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; the rest of a page stays. NAME may
-start with a folder of logs/: `again/int8` is the table of int8's replication.
+start with a folder of logs/: `medium/depth` is the table of `depth` in the budget `medium`. The
+tables of docs/results.md are in experiments/claims.py and result_tables.py.
 """
 
-import functools
 import itertools
 import re
 from pathlib import Path
@@ -16,36 +16,26 @@ import torch
 import cli
 from cli import ArgumentParser, exit_on_error
 from diracnet import DiracNet
-from diracnets.checkpoint import MODEL_FILE
 from diracnets.fold import fold
 from diracnets.models.registry import create_model
 from diracnets.preprocessing import Preprocessing
 from experiments import gpu
-from experiments.claims import CLAIMS
-from experiments.definitions import (
-    BUDGETS,
-    COMPARED_BLOCKS,
-    EXPERIMENTS,
-    command_line,
-    estimated_hours,
-)
+from experiments.claims import claims
+from experiments.definitions import command_line
 from experiments.interleaved import RATIO, pairs_with_baseline
-from experiments.measures import DEPTH, RUN_MEASURES
+from experiments.result_tables import RESULT_TABLES
 from experiments.results import (
     CPU,
     ROOT,
+    column,
     completed,
+    format_mean,
     grouped,
     label,
-    mean_std,
     read_csv,
     read_results,
-    seed_counts,
-    step_times,
 )
 from experiments.variants import multiply_adds
-from hubconf import TRAINED
-from training.log import LOG_FILE, read_log
 from training.options import RECIPE_FOLDER
 
 PAGES = [ROOT / name for name in (
@@ -53,47 +43,7 @@ PAGES = [ROOT / name for name in (
 MARKED = re.compile(r'<!-- table: ([\w/-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 
-def format_mean(values, digits=2):
-    mean, std = mean_std(values)
-    mean = round(mean, digits) + 0.0  # never -0.00
-    return f'{mean:.{digits}f}' + (f' ± {std:.{digits}f}' if len(values) > 1 else '')
-
-
-def column(records, name):
-    return [record[name] for record in records]
-
-
 # ---------------------------------------------------------------- one experiment
-
-
-def accuracy_table(results, measured, x=''):
-    """One line per point: accuracy and loss, mean ± std over the seeds that did not diverge.
-
-    `x` names what the points of a series differ in. Without it, a series is one point, and x is
-    its order.
-    """
-    lines = []
-    points = sorted(grouped(results, 'series', 'x').items(),
-                    key=lambda item: item[0] if x else item[0][1])
-    for (series, value), seeds in points:
-        runs, point = completed(seeds), [label(series), f'{value:g}'] if x else [label(series)]
-        diverged = f', {len(seeds) - len(runs)} diverged' * (len(seeds) > len(runs))
-        lines.append([*point, f'{len(runs)}{diverged}', *([
-            format_mean(column(runs, 'test_acc_percent')),
-            format_mean(column(runs, 'train_loss'), 3), f'{runs[0]["parameters"]:,.0f}',
-        ] if runs else [''] * 3)])
-    return ['model', *([x] if x else []), 'n', 'test accuracy, %', 'training loss',
-            'parameters'], lines
-
-
-def int8(results, measured):
-    lines = []
-    for (series,), runs in grouped(measured, 'series').items():
-        float32, int8, equalized = (column(runs, f'{name}_test_acc_percent')
-                                    for name in ('float32', 'int8', 'equalised_int8'))
-        lines.append([series, str(len(runs)), *map(format_mean, (float32, int8)), *(
-            format_mean([a - b for a, b in zip(float32, form)]) for form in (int8, equalized))])
-    return ['model', 'n', 'float32, %', 'int8, %', 'drop, pp', 'drop if equalized, pp'], lines
 
 
 def speedrun(results, measured):
@@ -107,22 +57,7 @@ def speedrun(results, measured):
             'matmul rate, GFLOP/s', 'matmul-equivalent compute, TFLOP'], lines
 
 
-def cost(results, measured):
-    lines = [[
-        label(record['compared']), label(record['what']), record['dtype'], f'{record["n"]:.0f}',
-        f'{128_000 / record["images_per_second"]:.1f}',
-        '{:.3f} ({:.3f} to {:.3f})'.format(
-            *(1 / record[name] for name in ('ratio', 'ratio_high', 'ratio_low'))),
-    ] for record in measured]
-    return ['of 128 images', 'model', 'dtype', 'n', 'ms', 'time / first (95 % CI)'], lines
-
-
-EXPERIMENT_TABLES = {  # accuracy_table for the others
-    'depth': functools.partial(accuracy_table, x='depth'),
-    'width': functools.partial(accuracy_table, x='width'),
-    'init': functools.partial(accuracy_table, x="std / Kaiming's"),
-    'int8': int8, 'cost': cost, 'speedrun': speedrun,
-}
+EXPERIMENT_TABLES = {'speedrun': speedrun}
 
 
 # ---------------------------------------------------------------- several experiments
@@ -138,28 +73,6 @@ def tried(logs):
             'test accuracy, %'], lines
 
 
-def pretrained(logs):
-    """The released checkpoints: from their logs, and their accuracy in float32.
-
-    A folder may contain the logs of other seeds: the last column, as measured in training.
-    """
-    lines = []
-    for name in TRAINED:
-        epochs = read_log(logs / name / LOG_FILE)
-        last, size = epochs[-1], (logs / name / MODEL_FILE).stat().st_size
-        seeds = [read_log(log)[-1]['test_acc'] for log in sorted((logs / name).glob('*log.txt'))]
-        images = read_csv(logs / name / 'seen' / 'predictions.csv')
-        correct = sum(image['class'] == image['labelled'] for image in images)
-        lines.append([
-            f'[{name}](../logs/{name}/README.md)', f'{last["n_parameters"]:,}',
-            f'{size / 1e6:.1f}', f'{last["epoch"]}',
-            f'{sum(column(epochs, "train_time")) / 3600:.1f}',
-            f'{100 * correct / len(images):.2f}', f'{len(seeds)}', format_mean(seeds),
-        ])
-    return ['model', 'parameters', 'file, MB', 'epochs', 'hours', 'test accuracy, %', 'seeds',
-            'all seeds, bfloat16, %'], lines
-
-
 def by_depth(logs):
     """The accuracies of `depth`: one line per model, one column per depth."""
     groups = grouped(completed(read_experiment('depth', logs)[0]), 'series', 'x')
@@ -168,92 +81,6 @@ def by_depth(logs):
         format_mean(column(groups[name, layers], 'test_acc_percent'))
         if (name, layers) in groups else '' for layers in sorted(depths))] for name in names]
     return ['model', *(f'{layers:.0f} layers' for layers in sorted(depths))], lines
-
-
-def blocks(logs):
-    """The blocks of plain networks: accuracy and loss at each depth, and the costs at one."""
-    groups = grouped(read_experiment('blocks', logs)[0], 'series', 'x')
-    depths, times = sorted({layers for _, layers in groups}), step_times(logs)
-    drops = {
-        record['run']: record['float32_test_acc_percent'] - record['int8_test_acc_percent']
-        for name in ('int8', 'blocks') for record in read_experiment(name, logs)[1]}
-
-    def with_n(values, diverged=0):
-        counts = [f'{len(values)}', *[f'{diverged} diverged'] * (diverged > 0)]
-        mean = [format_mean(values)] if values else []
-        return ' '.join([*mean, f'({", ".join(counts)})']) if values or diverged else ''
-
-    lines = []
-    for block in [name for name in COMPARED_BLOCKS if any(name == key[0] for key in groups)]:
-        seeds = {layers: groups.get((block, layers), []) for layers in [*depths, DEPTH]}
-        runs = {layers: completed(records) for layers, records in seeds.items()}
-        lines.append([
-            block, f'{runs[DEPTH][0]["parameters"]:,.0f}' if runs[DEPTH] else '',
-            '{:.2f} ({:.2f} to {:.2f})'.format(*times[block]) if block in times else '',
-            *(with_n(column(runs[n], 'test_acc_percent'), len(seeds[n]) - len(runs[n]))
-              for n in depths),
-            *(format_mean(column(runs[n], 'train_loss'), 3) if runs[n] else '' for n in depths),
-            with_n([drops[record['run']] for record in runs[DEPTH] if record['run'] in drops]),
-        ])
-    return ['block', f'parameters, {DEPTH} layers', 'step time / base (95 % CI)',
-            *(f'{n:.0f} layers, % (n)' for n in depths), *(f'loss, {n:.0f} layers' for n in depths),
-            'int8 drop, pp (n)'], lines
-
-
-def common_points(first, second):
-    """Yields (series, x) and the cells of the points that two lists of results share."""
-    groups = [grouped(completed(results), 'series', 'x') for results in (first, second)]
-    for key in [key for key in groups[0] if key in groups[1]]:
-        accuracies = [column(group[key], 'test_acc_percent') for group in groups]
-        means = [mean_std(values)[0] for values in accuracies]
-        yield key, [' and '.join(str(len(values)) for values in accuracies),
-                    *map(format_mean, accuracies), f'{round(means[1] - means[0], 2) + 0:+.2f}']
-
-
-def devices(logs):
-    """The runs of `depth` on a GPU, and the same on a CPU (cpu.csv)."""
-    cpu, gpu = ([record for record in read_results(logs / 'depth' / name)
-                 if (record['device'] == CPU) == on_cpu]
-                for name, on_cpu in (('cpu.csv', True), ('results.csv', False)))
-    lines = [[f'{series}-{depth:.0f}-1', *cells]
-             for (series, depth), cells in common_points(cpu, gpu)]
-    return ['model', 'n', 'CPU, %', 'GPU, %', 'GPU - CPU, pp'], lines
-
-
-def with_replication(experiment, logs):
-    """Returns the results of an experiment, and those of its replication in logs/again/."""
-    return [read_results(folder / experiment / 'results.csv')
-            for folder in (logs, logs / 'again')]
-
-
-def again(logs):
-    """The replication from scratch (logs/again/), next to the first runs."""
-    lines = []
-    for name in EXPERIMENTS:
-        first, second = with_replication(name, logs)
-        points = grouped(second, 'series', 'x')
-        for (series, x), cells in common_points(first, second):
-            minutes = sum(column(points[series, x], 'train_seconds')) / 60
-            lines.append([name, label(series), f'{x:g}', *cells, f'{minutes:.0f}'])
-    return ['experiment', 'series', 'x', 'n', 'first, %', 'replication, %', 'difference, pp',
-            'minutes'], lines
-
-
-def hours(logs):
-    """The estimated hours of an experiment on a CPU, and the measured hours of training alone.
-
-    Those on a CPU are of the replication, those on a GPU of the first runs; both with their number.
-    """
-    lines, budget = [], BUDGETS['small']
-    for name, define in EXPERIMENTS.items():
-        runs = define(budget)
-        first, second = with_replication(name, logs)
-        on_cpu = [record for record in second if record['device'] == CPU]
-        on_gpu = [record for record in first if record['device'] != CPU]
-        lines.append([name, f'{len(runs)}', f'{estimated_hours(name, budget, runs):.1f}', *(
-            f'{sum(column(results, "train_seconds")) / 3600:.2f} of {len(results)}'
-            if results else '' for results in (on_cpu, on_gpu))])
-    return ['experiment', 'runs', 'hours, estimated', 'hours, CPU', 'hours, GPU'], lines
 
 
 # ---------------------------------------------------------------- architectures
@@ -382,43 +209,6 @@ def gpu_inference(logs):
     return ['settings', 'variant', 'n', 'images/s', 'ratio (95 % CI)', '% of matmul peak'], lines
 
 
-# ---------------------------------------------------------------- claims
-
-
-def claims(logs):
-    """The claims, and the answers of the experiments that are finished."""
-    lines = []
-    for claim in CLAIMS:
-        results, measured = read_experiment(claim.experiment, logs)
-        missing = missing_results(claim.experiment, results, measured)
-        if missing:
-            lines.append([claim.text, claim.source, missing, '', claim.experiment])
-            continue
-        finding, answer = claim.answer(results, measured)
-        answer += f' ({seed_counts(results)})' if results else ''
-        lines.append([claim.text, claim.source, finding, answer, claim.experiment])
-    return ['claim', 'source', 'finding', 'reproduced?', 'experiment'], lines
-
-
-def missing_results(experiment, results, measured):
-    """Returns what an experiment of the small budget still lacks, or '' if it is finished."""
-    if experiment == 'gpu':
-        return '' if gpu.training_comparisons(measured) else 'not run yet'
-    runs = EXPERIMENTS[experiment](BUDGETS['small'])
-    done = {(record['series'], record['x'], record['seed']) for record in results}
-    count = sum((run.series, run.x, run.seed) in done for run in runs)
-    if not results and not measured:
-        return 'not run yet'
-    if count < len(runs):
-        return f'{count} of {len(runs)} runs done'
-    if experiment == 'cost' and len(set(column(measured, 'compared'))) < 2:
-        return 'one of two comparisons done'
-    if experiment in RUN_MEASURES and (
-            set(column(completed(results), 'run')) - set(column(measured, 'run'))):
-        return 'trained, not measured yet'
-    return ''
-
-
 # ---------------------------------------------------------------- pages
 
 
@@ -430,21 +220,21 @@ def read_experiment(experiment, logs):
 
 
 LEFT_ALIGNED = (  # columns of text
-    'finding', 'experiment', 'model', 'series', 'dtype', 'variant', 'source', 'change', 'passed',
-    'baseline', 'images', 'source of the recipe', 'command', 'block')
+    'model', 'variant', 'source', 'change', 'passed', 'baseline', 'images', 'source of the recipe',
+    'command', 'quantity', 'verdict', 'section', 'parameters, millions', 'block')
 OTHER_TABLES = {
-    'claims': claims, 'tried': tried, 'kept': pretrained, 'by-depth': by_depth, 'blocks': blocks,
-    'devices': devices, 'again': again, 'hours': hours, 'bench': bench, 'gpu-checks': gpu_checks,
-    'gpu-training': gpu_training, 'gpu-inference': gpu_inference, 'sizes': sizes,
+    'claims': claims, 'tried': tried, 'by-depth': by_depth, 'bench': bench,
+    'gpu-checks': gpu_checks, 'gpu-training': gpu_training, 'gpu-inference': gpu_inference,
+    'sizes': sizes, **RESULT_TABLES,
 }
 
 
 def table(name, logs):
-    """Returns the Markdown of a table: one of OTHER_TABLES, or of an experiment."""
+    """Returns the Markdown of a table: one of OTHER_TABLES, or of EXPERIMENT_TABLES."""
     if name in OTHER_TABLES:
         header, lines = OTHER_TABLES[name](logs)
     else:
-        header, lines = EXPERIMENT_TABLES.get(name, accuracy_table)(*read_experiment(name, logs))
+        header, lines = EXPERIMENT_TABLES[name](*read_experiment(name, logs))
     return '\n'.join(cli.table(header, lines, left=LEFT_ALIGNED))
 
 
@@ -453,7 +243,7 @@ def fill(page, logs):
 
     def replacement(match):
         folder, _, name = match[1].rpartition('/')
-        names = [*OTHER_TABLES, *EXPERIMENTS]
+        names = [*OTHER_TABLES, *EXPERIMENT_TABLES]
         if name not in names or not (logs / folder).is_dir():
             raise ValueError(f'table {match[1]}: unknown; use one of {", ".join(names)}, after a '
                              f'folder of {logs} or none')

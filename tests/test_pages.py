@@ -76,6 +76,15 @@ def test_links_of_a_page_exist(page):
         assert link.startswith('https://') or (page.parent / link).exists(), link
 
 
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_anchors_of_links_are_headings(page):
+    for link in re.findall(r'\]\((?!https:)([^)]*#[^)]+)\)', text_of(page)):
+        path, _, anchor = link.partition('#')
+        headings = re.findall(r'^#+ (.*)$', text_of(page.parent / path if path else page), re.M)
+        assert anchor in {re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-')
+                          for heading in headings}, link
+
+
 def test_layout_table_lists_all_tracked_files():
     table = text_of('CONTRIBUTING.md').split('## Layout')[1].split('##')[0]
     cells = [line.split('|')[1] for line in table.splitlines() if line.startswith('| `')]

@@ -1,22 +1,10 @@
-"""The tables of the README and docs: they equal the CSV files; and the answers to the claims."""
+"""The tables of the README and docs: they equal the CSV files, and show their latest results."""
 
 import pytest
+from matplotlib.figure import Figure
 
-from experiments import claims, definitions, tables
-
-
-def results(**series):
-    """Returns results of three seeds around the accuracies {x: per cent} of each series."""
-    return [
-        {'series': name, 'x': x, 'seed': seed, 'ended': 'whole', 'train_loss': 1.0,
-         'test_acc_percent': percent + seed - 2, 'parameters': 1000.0}
-        for name, points in series.items() for x, percent in points.items() for seed in (1, 2, 3)
-    ]
-
-
-def answer(experiment, results=(), measured=(), source=claims.PAPER):
-    claim, = (c for c in claims.CLAIMS if (c.experiment, c.source) == (experiment, source))
-    return claim.answer(results, measured)
+from experiments import claims, definitions, figures, result_tables, tables
+from records import around, run_records, write_csv
 
 
 @pytest.mark.parametrize('page', [
@@ -25,30 +13,6 @@ def answer(experiment, results=(), measured=(), source=claims.PAPER):
 def test_tables_of_a_page_equal_the_csv_files(page):
     page = page.read_text()
     assert tables.fill(page, tables.ROOT / 'logs') == page
-
-
-def test_fill_replaces_the_table_between_its_marks(tmp_path):
-    # the mean of 70 and 74; the std of two values is their difference over sqrt(2)
-    of_seeds = ['2, 1 diverged', '72.00 ± 2.83', '1.375 ± 0.177', '368,730']
-    for name, column, cells in (
-        ('delta', 'n', ['diracnet']), ('again/width', 'width', ['diracnet', '2']),
-    ):
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / 'results.csv').write_text(
-            'series,x,ended,test_acc_percent,train_loss,parameters\n'
-            'diracnet,2,whole,70,1.5,368730\ndiracnet,2,whole,74,1.25,368730\n'
-            'diracnet,2,diverged,,,\n')
-        page = f'before\n<!-- table: {name} -->\nold\n<!-- end -->\nafter\n'
-        filled = tables.fill(page, tmp_path)
-        assert filled.startswith(f'before\n<!-- table: {name} -->\n\n| model ')
-        assert filled.endswith('<!-- end -->\nafter\n')
-        header, _, row = (line.split('|') for line in filled.splitlines()[3:6])
-        assert header[2].strip() == column
-        assert [cell.strip() for cell in row[1:-1]] == cells + of_seeds
-        assert tables.fill(filled, tmp_path) == filled
-    for name in ('nothing', 'agian/width'):
-        with pytest.raises(ValueError, match=name):
-            tables.fill(f'<!-- table: {name} -->\n<!-- end -->', tmp_path)
 
 
 def test_bench_shows_the_latest_results_against_the_baseline(tmp_path):
@@ -67,13 +31,6 @@ def test_bench_shows_the_latest_results_against_the_baseline(tmp_path):
     assert len(header) == len(lines[0])
 
 
-def test_accuracy_table_has_empty_cells_when_all_runs_diverged():
-    lost = [{**record, 'ended': 'diverged', 'test_acc_percent': ''}
-            for record in results(plain={100: 60})]
-    (line,) = tables.accuracy_table(lost, [], x='depth')[1]
-    assert line == ['plain', '100', f'0, {len(lost)} diverged', '', '', '']
-
-
 def test_by_depth_leaves_out_diverged_runs(tmp_path):
     (tmp_path / 'depth').mkdir()
     (tmp_path / 'depth' / 'results.csv').write_text(
@@ -82,56 +39,6 @@ def test_by_depth_leaves_out_diverged_runs(tmp_path):
     assert tables.by_depth(tmp_path) == (
         ['model', '16 layers', '100 layers'],
         [['plain', '72.00 ± 2.83', ''], ['resnet', '', '80.00']])
-
-
-def test_devices_compares_common_points(tmp_path):
-    (tmp_path / 'depth').mkdir()
-    header = 'series,x,ended,test_acc_percent,device\n'
-    (tmp_path / 'depth' / 'cpu.csv').write_text(header + ''.join(
-        f'{row},CPU\n' for row in ('plain,10,whole,70', 'plain,10,whole,74', 'plain,28,whole,60')))
-    (tmp_path / 'depth' / 'results.csv').write_text(
-        header + 'plain,28,whole,61,CPU\n' + ''.join(
-            f'{row},H100\n' for row in ('plain,10,whole,71', 'plain,10,whole,72',
-                                        'plain,10,diverged,', 'resnet,10,whole,80')))
-    columns, lines = tables.devices(tmp_path)
-    assert lines == [['plain-10-1', '2 and 2', '72.00 ± 2.83', '71.50 ± 0.71', '-0.50']]
-    assert len(columns) == len(lines[0])
-
-
-def test_again_shows_first_runs_and_replication(tmp_path):
-    for folder in (tmp_path / 'delta', tmp_path / 'again' / 'delta'):
-        folder.mkdir(parents=True)
-    header = 'series,x,ended,test_acc_percent,train_seconds\n'
-    (tmp_path / 'delta' / 'results.csv').write_text(
-        header + 'diracnet,0,whole,70,1\nrepeated,1,whole,60,1\n')
-    (tmp_path / 'again' / 'delta' / 'results.csv').write_text(
-        header + 'diracnet,0,whole,71,90\ndiracnet,0,whole,73,90\n')
-    columns, lines = tables.again(tmp_path)
-    assert lines == [
-        ['delta', 'diracnet', '0', '1 and 2', '70.00', '72.00 ± 1.41', '+2.00', '3']]
-    assert len(columns) == len(lines[0])
-
-
-def test_hours_shows_estimates_and_measured_hours(tmp_path):
-    header = 'series,x,seed,ended,train_seconds,device\n'
-    for folder, row in (
-        ('large', 'plain,0,1,whole,900,H100'), ('large', 'resnet,2,1,whole,30000,CPU'),
-        ('again/large', 'plain,0,1,whole,7200,CPU'), ('again/large', 'plain,0,2,whole,9,H100'),
-        ('again/delta', 'diracnet,0,1,whole,360,CPU'),
-    ):
-        table = tmp_path / folder / 'results.csv'
-        table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text((table.read_text() if table.exists() else header) + row + '\n')
-    columns, lines = tables.hours(tmp_path)
-    assert {len(line) for line in lines} == {len(columns)}
-    by_name = {name: cells for name, *cells in lines}
-    # three trainings each of three networks of 28 layers at width 4: 868 million multiply-adds
-    assert by_name['large'][0] == '9'
-    assert float(by_name['large'][1]) == pytest.approx(
-        9 * 3 * 200_000 * 868e6 / definitions.RATES[4] / 3600, rel=0.01)
-    assert by_name['large'][2:] == ['2.00 of 1', '0.25 of 1']
-    assert by_name['delta'][2:] == ['0.10 of 1', '']
-    assert by_name['width'][2:] == ['', '']
 
 
 def test_gpu_checks_shows_the_last_record(tmp_path):
@@ -177,119 +84,237 @@ def test_gpu_tables_show_the_latest_gpu(tmp_path):
         ['18, batch 1', 'DiracNet-18, deploy()', '16', '1,430', '1.00 (1.00 to 1.00)', '1']]
 
 
-def test_claim_on_the_cost_of_w_hat_on_a_gpu(tmp_path):
+def test_claims_on_the_cost_of_w_hat_on_a_gpu(tmp_path):
     (tmp_path / 'gpu').mkdir()
-    (tmp_path / 'gpu' / 'rates.csv').write_text(RATES)
-    _, measured = tables.read_experiment('gpu', tmp_path)
-    assert tables.missing_results('gpu', [], measured) == ''
-    assert answer('gpu', measured=measured) == (
-        'time of a step +100.0 to +100.0 %, with --compile +4.0 to +4.0 % (bfloat16, 1 '
-        'comparisons, GPU)', 'partly')
-    ordinary = [row for row in measured if row['what'].startswith('ordinary')]
-    for eager, compiled, expected in ((1.04, 4.16, 'yes'), (1.06, 4.4, 'no')):
-        for row, ratio in zip(ordinary, (eager, compiled), strict=True):
-            row['ratio'] = ratio
-        assert answer('gpu', measured=measured)[1] == expected
-    ordinary[1] |= {'ratio': 1.04, 'ratio_to': 'train.py --compile'}  # as in newer results
-    assert 'with --compile +4.0 to +4.0 %' in answer('gpu', measured=measured)[0]
-    assert tables.missing_results('gpu', [], [row for row in measured if row not in ordinary]) == (
-        'not run yet')
-    assert tables.missing_results('gpu', [], []) == 'not run yet'
+
+    def answers(rates):
+        (tmp_path / 'gpu' / 'rates.csv').write_text(rates)
+        return {claim.text.split(': ')[1]: answer for claim in claims.CLAIMS
+                if 'GPU' in claim.text for answer in claim.answers(tmp_path)}
+
+    found = answers(RATES)
+    assert found.keys() == {'GPU, CIFAR networks', 'GPU, CIFAR networks, --compile'}
+    default, compiled = found.values()
+    assert default.quantity == 'extra time of a step, GPU, %'
+    assert [(e.value, e.low, e.high) for e in default.estimates] == [(100, 50, 200)]
+    assert (default.n, default.verdict) == ('1', 'no')
+    # 4.16 / 4, with the outer bounds 4 / 5 and 4.8 / 3.2
+    estimate, = compiled.estimates
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((4, -20, 50))
+    assert compiled.verdict == 'yes'
+    assert answers(RATES.replace(',4.16,4,4.8,', ',4.4,4.3,4.8,'))[
+        'GPU, CIFAR networks, --compile'].verdict == 'inconclusive'
+    paired = RATES.replace('4.16,4,4.8,train.py', '1.08,1.06,1.09,train.py --compile')
+    assert answers(paired)['GPU, CIFAR networks, --compile'].verdict == 'no'
+    imagenet = answers(RATES.replace('10-1, batch 8', '18-1, batch 256'))
+    assert imagenet.keys() == {'GPU, 224 pixels, with and without --compile'}
+    assert answers(RATES.splitlines()[0]) == {}
 
 
-def test_accuracy_table_sorts_points_by_number():
-    many = results(**{'1000 layers': {1000: 50}, '100 layers': {100: 60}})
-    assert [line[0] for line in tables.accuracy_table(many, [])[1]] == ['100 layers', '1000 layers']
-    two = results(b={1: 50}, a={1: 60, 0.5: 70})
-    assert [line[:2] for line in tables.accuracy_table(two, [], x='width')[1]] == [
-        ['a', '0.5'], ['a', '1'], ['b', '1']]
+# ---------------------------------------------------------------- docs/results.md
 
 
-@pytest.mark.parametrize(('plain', 'diracnet', 'expected'), [
-    ({10: 80, 100: 60}, {10: 80, 100: 82}, 'yes'),
-    ({10: 80, 100: 60}, {10: 80, 100: 70}, 'partly'),
-    ({10: 80, 100: 81}, {10: 80, 100: 70}, 'no'),
-])
-def test_claim_on_depth(plain, diracnet, expected):
-    finding, verdict = answer('depth', results(plain=plain, diracnet=diracnet))
-    assert verdict == expected
-    assert f'plain loses {max(plain.values()) - plain[100]:.1f} pp' in finding
+def test_fill_replaces_the_table_between_its_marks(tmp_path):
+    # the mean of 70 and 74; the std of two values is their difference over sqrt(2)
+    records = [{**record, 'parameters': 368730}
+               for record in run_records({('diracnet', 28): (70, 74)})]
+    for folder in (tmp_path, tmp_path / 'medium'):
+        write_csv(folder / 'depth' / 'results.csv', records)
+    for name in ('depth', 'medium/depth'):
+        page = f'before\n<!-- table: {name} -->\nold\n<!-- end -->\nafter\n'
+        filled = tables.fill(page, tmp_path)
+        assert filled.startswith(f'before\n<!-- table: {name} -->\n\n| model ')
+        assert filled.endswith('<!-- end -->\nafter\n')
+        rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in filled.splitlines()]
+        assert rows[3] == ['model', '28 layers']
+        assert rows[5:7] == [['diracnet', '72.00 ± 2.83 (2)'], ['parameters, millions', '0.37']]
+        assert tables.fill(filled, tmp_path) == filled
+    for name in ('nothing', 'agian/width'):
+        with pytest.raises(ValueError, match=name):
+            tables.fill(f'<!-- table: {name} -->\n<!-- end -->', tmp_path)
 
 
-def test_mean_accuracies_count_diverged_runs_as_chance():
-    trained = results(plain={1: 70}, diracnet={1: 70, 0.1: 70})
-    trained[-1] |= {'ended': 'diverged', 'test_acc_percent': ''}
-    # two of three at 69 and 70 per cent, and one at 10
-    assert claims.mean_accuracies(trained)['diracnet'][0.1] == pytest.approx((69 + 70 + 10) / 3)
-    assert answer('init', trained)[1] == 'no'
+def with_parameters(records):
+    return [{'parameters': 1e4 * record['x'], 'train_seconds': 3600, 'threads': 1,
+             'dtype': 'float', **record} for record in records]
 
 
-def test_missing_results_until_all_runs_are_done():
-    runs = tables.EXPERIMENTS['delta'](tables.BUDGETS['small'])
-    done = [{'series': run.series, 'x': run.x, 'seed': run.seed, 'ended': 'whole',
-             'run': run.run_name} for run in runs]
-    assert tables.missing_results('delta', [], []) == 'not run yet'
-    assert tables.missing_results('delta', done[:2], []) == '2 of 6 runs done'
-    assert tables.missing_results('delta', done, []) == ''
-    assert tables.missing_results('int8', done, []) == '0 of 9 runs done'
-    assert tables.missing_results('cost', [], [{'compared': 'inference'}]) == (
-        'one of two comparisons done')
+def test_depth_table_shows_losses_and_differences(tmp_path):
+    write_csv(tmp_path / 'depth' / 'results.csv', with_parameters(run_records({
+        ('plain', 16): around(70), ('plain', 100): (None, None), ('diracnet', 16): around(68),
+        ('diracnet', 100): (66, 66, None), ('diracnet', 202): (40,)})))
+    header, lines = result_tables.depth(tmp_path)
+    assert header[-2:] == ['202 layers', 'lost, pp (95 % CI)']
+    # diverged runs are left out of the mean, and have 10 % in the loss
+    assert lines[0][:4] == ['plain', '70.00 ± 0.10 (3)', '2 diverged', '']
+    assert lines[0][4] == '+60.0 (+59.8 to +60.2)'
+    assert lines[1][2:4] == ['66.00 ± 0.00 (2, 1 diverged)', '40.00 (1)']
+    assert lines[2] == ['parameters, millions', '0.16', '1', '2', '']
+    # two groups of variance 0.01 and n = 3: half a width of 0.23
+    assert lines[3][:2] == ['diracnet - plain, pp (95 % CI)', '-2.0 (-2.2 to -1.8)']
+    assert {len(line) for line in lines} == {len(header)}
+    assert len(lines) == 4  # neither ResNets nor dirac-init
 
 
-def test_claim_on_width():
-    rising = {'depth 10': {0.5: 60, 1: 70}, 'depth 16': {0.5: 65, 1: 75}}
-    assert answer('width', results(**rising))[1] == 'yes'
-    assert answer('width', results(**{**rising, 'depth 16': {0.5: 65, 1: 64}}))[1] == 'no'
-    assert answer('width', results(**{**rising, 'depth 16': {0.5: 55, 1: 75}}))[1] == 'partly'
+def test_width_table_adds_other_models_of_several_widths(tmp_path):
+    for name, points in (
+        ('width', {('depth 10', 1): (60,), ('depth 28', 1): (72, 74), ('depth 28', 2): (78,)}),
+        ('large', {('diracnet', 1): (81,), ('resnet', 2): (79,)}),
+        ('depth', {('resnet', 28): (76,), ('resnet', 52): (75,), ('diracnet', 28): (7,)}),
+    ):
+        write_csv(tmp_path / name / 'results.csv',
+                  with_parameters(run_records(points, epochs=name)))
+    header, lines = result_tables.width(tmp_path)
+    assert header == ['model', 'width 1', 'width 2', 'width 4', 'parameters, millions']
+    assert [line[:4] for line in lines] == [
+        ['diracnet-10', '60.00 (1)', '', ''],
+        ['diracnet-28', '73.00 ± 1.41 (2)', '78.00 (1)', '81.00 (1)'],
+        ['resnet-28', '76.00 (1)', '', '79.00 (1)']]
 
 
-def test_claim_on_init():
-    assert answer('init', results(plain={1: 70, 0.1: 60}, diracnet={1: 70, 0.1: 70.5}))[1] == 'yes'
-    assert answer('init', results(plain={1: 70, 0.1: 70}, diracnet={1: 70, 0.1: 60}))[1] == 'no'
-    finding, verdict = answer('init', results(plain={1: 70, 0.1: 64}, diracnet={1: 70, 0.1: 75}))
-    assert verdict == 'yes'  # a gain is no drop
-    assert 'diracnet loses 0.0 pp' in finding
-    assert 'plain loses 6.0 pp' in finding
+def test_init_and_ablations_show_differences_from_the_baseline(tmp_path):
+    write_csv(tmp_path / 'init' / 'results.csv', run_records({
+        ('plain', 1): around(60), ('plain', 0.1): around(50), ('plain', 0.01): (40,),
+        ('plain, delta-orthogonal', 1): around(61)}))
+    header, lines = result_tables.init(tmp_path)
+    assert lines == [
+        ['plain', '60.00 ± 0.10 (3)', '', '50.00 ± 0.10 (3)', '-10.0 (-10.2 to -9.8)',
+         '40.00 (1)', '-20.0'],
+        ['plain, delta-orthogonal', '61.00 ± 0.10 (3)', '+1.0 (+0.8 to +1.2)', *[''] * 4]]
+    assert {len(line) for line in lines} == {len(header)}
+    same = run_records({('diracnet', 0): around(70)})
+    for name, other in (('versions', ('diracnet-v1', 0)), ('delta', ('diracnet-repeated', 1))):
+        write_csv(tmp_path / name / 'results.csv',
+                  with_parameters(run_records({other: around(68)}) + same))
+    header, lines = result_tables.ablations(tmp_path)
+    assert [[line[i] for i in (0, 1, 3)] for line in lines] == [
+        ['diracnet-v1', '68.00 ± 0.10 (3)', '-2.0 (-2.2 to -1.8)'],
+        ['diracnet', '70.00 ± 0.10 (3)', ''],
+        ['diracnet-repeated', '68.00 ± 0.10 (3)', '-2.0 (-2.2 to -1.8)']]
 
 
-def test_claims_on_alpha_and_beta():
-    def measured(ratios, alpha, deviation=0.0):
-        return [{'epoch': epoch, 'layer': layer, 'dirac_norm': 2 * ratio if epoch else 20.0,
-                 'free_norm': 2.0, 'alpha_mean': alpha if epoch else 1,
-                 'alpha_deviation': deviation}
-                for epoch in (0, 4) for layer, ratio in enumerate(ratios, 1)]
+def test_alpha_beta_table_shows_thirds_of_the_layers(tmp_path):
+    def measured(seed, alpha):
+        return [{'series': 'width 1', 'seed': seed, 'epoch': epoch, 'layer': layer,
+                 'alpha_mean': alpha + layer, 'beta_mean': 0.5, 'dirac_norm': 4 * layer,
+                 'free_norm': 2} for epoch in (0, 4) for layer in range(1, 7)]
 
-    finding, verdict = answer('alpha-beta', (), measured((0.5, 1, 3), 1.02))
-    assert verdict == 'yes'
-    assert 'from 10.0 to 0.5 in the first third of the layers, from 10.0 to 3.0 in' in finding
-    assert answer('alpha-beta', (), measured((0.9, 1, 0.5), 1.02))[1] == 'no'
-    assert answer('alpha-beta', (), measured((3, 1, 2), 1.02))[1] == 'partly'
-    for alpha, deviation, expected in ((1.02, 0.05, 'no'), (0.7, 0.0, 'yes'), (1.0, 0.2, 'yes')):
-        same = measured((1, 1, 1), alpha, deviation)
-        assert answer('alpha-beta', (), same, 'Oyedotun et al.')[1] == expected
+    write_csv(tmp_path / 'alpha-beta' / 'measured.csv', measured(1, 0))
+    write_csv(tmp_path / 'again' / 'alpha-beta' / 'measured.csv', measured(1, 1))
+    assert result_tables.alpha_beta(tmp_path)[1] == [
+        ['diracnet-28, width 1', '4', '2', '2.00, 4.00, 6.00', '0.50, 0.50, 0.50',
+         '3.00, 7.00, 11.00']]
 
 
-def test_claims_on_large_and_versions():
-    behind = results(plain={0: 70}, diracnet={1: 80}, resnet={2: 82})
-    assert answer('large', behind, source='Oyedotun et al.') == (
-        'DiracNet minus ResNet: -2.0 pp', 'yes')
-    ahead = results(plain={0: 70}, diracnet={1: 81.5}, resnet={2: 79})
-    assert answer('large', ahead, source='Oyedotun et al.') == (
-        'DiracNet minus ResNet: +2.5 pp', 'no')
-    assert answer('versions', results(**{'diracnet-v1': {0: 80}, 'diracnet': {1: 80.5}})) == (
-        'v1 minus v2: -0.5 pp', 'yes')
+def test_int8_and_cost_show_first_runs_and_replication(tmp_path):
+    def measured(seed, int8):
+        return {'series': 'plain', 'seed': seed, 'float32_test_acc_percent': 70,
+                'int8_test_acc_percent': int8, 'equalised_int8_test_acc_percent': 70}
+
+    write_csv(tmp_path / 'int8' / 'measured.csv', [measured(1, 69), measured(2, 68)])
+    write_csv(tmp_path / 'again' / 'int8' / 'measured.csv', [measured(1, 68), measured(2, 67)])
+    header, (line,) = result_tables.int8(tmp_path)
+    # losses of the seeds: 1.5 and 2.5, whose interval is 2 ± 12.706 / 2
+    assert line == ['plain', '70.00 ± 0.00', '70.00 ± 0.00', '1.50 ± 0.71', '2.50 ± 0.71',
+                    '+2.00 (-4.35 to +8.35)', '0.00 ± 0.00', '0.00 ± 0.00', '+0.00']
+    assert len(line) == len(header)
+
+    def timed(what, rate, ratio, dtype):
+        return {'compared': 'inference, 28-1', 'what': what, 'images_per_second': rate,
+                'ratio': ratio, 'ratio_low': ratio, 'ratio_high': 2 * ratio, 'dtype': dtype}
+
+    write_csv(tmp_path / 'cost' / 'measured.csv', [
+        timed('plain, folded', 1000, 1, 'float32'), timed('other', 2000, 2, 'float32')])
+    write_csv(tmp_path / 'again' / 'cost' / 'measured.csv', [timed('other', 4000, 0.5, 'bfloat16')])
+    assert result_tables.cost(tmp_path) == (
+        ['128 images', 'float32, ms', 'time / first (95 % CI)', 'bfloat16, ms',
+         'time / first (95 % CI)'],
+        [['inference, 28-1: plain, folded', '128.0', '', '', ''],
+         ['inference, 28-1: other', '64.0', '0.500 (0.250 to 0.500)', '32.0',
+          '2.000 (1.000 to 2.000)']])
 
 
-def test_claims_on_cost():
-    def measured(what, ratio, low, high):
-        return [{'compared': what, 'what': name, 'dtype': 'float32', 'n': 20.0, 'ratio': ratio,
-                 'ratio_low': low, 'ratio_high': high} for name in ('diracnet', 'diracnet, folded')]
+def test_thousand_shows_first_runs_and_replication(tmp_path):
+    first = with_parameters(run_records(
+        {('a', 400): (8,), ('b', 100): (98,), ('c', 1000): (None,)}))
+    write_csv(tmp_path / 'thousand' / 'results.csv', first)
+    write_csv(tmp_path / 'again' / 'thousand' / 'results.csv',
+              [{**record, 'dtype': 'bfloat16'} for record in first[1:2]])
+    assert result_tables.thousand(tmp_path) == (
+        ['runs', '100 layers, %', '400 layers, %', '1000 layers, %'],
+        [['first, float32', '98.00', '8.00', '1 diverged'],
+         ['replication, bfloat16', '98.00', '', '']])
 
-    training, inference = (c for c in claims.CLAIMS if c.experiment == 'cost')
-    step = measured('a training step, 28-1', 0.8, 0.5, 1.25)
-    assert training.answer((), step) == (
-        'time of a step +25.0 % (95 % CI -20.0 to +100.0; float32, n = 20)', 'no')
-    same = measured('inference, 28-1', 0.98, 0.95, 1.01)
-    assert inference.answer((), same)[1] == 'yes'
-    slower = measured('inference, 28-1', 0.9, 0.89, 0.91)
-    assert inference.answer((), slower)[1] == 'no'
+
+def test_devices_compares_configurations_with_several_seeds_on_both(tmp_path):
+    on_cpu = run_records({('plain', 10): around(70), ('resnet', 10): (70,)})
+    on_gpu = [{**record, 'device': 'H100', 'test_acc_percent': record['test_acc_percent'] + 1}
+              for record in on_cpu + run_records({('plain', 28): around(60)})]
+    write_csv(tmp_path / 'depth' / 'cpu.csv', on_cpu)
+    write_csv(tmp_path / 'depth' / 'results.csv', on_gpu)
+    assert result_tables.devices(tmp_path) == (['%', 'plain-10-1'], [
+        ['CPU', '70.00 ± 0.10 (3)'], ['GPU', '71.00 ± 0.10 (3)'],
+        ['GPU - CPU, pp (95 % CI)', '+1.0 (+0.8 to +1.2)']])
+
+
+def test_hours_separates_core_hours_from_hours_of_a_gpu(tmp_path):
+    large = run_records({('plain', 0): (70, 71), ('resnet', 2): (72,)})
+    changes = ({'device': 'H100', 'train_seconds': 900}, {'device': 'H100', 'train_seconds': 900},
+               {'train_seconds': 1800, 'threads': 2})
+    first = with_parameters([{**record, **change} for record, change in zip(large, changes)])
+    write_csv(tmp_path / 'large' / 'results.csv', first)
+    write_csv(tmp_path / 'int8' / 'results.csv', first[2:])  # a shared run
+    write_csv(tmp_path / 'again' / 'large' / 'results.csv', with_parameters(
+        run_records({('plain', 0): (75,)})))
+    write_csv(tmp_path / 'medium' / 'depth' / 'results.csv', with_parameters(
+        run_records({('plain', 28): (80,)}, epochs=30)))
+    header, lines = result_tables.hours(tmp_path)
+    assert header[1:] == ['large', 'int8', 'depth, medium', 'all, once']
+    estimates, *measured = [line[1:] for line in lines]
+    # three runs of each of three networks of 28 layers at width 4: 868 million multiply-adds
+    hours, count = estimates[0].split()
+    assert float(hours) == pytest.approx(
+        9 * 3 * 200_000 * 868e6 / definitions.RATES[4] / 3600, abs=0.06)
+    assert count == '(9)'
+    assert measured == [['1.00 (1)', '1.00 (1)', '1.00 (1)', '3.00 (3)'],
+                        ['1.00 (1)', '', '', ''], ['0.50 (2)', '', '', '0.50 (2)']]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_replication_figure_compares_the_runs_of_each_seed(tmp_path):
+    shallow = {('diracnet-10', 1): (60, 61, 62), ('diracnet-16', 1): (70, 71)}
+    deep = {('diracnet-28', 1): (70, 71, 75)}
+    write_csv(tmp_path / 'width' / 'results.csv', run_records({**shallow, **deep}))
+    write_csv(tmp_path / 'again' / 'width' / 'results.csv', run_records({
+        ('diracnet-10', 1): (61, 62, 63), ('diracnet-16', 1): (70,), ('diracnet-28', 1): (
+            75, 71, 70)}))
+    pairs = figures.replication_pairs(tmp_path)
+    assert [[*pair] for pair in pairs.values()] == [  # not of 16 layers: a seed is missing
+        [{1: 60, 2: 61, 3: 62}, {1: 61, 2: 62, 3: 63}],
+        [{1: 70, 2: 71, 3: 75}, {1: 75, 2: 71, 3: 70}]]
+    figure = Figure()
+    figures.replication(figure, tmp_path)
+    means, deviations = figure.axes
+    labels = [text.get_text() for text in deviations.get_legend().get_texts()]
+    # deviations -2, -1, 3 and 3, -1, -2: the sum of products -11 over the sum of squares 14
+    assert labels == ['10 and 16 layers: r = 1.00', f'28 layers: r = {-11 / 14:.2f}']
+    assert [*means.lines[0].get_xdata()] == [61]
+    assert [*means.lines[0].get_ydata()] == [62]
+
+
+def test_results_page_states_the_correlations_of_the_replication_figure():
+    figure = Figure()
+    figures.replication(figure, tables.ROOT / 'logs')
+    labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert [label.partition(':')[0] for label in labels] == ['10 and 16 layers', '28 layers']
+    page = (tables.ROOT / 'docs' / 'results.md').read_text()
+    assert all(f'({label.partition(": ")[2]})' in page for label in labels)
+
+
+def test_figures_pool_the_runs_of_the_replication(tmp_path):
+    write_csv(tmp_path / 'delta' / 'results.csv', run_records({('diracnet', 0): (70, 72)}))
+    write_csv(tmp_path / 'again' / 'delta' / 'results.csv', run_records({('diracnet', 0): (80,)}))
+    circles = figures.draw('delta', tmp_path).axes[0].lines[0]
+    assert sorted(circles.get_xdata()) == [70, 72, 80]

@@ -1,0 +1,300 @@
+"""The tables of docs/results.md: accuracies of all runs of a configuration, and differences.
+
+The cells of an accuracy are the mean and std over runs, with the number of runs in parentheses.
+Intervals of differences are 95 % Welch intervals over seeds, as in experiments/claims.py.
+"""
+
+import statistics
+
+from experiments.claims import (
+    LONGER_BUDGETS,
+    accuracies,
+    budget_folders,
+    difference,
+    estimated,
+    layers_of_runs,
+    lost_with_depth,
+    norm_ratio,
+    pretrained_layers,
+    show,
+    third_of,
+)
+from experiments.definitions import (
+    BUDGETS,
+    COMPARED_BLOCKS,
+    EXPERIMENTS,
+    INIT_SCALES,
+    estimated_hours,
+)
+from experiments.intervals import welch
+from experiments.measures import DEPTH
+from experiments.results import (
+    CPU,
+    all_runs,
+    column,
+    completed,
+    format_mean,
+    grouped,
+    grouped_by,
+    label,
+    read_both,
+    read_pooled,
+    read_results,
+    seed_means,
+    step_times,
+)
+
+CI = '(95 % CI)'
+
+
+def cell(runs):
+    """Returns the accuracy of the runs that did not diverge, mean ± std, and their number."""
+    done = completed(runs)
+    if not done:
+        return f'{len(runs)} diverged' if runs else ''
+    diverged = f', {len(runs) - len(done)} diverged' if len(done) < len(runs) else ''
+    return f'{format_mean(column(done, "test_acc_percent"))} ({len(done)}{diverged})'
+
+
+def compared(points, first, second):
+    """Returns the difference of two points with its interval as text, '' if one is missing."""
+    return show(estimated(points, [difference(first, second)]))
+
+
+# ---------------------------------------------------------------- depth and width
+
+
+DEPTH_DIFFERENCES = [('diracnet', 'plain'), ('diracnet', 'dirac-init'), ('diracnet', 'resnet'),
+                     ('dirac-init', 'plain')]
+
+
+def depth(logs):
+    """Accuracies over depth, the loss from the best depth to 100 layers, and differences."""
+    results = read_pooled('depth', logs)
+    groups, points = grouped(results, 'series', 'x'), accuracies(results)
+    depths = sorted({x for _, x in groups})
+    lines = [[name, *(cell(groups.get((name, x), [])) for x in depths),
+              show(estimated(points, lost_with_depth(points, name)[1]))]
+             for name in dict.fromkeys(name for name, _ in groups)]
+    sizes = {x: f'{runs[0]["parameters"] / 1e6:.2g}' for (_, x), runs in groups.items()}
+    lines.append(['parameters, millions', *map(sizes.get, depths), ''])
+    for a, b in DEPTH_DIFFERENCES:
+        cells = [compared(points, (a, x), (b, x)) for x in depths]
+        if any(cells):
+            lines.append([f'{a} - {b}, pp {CI}', *cells, ''])
+    header = ['model', *(f'{x:.0f} layers' for x in depths), f'lost, pp {CI}']
+    if not any(line[-1] for line in lines):  # one depth so far
+        header, lines = header[:-1], [line[:-1] for line in lines]
+    return header, lines
+
+
+def width(logs):
+    """Accuracies over width: DiracNets of three depths, and all models that have several widths."""
+    results = [{**record, 'series': f'diracnet-{record["series"].split()[1]}'}
+               for record in read_pooled('width', logs)]
+    layers = BUDGETS['small'].layers
+    results += [{**record, 'series': f'{record["series"]}-{layers}', 'x': BUDGETS['small'].large}
+                for record in read_pooled('large', logs)]
+    several = {record['series'] for record in results}
+    results += [{**record, 'series': name, 'x': 1} for record in read_pooled('depth', logs)
+                if (name := f'{record["series"]}-{record["x"]:.0f}') in several
+                and not name.startswith('diracnet')]
+    groups = grouped(results, 'series', 'x')
+    widths = sorted({x for _, x in groups})
+    return ['model', *(f'width {x:g}' for x in widths), 'parameters, millions'], [
+        [name, *(cell(groups.get((name, x), [])) for x in widths),
+         ', '.join(f'{groups[name, x][0]["parameters"] / 1e6:.2f}' for x in widths
+                   if (name, x) in groups)]
+        for name in dict.fromkeys(name for name, _ in groups)]
+
+
+def ablations(logs):
+    """Variants of the DiracNet of one size, and their differences from it."""
+    results = {(record['run'], record['test_acc_percent']): {**record, 'x': 0}
+               for name in ('versions', 'delta') for record in read_pooled(name, logs)}.values()
+    points = accuracies(results)
+    return ['model', 'test accuracy, %', 'training loss', f'difference, pp {CI}', 'parameters'], [
+        [name, cell(runs), format_mean(column(completed(runs), 'train_loss'), 3),
+         '' if name == 'diracnet' else compared(
+             points, (name, 0), ('diracnet', 0)), f'{runs[0]["parameters"]:,.0f}']
+        for (name,), runs in grouped(results, 'series').items()]
+
+
+def blocks(logs):
+    """The blocks of plain networks: accuracy and loss over depth, and the costs at one depth."""
+    results, times = read_pooled('blocks', logs), step_times(logs)
+    groups, points = grouped(results, 'series', 'x'), accuracies(results)
+    depths = sorted({x for _, x in groups})
+    drops = {
+        record['run']: record['float32_test_acc_percent'] - record['int8_test_acc_percent']
+        for name in ('int8', 'blocks') for record in read_results(logs / name / 'measured.csv')}
+    lines = []
+    for block in [name for name in COMPARED_BLOCKS if any(name == key[0] for key in groups)]:
+        runs = {x: completed(groups.get((block, x), [])) for x in [*depths, DEPTH]}
+        lost = [drops[name] for name in dict.fromkeys(column(runs[DEPTH], 'run')) if name in drops]
+        lines.append([
+            block, f'{runs[DEPTH][0]["parameters"]:,.0f}' if runs[DEPTH] else '',
+            '{:.2f} ({:.2f} to {:.2f})'.format(*times[block]) if block in times else '',
+            *(cell(groups.get((block, x), [])) for x in depths),
+            compared(points, (block, DEPTH), ('base', DEPTH)) if block != 'base' else '',
+            *(format_mean(column(runs[x], 'train_loss'), 3) if runs[x] else '' for x in depths),
+            f'{format_mean(lost)} ({len(lost)})' if lost else ''])
+    return ['block', f'parameters, {DEPTH} layers', f'step time / base {CI}',
+            *(f'{x:.0f} layers, % (n)' for x in depths), f'{DEPTH} layers: - base, pp {CI}',
+            *(f'loss, {x:.0f} layers' for x in depths), 'int8 drop, pp (n)'], lines
+
+
+# ---------------------------------------------------------------- initialization
+
+
+def init(logs):
+    """Accuracies over the std of the initial filters, relative to Kaiming's."""
+    results = read_pooled('init', logs)
+    groups, points = grouped(results, 'series', 'x'), accuracies(results)
+    lines = []
+    for name in dict.fromkeys(series for series, _ in groups):
+        kaiming = name.partition(',')[0], INIT_SCALES[0]  # 'plain, delta-orthogonal' is plain
+        lines.append([name, *(
+            text for x in INIT_SCALES for text in (
+                cell(groups.get((name, x), [])),
+                '' if (name, x) == kaiming else compared(points, (name, x), kaiming)))])
+    return ['model', *(text for scale in INIT_SCALES for text in (
+        f'std × {scale:g}', f'difference, pp {CI}'))], lines
+
+
+# ---------------------------------------------------------------- alpha and beta
+
+
+def layers_line(name, epochs, runs):
+    """Returns a line on the layers of runs: means over the runs, in each third of the layers."""
+    def thirds(value):
+        return ', '.join(f'{statistics.mean(value(third_of(run, i)) for run in runs):.2f}'
+                         for i in range(3))
+
+    def mean(name):
+        return lambda layers: statistics.mean(column(layers, name))
+
+    return [name, f'{epochs:.0f}', f'{len(runs)}', thirds(mean('alpha_mean')),
+            thirds(mean('beta_mean')), thirds(norm_ratio)]
+
+
+def alpha_beta(logs):
+    """alpha, beta and the ratio of the terms: released checkpoints first, then the short runs."""
+    lines = [layers_line(name, epochs, [layers])
+             for name, (epochs, layers) in pretrained_layers(logs).items()]
+    for folder in budget_folders(logs):
+        runs = layers_of_runs(folder, folder / 'again')
+        lines += [layers_line(f'diracnet-28, {series}', group[0]['epochs'],
+                              column(group, 'layers'))
+                  for (series,), group in grouped(runs, 'series').items()]
+    return ['network', 'epochs', 'n', 'mean alpha', 'mean beta', 'Dirac / learned term'], lines
+
+
+# ---------------------------------------------------------------- first runs and replication
+
+
+def int8(logs):
+    """Accuracies in float32 and losses in int8: first runs, replication, interval of both."""
+    forms = ('int8', 'equalised_int8')
+
+    def lost(record, form):
+        return record['float32_test_acc_percent'] - record[f'{form}_test_acc_percent']
+
+    sets = read_both('int8', 'measured.csv', logs)
+    lines = []
+    for name in dict.fromkeys(column(sets[0], 'series')):
+        parts = [[r for r in records if r['series'] == name] for records in sets]
+        line = [name, *(format_mean(column(part, 'float32_test_acc_percent')) if part else ''
+                        for part in parts)]
+        for form in forms:
+            line += [format_mean([lost(r, form) for r in part]) if part else '' for part in parts]
+            line.append(show([welch((1, seed_means(
+                [*parts[0], *parts[1]], lambda r, form=form: lost(r, form))))], '+.2f'))
+        lines.append(line)
+    return ['model', 'float32, %', 'again', 'drop, pp', 'again', f'both {CI}',
+            'drop if equalized, pp', 'again', f'both {CI}'], lines
+
+
+def cost(logs):
+    """Times relative to the first variant: first measurement and replication."""
+    sets = read_both('cost', 'measured.csv', logs)
+    lines = []
+    for record in sets[0]:
+        line = [f'{label(record["compared"])}: {label(record["what"])}']
+        for records in sets:
+            same = [r for r in records if (r['compared'], r['what']) == (
+                record['compared'], record['what'])]
+            line += [text for r in same[-1:] for text in (
+                f'{128_000 / r["images_per_second"]:.1f}', '' if r['ratio'] == 1 else
+                '{:.3f} ({:.3f} to {:.3f})'.format(
+                    *(1 / r[name] for name in ('ratio', 'ratio_high', 'ratio_low'))))] or [''] * 2
+        lines.append(line)
+    return ['128 images', *(text for records in sets for text in (
+        f'{dtypes_of(records)}, ms', f'time / first {CI}'))], lines
+
+
+def dtypes_of(records):
+    return ', '.join(label(name) for name in dict.fromkeys(column(records, 'dtype')) if name)
+
+
+def thousand(logs):
+    sets = read_both('thousand', 'results.csv', logs)
+    depths = sorted({record['x'] for record in sets[0]})
+    lines = []
+    for name, records in zip(('first', 'replication'), sets):
+        of = grouped(records, 'x')
+        lines.append([f'{name}, {dtypes_of(records)}', *(
+            cell(of.get((x,), [])).removesuffix(' (1)') for x in depths)])
+    return ['runs', *(f'{x:.0f} layers, %' for x in depths)], lines
+
+
+def devices(logs):
+    """The configurations of `depth` that were trained on a CPU and on a GPU, one per column."""
+    columns = []
+    for (series, x), runs in grouped(read_pooled('depth', logs), 'series', 'x').items():
+        kinds = grouped_by(lambda r: 'CPU' if r['device'] == CPU else 'GPU', runs)
+        points = {kind: accuracies(of)[series, x] for kind, of in kinds.items()}
+        if len(points) == 2 and min(map(len, points.values())) > 1:
+            columns.append([f'{series}-{x:.0f}-1', cell(kinds['CPU']), cell(kinds['GPU']),
+                            compared(points, 'GPU', 'CPU')])
+    header, *lines = zip(('%', 'CPU', 'GPU', f'GPU - CPU, pp {CI}'), *columns)
+    return [*header], [[*line] for line in lines]
+
+
+# ---------------------------------------------------------------- compute
+
+
+def hours(logs):
+    """Estimated hours and hours of training, one experiment per column: CPU cores and GPUs apart.
+
+    A core hour is an hour of one thread. Runs that experiments share count in each of them, but
+    only once in the total.
+    """
+    def measured(runs, on_cpu):
+        chosen = [run for run in runs if (run['device'] == CPU) == on_cpu]
+        used = sum(run['train_seconds'] * (run['threads'] if on_cpu else 1) for run in chosen)
+        return f'{used / 3600:.2f} ({len(chosen)})' if chosen else ''
+
+    folders = {'small': logs, **{name: logs / name for name in LONGER_BUDGETS}}
+    columns = []
+    for budget, folder in folders.items():
+        for name, define in EXPERIMENTS.items():
+            first, again = read_both(name, 'results.csv', folder)
+            if first:
+                runs = define(BUDGETS[budget])
+                columns.append([
+                    name + f', {budget}' * (folder != logs),
+                    f'{estimated_hours(name, BUDGETS[budget], runs):.1f} ({len(runs)})',
+                    measured(first, True), measured(again, True), measured(first, False)])
+    total = [run for folder in folders.values() for run in all_runs(folder)]
+    columns.append(['all, once', '', measured(total, True), '', measured(total, False)])
+    header, *lines = zip(('hours (runs)', 'estimate, 2 CPU cores', 'CPU core hours, first runs',
+                          'CPU core hours, replication', 'H100, first runs'), *columns)
+    return [*header], [[*line] for line in lines]
+
+
+RESULT_TABLES = {
+    'depth': depth, 'width': width, 'ablations': ablations, 'init': init, 'blocks': blocks,
+    'alpha-beta': alpha_beta, 'int8': int8, 'cost': cost,
+    'thousand': thousand, 'devices': devices, 'hours': hours,
+}
