@@ -4,6 +4,7 @@ The cells of an accuracy are the mean and std over runs, with the number of runs
 Intervals of differences are 95 % Welch intervals over seeds, as in experiments/claims.py.
 """
 
+import itertools
 import statistics
 
 from experiments.claims import (
@@ -88,6 +89,14 @@ def depth(logs):
     return header, lines
 
 
+def by_depth(logs):
+    """The first lines of `depth`: the accuracies of the models."""
+    header, lines = depth(logs)
+    columns = 1 + sum(name.endswith(' layers') for name in header)
+    models = itertools.takewhile(lambda line: not line[0].startswith('parameters'), lines)
+    return header[:columns], [line[:columns] for line in models]
+
+
 def width(logs):
     """Accuracies over width: DiracNets of three depths, and all models that have several widths."""
     results = [{**record, 'series': f'diracnet-{record["series"].split()[1]}'}
@@ -142,6 +151,25 @@ def blocks(logs):
     return ['block', f'parameters, {DEPTH} layers', f'step time / base {CI}',
             *(f'{x:.0f} layers, % (n)' for x in depths), f'{DEPTH} layers: - base, pp {CI}',
             *(f'loss, {x:.0f} layers' for x in depths), 'int8 drop, pp (n)'], lines
+
+
+PUBLISHED = {  # accuracy on the original files after 300 epochs: arXiv 1608.06993, table 2
+    'DenseNet-40-12': 94.76, 'DenseNet-BC-100-12': 95.49,
+}
+
+
+def reference(logs):
+    """Networks of other papers with the budget of the experiments, and their published results."""
+    peaks = {record['run']: f'{record["peak_memory_mb"]:,.0f}'
+             for record in read_results(logs / 'reference' / 'measured.csv')}
+    lines = [[
+        record['series'], f'{record["parameters"]:,.0f}', f'{record["epochs"]:.0f}',
+        f'{record["test_acc_percent"]:.2f}', f'{record["train_seconds"] / 3600:.2f}',
+        f'{record["threads"]:.0f} x {record["device"]}', peaks.get(record['run'], ''),
+        f'{PUBLISHED[record["series"]]:.2f}' if record['series'] in PUBLISHED else '',
+    ] for record in completed(read_results(logs / 'reference' / 'results.csv'))]
+    return ['model', 'parameters', 'epochs', 'test accuracy, %', 'hours', 'threads', 'peak MB',
+            'paper, 300 epochs, originals, %'], lines
 
 
 # ---------------------------------------------------------------- initialization
@@ -294,7 +322,7 @@ def hours(logs):
 
 
 RESULT_TABLES = {
-    'depth': depth, 'width': width, 'ablations': ablations, 'init': init, 'blocks': blocks,
-    'alpha-beta': alpha_beta, 'int8': int8, 'cost': cost,
-    'thousand': thousand, 'devices': devices, 'hours': hours,
+    'depth': depth, 'by-depth': by_depth, 'width': width, 'ablations': ablations,
+    'blocks': blocks, 'reference': reference, 'init': init, 'alpha-beta': alpha_beta,
+    'int8': int8, 'cost': cost, 'thousand': thousand, 'devices': devices, 'hours': hours,
 }

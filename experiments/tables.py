@@ -28,7 +28,6 @@ from experiments.results import (
     CPU,
     ROOT,
     column,
-    completed,
     format_mean,
     grouped,
     label,
@@ -71,16 +70,6 @@ def tried(logs):
         for record in read_results(logs / 'speedrun' / 'tried.csv')]
     return ['variant', 'change', 'epochs', 'training time, s', 'training accuracy, %',
             'test accuracy, %'], lines
-
-
-def by_depth(logs):
-    """The accuracies of `depth`: one line per model, one column per depth."""
-    groups = grouped(completed(read_experiment('depth', logs)[0]), 'series', 'x')
-    names, depths = ([*dict.fromkeys(key[i] for key in groups)] for i in (0, 1))
-    lines = [[name, *(
-        format_mean(column(groups[name, layers], 'test_acc_percent'))
-        if (name, layers) in groups else '' for layers in sorted(depths))] for name in names]
-    return ['model', *(f'{layers:.0f} layers' for layers in sorted(depths))], lines
 
 
 # ---------------------------------------------------------------- architectures
@@ -223,9 +212,8 @@ LEFT_ALIGNED = (  # columns of text
     'model', 'variant', 'source', 'change', 'passed', 'baseline', 'images', 'source of the recipe',
     'command', 'quantity', 'verdict', 'section', 'parameters, millions', 'block')
 OTHER_TABLES = {
-    'claims': claims, 'tried': tried, 'by-depth': by_depth, 'bench': bench,
-    'gpu-checks': gpu_checks, 'gpu-training': gpu_training, 'gpu-inference': gpu_inference,
-    'sizes': sizes, **RESULT_TABLES,
+    'claims': claims, 'tried': tried, 'bench': bench, 'gpu-checks': gpu_checks,
+    'gpu-training': gpu_training, 'gpu-inference': gpu_inference, 'sizes': sizes, **RESULT_TABLES,
 }
 
 

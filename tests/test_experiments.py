@@ -18,8 +18,18 @@ import diracnets
 import train
 from diracconv import dirac_weight
 from diracnets.checkpoint import load_params
-from experiments import definitions, figures, jpeg, measures, results, run, tables
+from experiments import (
+    definitions,
+    figures,
+    jpeg,
+    measures,
+    result_tables,
+    results,
+    run,
+    tables,
+)
 from experiments.definitions import BUDGETS, EXPERIMENTS, SCRIPTS, VARIANTS, RunSpec
+from records import run_records, write_csv
 from training import data
 from training.options import parse_options
 from training.timing import matmul_gflops
@@ -186,9 +196,11 @@ def write_blocks(logs, runs=(), times=()):
     (logs / 'blocks').mkdir(parents=True)
     if runs:
         (logs / 'blocks' / 'results.csv').write_text(
-            'series,x,seed,test_acc_percent,epochs,ended,train_loss,parameters,run\n' + ''.join(
+            'series,x,seed,test_acc_percent,epochs,ended,train_loss,parameters,dataset,run,log\n'
+            + ''.join(
                 f'{series},{x},{seed},{accuracy},{epochs},{"whole" if accuracy else "diverged"},'
-                f'0.5,1234,{series}-{x}-{seed}\n' for series, x, seed, accuracy, epochs in runs))
+                f'0.5,1234,Folder,{series}-{x}-{epochs}ep-s{seed},log.txt\n'
+                for series, x, seed, accuracy, epochs in runs))
     if times:
         (logs / 'blocks' / 'steps.csv').write_text('what,ratio,ratio_low,ratio_high\n' + ''.join(
             f'{name},{1 / time},{1 / (time + 0.5)},{1 / (time - 0.25)}\n'
@@ -200,24 +212,37 @@ def test_table_of_blocks_leaves_out_what_is_missing(tmp_path):
         ('repvgg', 28, 1, 80, 4), ('base', 28, 1, 60, 4), ('base', 28, 2, 64, 4),
         ('base', 52, 1, '', 4), ('dirac', 52, 1, 70, 4), ('dirac', 52, 2, '', 4),
     ], {'base': 1, 'repvgg': 1.5, 'dbb': 3})
-    for name, run_name, drop in (('int8', 'base-28-1', 1), ('blocks', 'base-28-2', 2),
+    for name, run_name, drop in (('int8', 'base-28-4ep-s1', 1), ('blocks', 'base-28-4ep-s2', 2),
                                  ('blocks', 'another', 9)):
         (tmp_path / name).mkdir(exist_ok=True)
         with open(tmp_path / name / 'measured.csv', 'a') as file:
             if not file.tell():
                 file.write('run,float32_test_acc_percent,int8_test_acc_percent\n')
             file.write(f'{run_name},70,{70 - drop}\n')
-    header, lines = tables.blocks(tmp_path)
+    header, lines = result_tables.blocks(tmp_path)
     assert header == [
         'block', 'parameters, 28 layers', 'step time / base (95 % CI)', '28 layers, % (n)',
-        '52 layers, % (n)', 'loss, 28 layers', 'loss, 52 layers', 'int8 drop, pp (n)']
+        '52 layers, % (n)', '28 layers: - base, pp (95 % CI)', 'loss, 28 layers',
+        'loss, 52 layers', 'int8 drop, pp (n)']
     assert lines == [
-        ['base', '1,234', '1.00 (0.75 to 1.50)', '62.00 ± 2.83 (2)', '(0, 1 diverged)',
+        ['base', '1,234', '1.00 (0.75 to 1.50)', '62.00 ± 2.83 (2)', '1 diverged', '',
          '0.500 ± 0.000', '', '1.50 ± 0.71 (2)'],
-        ['dirac', '', '', '', '70.00 (1, 1 diverged)', '', '0.500', ''],
-        ['repvgg', '1,234', '1.50 (1.25 to 2.00)', '80.00 (1)', '', '0.500', '', ''],
+        ['dirac', '', '', '', '70.00 (1, 1 diverged)', '', '', '0.500', ''],
+        ['repvgg', '1,234', '1.50 (1.25 to 2.00)', '80.00 (1)', '', '+18.0', '0.500', '', ''],
     ]
     assert tables.table('blocks', tmp_path / 'nothing').startswith('| block ')
+
+
+def test_table_of_references_has_memory_and_published_accuracy(tmp_path):
+    record = run_records({('DenseNet-40-12', 4): [71.5]})[0]
+    write_csv(tmp_path / 'reference' / 'results.csv', [
+        {**record, 'parameters': 1234, 'train_seconds': 5400, 'threads': 2}])
+    write_csv(tmp_path / 'reference' / 'measured.csv', [
+        {'run': record['run'], 'peak_memory_mb': 2345}])
+    header, lines = result_tables.reference(tmp_path)
+    assert lines == [
+        ['DenseNet-40-12', '1,234', '4', '71.50', '1.50', '2 x CPU', '2,345', '94.76']]
+    assert len(header) == len(lines[0])
 
 
 def test_figure_of_blocks_draws_accuracy_over_cost(tmp_path):

@@ -31,16 +31,6 @@ def test_bench_shows_the_latest_results_against_the_baseline(tmp_path):
     assert len(header) == len(lines[0])
 
 
-def test_by_depth_leaves_out_diverged_runs(tmp_path):
-    (tmp_path / 'depth').mkdir()
-    (tmp_path / 'depth' / 'results.csv').write_text(
-        'series,x,ended,test_acc_percent\n'
-        'plain,100,diverged,\nplain,16,whole,70\nplain,16,whole,74\nresnet,100,whole,80\n')
-    assert tables.by_depth(tmp_path) == (
-        ['model', '16 layers', '100 layers'],
-        [['plain', '72.00 ± 2.83', ''], ['resnet', '', '80.00']])
-
-
 def test_gpu_checks_shows_the_last_record(tmp_path):
     (tmp_path / 'gpu').mkdir()
     (tmp_path / 'gpu' / 'checks.csv').write_text(
