@@ -367,9 +367,9 @@ CLAIMS = [
       for text, name in (('CPU', 'W_hat'), ('CPU, layer by layer', 'W_hat, layer by layer'))),
     *(Claim(MINOR + text, 'abstract', COST, partial(
         training_on_a_gpu, forms=forms, imagenet=imagenet)) for text, forms, imagenet in (
-            ('GPU, CIFAR networks', gpu.FORMS[:1], False),
-            ('GPU, CIFAR networks, --compile', gpu.FORMS[1:], False),
-            ('GPU, 224 pixels, with and without --compile', gpu.FORMS, True))),
+            ('GPU, CIFAR networks, --no-compile', gpu.FORMS[:1], False),
+            ('GPU, CIFAR networks, compiled', gpu.FORMS[1:], False),
+            ('GPU, 224 pixels, compiled or not', gpu.FORMS, True))),
     Claim('a folded DiracNet has no extra cost at inference', 'abstract', COST,
           inference_on_a_cpu),
 ]
