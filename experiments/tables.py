@@ -187,6 +187,30 @@ def gpu_training(logs):
             '% of matmul peak', 'peak MB', 'W_hat, %, --no-compile', 'W_hat, %'], lines
 
 
+def gpu_runs(logs):
+    """The cost of a run of 200 epochs on each GPU, as measured last."""
+    latest = {(record['device'], record['model']): record
+              for record in read_results(logs / 'gpu' / 'runs.csv')}
+    lines = [[record['model'], record['command'], record['device'],
+              f'{record["images_per_second"]:,.0f}', f'{record["seconds_per_epoch"]:.2f}',
+              f'{record["compile_seconds"]:.0f}', f'{record["minutes"]:.1f}',
+              f'{record["peak_memory_mb"]:,.0f}'] for record in latest.values()]
+    return ['model', 'command', 'device', 'images/s', 's per epoch', 'compilation, s',
+            'minutes, 200 epochs', 'peak MB'], lines
+
+
+def gpu_profile(logs):
+    """The kernels of a training step by kind: milliseconds and launches, one line per step."""
+    steps = grouped(read_results(logs / 'gpu' / 'profile.csv'), 'device', 'step')
+    kinds = list(dict.fromkeys(record['kernels'] for of in steps.values() for record in of))
+    lines = []
+    for (device, step), records in steps.items():
+        cells = {record['kernels']: f'{record["milliseconds"]:.2f} ({record["launches"]:.0f})'
+                 for record in records}  # of the last measurement
+        lines.append([device, step, *(cells.get(kind, '') for kind in kinds)])
+    return ['device', 'step', *(f'{kind}, ms (launches)' for kind in kinds)], lines
+
+
 def gpu_inference(logs):
     """Rates of a folded DiracNet on a GPU, and of the ResNet of the same depth."""
     comparisons = gpu.latest_gpu_comparisons(read_experiment('gpu', logs)[1], 'inference')
@@ -209,10 +233,11 @@ def read_experiment(experiment, logs):
 
 LEFT_ALIGNED = (  # columns of text
     'model', 'variant', 'source', 'change', 'passed', 'baseline', 'images', 'source of the recipe',
-    'command', 'quantity', 'verdict', 'section', 'parameters, millions', 'block')
+    'command', 'quantity', 'verdict', 'section', 'parameters, millions', 'block', 'device', 'step')
 OTHER_TABLES = {
     'claims': claims, 'tried': tried, 'bench': bench, 'gpu-checks': gpu_checks,
-    'gpu-training': gpu_training, 'gpu-inference': gpu_inference, 'sizes': sizes, **RESULT_TABLES,
+    'gpu-training': gpu_training, 'gpu-inference': gpu_inference, 'gpu-runs': gpu_runs,
+    'gpu-profile': gpu_profile, 'sizes': sizes, **RESULT_TABLES,
 }
 
 

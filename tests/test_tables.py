@@ -31,6 +31,23 @@ def test_bench_shows_the_latest_results_against_the_baseline(tmp_path):
     assert len(header) == len(lines[0])
 
 
+def test_gpu_tables_show_the_last_run_and_the_kernels_of_a_step(tmp_path):
+    run = {'model': '28-1', 'command': 'python train.py', 'images_per_second': 30000.4,
+           'seconds_per_epoch': 1.7, 'compile_seconds': 30.2, 'minutes': 6.2,
+           'peak_memory_mb': 1234, 'device': 'H100'}
+    write_csv(tmp_path / 'gpu' / 'runs.csv', [{**run, 'minutes': 9}, run, {**run, 'device': 'A'}])
+    _, lines = tables.gpu_runs(tmp_path)
+    assert lines == [['28-1', 'python train.py', device, '30,000', '1.70', '30', '6.2', '1,234']
+                     for device in ('H100', 'A')]
+    kernel = {'device': 'H100', 'step': 'train.py', 'milliseconds': 1.5, 'launches': 30.0}
+    write_csv(tmp_path / 'gpu' / 'profile.csv', [
+        {**kernel, 'kernels': 'W_hat', 'launches': 9.0}, {**kernel, 'kernels': 'W_hat'},
+        {**kernel, 'kernels': 'pooling', 'step': 'compiled'}])
+    assert tables.gpu_profile(tmp_path) == (
+        ['device', 'step', 'W_hat, ms (launches)', 'pooling, ms (launches)'],
+        [['H100', 'train.py', '1.50 (30)', ''], ['H100', 'compiled', '', '1.50 (30)']])
+
+
 def test_gpu_checks_shows_the_last_record(tmp_path):
     (tmp_path / 'gpu').mkdir()
     (tmp_path / 'gpu' / 'checks.csv').write_text(
