@@ -5,11 +5,13 @@ W_hat, a step of DiracNet-28-1 took 1.5 times as long as with W on an H100 (docs
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 
 from diracconv import add_delta, dirac_weight
 
@@ -95,8 +97,8 @@ class FusedWeights(torch.autograd.Function):
     def forward(ctx, groups, dtype, channels_last, *params):
         ctx.save_for_backward(*params)
         ctx.groups, ctx.channels_last = groups, channels_last
-        weights = params[:len(groups)]
-        weight, alpha, beta = _packed(params)
+        n = len(groups)
+        weights, (weight, alpha, beta) = params[:n], _packed(params, n)
         w_hat = torch.empty_like(weight, dtype=dtype)
         _launch(_forward_kernel, groups, channels_last, weights, w_hat, weight, alpha, beta)
         parts = w_hat.split([w.numel() for w in weights])
@@ -106,16 +108,18 @@ class FusedWeights(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        params, n = ctx.saved_tensors, len(ctx.groups)
-        if torch.is_grad_enabled():  # for second gradients
-            w_hats = [dirac_weight(*layer, groups).to(grad.dtype) for *layer, groups, grad in zip(
-                params[:n], params[n : 2 * n], params[2 * n :], ctx.groups, grads)]
+        params, n, second = ctx.saved_tensors, len(ctx.groups), torch.is_grad_enabled()
+        if second or is_batchedtensor(grads[0]) or is_legacy_batchedtensor(grads[0]):
+            with torch.enable_grad():
+                w_hats = [dirac_weight(*layer, groups).to(grad.dtype)
+                          for *layer, groups, grad in zip(
+                              params[:n], params[n : 2 * n], params[2 * n :], ctx.groups, grads)]
             needed = [p for p, need in zip(params, ctx.needs_input_grad[3:]) if need]
-            found = iter(torch.autograd.grad(w_hats, needed, grads, create_graph=True))
+            found = iter(torch.autograd.grad(w_hats, needed, grads, create_graph=second))
             results = [next(found) if need else None for need in ctx.needs_input_grad[3:]]
             return None, None, None, *results
         grad = torch.cat([(g.movedim(1, -1) if ctx.channels_last else g).flatten() for g in grads])
-        weight, _, beta = _packed(params)
+        weight, beta = _packed(params[:n] + params[2 * n :], n)
         outputs = torch.empty_like(weight), torch.empty_like(beta), torch.empty_like(beta)
         _launch(_backward_kernel, ctx.groups, ctx.channels_last, params[:n], *outputs, grad, weight,
                 beta)
@@ -124,17 +128,16 @@ class FusedWeights(torch.autograd.Function):
         return None, None, None, *(part.view_as(p) for part, p in zip(parts, params))
 
 
-def _packed(params):
-    """Concatenates all weights, all alphas and all betas of FusedWeights: three 1-D tensors."""
-    n = len(params) // 3
-    return [torch.cat([p.flatten() for p in params[i : i + n]]) for i in range(0, 3 * n, n)]
+def _packed(params, n):
+    """Concatenates the elements of each n parameters, such as all weights and all betas."""
+    return [torch.cat([p.flatten() for p in params[i : i + n]]) for i in range(0, len(params), n)]
 
 
 def _launch(kernel, groups, channels_last, weights, *tensors):
     """Runs a kernel with one program for each filter."""
     filters = _filters(tuple(w.shape for w in weights), groups, weights[0].device)
-    taps = weights[0][0, 0].numel() if channels_last else 1
-    block = triton.next_power_of_2(max(w[0].numel() for w in weights))
+    taps = math.prod(weights[0].shape[2:]) if channels_last else 1
+    block = triton.next_power_of_2(max(math.prod(w.shape[1:]) for w in weights))
     with torch.cuda.device_of(weights[0]):
         kernel[len(filters[0]),](*tensors, *filters, taps, block,
                                  num_warps=min(max(block // 512, 1), 16))
@@ -157,7 +160,8 @@ def _filters(shapes, groups, device):
 
 def _are_fusible(convs):
     """Returns whether FusedWeights can compute the W_hats of layers."""
-    if triton is None or not convs[0].weight.is_cuda or torch.compiler.is_compiling():
+    if (triton is None or not convs or not convs[0].weight.is_cuda
+            or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()):
         return False
     device = convs[0].weight.device
     params = [p for conv in convs for p in (conv.weight, conv.alpha, conv.beta)]
@@ -165,7 +169,7 @@ def _are_fusible(convs):
         all(type(p) is nn.Parameter and p.dtype == torch.float32 and p.device == device
             for p in params)
         and len({conv.kernel_size for conv in convs}) == 1
-        and max(conv.weight[0].numel() for conv in convs) <= MAX_FUSED
+        and max(math.prod(conv.weight.shape[1:]) for conv in convs) <= MAX_FUSED
         and _kernels_work(device)
     )
 
@@ -174,7 +178,9 @@ def _are_fusible(convs):
 def _kernels_work(device):
     """Returns whether the kernels run on a device, with correct results; warns if not."""
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        # the hooks of checkpointing, in which the first call may be, must not see these tensors
+        with (torch.inference_mode(False), torch.enable_grad(),
+              torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)):
             params = [torch.linspace(-1, 2, n, device=device).view(shape).requires_grad_()
                       for n, shape in ((108, (4, 3, 3, 3)), (4, (4,)), (4, (4,)))]
             pairs = zip(*([w_hat, *torch.autograd.grad(w_hat.square().sum(), params)] for w_hat in (

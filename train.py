@@ -107,9 +107,9 @@ def train(run, resume_command):
                          opt.balance)
     with interruptible(run, resume_command) as signals:
         if opt.compile:
-            train_model, eval_model, compile_time = compile_models(
+            train_model, eval_model, entry = compile_models(
                 run, train_model, set(sizes[run.epoch:]))
-            constants |= compile_time
+            constants |= entry
         first, start = run.epoch, time.monotonic()
         while not run.done:
             title = f'epoch {run.epoch + 1}/{opt.epochs}'

@@ -46,7 +46,7 @@ def deploy(model: nn.Module, shape: Sequence[int],
         raise ValueError(f'dtype {dtype}: expected torch.bfloat16 or torch.float32')
     constant = copy.deepcopy(model).eval().requires_grad_(False)
     constant = constant.to(dtype, memory_format=torch.channels_last)
-    compiled = torch.compile(_with_own_code_object(constant), dynamic=False, fullgraph=True)
+    compiled = torch.compile(with_own_code_object(constant), dynamic=False, fullgraph=True)
 
     @torch.no_grad()
     def run(inputs: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def deploy(model: nn.Module, shape: Sequence[int],
     return run
 
 
-def _with_own_code_object(model):
+def with_own_code_object(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Returns a function that calls a model and has a code object of its own.
 
     torch.compile limits recompilations per code object (8 by default) and then runs the code

@@ -14,6 +14,7 @@ logs/gpu: rates.csv (images per second), runs.csv (cost of a run of 200 epochs) 
 import argparse
 import functools
 import itertools
+import os
 import subprocess
 import sys
 import tempfile
@@ -344,7 +345,11 @@ def measure_runs(device, logs, columns, deadline):
         if time.monotonic() > deadline:
             say(f'run of {depth}-{width:g}: skipped, no time left')
             continue
-        cost = {'model': f'{depth}-{width:g}', **run_cost(depth, width, images)}
+        try:
+            cost = {'model': f'{depth}-{width:g}', **run_cost(depth, width, images)}
+        except SystemExit as stopped:  # of train.py, which printed the reason
+            say(f'run of {depth}-{width:g}: failed with exit status {stopped.code}')
+            continue
         append_results([{**cost, **columns}], logs / 'runs.csv')
         print_table([*cost], [[str(value) for value in cost.values()]], left=[*cost])
         make = functools.partial(diracnet, depth, width)
@@ -375,7 +380,7 @@ def parse_options(argv):
     add('--device', choices=('cuda', 'cpu'), default='cuda',
         help='cpu: a dry run (default: %(default)s)')
     add('--logs', type=Path, default=ROOT / 'logs' / 'gpu',
-        help='folder of rates.csv (default: logs/gpu)')
+        help='folder of the results (default: logs/gpu)')
     return parser.parse_args(argv)
 
 
@@ -383,7 +388,9 @@ def main(argv=None):
     opt = parse_options(argv)
     deadline = time.monotonic() + 60 * opt.minutes
     with exit_on_error('experiments.gpu'):
-        if opt.device == 'cuda' and not torch.cuda.is_available():
+        if opt.device == 'cpu':
+            os.environ['CUDA_VISIBLE_DEVICES'] = ''  # read when CUDA is first used
+        elif not torch.cuda.is_available():
             raise ValueError('no CUDA GPU found; use --device cpu for a dry run')
         device = torch.device(opt.device)
         status = run_checks() if opt.checks and opt.device == 'cuda' else 0
@@ -394,10 +401,15 @@ def main(argv=None):
             write_jpegs(folder)
             compared = comparisons(device, folder)
             columns = environment_of(device)
+            measure = functools.partial(time_in_order, peak=peak, device=device,
+                                        table=opt.logs / 'rates.csv', columns=columns,
+                                        deadline=deadline)
             if opt.compile:
+                measure(itertools.islice(compared, 2))  # the most important ones
                 measure_runs(device, opt.logs, columns, deadline)
-            time_in_order(compared if opt.compile else map(without_compile, compared), peak,
-                          device, opt.logs / 'rates.csv', columns, deadline)
+                measure(compared)
+            else:
+                measure(map(without_compile, compared))
     if status:
         sys.exit(1)
 

@@ -3,6 +3,7 @@
 experiments/gpu.py calls both and appends their results to logs/gpu/runs.csv and profile.csv.
 """
 
+import gc
 import re
 import tempfile
 from collections import defaultdict
@@ -40,7 +41,10 @@ def run_cost(depth, width, n=50_000, extra=()):
     test = images[: n // 5], labels[: n // 5]
     splits = DataSplits.from_arrays((images, labels), test, classes=range(10))
     sizes = ['--depth', str(depth), '--width', f'{width:g}', *extra]
+    gc.collect()
+    torch.compiler.reset()  # its CUDA graphs hold memory
     if torch.cuda.is_available():
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         stats = train.main([*sizes, '--epochs', '2', '--save', f'{folder}/run'], splits).history[-1]
@@ -75,7 +79,8 @@ def profile_step(work, device, steps=5):
         synchronize(device)
     kinds = defaultdict(lambda: [0.0, 0])
     for event in profile.events():
-        if event.device_type.name == device.type.upper():
+        # annotations, such as Optimizer.step, span the kernels that they contain
+        if event.device_type.name == device.type.upper() and not event.is_user_annotation:
             on_cpu = device.type == 'cpu'
             microseconds = event.self_cpu_time_total if on_cpu else event.time_range.elapsed_us()
             kinds[kind_of(event.name)][0] += microseconds / 1000 / steps

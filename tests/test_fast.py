@@ -1,5 +1,6 @@
 """Speed options do not change results: bfloat16, channels last, compilation, checkpointing."""
 
+import functools
 import importlib.util
 import os
 import platform
@@ -151,19 +152,50 @@ def test_training_continues_with_a_warning_when_torch_cannot_compile(
         def call(inputs):
             model(inputs)  # changes the running statistics
             torch.rand(1)  # and the random state
-            if model.training != fails_in_training:
-                return model(inputs)
+            if torch.is_grad_enabled() == (where == 'training'):
+                raise error
+            return model(inputs)
+
+        if where == 'torch.compile':
             raise error
         return call
 
     run(images, tmp_path / 'eager')
-    for fails_in_training in (True, False):
-        folder = tmp_path / f'compiled-{fails_in_training}'
+    for where in ('torch.compile', 'training', 'evaluation'):
+        folder = tmp_path / where
         monkeypatch.setattr(torch, 'compile', compile_badly)
         run(images, folder, '--compile')
         line, = capsys.readouterr().err.splitlines()
         assert line.startswith(f'torch {torch.__version__} cannot compile the model ({reason}')
         assert_same_run(folder, tmp_path / 'eager')
+
+
+def test_compile_error_ends_the_run_of_several_processes(monkeypatch):
+    """Otherwise one of them would train, and the others wait for it in their warm-up."""
+    monkeypatch.setattr(compute, 'world_size', lambda: 2)
+    monkeypatch.setattr(compute, 'warm_up', lambda *_: 1 / 0)
+    model = torch.nn.Linear(2, 2)
+    compiled_run = SimpleNamespace(forward=SimpleNamespace(device=torch.device('cpu')),
+                                   eval_model=model)
+    with pytest.raises(OSError, match='cannot compile the model .ZeroDivisionError.*omit --comp'):
+        compute.compile_models(compiled_run, model, set())
+
+
+def test_compile_model_compiles_each_shape_and_model():
+    """Also beyond torch's recompile limit, here 1, after which it would run uncompiled."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(inputs[-1].shape)
+        return graph
+
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, 'compile', functools.partial(torch.compile, backend=backend))
+        for model in (torch.nn.Flatten(), torch.nn.Flatten()):
+            call = compute.compile_model(model, torch.device('cpu'))
+            for n in (2, 3, 4, 3):
+                assert call(torch.ones(n, 2, 2)).shape == (n, 4)
+    assert compiled == 2 * [(2, 2, 2), (3, 2, 2), (4, 2, 2)]
 
 
 @pytest.mark.parametrize(('device', 'changes', 'reason'), [

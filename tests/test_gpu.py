@@ -64,7 +64,7 @@ def test_nothing_is_measured_when_the_time_is_over(capsys, tmp_path):
 def test_no_checks_and_no_compile_leave_these_out(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, 'run_checks', lambda: pytest.fail('checked'))
     compared = []
-    monkeypatch.setattr(gpu, 'time_in_order', lambda comparisons, *_: compared.extend(comparisons))
+    monkeypatch.setattr(gpu, 'time_in_order', lambda comparisons, **_: compared.extend(comparisons))
     gpu.main(['--device', 'cpu', '--logs', str(tmp_path), '--no-checks', '--no-compile'])
     names = [variant.name for comparison in compared for variant in comparison.variants]
     assert 'train.py' in names

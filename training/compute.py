@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cli import say, warn
-from diracnets.deploy import native_bfloat16
+from diracnets.deploy import native_bfloat16, with_own_code_object
 from diracnets.preprocessing import DataError, Preprocessing, normalize
 from training.datasets import IGNORED
 from training.distributed import rank, world_size
@@ -116,18 +116,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def compile_model(model: nn.Module, device: torch.device) -> Callable:
-    """Compiles a model, once for each batch size.
+    """Compiles a model, once for each shape of its inputs.
 
     On CUDA each compiled step is one CUDA graph: a step of a deep, narrow network has hundreds of
     small kernels, which Python launches more slowly than a GPU runs them.
     """
-    if device.type != 'cuda':
-        return torch.compile(model, dynamic=False)
-    graph = torch.compile(model, dynamic=False, mode='reduce-overhead')
+    on_cuda, graphs = device.type == 'cuda', {}
+    mode = 'reduce-overhead' if on_cuda else None
 
     def run(inputs):
+        if inputs.shape not in graphs:  # torch.compile limits the graphs of one code object
+            graphs[inputs.shape] = torch.compile(with_own_code_object(model), dynamic=False,
+                                                 mode=mode)
+        if not on_cuda:
+            return graphs[inputs.shape](inputs)
         torch.compiler.cudagraph_mark_step_begin()  # the previous outputs may be overwritten
-        return graph(inputs).clone()  # the meters keep the logits for longer
+        return graphs[inputs.shape](inputs).clone()  # the meters keep the logits for longer
 
     return run
 
@@ -137,8 +141,8 @@ def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, C
 
     train_model: run.model or its distributed form; sizes: of the training images, in pixels.
     Returns the two models and the log entry of the seconds that this took. If this version of
-    torch, or this machine, cannot compile them, it prints a warning, returns the uncompiled models,
-    and no entry.
+    torch, or this machine, cannot compile them, it prints a warning, and returns the uncompiled
+    models and no entry. With several processes it raises OSError, because the others may compile.
     """
     start = time.perf_counter()
     try:
@@ -149,11 +153,11 @@ def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, C
         raise
     except Exception as error:  # of a compiler, which raises almost any
         lines = [line for line in str(error).splitlines() if line and not line.endswith('raised:')]
-        reason = f'{type(error).__name__}: {(lines or [""])[0]}'
-        if rank() == 0:
-            warn(f'torch {torch.__version__} cannot compile the model ({reason}); training '
-                 'continues without --compile')
-        torch.compiler.reset()
+        message = (f'torch {torch.__version__} cannot compile the model '
+                   f'({type(error).__name__}: {(lines or [""])[0]})')
+        if world_size() > 1:
+            raise OSError(f'{message}; omit --compile') from error
+        warn(f'{message}; training continues without --compile')
         return train_model, run.eval_model, {}
     return *models, {'compile_time': time.perf_counter() - start}
 
