@@ -51,7 +51,7 @@ def test_options_have_the_papers_defaults():
         'gpu_id': '', 'ngpu': 1, 'force': False, 'save_every': 0, 'recipe': '', 'augment': True,
         'keep_every': 0, 'deterministic': False, 'val': 0, 'lr_schedule': 'step',
         'nesterov': False, 'label_smoothing': 0, 'name': '',
-        'tensorboard': False, 'pretrained': '', 'compile': False, 'checkpointing': False,
+        'tensorboard': False, 'pretrained': '', 'compile': 'auto', 'checkpointing': False,
         'crop': True, 'flip': 'horizontal', 'normalise': '', 'optimizer': 'sgd', 'adam_lr': 0.01,
         'grow': [], 'whiten': False, 'cutout': 0, 'check': True, 'skip_corrupt': False,
         'balance': False, 'clip_grad': 0, 'ema': 0, 'freeze': 'none',
