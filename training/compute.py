@@ -128,10 +128,11 @@ def compile_model(model: nn.Module, device: torch.device) -> Callable:
         if inputs.shape not in graphs:  # torch.compile limits the graphs of one code object
             graphs[inputs.shape] = torch.compile(with_own_code_object(model), dynamic=False,
                                                  mode=mode)
+        graph = graphs[inputs.shape]
         if not on_cuda:
-            return graphs[inputs.shape](inputs)
+            return graph(inputs)
         torch.compiler.cudagraph_mark_step_begin()  # the previous outputs may be overwritten
-        return graphs[inputs.shape](inputs).clone()  # the meters keep the logits for longer
+        return graph(inputs).clone()  # the meters keep the logits for longer
 
     return run
 

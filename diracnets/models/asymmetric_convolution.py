@@ -10,22 +10,11 @@ from diracnets.models.diverse_branch import KernelBias, MultiBranchBlock, fuse_b
 class ACBlock(MultiBranchBlock):
     """Sum of kxk, kx1 and 1xk convolutions, each with a batch norm, then the nonlinearity.
 
-    (N, in, H, W) to (N, out, H', W'). deploy creates one convolution instead, for a deployed state
-    dict. The other arguments and the errors are those of MultiBranchBlock.
+    (N, in, H, W) to (N, out, H', W'). The arguments and the errors are those of MultiBranchBlock.
     """
 
     deployed_name = 'fused_conv'
     branches = ('square', 'ver', 'hor')  # in the keys of the published state dicts
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
-        padding: int = 0, dilation: int = 1, groups: int = 1, deploy: bool = False,
-        nonlinear: nn.Module | None = None,
-    ):
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, nonlinear
-        )
-        self.make_layers(deploy)
 
     def make_branches(self, cin, cout, k, stride, padding, dilation, groups):
         for name, size in zip(self.branches, [(k, k), (k, 1), (1, k)]):

@@ -8,6 +8,7 @@ methods, state dict keys and constructor arguments are those of the published co
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,8 @@ class BNAndPad(nn.Module):
         return F.pad(x, padding) + border * shift.view(-1, 1, 1)
 
 
-def _branch(**layers: nn.Module) -> nn.Sequential:
+def branch(**layers: nn.Module) -> nn.Sequential:
+    """Returns the layers of a branch in order, with their names."""
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -122,15 +124,19 @@ def _branch(**layers: nn.Module) -> nn.Sequential:
 class MultiBranchBlock(nn.Module):
     """Base class of blocks that train as a sum of branches and deploy as one convolution.
 
-    kernel_size is odd, padding is kernel_size // 2, dilation is 1. nonlinear is a module that runs
-    after the sum. Subclasses define `make_branches`, `sum_branches` and `equivalent_branches`.
-    Raises ValueError for other sizes.
+    kernel_size is odd, padding is kernel_size // 2, dilation is 1. deploy creates one convolution
+    in place of the branches, for a deployed state dict. nonlinear is a module that runs after the
+    sum. Subclasses define `make_branches`, `sum_branches` and `equivalent_branches`; options are
+    those of their `make_layers`. Raises ValueError for other sizes.
     """
 
     deployed_name: str  # of the deployed convolution in the published state dicts
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int,
-                 padding: int, dilation: int, groups: int, nonlinear: nn.Module | None):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
+        padding: int = 0, dilation: int = 1, groups: int = 1, deploy: bool = False,
+        nonlinear: nn.Module | None = None, **options: Any,
+    ):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f'kernel_size {kernel_size}: expected an odd number')
@@ -145,6 +151,7 @@ class MultiBranchBlock(nn.Module):
         self.conv_args = in_channels, out_channels, kernel_size, stride, padding, dilation, groups
         self.kernel_size, self.stride, self.groups = kernel_size, stride, groups
         self.nonlinear = nn.Identity() if nonlinear is None else nonlinear
+        self.make_layers(deploy, **options)
 
     def make_layers(self, deploy: bool) -> None:
         """Creates the deployed convolution, or the branches."""
@@ -205,9 +212,8 @@ class DiverseBranchBlock(MultiBranchBlock):
     and pooling has a batch norm. A depthwise block has no 1x1 branch and no 1x1 convolution before
     the pooling; its last branch has twice the input width between 1x1 and kxk.
 
-    internal_channels_1x1_3x3 is the width between 1x1 and kxk, by default the input width. deploy
-    creates one convolution instead, for a deployed state dict. The other arguments and the errors
-    are those of MultiBranchBlock.
+    internal_channels_1x1_3x3 is the width between 1x1 and kxk, by default the input width. The
+    other arguments and the errors are those of MultiBranchBlock.
     """
 
     deployed_name = 'dbb_reparam'
@@ -219,26 +225,30 @@ class DiverseBranchBlock(MultiBranchBlock):
         nonlinear: nn.Module | None = None,
     ):
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, nonlinear
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, deploy,
+            nonlinear, internal=internal_channels_1x1_3x3,
         )
+
+    def make_layers(self, deploy: bool, internal: int | None) -> None:
+        in_channels, out_channels, *_, groups = self.conv_args
         self.depthwise = groups == in_channels == out_channels
-        self.internal = internal_channels_1x1_3x3 or in_channels * (1 + self.depthwise)
+        self.internal = internal or in_channels * (1 + self.depthwise)
         if self.internal % groups:
             raise ValueError(
                 f'internal_channels_1x1_3x3 {self.internal}: expected a multiple of {groups} groups'
             )
-        self.make_layers(deploy)
+        super().make_layers(deploy)
 
     def make_branches(self, cin, cout, k, stride, padding, dilation, groups):
         def conv(cin, cout, k, stride=1, padding=0):
             return nn.Conv2d(cin, cout, k, stride, padding, groups=groups, bias=False)
 
-        self.dbb_origin = _branch(conv=conv(cin, cout, k, stride, padding), bn=nn.BatchNorm2d(cout))
+        self.dbb_origin = branch(conv=conv(cin, cout, k, stride, padding), bn=nn.BatchNorm2d(cout))
         if self.depthwise:
-            self.dbb_avg = _branch(avg=nn.AvgPool2d(k, stride, padding), avgbn=nn.BatchNorm2d(cout))
+            self.dbb_avg = branch(avg=nn.AvgPool2d(k, stride, padding), avgbn=nn.BatchNorm2d(cout))
         else:
-            self.dbb_1x1 = _branch(conv=conv(cin, cout, 1), bn=nn.BatchNorm2d(cout))
-            self.dbb_avg = _branch(
+            self.dbb_1x1 = branch(conv=conv(cin, cout, 1), bn=nn.BatchNorm2d(cout))
+            self.dbb_avg = branch(
                 conv=conv(cin, cout, 1), bn=BNAndPad(padding, cout),
                 avg=nn.AvgPool2d(k, stride), avgbn=nn.BatchNorm2d(cout),
             )
@@ -246,7 +256,7 @@ class DiverseBranchBlock(MultiBranchBlock):
             {'idconv1': IdentityConv1x1(cin, groups)} if self.internal == cin
             else {'conv1': conv(cin, self.internal, 1)}
         )
-        self.dbb_1x1_kxk = _branch(
+        self.dbb_1x1_kxk = branch(
             **first, bn1=BNAndPad(padding, self.internal),
             conv2=conv(self.internal, cout, k, stride), bn2=nn.BatchNorm2d(cout),
         )

@@ -1,44 +1,37 @@
 """RepVGG block (Ding et al., arXiv 2101.03697)."""
 
-from collections import OrderedDict
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from diracconv import add_delta
-from diracnets.models.diverse_branch import KernelBias, MultiBranchBlock, fuse_bn, pad_kernel
-
-
-def _conv_bn(cin: int, cout: int, k: int, stride: int, groups: int) -> nn.Sequential:
-    conv = nn.Conv2d(cin, cout, k, stride, k // 2, groups=groups, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(cout)))
+from diracnets.models.diverse_branch import (
+    KernelBias,
+    MultiBranchBlock,
+    branch,
+    fuse_bn,
+    pad_kernel,
+)
 
 
 class RepVGGBlock(MultiBranchBlock):
     """Sum of kxk, 1x1 and identity branches, each with a batch norm, then the nonlinearity.
 
-    (N, in, H, W) to (N, out, H', W'). The identity needs equal channels and stride 1. deploy
-    creates one convolution instead, for a deployed state dict; the keys are the published ones. The
-    other arguments and the errors are those of MultiBranchBlock.
+    (N, in, H, W) to (N, out, H', W'). The identity needs equal channels and stride 1. The keys of
+    the state dict are the published ones, the arguments and the errors those of MultiBranchBlock.
     """
 
     deployed_name = 'rbr_reparam'
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1,
-        padding: int = 0, dilation: int = 1, groups: int = 1, deploy: bool = False,
-        nonlinear: nn.Module | None = None,
-    ):
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, nonlinear
-        )
-        self.make_layers(deploy)
-
     def make_branches(self, cin, cout, k, stride, padding, dilation, groups):
+        def conv_bn(k, stride, padding):
+            conv = nn.Conv2d(cin, cout, k, stride, padding, groups=groups, bias=False)
+            return branch(conv=conv, bn=nn.BatchNorm2d(cout))
+
         self.rbr_identity = nn.BatchNorm2d(cin) if cin == cout and stride == 1 else None
-        self.rbr_dense = _conv_bn(cin, cout, k, stride, groups)
-        self.rbr_1x1 = _conv_bn(cin, cout, 1, 1, groups)
+        self.rbr_dense = conv_bn(k, stride, padding)
+        self.rbr_1x1 = conv_bn(1, 1, 0)
 
     def sum_branches(self, x: Tensor) -> Tensor:
         strided = x[:, :, :: self.stride, :: self.stride]  # not in the 1x1, as in DBB
