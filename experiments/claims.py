@@ -22,6 +22,7 @@ from experiments.results import (
     label,
     read_pooled,
     read_results,
+    relative_time,
     seed_means,
 )
 from hubconf import TRAINED
@@ -274,8 +275,7 @@ def by_layers(quantity, value, margin, form):
 
 def extra_time(record):
     """Returns the extra time over the baseline, in per cent, of a record of a timing."""
-    return Estimate(*(100 * (1 / record[name] - 1) for name in (
-        'ratio', 'ratio_high', 'ratio_low')))
+    return Estimate(*(100 * (time - 1) for time in relative_time(record)))
 
 
 def decide_time(estimates):

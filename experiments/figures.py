@@ -27,11 +27,13 @@ from experiments.results import (
     configuration,
     grouped,
     grouped_by,
+    int8_drop,
     label,
     mean_std,
     read_both,
     read_pooled,
     read_results,
+    relative_time,
     seed_counts,
     step_times,
 )
@@ -197,8 +199,7 @@ def cost(figure, results, measured, logs):
     for axes, ((title,), group) in zip(panels, grouped(measured, 'compared').items()):
         names = [*dict.fromkeys(record['what'] for record in group)]
         for i, (style, (dtype,), records) in enumerate(styled(grouped(group, 'dtype'))):
-            times, low, high = ([1 / record[name] for record in records]
-                                for name in ('ratio', 'ratio_high', 'ratio_low'))
+            times, low, high = zip(*map(relative_time, records))
             below, above = map(operator.sub, times, low), map(operator.sub, high, times)
             axes.errorbar(times, [names.index(record['what']) + 0.2 * i for record in records],
                           xerr=[[*below], [*above]], label=dtype,
@@ -216,8 +217,7 @@ def int8(figure, results, measured, logs):
     accuracies, drops = figure.subplots(1, 2)
     draw_points(accuracies, measured, 'float32_test_acc_percent', f'{ACCURACY}, float32')
     lost = [
-        {'series': record['series'] + suffix,
-         'lost': record['float32_test_acc_percent'] - record[f'{form}_test_acc_percent']}
+        {'series': record['series'] + suffix, 'lost': int8_drop(record, form)}
         for suffix, form in (('', 'int8'), (', equalized', 'equalised_int8'))
         for record in measured]
     draw_points(drops, lost, 'lost', 'accuracy drop of int8 (pp)')

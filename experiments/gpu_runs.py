@@ -77,11 +77,10 @@ def profile_step(work, device, steps=5):
         for _ in range(steps):
             work()
         synchronize(device)
-    kinds = defaultdict(lambda: [0.0, 0])
+    kinds, on_cpu = defaultdict(lambda: [0.0, 0]), device.type == 'cpu'
     for event in profile.events():
         # annotations, such as Optimizer.step, span the kernels that they contain
         if event.device_type.name == device.type.upper() and not event.is_user_annotation:
-            on_cpu = device.type == 'cpu'
             microseconds = event.self_cpu_time_total if on_cpu else event.time_range.elapsed_us()
             kinds[kind_of(event.name)][0] += microseconds / 1000 / steps
             kinds[kind_of(event.name)][1] += 1

@@ -37,10 +37,12 @@ from experiments.results import (
     format_mean,
     grouped,
     grouped_by,
+    int8_drop,
     label,
     read_both,
     read_pooled,
     read_results,
+    relative_time,
     seed_means,
     step_times,
 )
@@ -134,9 +136,8 @@ def blocks(logs):
     results, times = read_pooled('blocks', logs), step_times(logs)
     groups, points = grouped(results, 'series', 'x'), accuracies(results)
     depths = sorted({x for _, x in groups})
-    drops = {
-        record['run']: record['float32_test_acc_percent'] - record['int8_test_acc_percent']
-        for name in ('int8', 'blocks') for record in read_results(logs / name / 'measured.csv')}
+    drops = {record['run']: int8_drop(record) for name in ('int8', 'blocks')
+             for record in read_results(logs / name / 'measured.csv')}
     lines = []
     for block in [name for name in COMPARED_BLOCKS if any(name == key[0] for key in groups)]:
         runs = {x: completed(groups.get((block, x), [])) for x in [*depths, DEPTH]}
@@ -224,10 +225,6 @@ def alpha_beta(logs):
 def int8(logs):
     """Accuracies in float32 and losses in int8: first runs, replication, interval of both."""
     forms = ('int8', 'equalised_int8')
-
-    def lost(record, form):
-        return record['float32_test_acc_percent'] - record[f'{form}_test_acc_percent']
-
     sets = read_both('int8', 'measured.csv', logs)
     lines = []
     for name in dict.fromkeys(column(sets[0], 'series')):
@@ -235,9 +232,10 @@ def int8(logs):
         line = [name, *(format_mean(column(part, 'float32_test_acc_percent')) if part else ''
                         for part in parts)]
         for form in forms:
-            line += [format_mean([lost(r, form) for r in part]) if part else '' for part in parts]
+            line += [format_mean([int8_drop(r, form) for r in part]) if part else ''
+                     for part in parts]
             line.append(show([welch((1, seed_means(
-                [*parts[0], *parts[1]], lambda r, form=form: lost(r, form))))], '+.2f'))
+                [*parts[0], *parts[1]], lambda r, form=form: int8_drop(r, form))))], '+.2f'))
         lines.append(line)
     return ['model', 'float32, %', 'again', 'drop, pp', 'again', f'both {CI}',
             'drop if equalized, pp', 'again', f'both {CI}'], lines
@@ -254,8 +252,7 @@ def cost(logs):
                 record['compared'], record['what'])]
             line += [text for r in same[-1:] for text in (
                 f'{128_000 / r["images_per_second"]:.1f}', '' if r['ratio'] == 1 else
-                '{:.3f} ({:.3f} to {:.3f})'.format(
-                    *(1 / r[name] for name in ('ratio', 'ratio_high', 'ratio_low'))))] or [''] * 2
+                '{:.3f} ({:.3f} to {:.3f})'.format(*relative_time(r)))] or [''] * 2
         lines.append(line)
     return ['128 images', *(text for records in sets for text in (
         f'{dtypes_of(records)}, ms', f'time / first {CI}'))], lines

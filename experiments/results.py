@@ -168,10 +168,20 @@ def mean_std(values):
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def relative_time(record):
+    """Returns [median, low, high] of the time over that of the baseline, of a timing's record."""
+    return [1 / record[name] for name in ('ratio', 'ratio_high', 'ratio_low')]
+
+
 def step_times(logs):
-    """Returns {block: (median, low, high)} of a step over one of `base`, as `blocks` measured."""
-    return {record['what']: [1 / record[name] for name in ('ratio', 'ratio_high', 'ratio_low')]
+    """Returns {block: [median, low, high]} of a step over one of `base`, as `blocks` measured."""
+    return {record['what']: relative_time(record)
             for record in read_results(logs / 'blocks' / 'steps.csv')}
+
+
+def int8_drop(record, form='int8'):
+    """Returns the accuracy that a quantized form loses, in pp, of a record of `int8`."""
+    return record['float32_test_acc_percent'] - record[f'{form}_test_acc_percent']
 
 
 def column(records, name):

@@ -42,10 +42,11 @@ PAGES = [ROOT / name for name in (
 MARKED = re.compile(r'<!-- table: ([\w/-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 
-# ---------------------------------------------------------------- one experiment
+# ---------------------------------------------------------------- speed-run
 
 
-def speedrun(results, measured):
+def speedrun(logs):
+    measured = read_results(logs / 'speedrun' / 'measured.csv')
     columns = ('test_acc_percent', 2), ('six_views_test_acc_percent', 2), ('train_seconds', 0), (
         'product_gflop_per_second', 0), ('machine_tflop', 0)
     lines = [
@@ -54,12 +55,6 @@ def speedrun(results, measured):
         for (series, epochs), runs in grouped(measured, 'series', 'x').items()]
     return ['variant', 'epochs', 'n', 'test accuracy, %', 'with TTA, %', 'training time, s',
             'matmul rate, GFLOP/s', 'matmul-equivalent compute, TFLOP'], lines
-
-
-EXPERIMENT_TABLES = {'speedrun': speedrun}
-
-
-# ---------------------------------------------------------------- several experiments
 
 
 def tried(logs):
@@ -171,7 +166,7 @@ def gpu_checks(logs):
 def gpu_training(logs):
     """Rates of a training step on a GPU: eager, as train.py runs it, and compiled."""
     lines = []
-    comparisons = gpu.training_comparisons(read_experiment('gpu', logs)[1])
+    comparisons = gpu.training_comparisons(read_results(logs / 'gpu' / 'rates.csv'))
     for settings, variants in comparisons.items():
         compiled = variants[gpu.COMPILED]
         shown = [variants[gpu.EAGER], *map(variants.get, gpu.FORMS),
@@ -213,7 +208,8 @@ def gpu_profile(logs):
 
 def gpu_inference(logs):
     """Rates of a folded DiracNet on a GPU, and of the ResNet of the same depth."""
-    comparisons = gpu.latest_gpu_comparisons(read_experiment('gpu', logs)[1], 'inference')
+    rates = read_results(logs / 'gpu' / 'rates.csv')
+    comparisons = gpu.latest_gpu_comparisons(rates, 'inference')
     lines = [[settings, record['what'], f'{record["n"]:.0f}',
               f'{record["images_per_second"]:,.0f}', RATIO.format(**record),
               f'{record["percent_of_product"]:.0f}']
@@ -224,29 +220,19 @@ def gpu_inference(logs):
 # ---------------------------------------------------------------- pages
 
 
-def read_experiment(experiment, logs):
-    """Returns the results of an experiment, or of `gpu`, and the records of what it measured."""
-    measured = 'rates.csv' if experiment == 'gpu' else 'measured.csv'
-    return (read_results(logs / experiment / 'results.csv'),
-            read_results(logs / experiment / measured))
-
-
 LEFT_ALIGNED = (  # columns of text
     'model', 'variant', 'source', 'change', 'passed', 'baseline', 'images', 'source of the recipe',
     'command', 'quantity', 'verdict', 'section', 'parameters, millions', 'block', 'device', 'step')
-OTHER_TABLES = {
+TABLES = {
     'claims': claims, 'tried': tried, 'bench': bench, 'gpu-checks': gpu_checks,
     'gpu-training': gpu_training, 'gpu-inference': gpu_inference, 'gpu-runs': gpu_runs,
-    'gpu-profile': gpu_profile, 'sizes': sizes, **RESULT_TABLES,
+    'gpu-profile': gpu_profile, 'sizes': sizes, 'speedrun': speedrun, **RESULT_TABLES,
 }
 
 
 def table(name, logs):
-    """Returns the Markdown of a table: one of OTHER_TABLES, or of EXPERIMENT_TABLES."""
-    if name in OTHER_TABLES:
-        header, lines = OTHER_TABLES[name](logs)
-    else:
-        header, lines = EXPERIMENT_TABLES[name](*read_experiment(name, logs))
+    """Returns the Markdown of one of TABLES."""
+    header, lines = TABLES[name](logs)
     return '\n'.join(cli.table(header, lines, left=LEFT_ALIGNED))
 
 
@@ -255,9 +241,8 @@ def fill(page, logs):
 
     def replacement(match):
         folder, _, name = match[1].rpartition('/')
-        names = [*OTHER_TABLES, *EXPERIMENT_TABLES]
-        if name not in names or not (logs / folder).is_dir():
-            raise ValueError(f'table {match[1]}: unknown; use one of {", ".join(names)}, after a '
+        if name not in TABLES or not (logs / folder).is_dir():
+            raise ValueError(f'table {match[1]}: unknown; use one of {", ".join(TABLES)}, after a '
                              f'folder of {logs} or none')
         return f'<!-- table: {match[1]} -->\n\n{table(name, logs / folder)}\n\n<!-- end -->'
 
