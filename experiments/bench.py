@@ -36,7 +36,7 @@ from experiments.interleaved import (
     matmul_peak,
     pairs_with_baseline,
 )
-from experiments.results import ROOT, label, read_results
+from experiments.results import ROOT, read_results
 from experiments.variants import BATCH, NATIVE, diracnet, multiply_adds, repeated
 from training import data, folders, options
 from training.choices import available_cores
@@ -60,7 +60,7 @@ def bench_train(args):
             return Variant(name, prepare, (*sizes, *arguments), sizes[-1], work, dtype)
 
         compared = [
-            variant('float32, NCHW, images by PIL', variants.epoch_with_pil, 'float32'),
+            variant('float32, NCHW, PIL', variants.epoch_with_pil, 'float32'),
             variant('train.py', variants.epoch_of_train),
         ]
         if (depth, width) == (28, 1):
@@ -70,8 +70,8 @@ def bench_train(args):
             ]
         compare(f'train {depth}-{width}', compared, args.repetitions, TABLE, target)
         compare(f'freed memory {depth}-{width}', [
-            variant('given back', variants.epoch_returning_memory),
-            variant('kept, as train.py does', variants.epoch_of_train),
+            variant('returned to the system', variants.epoch_returning_memory),
+            variant('kept (train.py)', variants.epoch_of_train),
         ], args.repetitions, TABLE)
 
 
@@ -81,8 +81,8 @@ def bench_train(args):
 def bench_data(args):
     n = 10_000
     compare('32 x 32 images', [
-        Variant('PIL, one at a time, 4 workers', variants.by_pil, (n,), n),
-        Variant('a gather for each batch', variants.gathered, (n,), n),
+        Variant('PIL, 4 workers', variants.by_pil, (n,), n),
+        Variant('one gather per batch', variants.gathered, (n,), n),
     ], args.repetitions, TABLE)
     if not args.images:
         print('JPEG files: skipped, because --images FOLDER is missing')
@@ -180,8 +180,8 @@ def bench_overhead(args):
         compare(f'W_hat {depth}-{width}', [
             Variant(name, repeated, (STEPS, prepare, depth, width), STEPS * BATCH, work, NATIVE)
             for name, prepare in (
-                ('ordinary convolutions', variants.standard_step), ('W_hat', variants.step),
-                ('W_hat, in modules', variants.layer_by_layer_step))
+                ('standard convolutions', variants.standard_step), ('W_hat', variants.step),
+                ('W_hat, layer by layer', variants.layer_by_layer_step))
         ], 4 * args.repetitions, TABLE)
 
 
@@ -243,7 +243,7 @@ def draw_speedups(table):
         bars.errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], color='black', capsize=2)
         if record['target']:
             bars.plot([record['target']] * 2, [y - 0.45, y + 0.45], color='C3', linewidth=2)
-    names = [f'{record["compared"]}: {label(record["what"])} (n = {record["n"]:.0f})'
+    names = [f'{record["compared"]}: {record["what"]} (n = {record["n"]:.0f})'
              for record in ratios]
     bars.set_yticks(range(len(ratios)), names, fontsize=7)
     bars.invert_yaxis()

@@ -19,7 +19,6 @@ from experiments.measures import layer_statistics
 from experiments.results import (
     completed,
     grouped,
-    label,
     read_pooled,
     read_results,
     relative_time,
@@ -292,7 +291,7 @@ def time_answer(quantity, estimates, replication=()):
 
 def cost_records(logs, compared, name):
     return [extra_time(record) for record in read_results(logs / 'cost' / 'measured.csv')
-            if record['compared'].startswith(compared) and label(record['what']) == name]
+            if record['compared'].startswith(compared) and record['what'] == name]
 
 
 def training_on_a_cpu(logs, name):
@@ -300,10 +299,10 @@ def training_on_a_cpu(logs, name):
     estimates = []
     again = []
     if name == 'W_hat':
-        again = cost_records(logs / 'again', 'a training step', 'diracnet')
-        estimates = cost_records(logs, 'a training step', 'diracnet') + again
+        again = cost_records(logs / 'again', 'training step', 'diracnet')
+        estimates = cost_records(logs, 'training step', 'diracnet') + again
     estimates += [extra_time(record) for record in read_results(logs / 'bench.csv')
-                  if record['compared'].startswith('W_hat') and label(record['what']) == name]
+                  if record['compared'].startswith('W_hat') and record['what'] == name]
     return time_answer('extra time of a step, CPU', estimates, again)
 
 

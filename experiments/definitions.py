@@ -107,16 +107,16 @@ BUDGETS = {
 }
 INIT_SCALES = (1, 0.1, 0.01)
 VARIANTS = {  # of the speed-run recipe: one change each; the names are stored in CSV files
-    'the recipe': {},
-    'filters start at the identity alone': {'block': 'base'},
+    'full recipe': {},
+    'Dirac initialization only': {'block': 'base'},
     'ReLU': {'activation': 'relu'},
-    'flips at random': {'flip': 'horizontal'},
-    'whole images from the beginning': {'grow': '[]'},
-    'a first convolution that learns': {'whiten': False},
-    'SGD for all': {'optimizer': 'sgd', 'lr': 0.1},
-    'labels not smoothed': {'label_smoothing': 0},
-    'a cosine from the beginning': {'lr_schedule': 'cosine'},
-    'batches of 250': {'batch_size': 250},
+    'random flips': {'flip': 'horizontal'},
+    'no progressive resizing': {'grow': '[]'},
+    'trainable first convolution': {'whiten': False},
+    'SGD for all parameters': {'optimizer': 'sgd', 'lr': 0.1},
+    'no label smoothing': {'label_smoothing': 0},
+    'cosine schedule': {'lr_schedule': 'cosine'},
+    'batch size 250': {'batch_size': 250},
     'width 0.75': {'width': 0.75},
 }
 

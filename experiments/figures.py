@@ -28,7 +28,6 @@ from experiments.results import (
     grouped,
     grouped_by,
     int8_drop,
-    label,
     mean_std,
     read_both,
     read_pooled,
@@ -91,7 +90,7 @@ def draw_means(axes, records, x, value, **style):
 def draw_lines(axes, results, column, xlabel, ylabel, log=False):
     """Draws the mean of a column over x with error bars of one std, one line per series."""
     for style, (series,), records in styled(grouped(results, 'series')):
-        draw_means(axes, records, 'x', operator.itemgetter(column), label=label(series), **style)
+        draw_means(axes, records, 'x', operator.itemgetter(column), label=series, **style)
     finish(axes, xlabel, ylabel)
     if log:
         log_scale(axes)
@@ -108,7 +107,7 @@ def draw_points(axes, results, column, xlabel):
         axes.errorbar(mean, y + 0.1, xerr=std, fmt='s', color='black', capsize=3)
         text = f'{round(mean, 2) + 0:.2f}'  # never -0.00
         axes.annotate(text, (mean, y + 0.2), ha='center', va='top', fontsize=8)
-    axes.set_yticks(range(len(groups)), [label(series) for series, in groups], fontsize=8)
+    axes.set_yticks(range(len(groups)), [series for series, in groups], fontsize=8)
     axes.set(xlabel=xlabel, ylim=(len(groups) - 0.3, -0.5))
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(alpha=0.25, axis='x')
@@ -118,7 +117,7 @@ def draw_curves(axes, results, logs, metric, ylabel):
     """Draws a metric of the logs over epochs: the mean over seeds, one line per series."""
     for style, (series,), records in styled(grouped(results, 'series')):
         epochs = [stats for record in records for stats in read_log(logs / record['log'])]
-        draw_means(axes, epochs, 'epoch', operator.itemgetter(metric), label=label(series), **style)
+        draw_means(axes, epochs, 'epoch', operator.itemgetter(metric), label=series, **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     finish(axes, 'epoch', ylabel)
 
@@ -204,13 +203,13 @@ def cost(figure, results, measured, logs):
             axes.errorbar(times, [names.index(record['what']) + 0.2 * i for record in records],
                           xerr=[[*below], [*above]], label=dtype,
                           **{**style, 'linestyle': 'none'})
-        axes.set_yticks(range(len(names)), [label(name) for name in names])
+        axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.axvline(1, color='black', linewidth=0.8)
         axes.grid(alpha=0.25, axis='x')
         axes.legend(fontsize=8)
         axes.set(xlabel=f'time / time of the first (median, 95 % CI, n = {group[0]["n"]:.0f})',
-                 title=f'{label(title)}, 128 images')
+                 title=f'{title}, 128 images')
 
 
 def int8(figure, results, measured, logs):
@@ -264,9 +263,9 @@ def speedrun(figure, results, measured, logs):
     accuracies.set_title(f'{epochs:.0f} epochs')
     for style, (series, x), group in styled(grouped(measured, 'series', 'x')):
         compute, accuracy = (mean_std([record[name] for record in group])
-                             for name in ('machine_tflop', 'test_acc_percent'))
+                             for name in ('matmul_equivalent_tflop', 'test_acc_percent'))
         over_compute.errorbar(compute[0], accuracy[0], accuracy[1], compute[1],
-                              label=f'{label(series)}, {x:.0f} epochs', **style)
+                              label=f'{series}, {x:.0f} epochs', **style)
     over_compute.margins(y=0.3)  # for the legend
     finish(over_compute, 'matmul-equivalent compute (TFLOP)', ACCURACY)
 

@@ -61,7 +61,7 @@ CHANGES = 'channels-last weights', 'max-autotune', 'optimizer of one kernel per 
 
 def standard_convolutions(form):
     """Returns the stored name of the variant with W in place of W_hat."""
-    return f'ordinary convolutions, {form}'
+    return f'standard convolutions, {form}'
 
 
 BASELINES = {standard_convolutions(form): form for form in FORMS}  # of these variants' ratios

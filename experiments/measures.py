@@ -159,9 +159,9 @@ def speedrun(run, paths):
         plain, tta = (top1(form, test, loaded.preprocess, name) for form, name in (
             (model, 'one view'), (functools.partial(tta_logits, model), 'TTA')))
     return [{
-        'test_acc_percent': round(plain, 2), 'six_views_test_acc_percent': round(tta, 2),
-        'train_seconds': round(seconds, 1), 'product_gflop_per_second': round(gflops, 1),
-        'machine_tflop': round(seconds * gflops / 1000, 1),
+        'test_acc_percent': round(plain, 2), 'tta_test_acc_percent': round(tta, 2),
+        'train_seconds': round(seconds, 1), 'matmul_gflop_per_second': round(gflops, 1),
+        'matmul_equivalent_tflop': round(seconds * gflops / 1000, 1),
     }]
 
 
@@ -195,15 +195,15 @@ def cost(runs, paths):
     def variant(name, prepare, *arguments):
         return Variant(name, repeated, (STEPS, prepare, *arguments), images, dtype=NATIVE)
 
-    comparisons = {'a training step, 28-1': [
-        variant('ordinary convolutions', standard_step, depth, 1),
+    comparisons = {'training step, 28-1': [
+        variant('standard convolutions', standard_step, depth, 1),
         variant('diracnet', step, depth, 1),
-        variant('plain, of modules', step, depth, 1, functools.partial(cifar_model, 'plain')),
-        variant('resnet, of modules', step, depth, 1, functools.partial(cifar_model, 'resnet')),
+        variant('plain, module-based', step, depth, 1, functools.partial(cifar_model, 'plain')),
+        variant('resnet, module-based', step, depth, 1, functools.partial(cifar_model, 'resnet')),
     ], 'inference, 28-1': [
         variant('plain, folded', inference, 'plain', depth, True),
         variant('diracnet, folded', inference, 'diracnet', depth, True),
-        variant('diracnet, not folded', inference, 'diracnet', depth, False),
+        variant('diracnet, unfolded', inference, 'diracnet', depth, False),
         variant('resnet, folded', inference, 'resnet', depth, True),
     ]}
     done = {record['compared'] for record in read_csv(table)}
@@ -235,7 +235,7 @@ def blocks(runs, paths):
     """
     table = paths.logs / 'blocks' / STEP_TABLE
     if not table.exists():
-        compare(f'a training step, {DEPTH}-1', [
+        compare(f'training step, {DEPTH}-1', [
             Variant(block, functools.partial(block_step, **options), (DEPTH,), BATCH, dtype=NATIVE)
             for block, options in COMPARED_BLOCKS.items()
         ], REPETITIONS, table)

@@ -38,7 +38,6 @@ from experiments.results import (
     grouped,
     grouped_by,
     int8_drop,
-    label,
     read_both,
     read_pooled,
     read_results,
@@ -246,7 +245,7 @@ def cost(logs):
     sets = read_both('cost', 'measured.csv', logs)
     lines = []
     for record in sets[0]:
-        line = [f'{label(record["compared"])}: {label(record["what"])}']
+        line = [f'{record["compared"]}: {record["what"]}']
         for records in sets:
             same = [r for r in records if (r['compared'], r['what']) == (
                 record['compared'], record['what'])]
@@ -259,7 +258,8 @@ def cost(logs):
 
 
 def dtypes_of(records):
-    return ', '.join(label(name) for name in dict.fromkeys(column(records, 'dtype')) if name)
+    names = dict.fromkeys(column(records, 'dtype'))
+    return ', '.join('float32' if name == 'float' else name for name in names if name)
 
 
 def thousand(logs):

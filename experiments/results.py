@@ -16,35 +16,6 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 CPU = 'CPU'  # in the `device` column; a GPU has its name there
-LABELS = {  # shown instead of names that are stored in CSV files
-    'float': 'float32',
-    'ordinary convolutions': 'standard convolutions',
-    'a training step, 28-1': 'training step, 28-1',
-    'plain, of modules': 'plain, module-based',
-    'resnet, of modules': 'resnet, module-based',
-    'W_hat, in modules': 'W_hat, layer by layer',
-    'diracnet, not folded': 'diracnet, unfolded',
-    'the recipe': 'full recipe',
-    'filters start at the identity alone': 'Dirac initialization only',
-    'flips at random': 'random flips',
-    'whole images from the beginning': 'no progressive resizing',
-    'a first convolution that learns': 'trainable first convolution',
-    'SGD for all': 'SGD for all parameters',
-    'labels not smoothed': 'no label smoothing',
-    'a cosine from the beginning': 'cosine schedule',
-    'batches of 250': 'batch size 250',
-    'PIL, one at a time, 4 workers': 'PIL, 4 workers',
-    'a gather for each batch': 'one gather per batch',
-    'float32, NCHW, images by PIL': 'float32, NCHW, PIL',
-    'kept, as train.py does': 'kept (train.py)',
-    'given back': 'returned to the system',
-}
-
-
-def label(name):
-    """Returns the text to show for a stored name."""
-    return LABELS.get(name, name)
-
 
 # ---------------------------------------------------------------- CSV files
 

@@ -30,7 +30,6 @@ from experiments.results import (
     column,
     format_mean,
     grouped,
-    label,
     read_csv,
     read_results,
 )
@@ -47,10 +46,10 @@ MARKED = re.compile(r'<!-- table: ([\w/-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 def speedrun(logs):
     measured = read_results(logs / 'speedrun' / 'measured.csv')
-    columns = ('test_acc_percent', 2), ('six_views_test_acc_percent', 2), ('train_seconds', 0), (
-        'product_gflop_per_second', 0), ('machine_tflop', 0)
+    columns = ('test_acc_percent', 2), ('tta_test_acc_percent', 2), ('train_seconds', 0), (
+        'matmul_gflop_per_second', 0), ('matmul_equivalent_tflop', 0)
     lines = [
-        [label(series), f'{epochs:.0f}', str(len(runs)),
+        [series, f'{epochs:.0f}', str(len(runs)),
          *(format_mean(column(runs, name), digits) for name, digits in columns)]
         for (series, epochs), runs in grouped(measured, 'series', 'x').items()]
     return ['variant', 'epochs', 'n', 'test accuracy, %', 'with TTA, %', 'training time, s',
@@ -60,7 +59,7 @@ def speedrun(logs):
 def tried(logs):
     """Attempts for the speed-run, one seed each, entered by hand in logs/speedrun/tried.csv."""
     columns = ('epochs', 0), ('train_seconds', 0), ('train_acc_percent', 2), ('test_acc_percent', 2)
-    lines = [[label(record['what']), record['change'], *(
+    lines = [[record['what'], record['change'], *(
         '' if record[name] == '' else f'{record[name]:.{digits}f}' for name, digits in columns)]
         for record in read_results(logs / 'speedrun' / 'tried.csv')]
     return ['variant', 'change', 'epochs', 'training time, s', 'training accuracy, %',
@@ -143,7 +142,7 @@ def bench(logs):
     for baseline, record in pairs_with_baseline(read_results(logs / 'bench.csv')):
         target = record['target']
         lines.append([
-            f'{record["compared"]}: {label(record["what"])}', label(baseline['what']),
+            f'{record["compared"]}: {record["what"]}', baseline['what'],
             f'{record["n"]:.0f}', f'{record["images_per_second"]:,.0f}',
             '{ratio:.3g} ({ratio_low:.3g} to {ratio_high:.3g})'.format(**record),
             f'{record["peak_memory_mb"]:.0f}, {baseline["peak_memory_mb"]:.0f}',

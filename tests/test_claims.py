@@ -164,14 +164,14 @@ def test_claims_on_the_cost_of_w_hat_on_a_cpu(tmp_path):
     text = 'W_hat is a minor cost in training: CPU'
     assert answers(text, tmp_path) == []
     write_csv(tmp_path / 'cost' / 'measured.csv', [
-        timings('a training step, 28-1', 'diracnet', 1.25, 1, 2),
+        timings('training step, 28-1', 'diracnet', 1.25, 1, 2),
         timings('inference, 28-1', 'diracnet, folded', 0.5, 0.4, 0.8)])
     write_csv(tmp_path / 'again' / 'cost' / 'measured.csv', [
-        timings('a training step, 28-1', 'diracnet', 0.98, 0.9, 1)])
+        timings('training step, 28-1', 'diracnet', 0.98, 0.9, 1)])
     write_csv(tmp_path / 'bench.csv', [
-        timings('W_hat 28-1', 'ordinary convolutions', 1, 1, 1),
+        timings('W_hat 28-1', 'standard convolutions', 1, 1, 1),
         timings('W_hat 28-1', 'W_hat', 0.96, 0.955, 0.97),
-        timings('W_hat 28-1', 'W_hat, in modules', 0.9, 0.8, 0.94)])
+        timings('W_hat 28-1', 'W_hat, layer by layer', 0.9, 0.8, 0.94)])
     whole, = answers(text, tmp_path)
     values = [100 * (1 / ratio - 1) for ratio in (1.25, 0.98, 0.96)]
     assert [e.value for e in whole.estimates] == pytest.approx(values)

@@ -46,7 +46,7 @@ def test_results_are_rates_and_ratios():
 
 
 def test_baseline_of_standard_convolutions_is_the_diracnet_in_the_same_form():
-    names = 'train.py', 'train.py --compile', 'ordinary convolutions, train.py --compile', 'resnet'
+    names = 'train.py', 'train.py --compile', 'standard convolutions, train.py --compile', 'resnet'
     variants = [Variant(name, None, (), 10, seconds=[seconds] * 5)
                 for name, seconds in zip(names, (0.6, 0.2, 0.16, 0.3))]
     results = gpu.comparison_records(Comparison('training', variants), 2.0, gpu.environment_of(CPU))

@@ -69,8 +69,8 @@ percent_of_product,peak_memory_mb,device
 "training 10-1, batch 8",train.py,20,1000,1,1,1,train.py,1,7,GPU
 "training 10-1, batch 8",train.py --compile,20,4000,4,3.2,5,train.py,9.6,10,GPU
 "training 10-1, batch 8","float32, NCHW, eager",20,500,0.5,0.4,0.6,train.py,1,7,GPU
-"training 10-1, batch 8","ordinary convolutions, train.py",20,2000,2,1.5,3,train.py,1,7,GPU
-"training 10-1, batch 8","ordinary convolutions, train.py --compile",9,4,4.16,4,4.8,train.py,9,7,GPU
+"training 10-1, batch 8","standard convolutions, train.py",20,2000,2,1.5,3,train.py,1,7,GPU
+"training 10-1, batch 8","standard convolutions, train.py --compile",9,4,4.16,4,4.8,train.py,9,7,GPU
 "training 10-1, batch 8","resnet, train.py",20,1600,1.6,1,2,train.py,1,7,GPU
 "training 10-1, batch 8","resnet, train.py --compile",20,3200,3.2,3,4,train.py,9,7,GPU
 "training 28-1, batch 8",train.py,20,1000,1,1,1,train.py,1,7,GPU
