@@ -77,7 +77,7 @@ def show(estimates, form='+.1f'):
 def accuracies(results):
     """Returns {(series, x): accuracies, one per seed}; diverged runs count as CHANCE."""
     def accuracy(record):
-        return record['test_acc_percent'] if record['ended'] == 'whole' else CHANCE
+        return record['test_acc_percent'] if record['ended'] == 'complete' else CHANCE
     return {key: seed_means(runs, accuracy)
             for key, runs in grouped(results, 'series', 'x').items()}
 

@@ -223,7 +223,7 @@ def block_step(depth, model, **options):
 def has_checkpoint(run, experiment, paths):
     """Returns whether the run's folder has the checkpoint of its result: another may differ."""
     result = paths.result(run, experiment)
-    return (bool(result) and result['ended'] == 'whole'
+    return (bool(result) and result['ended'] == 'complete'
             and (paths.run_folder(run) / MODEL_FILE).exists()
             and epochs_and_accuracy(run, paths) == [result['epochs'], result['test_acc_percent']])
 
@@ -328,5 +328,5 @@ def add_measurement(measure, experiment, run, paths):
 
 def measure_run(experiment, run, paths):
     """Measures a finished run of an experiment in RUN_MEASURES."""
-    if experiment in RUN_MEASURES and paths.result(run, experiment)['ended'] == 'whole':
+    if experiment in RUN_MEASURES and paths.result(run, experiment)['ended'] == 'complete':
         add_measurement(RUN_MEASURES[experiment], experiment, run, paths)

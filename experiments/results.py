@@ -109,7 +109,7 @@ def read_both(experiment, name, logs):
 
 def completed(results):
     """Returns the results of runs that did not diverge."""
-    return [record for record in results if record['ended'] == 'whole']
+    return [record for record in results if record['ended'] == 'complete']
 
 
 def grouped_by(key, records):

@@ -106,7 +106,7 @@ def write_init(run, path):
 
 
 def train_one(run, paths):
-    """Trains or resumes a run; returns 'whole' if it finished, or 'diverged'."""
+    """Trains or resumes a run; returns 'complete' if it finished, or 'diverged'."""
     arguments = command_line({
         'dataset': paths.dataset, 'dataroot': paths.dataroot, **run.options,
         'seed': run.seed, 'save': paths.run_folder(run), 'resume': 'auto'})
@@ -120,7 +120,7 @@ def train_one(run, paths):
         if stopped.code != DivergedError.status:
             raise
         return 'diverged'
-    return 'whole'
+    return 'complete'
 
 
 def training_device():
@@ -163,7 +163,7 @@ def make_result(run, paths, ended):
 def is_done(run, experiment, paths):
     """Returns whether a run has its result and, if the experiment has measurements, those."""
     result = paths.result(run, experiment)
-    if not result or result['ended'] != 'whole' or experiment not in measures.RUN_MEASURES:
+    if not result or result['ended'] != 'complete' or experiment not in measures.RUN_MEASURES:
         return bool(result)
     return run.run_name in measures.measured_runs(experiment, paths.logs)
 
@@ -174,7 +174,8 @@ def needs_training(run, experiment, paths):
     if not result:
         return True
     has_checkpoint = (paths.run_folder(run) / MODEL_FILE).exists()
-    return result['ended'] == 'whole' and experiment in measures.RUN_MEASURES and not has_checkpoint
+    is_measured = result['ended'] == 'complete' and experiment in measures.RUN_MEASURES
+    return is_measured and not has_checkpoint
 
 
 def check_same_run(run, result, paths):
@@ -196,7 +197,7 @@ def finish(run, experiment, paths):
     ended = train_one(run, paths) if to_train else ''
     if not result:
         result = make_result(run, paths, ended)
-    elif experiment in measures.RUN_MEASURES and result['ended'] == 'whole':
+    elif experiment in measures.RUN_MEASURES and result['ended'] == 'complete':
         check_same_run(run, result, paths)
     if not paths.result(run, experiment):
         point = {'series': run.series, 'x': run.x, 'seed': run.seed}

@@ -16,7 +16,7 @@ def run_records(points, epochs=4):
     return [{
         'series': series, 'x': x, 'seed': seed, 'dataset': 'Folder', 'epochs': epochs,
         'run': f'{series}-{x}-{epochs}ep-s{seed}', 'log': 'log.txt', 'device': 'CPU',
-        'ended': 'diverged' if accuracy is None else 'whole',
+        'ended': 'diverged' if accuracy is None else 'complete',
         'test_acc_percent': '' if accuracy is None else accuracy,
         'train_loss': '' if accuracy is None else 1.0,
     } for (series, x), values in points.items() for seed, accuracy in enumerate(values, 1)]

@@ -198,7 +198,7 @@ def write_blocks(logs, runs=(), times=()):
         (logs / 'blocks' / 'results.csv').write_text(
             'series,x,seed,test_acc_percent,epochs,ended,train_loss,parameters,dataset,run,log\n'
             + ''.join(
-                f'{series},{x},{seed},{accuracy},{epochs},{"whole" if accuracy else "diverged"},'
+                f'{series},{x},{seed},{accuracy},{epochs},{"complete" if accuracy else "diverged"},'
                 f'0.5,1234,Folder,{series}-{x}-{epochs}ep-s{seed},log.txt\n'
                 for series, x, seed, accuracy, epochs in runs))
     if times:
@@ -316,7 +316,8 @@ def test_measures_are_of_the_run_of_the_result(tmp_path, capsys):
 
 def test_draw_raises_when_nothing_is_measured(tmp_path):
     (tmp_path / 'alpha-beta').mkdir()
-    (tmp_path / 'alpha-beta' / 'results.csv').write_text('series,x,seed,ended\nwidth 1,1,1,whole\n')
+    results = tmp_path / 'alpha-beta' / 'results.csv'
+    results.write_text('series,x,seed,ended\nwidth 1,1,1,complete\n')
     with pytest.raises(ValueError, match='measured.csv'):
         figures.draw('alpha-beta', tmp_path)
 
