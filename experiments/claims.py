@@ -17,6 +17,7 @@ from experiments import gpu
 from experiments.intervals import Estimate, exceeds, stays_within, welch
 from experiments.measures import layer_statistics
 from experiments.results import (
+    budget_folders,
     completed,
     grouped,
     read_pooled,
@@ -32,7 +33,6 @@ TIME_MARGIN = 5.0  # per cent of time that count as minor
 ALPHA_MARGIN = 0.1  # of the root mean square of alpha - 1
 CHANCE = 10.0  # accuracy in per cent of a diverged run, with ten classes
 MAX_DEPTH = 100  # deeper networks were trained with one seed
-LONGER_BUDGETS = ('medium',)  # folders of logs/, the longest first
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,6 @@ def counts(records, keys):
     groups = grouped(records, 'series', 'x')
     sizes = sorted({len(groups[key]) for key in keys})
     return ' to '.join(f'{size}' for size in dict.fromkeys((sizes[0], sizes[-1])))
-
-
-def budget_folders(logs):
-    """Returns the folders of the budgets, the longest first."""
-    return [*(logs / name for name in LONGER_BUDGETS), logs]
 
 
 def by_accuracy(experiment, compare, decide):

@@ -23,6 +23,7 @@ from cli import ArgumentParser, exit_on_error
 from experiments.definitions import COMPARED_BLOCKS, EXPERIMENTS
 from experiments.results import (
     ROOT,
+    budget_folders,
     completed,
     configuration,
     grouped,
@@ -224,12 +225,14 @@ def int8(figure, results, measured, logs):
 
 
 def blocks(figure, results, measured, logs):
-    """One panel per depth; the runs of the budget medium, if there are some, are further points."""
+    """One panel per depth; the runs of longer budgets are further points."""
     times = step_times(logs)
     if not times:
         raise ValueError(f'{logs / "blocks"}: no steps.csv; run python -m experiments.run blocks')
-    longer = completed(read_results(logs / 'medium' / 'blocks' / 'results.csv'))
-    timed = [record for record in results + longer if record['series'] in times]
+    *longer, _ = budget_folders(logs)
+    results = results + [record for folder in longer
+                         for record in completed(read_pooled('blocks', folder))]
+    timed = [record for record in results if record['series'] in times]
     depths = sorted(grouped(timed, 'x').items())
     panels = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
     for axes, ((layers,), of_depth) in zip(panels, depths):

@@ -8,9 +8,7 @@ import itertools
 import statistics
 
 from experiments.claims import (
-    LONGER_BUDGETS,
     accuracies,
-    budget_folders,
     difference,
     estimated,
     layers_of_runs,
@@ -31,7 +29,9 @@ from experiments.intervals import welch
 from experiments.measures import DEPTH
 from experiments.results import (
     CPU,
+    LONGER_BUDGETS,
     all_runs,
+    budget_folders,
     column,
     completed,
     format_mean,

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
+LONGER_BUDGETS = ('paper', 'medium')  # subfolders of logs/, the longest first
 CPU = 'CPU'  # in the `device` column; a GPU has its name there
 
 # ---------------------------------------------------------------- CSV files
@@ -94,6 +95,11 @@ def read_pooled(experiment, logs):
     runs = grouped_by(configuration, all_runs(logs)) if points else {}
     return [{**record, **point} for key, point in points.items()
             for record in sorted(runs[key], key=operator.itemgetter('seed'))]
+
+
+def budget_folders(logs):
+    """Returns the folders of the results of all budgets, the longest first."""
+    return [*(logs / name for name in LONGER_BUDGETS), logs]
 
 
 def read_both(experiment, name, logs):
