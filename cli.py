@@ -129,10 +129,10 @@ def _one_line(error):
     if isinstance(error, OSError) and error.filename:
         return f'{error.filename}: {error.strerror}'
     text = str(error).strip() or type(error).__name__
-    if isinstance(error, RuntimeError) or text.startswith('Caught '):
-        # of torch, or of a DataLoader worker: a traceback, whose last line is class and message
-        return re.sub(r'^[\w.]+Error: ', '', text.splitlines()[-1])
-    return text
+    lines = text.splitlines()
+    if text.startswith('Caught '):  # in a DataLoader worker: the last line is class and message
+        return re.sub(r'^[\w.]+Error: ', '', lines[-1])
+    return lines[0] if isinstance(error, RuntimeError) else text  # torch appends hints
 
 
 def printable(text: str) -> str:

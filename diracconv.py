@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 ALPHA_INIT, BETA_INIT = 1.0, 0.1
 NORM_EPS = 1e-12  # as in torch.nn.functional.normalize
-HALF_EPS = torch.finfo(torch.float16).tiny  # of float16, whose gradients are at most beta / epsilon
+HALF_EPS = torch.finfo(torch.float16).tiny  # gradients of up to beta / epsilon must not overflow
 Size = int | tuple[int, ...]  # of all dimensions, or of each
 
 
@@ -70,6 +70,7 @@ def add_delta(weight: Tensor, alpha: Tensor, groups: int = 1) -> Tensor:
     return flat.slice_scatter(ones, 1, center, stop, step).view(weight.shape)
 
 
+# arguments, because torch.jit.script does not accept global floats
 def _filter_norms(weight, eps: float = NORM_EPS, half_eps: float = HALF_EPS):
     """Returns the L2 norm of each filter, (out,), but at least epsilon, in float32 or float64."""
     flat = weight.flatten(1)
@@ -129,7 +130,11 @@ class _DiracConv:
 
         Raises ValueError for a subclass that overrides forward.
         """
-        check_forward(self, LAYERS[self.plain])
+        if type(self).forward is not _DiracConv.forward:
+            raise ValueError(
+                f'{type(self).__name__} overrides forward: expected a '
+                f'{LAYERS[self.plain].__name__}, or a module that contains one'
+            )
         conv = self.plain(
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
             self.dilation, self.groups, self.bias is not None, self.padding_mode, 'meta',
@@ -205,15 +210,6 @@ def _add_alpha_beta(module, weight):
     for name, value in {'alpha': ALPHA_INIT, 'beta': BETA_INIT}.items():
         values = torch.full(weight.shape[:1], value, device=weight.device, dtype=weight.dtype)
         module.register_parameter(name, nn.Parameter(values))
-
-
-def check_forward(layer: nn.Module, base: type) -> None:
-    """Raises ValueError if the class of a layer overrides the forward method of `base`."""
-    if type(layer).forward is not base.forward:
-        raise ValueError(
-            f'{type(layer).__name__} overrides forward: expected a {base.__name__}, or a module '
-            'that contains one'
-        )
 
 
 def is_parametrized(layer: nn.Module) -> bool:

@@ -47,8 +47,9 @@ MODEL_URLS = {
 }
 BATCH_COUNT = '.num_batches_tracked'  # a buffer of BatchNorm2d that is not in the parameters
 HOOK_ATTRIBUTES = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-# exact types: a subclass may keep its output, or return its input
-OVERWRITTEN = nn.BatchNorm2d, nn.SyncBatchNorm, nn.MaxPool2d
+# layers whose output the ReLU after them may overwrite: their backward passes do not need it.
+# Exact types: a subclass may keep its output, or return its input
+INPLACE_RELU_AFTER = nn.BatchNorm2d, nn.SyncBatchNorm, nn.MaxPool2d
 Params = Mapping[str, Tensor]  # flat name, such as 'group0.block0.conv', -> tensor
 
 
@@ -449,8 +450,8 @@ def _run(model, x):
             # and the state dict do not use
             x = F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias,
                              layer.training, layer.momentum, layer.eps)
-        elif type(layer) is nn.ReLU and type(previous) in OVERWRITTEN:
-            x = F.relu(x, inplace=True)  # their backward passes do not need their outputs
+        elif type(layer) is nn.ReLU and type(previous) in INPLACE_RELU_AFTER:
+            x = F.relu(x, inplace=True)
         else:
             x = layer(x)
     return x

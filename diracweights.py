@@ -21,7 +21,7 @@ try:
 except ImportError:  # torch for the CPU
     triton = None
 
-MAX_FUSED = 2**14  # elements of a filter that a program of a kernel can hold
+MAX_FUSED = 2**14  # maximum elements of a filter that one Triton program processes
 
 
 def dirac_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = None,
@@ -39,12 +39,12 @@ def dirac_weights(convs: Sequence[nn.Module], dtype: torch.dtype | None = None,
         params = [getattr(conv, name) for name in ('weight', 'alpha', 'beta') for conv in convs]
         groups = tuple(conv.groups for conv in convs)
         return dict(zip(convs, FusedWeights.apply(groups, dtype, channels_last, *params)))
-    kinds = {}
+    by_shape = {}
     for conv in convs:
-        kind = conv.weight.shape, conv.groups, conv.weight.dtype, conv.weight.device
-        kinds.setdefault(kind, []).append(conv)
+        key = conv.weight.shape, conv.groups, conv.weight.dtype, conv.weight.device
+        by_shape.setdefault(key, []).append(conv)
     w_hats = {}
-    for (_, groups, weight_dtype, _), layers in kinds.items():
+    for (_, groups, weight_dtype, _), layers in by_shape.items():
         weight, alpha, beta = (torch.cat([getattr(layer, name) for layer in layers])
                                for name in ('weight', 'alpha', 'beta'))
         w_hat = dirac_weight(weight, alpha, beta, groups * len(layers)).to(dtype or weight_dtype)
@@ -115,8 +115,8 @@ class FusedWeights(torch.autograd.Function):
                           for *layer, groups, grad in zip(
                               params[:n], params[n : 2 * n], params[2 * n :], ctx.groups, grads)]
             needed = [p for p, need in zip(params, ctx.needs_input_grad[3:]) if need]
-            found = iter(torch.autograd.grad(w_hats, needed, grads, create_graph=second))
-            results = [next(found) if need else None for need in ctx.needs_input_grad[3:]]
+            computed = iter(torch.autograd.grad(w_hats, needed, grads, create_graph=second))
+            results = [next(computed) if need else None for need in ctx.needs_input_grad[3:]]
             return None, None, None, *results
         grad = torch.cat([(g.movedim(1, -1) if ctx.channels_last else g).flatten() for g in grads])
         weight, beta = _packed(params[:n] + params[2 * n :], n)

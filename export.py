@@ -55,10 +55,9 @@ def parse_options(argv=None):
     opt.extension = os.path.splitext(opt.to)[1]
     if opt.extension not in EXTENSIONS:
         parser.error(f'--to {opt.to}: unknown format; use one of {", ".join(EXTENSIONS)}')
-    if opt.int8 and opt.extension != '.onnx':
-        parser.error(f'--to {opt.to}: --int8 needs a file name that ends in .onnx')
-    if opt.dynamic_size and opt.extension != '.onnx':
-        parser.error(f'--to {opt.to}: --dynamic_size needs a file name that ends in .onnx')
+    for name in ('int8', 'dynamic_size'):
+        if getattr(opt, name) and opt.extension != '.onnx':
+            parser.error(f'--to {opt.to}: --{name} needs a file name that ends in .onnx')
     if opt.equalize == '' and not opt.int8:
         parser.error('--equalise: needs calibration images; use --equalise FOLDER or add --int8')
     if opt.equalize and opt.int8:

@@ -11,7 +11,7 @@ convolution.
 import math
 from pathlib import Path
 
-from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error, require_packages
+from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error, require_packages, say
 
 
 def make_parser():
@@ -118,9 +118,10 @@ def plot_filters(weight, title):
     """
     from matplotlib import pyplot as plt  # slow to import; displays the figure in a notebook
 
-    weight = weight.detach().cpu()
+    weight = weight.detach().cpu().float()
     rows, columns = weight.shape[2:]
-    limit = weight.abs().flatten().kthvalue(int(0.98 * weight.numel())).values.item()
+    clipped = max(1, int(0.98 * weight.numel()))
+    limit = weight.abs().flatten().kthvalue(clipped).values.item()
     figure, axes = plt.subplots(
         rows, columns, figsize=(2.4 * columns + 0.8, 2.4 * rows), sharex=True, sharey=True,
         squeeze=False, layout='constrained',
@@ -151,7 +152,7 @@ def main(argv=None):
     with exit_on_error('plot.py'):
         logs = read_logs([log_file(log) for log in opt.logs])
         plot_logs(logs).savefig(opt.save, format=extension)
-    print(f'{len(logs)} run{"s" * (len(logs) > 1)} plotted in {opt.save}')
+    say(f'{len(logs)} run{"s" * (len(logs) > 1)} plotted in {opt.save}')
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 
-from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error, exit_on_signals, printable
+from cli import ArgumentParser, exit_on_ctrl_c, exit_on_error, exit_on_signals, say, warn
 
 BATCH = 32  # images
 TOP = 5  # classes
@@ -101,7 +101,8 @@ def to_json(predictions):
 def to_csv(predictions):
     """Returns the CSV text of [(path, [(class, probability), ...]), ...], one row per image."""
     file = io.StringIO()
-    columns = [f'{field}_{i}' for i in range(1, TOP + 1) for field in ('class', 'probability')]
+    count = max((len(top) for _, top in predictions), default=TOP)
+    columns = [f'{field}_{i}' for i in range(1, count + 1) for field in ('class', 'probability')]
     writer = csv.writer(file)
     writer.writerow(['path', *columns])
     for path, top in predictions:
@@ -121,13 +122,13 @@ def predict_all(opt):
                    leave=False)
     for path, top in results:
         if isinstance(top, DataError):
-            tqdm.write(printable(f'predict.py: {top}'), sys.stderr)
+            with tqdm.external_write_mode(sys.stderr):
+                warn(f'predict.py: {top}')
             unreadable += 1
             continue
         predictions.append((path, top))
-        lines = [printable(path), *(f'  {100 * p:6.2f} %  {printable(name)}' for name, p in top)]
-        tqdm.write('\n'.join(lines))
-        sys.stdout.flush()  # keeps the order of stdout and stderr in a terminal
+        with tqdm.external_write_mode():
+            say(path, *(f'  {100 * p:6.2f} %  {name}' for name, p in top))
     for path, write in ((opt.json, to_json), (opt.csv, to_csv)):
         if path:  # surrogates stand for bytes of file names that are not UTF-8
             atomic_write(path, write(predictions).encode('utf-8', 'backslashreplace'))

@@ -4,13 +4,14 @@
     python test.py -m "not slow"    # the fast tests
     python test.py -m gpu           # the tests that need a GPU
     python test.py -k fold          # tests with this in their names
+    python test.py tests/test_fold.py
     python test.py --fuzz 500       # 500 examples in each fuzz test
 
 All arguments are those of pytest: `python -m pytest --help` lists them.
 """
 
+import os
 import sys
-from pathlib import Path
 
 from cli import ArgumentParser, require_packages
 
@@ -21,7 +22,8 @@ def main():
     require_packages('test.py', 'test', 'pytest')
     import pytest
 
-    sys.exit(pytest.main([str(Path(__file__).parent / 'tests'), *arguments]))
+    os.chdir(os.path.dirname(os.path.abspath(__file__)))  # where pytest reads pyproject.toml
+    sys.exit(pytest.main(arguments))
 
 
 if __name__ == '__main__':

@@ -100,13 +100,14 @@ def train(run, resume_command):
     opt, splits = run.opt, run.splits
     train_model = DistributedDataParallel(run.model) if world_size() > 1 else run.model
     eval_model = run.eval_model
-    sizes = progressive_sizes(run.preprocess.size, opt.grow, opt.epochs)  # of each epoch, in pixels
+    size = run.forward.preprocess.size
+    sizes = progressive_sizes(size, opt.grow, opt.epochs)  # of each epoch, in pixels
     constants = {'num_classes': len(splits.classes),
                  'n_parameters': sum(p.numel() for p in run.model.parameters())}
     loader = make_loader(splits.train, opt.batch_size, opt.nthread, opt.seed, rank(), world_size(),
                          opt.balance)
     with interruptible(run, resume_command) as signals:
-        if opt.compile:
+        if opt.compile and not run.done:
             train_model, eval_model, entry = compile_models(
                 run, train_model, set(sizes[run.epoch:]))
             constants |= entry
@@ -152,9 +153,8 @@ def main(argv=None, splits=None, on_epoch=None):
     with test_loss, test_acc and test_time.
     """
     argv = sys.argv[1:] if argv is None else argv
-    opt = options.parse_options(argv, splits)
+    opt, from_python = options.parse_options(argv, splits), bool(splits)
     resume_argv = argv if opt.resume == 'auto' else [*argv, '--resume', 'auto']
-    script = 'SCRIPT, its options' if splits else 'train.py'
     with checkpoint.Lock(opt.save) as lock:
         with exit_on_error('train.py', (ValueError, OSError)), out_of_memory_as_os_error():
             if opt.gpu_id:
@@ -177,7 +177,9 @@ def main(argv=None, splits=None, on_epoch=None):
                 if opt.evaluate:
                     return test(opt, loaded, forward, splits)
                 print_settings(run.args, run.model, run.splits, run.forward)
-                train(run, f'{script} {shlex.join(resume_argv)}')
+                launcher = 'python' if distributed.world_size() == 1 else 'torchrun ...'
+                train(run, f'train.main({resume_argv!r}, splits)' if from_python else
+                      f'{launcher} train.py {shlex.join(resume_argv)}')
                 return run.result()
         finally:
             distributed.shutdown()

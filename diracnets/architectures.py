@@ -1,7 +1,7 @@
 """The architectures, with their options and datasets.
 
-Like all that the options of train.py are made from, this module does not import torch, which takes
-seconds. `diracnets.models.registry` builds the models.
+train.py builds its options from this module, so it does not import torch, which takes seconds.
+`diracnets.models.registry` builds the models.
 """
 
 from dataclasses import dataclass

@@ -89,7 +89,8 @@ def load_params(path: str | os.PathLike) -> dict[str, Tensor]:
     of `define_diracnet`; no tensor requires grad. Raises ValueError for invalid contents, OSError
     for a file that cannot be read.
     """
-    return read_checkpoint(path).unfolded_params()
+    params = read_checkpoint(path).unfolded_params()
+    return {name: tensor.detach() for name, tensor in params.items()}
 
 
 def read_checkpoint(path: str | os.PathLike) -> CheckpointContents:
@@ -220,10 +221,9 @@ def _read_pickle(path):
             is_archive = file.read(2) == b'PK' or zipfile.is_zipfile(file)  # else a legacy pickle
             if is_archive:
                 archive = zipfile.ZipFile(file)
-                if any(entry.compress_type for entry in archive.infolist()):
-                    raise ValueError('an entry is compressed')  # a small file may expand to GBs
-                if archive.testzip():
-                    raise ValueError('an entry has the wrong CRC')
+                # a small compressed file may expand to GBs; testzip checks the CRC of every entry
+                if any(entry.compress_type for entry in archive.infolist()) or archive.testzip():
+                    raise ValueError('an entry is compressed or has the wrong CRC')
             file.seek(0)
             with _namespaces_allowed():
                 return torch.load(file, map_location='cpu', weights_only=True)

@@ -69,8 +69,7 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
 def _fold_params(params, dtype):
     if is_folded(params):
         raise ValueError('contains a folded network; use its parameters before folding')
-    params = {name: tensor.to('cpu', torch.float64) for name, tensor in params.items()}
-    return _fold_module(Network.from_params(params), dtype)
+    return _fold_module(Network.from_params(params).cpu(), dtype)
 
 
 @torch.no_grad()
@@ -113,8 +112,6 @@ def _as_diracnet(network):
         return [(type(layer), repr(layer)) for layer in model.modules()  # repr: all arguments
                 if not layer._modules and not isinstance(layer, (nn.Identity, nn.Flatten))]
 
-    containers = {type(layer) for layer in network.modules() if layer._modules}
-
     params = {name if name.startswith('fc.') else f'features.{name}': tensor
               for name, tensor in network.state_dict().items()}
     try:
@@ -123,7 +120,9 @@ def _as_diracnet(network):
         return network
     with torch.device('meta'):  # no random initialization that is discarded
         model = DiracNet.from_topology(topology)
-    if (layers(model) != layers(network) or containers != {nn.Sequential}
+    if (layers(model) != layers(network)
+            or any(type(layer) is not nn.Sequential
+                   for layer in network.modules() if layer._modules)
             or has_hooks(*list(network.modules())[1:]) or 'forward' in vars(network)):
         return network
     model.load_state_dict(params, assign=True)
@@ -278,9 +277,9 @@ def _conv_bn_pairs(module):
     uses = Counter(layers[name] for name in called + read)
     pairs = Counter()
     for node in graph.nodes:
-        before = node.args[0] if node.op == 'call_module' and node.args else None
+        before = next(iter(node.all_input_nodes), None) if node.op == 'call_module' else None
         if _commutes_with_pool(layers, before, layers.get(node.target)):
-            before = before.args[0]
+            before, = before.all_input_nodes
         if getattr(before, 'op', None) != 'call_module' or len(before.users) > 1:
             continue
         conv, bn = layers[before.target], layers[node.target]

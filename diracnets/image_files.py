@@ -208,7 +208,7 @@ def read_image(path: str | bytes | os.PathLike) -> np.ndarray:
 
 
 def check_image(path: str | os.PathLike) -> None:
-    """Raises the DataError of `read_image`, as far as the header and the end of a file show it.
+    """Raises DataError for an image that `read_image` cannot read, if possible without decoding it.
 
     JPEG, PNG and WebP files are decoded only if their start and end do not show that they are
     complete, as when other data follow the image; files of other formats are always decoded.

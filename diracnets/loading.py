@@ -123,8 +123,8 @@ def merge_options(args: Mapping[str, Any], preprocess: Preprocessing | None,
         raise ValueError(f'{"; ".join(contradictions)}; omit these options')
     options = {'model': 'diracnet', **overrides, **in_file}
     accepted = get_architecture(options['model']).options
-    of_inputs = {'model', 'dataset', 'image_size', 'mean', 'std'}
-    unknown = sorted(f'--{name}' for name in overrides.keys() - of_inputs - accepted.keys())
+    input_options = {'model', 'dataset', 'image_size', 'mean', 'std'}
+    unknown = sorted(f'--{name}' for name in overrides.keys() - input_options - accepted.keys())
     if unknown:
         raise ValueError(f'{options["model"]} has no option {", ".join(unknown)}; its options are '
                          + ', '.join(f'--{name}' for name in accepted))
@@ -210,7 +210,7 @@ def class_positions(names: Sequence[str], classes: Sequence[str]) -> list[int] |
 
 def match_classes(path: str, num_classes: int, classes: list[str] | None,
                   dataset_classes: list[str], by_position: bool = False) -> list[int]:
-    """Returns the number of each class of a dataset in the model of a file.
+    """Returns the model's class index for each class of a dataset.
 
     Classes match by name, also in another order and if the dataset has some of them only. They
     match by position if the file contains no names, or with `by_position` if names differ; the

@@ -47,7 +47,10 @@ def image_extensions() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Facts about a dataset. `diracnet.CLASSES` contains the number of classes of each kind."""
+    """Image size, normalization, flip and test folders of a dataset.
+
+    `diracnet.CLASSES` contains the number of classes of each kind.
+    """
 
     size: int | None = None  # pixels; None: chosen by the user
     mean: tuple[float, ...] | None = None  # of each channel in [0, 1]; None: that of the kind

@@ -1,6 +1,6 @@
 """Cross-layer range equalization of folded models, and int8 quantization of ONNX files.
 
-    model = equalize(fold(params), inputs)      # inputs: examples of what the model will see
+    model = equalize(fold(params), inputs)      # inputs: example images (N, C, H, W), normalized
 
 int8 has one scale for all channels of an activation. In a DiracNet some channels are many times as
 large as others, because each layer passes on its input, and small channels use few of the 256
@@ -45,12 +45,13 @@ def conv_pairs(model: nn.Module) -> list[tuple[nn.Conv2d, nn.Conv2d]]:
     calls = Counter(layers[node.target] for node in graph.nodes if node.op == 'call_module')
 
     def is_conv(node):
-        layer = layers.get(node.target) if node.op == 'call_module' else None
+        layer = layers.get(node.target) if node.op == 'call_module' and node.args else None
         return type(layer) is nn.Conv2d and layer.groups == 1 and calls[layer] == 1
 
     for node in graph.nodes:
         before = node.args[0] if is_conv(node) else None
-        while before is not None and len(before.users) == 1 and before.op == 'call_module':
+        while (before is not None and len(before.users) == 1 and before.op == 'call_module'
+               and before.args):
             if is_conv(before):
                 pairs.append((layers[before.target], layers[node.target]))
                 break

@@ -346,7 +346,7 @@ def test_sigterm_saves_when_workers_are_stalled(large_images, tmp_path):
             os.kill(worker, signal.SIGCONT)
         printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors
-    assert 'stopped by SIGTERM in epoch' in printed
+    assert 'interrupted by SIGTERM in epoch' in printed
 
 
 @pytest.mark.slow

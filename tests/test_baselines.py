@@ -176,6 +176,7 @@ def test_count_multiply_adds_counts_folded_blocks():
     (('diracnet-fast', 'CIFAR10'), {'width': math.inf}, 'width inf'),
     (('diracnet-fast', 'CIFAR10'), {'block': 'dbb'}, "block 'dbb'.* base or dirac"),
     (('densenet', 'CIFAR10'), {'reduce': 0}, 'reduce 0'),
+    (('densenet', 'CIFAR10'), {'growth': 4, 'reduce': 0.001}, 'reduce 0.001.* no channels'),
     (('densenet', 'CIFAR10'), {'droprate': 1}, 'droprate 1'),
     (('wide-resnet', 'CIFAR10'), {'droprate': -1}, 'droprate -1'),
 ])

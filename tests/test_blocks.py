@@ -10,6 +10,7 @@ from torch import nn
 from diracnets import create_model, fold
 from diracnets.models import diverse_branch
 from diracnets.models.asymmetric_convolution import ACBlock
+from diracnets.models.blocks import with_block
 from diracnets.models.diverse_branch import DiverseBranchBlock
 from diracnets.models.repvgg import RepVGGBlock
 from reference import batch_norm
@@ -346,6 +347,13 @@ def test_fuse_bn_equals_convolution_and_batch_norm():
     kernel, x = torch.randn(3, 4, 3, 3).double(), torch.randn(2, 4, 6, 6).double()
     expected = bn(F.conv2d(x, kernel))
     torch.testing.assert_close(F.conv2d(x, *diverse_branch.fuse_bn(kernel, bn)), expected)
+
+
+@pytest.mark.parametrize('conv', [
+    nn.Conv2d(3, 4, (3, 1), padding=(1, 0)), nn.Conv2d(3, 4, 3, padding=1, padding_mode='reflect')])
+def test_with_block_raises_for_convolutions_that_branches_cannot_replace(conv):
+    with pytest.raises(ValueError, match='expected a square kernel and zero padding'):
+        with_block(nn.Sequential(conv), 'acb')
 
 
 def test_with_block_replaces_only_kernels_between_1_and_7():

@@ -127,6 +127,18 @@ def test_train_with_closed_streams(tmp_path):
 
 
 HOSTILE = '{0}\x1b[2J\r\n{0}\u202e\ud800\xe9\x00'.format('x.py: fine')
+@pytest.mark.parametrize(('error', 'line'), [
+    (RuntimeError('CUDA error: an illegal access\nCompile with TORCH_USE_CUDA_DSA'),
+     'CUDA error: an illegal access'),
+    (RuntimeError('Caught DataError in DataLoader worker process 0.\nTraceback\n'
+                  'diracnets.image_files.DataError: a.png: corrupt'), 'a.png: corrupt'),
+    (RuntimeError(), 'RuntimeError')])
+def test_exit_on_error_prints_the_line_with_the_error(capsys, error, line):
+    with pytest.raises(SystemExit), cli.exit_on_error('x.py'):
+        raise error
+    assert capsys.readouterr().err == f'x.py: {line}\n'
+
+
 ESCAPED = r'x.py: fine\x1b[2J\r\nx.py: fine\u202e\ud800%s\x00'
 
 

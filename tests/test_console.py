@@ -131,6 +131,20 @@ def test_meters_read_the_loss_of_each_step_when_steps_are_long(monkeypatch):
     assert seen.loss.n == 4
 
 
+def test_meters_stop_the_clock_with_the_summary(monkeypatch):
+    clock = iter(range(0, 1000, 10))  # seconds
+    monkeypatch.setattr(meters.time, 'perf_counter', lambda: next(clock))
+    seen = meters.Meters(10, 8, 'training')
+    seen.update(torch.tensor(1.0), torch.eye(10)[:4], torch.arange(4), 4)
+    summary = seen.summary('train')
+    saved = seen.totals()  # after a signal in evaluation
+    assert saved[0] == summary['train_time'] > 0
+    resumed = meters.Meters(10, 8, 'training', saved)
+    again = resumed.summary('train')
+    assert [again[f'train_{name}'] for name in ('loss', 'acc')] == [1, 100]
+    assert again['train_time'] > summary['train_time']
+
+
 def test_epoch_line_shows_validation_and_test_accuracy(images, tmp_path, capsys):
     run(images, tmp_path / 'run', '--val', 8)
     lines = capsys.readouterr().out.splitlines()

@@ -196,6 +196,10 @@ def test_balance_uses_the_targets_of_a_dataset():
     assert items.loaded == 0
     expected = torch.tensor([1, 1 / 3, 1 / 3, 1 / 3]).double()
     torch.testing.assert_close(loader.sampler.weights, expected)
+    for targets in (['a', 'b'] * 9, [0, 1], [-1, 1] * 9, [0.5] * 18):
+        items.targets = targets
+        with pytest.raises(DataError, match='--balance: invalid `targets` of the Dataset'):
+            make_loader(dataset, 400, 0, seed=1, balance=True)
     del items.targets
     with pytest.raises(DataError, match='has no `targets`'):
         make_loader(dataset, 400, 0, seed=1, balance=True)

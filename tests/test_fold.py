@@ -601,3 +601,34 @@ def test_preprocess_equals_opencv_reference(tmp_path):
         preprocess(50)
     with pytest.raises(ValueError, match='test_fold.py'):
         preprocess()(__file__)
+
+
+class Keywords(nn.Module):
+    """Layers that are called with keywords."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)
+        self.bn, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)
+        self.bn.running_mean.normal_()
+
+    def forward(self, x):
+        return self.last(input=self.bn(self.pool(input=self.conv(input=x))).relu())
+
+
+def test_fold_and_equalize_accept_layers_that_are_called_with_keywords():
+    torch.manual_seed(0)
+    model, inputs = Keywords().eval(), torch.randn(2, 3, 12, 12)
+    folded = fold(model)
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
+    torch.testing.assert_close(folded(inputs), model(inputs))
+    torch.testing.assert_close(diracnets.equalize(folded, inputs)(inputs), model(inputs))
+
+
+def test_load_params_detaches_and_fold_refuses_a_whole_checkpoint(trained, tmp_path):
+    params = {name: nn.Parameter(tensor) if tensor.is_floating_point() else tensor
+              for name, tensor in trained[1].items()}
+    torch.save({'params': params}, tmp_path / 'model.pt7')
+    assert not any(tensor.requires_grad for tensor in load_params(tmp_path / 'model.pt7').values())
+    with pytest.raises(ValueError, match='expected the parameters of a DiracNet'):
+        fold(torch.load(tmp_path / 'model.pt7'))

@@ -1,11 +1,13 @@
 """The user's own images: augmentation, normalization, and training on arrays and Datasets."""
 
+import ast
 import contextlib
 import os
 import re
 import shutil
 import signal
 import sys
+import threading
 from types import ModuleType
 
 import cv2
@@ -483,8 +485,10 @@ def test_run_on_a_dataset_is_interrupted_and_resumed(pairs, tmp_path, capsys):
         train_on(DataSplits.from_arrays(Interrupting(train_pair, 'array'),
                                         Items(test_pair, 'array')), tmp_path / 'run', *more)
     assert exit_info.value.code == 143
-    assert ' --depth 10 ' in capsys.readouterr().out.splitlines()[-1]  # the command that resumes
-    train_on(arrays, tmp_path / 'run', *more, '--resume', 'auto')
+    last = capsys.readouterr().out.splitlines()[-1]
+    argv = re.fullmatch(r'interrupted by SIGTERM .*; checkpoint saved; resume with: '
+                        r'train\.main\((\[.*\]), splits\)', last)[1]
+    train.main(ast.literal_eval(argv), arrays)
     assert_same_run(tmp_path / 'run', tmp_path / 'whole')
     assert all('val_acc' in epoch for epoch in stats_of(tmp_path / 'run'))
 
@@ -636,3 +640,38 @@ def test_splits_from_arrays_take_labels_of_any_integer_type(dtype):
 def test_splits_from_arrays_number_their_classes():
     images, labels = torch.zeros(6, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2, 0, 1, 2])
     assert DataSplits.from_arrays((images, labels), (images, labels)).classes == ['0', '1', '2']
+
+
+def test_run_in_another_thread_equals_the_run_in_the_main_thread(pairs, tmp_path):
+    arrays = DataSplits.from_arrays(*pairs[1:])
+    thread = threading.Thread(target=train_on, args=(arrays, tmp_path / 'thread'))
+    thread.start()
+    train_on(arrays, tmp_path / 'main')
+    thread.join()
+    assert len(stats_of(tmp_path / 'thread')) == len(stats_of(tmp_path / 'main')) > 1
+
+
+def test_resume_into_another_folder_writes_a_best_checkpoint(pairs, tmp_path):
+    arrays = DataSplits.from_arrays(*pairs[1:])
+    train_on(arrays, tmp_path / 'run', '--epochs', 1)
+    state = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
+    torch.save({**state, 'best': 100.0}, tmp_path / 'run' / 'model.pt7')
+    train_on(arrays, tmp_path / 'more', '--epochs', 2, '--resume', tmp_path / 'run')
+    best = torch.load(tmp_path / 'more' / 'best.pt7', weights_only=True)
+    assert best['epoch'] == 2
+    assert best['best'] == stats_of(tmp_path / 'more')[-1]['test_acc']
+
+
+def test_run_refuses_a_folder_with_a_best_checkpoint_or_a_log_only(pairs, tmp_path, capsys):
+    arrays = DataSplits.from_arrays(*pairs[1:])
+    train_on(arrays, tmp_path / 'best', '--epochs', 2)
+    shutil.copytree(tmp_path / 'best', tmp_path / 'log')
+    for folder, names in (('best', ('model.pt7', 'previous.pt7', 'log.txt')),
+                          ('log', ('model.pt7', 'previous.pt7', 'best.pt7'))):
+        for name in names:
+            (tmp_path / folder / name).unlink()
+    for folder, words in (('best', ()), ('log', ('--resume', 'auto'))):
+        with pytest.raises(SystemExit):
+            train_on(arrays, tmp_path / folder, *words)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.endswith('contains a run; it has no checkpoint to resume; use another --save')

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
 
 import plot
 
@@ -143,3 +144,9 @@ def test_import_of_plot_imports_no_models():
               'print({"torch", "torchvision", "diracnet", "diracnets"} & sys.modules.keys())')
     done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == 'set()\n', done.stderr
+
+
+def test_plot_filters_accepts_one_weight_in_bfloat16():
+    figure = plot.plot_filters(torch.full((1, 1, 1, 1), 2, dtype=torch.bfloat16), 'one')
+    image, = figure.axes[0].images
+    assert image.get_clim() == (-2, 2)

@@ -159,7 +159,7 @@ def test_signal_saves_and_the_printed_command_resumes(
     assert signal.getsignal(signal.SIGINT) is before
     last = capsys.readouterr().out.splitlines()[-1]
     steps = 1 if where == 'train_one_epoch' else 4
-    assert f'stopped by {number.name} in epoch 2 after {steps} steps, and saved' in last
+    assert f'interrupted by {number.name} in epoch 2 after {steps} steps; checkpoint saved' in last
     saved = torch.load(tmp_path / 'model.pt7', weights_only=True)
     assert (saved['epoch'], saved['step']) == (1, steps)
     command = last.split('resume with: python train.py ')[1]
@@ -198,7 +198,7 @@ def train_until(split, epoch, arguments):
 @pytest.mark.slow
 @pytest.mark.parametrize('case', COMBINATIONS)
 def test_resume_equals_the_uninterrupted_run(images, tmp_path, monkeypatch, case):
-    """Killed in training and in testing, and stopped by a signal in training and in validation."""
+    """Killed in training and in testing, and interrupted in training and in validation."""
     options = ['--epochs', 3, '--val', 6, '--batch_size', 6, *COMBINATIONS[case]]
     run(images, tmp_path / 'whole', *options)
     folder, resume = tmp_path / 'stopped', [*options, '--resume', 'auto']
@@ -231,7 +231,7 @@ def test_sigterm_to_the_process_group_saves_with_workers(tmp_path):
         os.killpg(training.pid, signal.SIGTERM)
         printed, errors = training.communicate(timeout=120)
     assert training.returncode == 128 + signal.SIGTERM, errors
-    assert 'stopped by SIGTERM' in printed
+    assert 'interrupted by SIGTERM' in printed
     assert torch.load(model, weights_only=True)['epoch'] >= 1
 
 
@@ -642,7 +642,7 @@ def test_sigterm_to_several_processes_saves_at_the_end_of_short_epochs(images, t
         wait_for_epochs(agents, folder, 2)
         agents[0].terminate()  # torchrun forwards it to the processes and waits for them
         printed, _ = agents[0].communicate(timeout=120)
-    assert 'stopped by SIGTERM in epoch' in printed
+    assert 'interrupted by SIGTERM in epoch' in printed
     saved = torch.load(folder / 'model.pt7', weights_only=True)
     assert saved['epoch'] >= 2
     assert 1 <= saved['step'] <= 5  # at the end of the epoch at the latest

@@ -14,7 +14,7 @@ from torchvision.transforms import RandomResizedCrop
 from diracnets.image_files import decode_image, jpeg_size, opencv_errors, read_bytes
 from training.choices import FLIPS
 
-GREY = 128  # of a Cutout square: near the mean of photographs, which is normalized to 0
+GRAY = 128  # of a Cutout square: near the mean of photographs, which is normalized to 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def cutout(images, centers, side):
     first = (size * centers).long() - side // 2
     offsets = torch.arange(size, device=images.device) - first
     rows, cols = (offsets >= 0) & (offsets < side)  # (n, S) each
-    return images.masked_fill((rows[:, :, None] & cols[:, None, :])[..., None], GREY)
+    return images.masked_fill((rows[:, :, None] & cols[:, None, :])[..., None], GRAY)
 
 
 def augment(images, indices, params, augmentation):

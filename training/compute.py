@@ -109,12 +109,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(mmap_max, 0)  # mapped blocks would be unmapped when they are freed
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether an error of torch or Python means that the memory of a device is full."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))  # of the CPU
-
-
 def compile_model(model: nn.Module, device: torch.device) -> Callable:
     """Compiles a model, once for each shape of its inputs.
 
@@ -141,7 +135,7 @@ def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, C
     """Compiles the models for training and for evaluation of a run.
 
     train_model: run.model or its distributed form; sizes: of the training images, in pixels.
-    Returns the two models and the log entry of the seconds that this took. If this version of
+    Returns the two models and the log entry `compile_time`, in seconds. If this version of
     torch, or this machine, cannot compile them, it prints a warning, and returns the uncompiled
     models and no entry. With several processes it raises OSError, because the others may compile.
     """

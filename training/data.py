@@ -24,7 +24,8 @@ from training.folders import load_folder
 from training.loader import iterate_batches, make_loader
 from training.progress import Progress
 
-MAX_CLASSES = 100_000  # numbered by the labels of arrays
+MAX_CLASSES = 100_000  # of arrays: the largest label sets the number of classes
+
 
 @dataclass
 class DataSplits:
@@ -163,7 +164,7 @@ def fits_in_memory(nbytes, device):
 
 
 def _load_cifar(name, root, training):
-    """Loads CIFAR-10 or CIFAR-100 by torchvision, which downloads missing files."""
+    """Loads CIFAR-10 or CIFAR-100 with torchvision, which downloads missing files."""
     dataset = getattr(torchvision.datasets, name)
     try:
         test = dataset(root, train=False, download=True)
@@ -182,11 +183,11 @@ def _load_digits(training):
     from sklearn.datasets import load_digits  # slow to import
 
     digits = load_digits()
-    grey = [
+    gray = [
         cv2.resize(image, (32, 32), interpolation=cv2.INTER_CUBIC).clip(0, 16) / 16
         for image in digits.images
     ]
-    images = np.round(np.stack([grey] * 3, axis=-1) * 255).astype(np.uint8)
+    images = np.round(np.stack([gray] * 3, axis=-1) * 255).astype(np.uint8)
     order = np.random.RandomState(0).permutation(len(images))
     train, test = np.split(order, [len(order) * 4 // 5])
     return DataSplits(
@@ -225,15 +226,15 @@ def load_splits(name, root='.', preprocess=None, nthread=4, training=True, class
     return replace(splits, name=name).augmented(**{'flip': info.flip, **augmentation})
 
 
-def hold_out(dataset, n, seed=0):
+def hold_out(dataset, n):
     """Splits a dataset at random into all but n images, and n images.
 
-    seed: of the split; with the default, runs of every seed hold out the same images. Raises
-    DataError if n is not less than the number of images.
+    The split is the same for every --seed. Raises DataError if n is not less than the number of
+    images.
     """
     if not 0 < n < len(dataset):
         raise DataError(f'{n} images to hold out: expected fewer than all {len(dataset)}')
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     return dataset.subset(order[:-n]), dataset.subset(order[-n:])
 
 

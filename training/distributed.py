@@ -44,7 +44,7 @@ def init(deterministic=False):
 
 
 def launcher():
-    """Returns a text that identifies the process that started this one, such as torchrun.
+    """Returns a string that identifies the process that started this one, such as torchrun.
 
     In a container its process id is often 1, so that the text also has its start time, and the boot
     of the machine that this time is relative to. Without /proc it has the process id only.

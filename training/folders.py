@@ -1,4 +1,4 @@
-"""Image files in class folders: which files there are, and reading them."""
+"""Image files in class folders: listing, checking and reading them."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ MAX_LISTED = 20  # corrupt files
 
 
 def class_folders(folder):
-    """Returns the names of the class folders in a folder, sorted; hidden folders are none."""
+    """Returns the names of the class folders in a folder, sorted, without hidden folders."""
     entries = os.scandir(folder) if os.path.isdir(folder) else ()
     return sorted(entry.name for entry in entries
                   if entry.is_dir() and not entry.name.startswith('.'))
@@ -39,8 +39,9 @@ def list_images(folder, min_classes=2):
 
     Class folders are searched with all their subfolders. The order is that of the paths, in each
     folder the files first; that of the classes is `sort_classes`. Hidden entries and files with
-    other extensions are skipped, and counted on stderr. Raises DataError for a missing folder,
-    fewer than `min_classes` classes, or a class without images.
+    other extensions are skipped, and counted on stderr; files outside the class folders are
+    ignored. Raises DataError for a missing folder, fewer than `min_classes` classes, or a class
+    without images.
     """
     if not os.path.isdir(folder):
         raise DataError(f'{folder}: no such folder; expected one folder of images for each class')
@@ -71,7 +72,7 @@ def list_images(folder, min_classes=2):
 def _list_files(folder, extensions, parents=()):
     """Returns (paths of images, names of skipped entries) of a folder and its subfolders.
 
-    Links are followed, except to one of the `parents`: the real paths of the folders on the way.
+    Links are followed, except to one of the `parents`: the real paths of its ancestor folders.
     """
     entries = sorted(os.listdir(folder))
     images = [entry for entry in entries
@@ -102,11 +103,6 @@ def _count_by_extension(names):
 
 
 # ---------------------------------------------------------------- reading and checking
-
-
-def _is_first():
-    """Returns whether this is the first process of its machine."""
-    return int(os.environ.get('LOCAL_RANK', 0)) == 0
 
 
 def _find_corrupt(numbers, read, title, nthread):
@@ -156,7 +152,7 @@ def _report_corrupt(root, errors, total, skip_corrupt):
     """Lists corrupt files on stderr; raises DataError unless they are left out."""
     if len(errors) == 1 and not skip_corrupt:
         raise DataError(errors[0])
-    if errors and _is_first():
+    if errors and rank() == 0:
         more = [f'... and {len(errors) - MAX_LISTED} more'] * (len(errors) > MAX_LISTED)
         print(*errors[:MAX_LISTED], *more, sep='\n', file=sys.stderr)
     if errors and not skip_corrupt:
@@ -169,7 +165,7 @@ def _leave_out(folder, images, errors):
     rest = images.subset([i for i in range(len(images)) if i not in errors])
     if len(rest.labels.unique()) < len(images.labels.unique()):
         raise DataError(f'{folder}: all files of a class are corrupt')
-    if _is_first():
+    if rank() == 0:
         print(f'{folder}: left out {len(errors)} of {len(images)} files', file=sys.stderr)
     return rest
 
@@ -178,7 +174,7 @@ def _leave_out(folder, images, errors):
 
 
 def _test_folders(folders, classes, training, use_val):
-    """Returns {split: folder} of the labeled ones among `folders`; prints which is for what.
+    """Returns {split: folder} of the labeled ones among `folders`; prints the use of each folder.
 
     folders: with images for testing, in order of preference, the one for validation last.
     """
@@ -205,7 +201,7 @@ def load_folder(root, test_folders, size, nthread=4, training=True, classes=(), 
     """Loads class folders of a dataset: returns the fields of DataSplits.
 
     test_folders: their names, in order of preference; the first with class folders is the test set,
-    another one the validation set of a training, if `use_val`. training: False loads the test set
+    another one the validation set, if `use_val`. training: False loads the test set
     only; classes: of the model to test. A test set may have some of the training set's classes.
     check: check large image files, which are read on demand. skip_corrupt: leave out corrupt files;
     otherwise they are listed and raise DataError.

@@ -3,16 +3,17 @@
 import contextlib
 import signal
 import sys
+import threading
 import time
 import weakref
 
+import torch
 import torch.distributed as dist
 
 from cli import say
 from diracnets.preprocessing import DataError
 from training import checkpoint
 from training.checkpoint import DivergedError
-from training.compute import is_out_of_memory
 from training.distributed import all_reduce, rank, world_size
 from training.loader import WorkerError, iterate_batches
 
@@ -36,12 +37,15 @@ class SignalHandler:
         self.steps, self.interval, self.agreed = 0, 1, time.monotonic()  # see `agree`
         handled = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
                    if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores SIGHUP
+        if threading.current_thread() is not threading.main_thread():
+            handled = []  # Python sets handlers in the main thread only
         self.previous = {n: signal.signal(n, self.handle) for n in handled}
         return self
 
     def handle(self, number, frame):
         self.number = self.number or number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.SIGINT in self.previous:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         self._stop_waiting()
 
     def _stop_waiting(self):
@@ -51,13 +55,13 @@ class SignalHandler:
 
     def batches(self, loader):
         """Yields the batches of a loader, as `iterate_batches` does."""
-        self.waiting = loader in self.started  # otherwise it forks: no exception of `handle`
+        self.waiting = loader in self.started  # no StoppedError while workers start
         self._stop_waiting()
         batches, batch = iterate_batches(loader), True
         self.started.add(loader)
         while batch:
             self.waiting = True
-            self._stop_waiting()  # there was a signal in the meantime
+            self._stop_waiting()  # a signal may have come during the step
             batch = next(batches, None)
             self.waiting = False
             if batch:
@@ -66,9 +70,9 @@ class SignalHandler:
     def agree(self, is_last: bool, due: bool = False) -> bool:
         """Exchanges signals with the other ranks, if it is time; call it after each step.
 
-        This takes time. Therefore several ranks do so about every SECONDS_PER_AGREEMENT, as
-        torchrun waits for 30 s only, and after the last step of an epoch. Returns whether `due` is
-        true on any rank. Raises StoppedError if a rank received a signal.
+        The exchange takes time: several ranks do it about every SECONDS_PER_AGREEMENT, because
+        torchrun waits only 30 s after SIGTERM, and after the last step of an epoch. Returns whether
+        `due` is true on any rank. Raises StoppedError if a rank received a signal.
         """
         self.steps += 1
         if not is_last and self.steps < self.interval:
@@ -103,7 +107,7 @@ def interruptible(run, resume_command: str):
 def _save_at_the_end(run, resume_command):
     try:
         yield
-    except (DataError, WorkerError):  # an image file that is read only now
+    except (DataError, WorkerError):  # image files are read during training
         if run.meters and world_size() == 1:
             run.save()
         raise
@@ -117,9 +121,8 @@ def _save_at_the_end(run, resume_command):
         run.save()
         number = signal.Signals(stopped.args[0])
         if rank() == 0:
-            launcher = 'python' if world_size() == 1 else 'torchrun ...'
-            say(f'stopped by {number.name} in epoch {run.epoch + 1} after {run.step} steps, and '
-                f'saved; resume with: {launcher} {resume_command}')
+            say(f'interrupted by {number.name} in epoch {run.epoch + 1} after {run.step} steps; '
+                f'checkpoint saved; resume with: {resume_command}')
         sys.exit(128 + number)
 
 
@@ -129,7 +132,8 @@ def out_of_memory_as_os_error():
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        is_full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not is_full and "can't allocate memory" not in str(error):  # torch's message on the CPU
             raise
         reason = str(error).split('DefaultCPUAllocator: ')[-1].split('. ')[0] or 'out of memory'
         raise OSError(f'{reason}; use a smaller --batch_size') from error

@@ -140,7 +140,13 @@ def _labels_of(dataset):
         items, indices = items.dataset, torch.as_tensor(items.indices)[indices]
     if not hasattr(items, 'targets'):
         raise DataError('--balance: the Dataset has no `targets`; add its labels as this attribute')
-    return torch.as_tensor(items.targets)[indices]
+    try:
+        labels = torch.as_tensor(items.targets)[indices]
+        labels.bincount()
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError('--balance: invalid `targets` of the Dataset: expected one non-negative '
+                        'integer for each item') from error
+    return labels
 
 
 def make_loader(dataset, batch_size, nthread=4, seed=None, rank=0, world_size=1, balance=False):

@@ -33,20 +33,13 @@ class Meters:
         self.accuracy = ClassErrorMeter(topk=self.topk, accuracy=True)
         self.pending, self.steps = [], steps
         self.start = self.last_reading = time.perf_counter()
+        self.end = None  # of training or evaluation: a later save does not count
         if totals:
-            seconds, *sums = totals
+            seconds, loss, n, *errors = totals
             self.start -= seconds
-            self._set_sums(sums)
+            self.loss.add(loss, int(n))
+            self.accuracy.n, self.accuracy.sum = int(n), dict(zip(self.topk, map(int, errors)))
         self.bar = Progress(None, description, length, 'img', self.loss.n)
-
-    def _sums(self):
-        return [self.loss.sum, self.loss.n, *(int(self.accuracy.sum[k]) for k in self.topk)]
-
-    def _set_sums(self, sums):
-        loss, n, *errors = sums
-        self.loss.reset()
-        self.loss.add(loss, int(n))
-        self.accuracy.n, self.accuracy.sum = int(n), dict(zip(self.topk, map(int, errors)))
 
     def update(self, loss, logits, labels, global_batch_size):
         """Adds a batch: its loss (of compute.cross_entropy), its logits and labels on this rank."""
@@ -91,16 +84,14 @@ class Meters:
     def totals(self):
         """Returns [seconds, sum of losses, images, errors at each k], summed over all ranks."""
         self.read()
-        return [time.perf_counter() - self.start, *all_reduce(self._sums())]
+        sums = [self.loss.sum, self.loss.n, *(int(self.accuracy.sum[k]) for k in self.topk)]
+        return [(self.end or time.perf_counter()) - self.start, *all_reduce(sums)]
 
     def summary(self, prefix):
-        """Returns the loss, the accuracies in per cent and the time in seconds, by log key."""
-        seconds, *sums = self.totals()
-        local_sums = self._sums()
-        self._set_sums(sums)
-        summary = {f'{prefix}_loss': self.loss.value()[0]}
-        for k in self.topk:
-            summary[f'{prefix}_acc' + str(k) * (k > 1)] = self.accuracy.value(k)
-        summary[f'{prefix}_time'] = seconds
-        self._set_sums(local_sums)  # a save after a signal in evaluation sums them again
-        return summary
+        """Stops the clock; returns loss, accuracies in per cent and seconds, by log key."""
+        self.read()
+        self.end = time.perf_counter()
+        seconds, loss, n, *errors = self.totals()
+        accuracies = {f'{prefix}_acc' + str(k) * (k > 1): (1 - wrong / n) * 100
+                      for k, wrong in zip(self.topk, errors)}
+        return {f'{prefix}_loss': loss / n, **accuracies, f'{prefix}_time': seconds}

@@ -96,9 +96,8 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel | None:
 
     It starts as a copy of the model after the first update. With decay 0 there is none.
     """
-    if not decay:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    average = get_ema_multi_avg_fn(decay)
+    return AveragedModel(model, multi_avg_fn=average, use_buffers=True) if decay else None
 
 
 class FilterMuon:
@@ -168,7 +167,7 @@ def moments(state):
 
 
 def check_state(optimizer):
-    """Raises ValueError if there is no momentum, or the shape of one is not its parameter's."""
+    """Raises ValueError if there is no momentum, or one differs in shape from its parameter."""
     if not optimizer.state:
         raise ValueError('the optimizer has no momentum: expected one for each parameter')
     for parameter, state in optimizer.state.items():

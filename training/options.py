@@ -22,7 +22,7 @@ MAX_WORKERS = 8  # default limit: more workers hardly read faster
 METAVARS = {'int': 'N', 'float': 'X', 'list': 'LIST'}  # by type
 RECIPE_FOLDER = Path(__file__).parent.parent / 'recipes'
 RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
-NETWORKS_BY_SIZE = (f'images of up to {MAX_SMALL} pixels take the CIFAR networks, larger ones the '
+NETWORKS_BY_SIZE = (f'images of up to {MAX_SMALL} pixels use the CIFAR networks, larger ones the '
                     'ImageNet networks')
 MODEL_OPTIONS = sorted({name for row in ARCHITECTURES.values() for name in row.options})
 # may differ when a run is resumed; every other option changes its result
@@ -165,7 +165,7 @@ def _add_data_options(group):
         help='dataset; with --evaluate, by default that of the run (default: CIFAR10)')
     add('--dataroot', '--imagenetpath', default='.', metavar='PATH',
         help='folder of the dataset; ImageNet: with train/CLASS/ and val/CLASS/, Folder: with '
-             'train/CLASS/ and test/CLASS/ or val/CLASS/; of both, val/ selects best.pt7')
+             'train/CLASS/ and test/CLASS/ or val/CLASS/; if both exist, val/ selects best.pt7')
     add('--image_size', default=None, type=at_least(MIN_PIXELS, int, MAX_IMAGE_SIZE),
         help='height and width of the inputs of a Folder, in pixels (default: 32); '
              f'{NETWORKS_BY_SIZE}')
@@ -200,11 +200,12 @@ def _add_data_options(group):
         help='number of training images to hold out for validation; best.pt7 is then selected by '
              'their accuracy, not by that of the test set')
     add('--check', default=True, action=argparse.BooleanOptionalAction,
-        help='check header and end of all image files first; smaller images are all read anyway')
+        help=f'check header and end of image files above {MAX_SMALL} pixels before training; '
+             'smaller images are read into memory anyway')
     add('--skip_corrupt', default=False, action='store_true',
-        help='leave out corrupt image files; otherwise they are listed, and the command ends')
+        help='skip corrupt image files; without this option the command lists them and exits')
     add('--nthread', default=min(available_cores(), MAX_WORKERS), type=at_least(0, int),
-        help='number of DataLoader workers or threads')
+        help='number of DataLoader workers, and of threads that read or check image files')
 
 
 def _add_training_options(group):
@@ -320,7 +321,7 @@ def _parse_with_recipe(parser, argv, recipe):
     recipe_opt, argv_opt = parser.parse_args(words), parser.parse_args(argv)
     opt = parser.parse_args(argv, argparse.Namespace(**vars(recipe_opt)))
     if opt.model != recipe_opt.model:  # depth and the like are those of the recipe's architecture
-        sizes = ARCHITECTURES[recipe_opt.model or 'diracnet'].options.keys() - (
+        sizes = ARCHITECTURES[recipe_opt.model].options.keys() - (
             {'block'} & ARCHITECTURES[opt.model].options.keys())
         for name in sizes & vars(opt).keys():
             if name not in argv_opt:

@@ -6,7 +6,7 @@ from diracnets.checkpoint import make_contents, pretrained_params, read_checkpoi
 from diracnets.loading import file_preprocess
 from diracnets.preprocessing import MAX_SMALL, Preprocessing
 from training import options
-from training.distributed import rank
+from training.distributed import rank, rank_zero_first
 from training.freezing import last_layer
 
 NO_PARAMETERS = {'checkpointing', 'droprate'}  # model options that do not change the parameters
@@ -52,7 +52,7 @@ def _read(source):
     """Returns the contents of --pretrained, and the preprocessing that they name or None."""
     if source in ('18', '34'):
         try:
-            params = pretrained_params(int(source))
+            params = rank_zero_first(lambda: pretrained_params(int(source)))
         except RuntimeError as error:
             raise OSError(str(error)) from error
         args = {'model': 'diracnet', 'depth': int(source), 'width': 1, 'dataset': 'ImageNet'}

@@ -59,19 +59,11 @@ class Run:
     saved: float = field(default_factory=time.monotonic)  # time of the last save, in seconds
 
     @property
-    def preprocess(self):
-        return self.forward.preprocess
-
-    @property
-    def dtype(self):
-        """The resolved --dtype: 'float', 'bfloat16' or 'double'."""
-        return self.forward.dtype
-
-    @property
     def args(self):
         """The options and their resolved values, as checkpoints and the log contain them."""
-        return {**vars(self.opt), 'dtype': self.dtype, 'mean': list(self.preprocess.mean),
-                'std': list(self.preprocess.std)}
+        preprocess = self.forward.preprocess
+        return {**vars(self.opt), 'dtype': self.forward.dtype, 'mean': list(preprocess.mean),
+                'std': list(preprocess.std)}
 
     @property
     def eval_splits(self):
@@ -147,7 +139,7 @@ class Run:
         improved = accuracy >= self.best
         self.best = max(self.best, accuracy)
         keep = self.opt.keep_every and self.epoch % self.opt.keep_every == 0
-        names = [f'epoch-{self.epoch}.pt7'] * bool(keep) + [BEST_FILE] * improved + [MODEL_FILE]
+        names = [f'epoch-{self.epoch}.pt7'] * keep + [BEST_FILE] * improved + [MODEL_FILE]
         self.save(names, checked=True)
         if rank() == 0:
             shown = ', '.join(f'{name}: {value:.2f}' for name, value in accuracies.items())
@@ -170,7 +162,7 @@ class Run:
     def save(self, names=(MODEL_FILE,), checked=False):
         """Writes a checkpoint into the folder, under one or several names; all ranks call this.
 
-        checked: the state is known to be finite. Otherwise raises DivergedError, and writes
+        checked: `checkpoint.check_finite` has passed. Otherwise raises DivergedError, and writes
         nothing, for a non-finite loss or parameter.
         """
         totals = self.meters.totals() if self.step else None
@@ -197,7 +189,8 @@ class Run:
         groups = self.optimizer.state_dict()['param_groups']
         self.optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
         self.epoch, self.step = state['epoch'], state.get('step', 0)
-        self.best = state.get('best', 0.0)
+        has_best = os.path.exists(os.path.join(self.opt.save, BEST_FILE))
+        self.best = state.get('best', 0.0) if has_best or self.done else 0.0  # another --save
         if self.average and 'ema' in state:
             check_params(state['ema'], self.average.module.state_dict())
             self.average.module.load_state_dict(state['ema'])

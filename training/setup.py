@@ -11,6 +11,7 @@ import torch.distributed as dist
 import diracnets
 from cli import say
 from diracnets.architectures import ARCHITECTURES
+from diracnets.checkpoint import BEST_FILE
 from diracnets.loading import class_positions, match_classes
 from diracnets.preprocessing import DATASETS, Preprocessing, normalize
 from training import checkpoint, data, distributed, options
@@ -43,13 +44,15 @@ def find_checkpoint(opt):
         epochs = max(0, epochs - 1)  # a crash may come between the first log line and checkpoint
     source = path if os.path.isdir(path) else os.path.dirname(path) or '.'
     resumes_here = bool(path) and os.path.realpath(source) == os.path.realpath(opt.save)
-    if (saved or epochs) and not resumes_here:
-        raise ValueError(f'{opt.save} contains a run; add --resume auto, or use another --save')
+    has_best = opt.resume != 'auto' and os.path.exists(os.path.join(opt.save, BEST_FILE))
+    if (saved or epochs or has_best) and not resumes_here:
+        fix = 'add --resume auto, or use' if saved else 'it has no checkpoint to resume; use'
+        raise ValueError(f'{opt.save} contains a run; {fix} another --save')
     return path
 
 
 def check_files(folder):
-    """Raises ValueError if a file of a run is a folder, or a FIFO, whose reader waits for ever."""
+    """Raises ValueError if a file of a run is a folder, or a FIFO, which would block its reader."""
     for entry in os.scandir(folder) if os.path.isdir(folder) else ():
         is_of_run = entry.name.endswith(('.pt7', '.pt7.tmp', LOG_FILE, f'{LOG_FILE}.tmp'))
         if is_of_run and os.path.exists(entry.path) and not entry.is_file():

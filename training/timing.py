@@ -41,7 +41,10 @@ def interleave(timers, repetitions, title, out_of_time=lambda repetition: False)
 
 
 def median_interval(values):
-    """Returns (median, low, high): the median and its 95 % interval from order statistics."""
+    """Returns (median, low, high): the median and its interval from order statistics.
+
+    The interval covers 95 % or more if there are 6 values or more; it is the range of fewer.
+    """
     ordered, n = sorted(values), len(values)
     low = max(0, round(n / 2 - 0.98 * n**0.5) - 1)
     return statistics.median(ordered), ordered[low], ordered[n - 1 - low]
@@ -52,11 +55,11 @@ def paired_ratio(baseline, seconds):
     return median_interval([a / b for a, b in zip(baseline, seconds)])
 
 
-def matmul_gflops(dtype, device='cpu', size=4096, repetitions=30):
-    """Returns the matmul peak in GFLOP/s: the fastest of `repetitions` of square matrices."""
+def matmul_gflops(dtype, device='cpu', size=4096):
+    """Returns the matmul peak in GFLOP/s: the fastest of 30 products of square matrices."""
     a, b = (torch.randn(size, size, dtype=getattr(torch, dtype), device=device) for _ in range(2))
     synchronize(device)
-    best = min(seconds_per_call(lambda: a @ b, device=device) for _ in range(repetitions))
+    best = min(seconds_per_call(lambda: a @ b, device=device) for _ in range(30))
     return 2 * size**3 / 1e9 / best
 
 

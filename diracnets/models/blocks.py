@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from torch import nn
 
 from diracconv import dirac
-from diracnets.architectures import BLOCKS
 from diracnets.models.asymmetric_convolution import ACBlock
 from diracnets.models.diverse_branch import DiverseBranchBlock
 from diracnets.models.repvgg import RepVGGBlock
@@ -37,6 +36,8 @@ def _with_branches(block: type[nn.Module], model: nn.Module) -> nn.Module:
     for parent, name, norm in _convs_and_norms(model):
         conv = getattr(parent, name)
         if _is_replaced(conv):
+            if conv.kernel_size[0] != conv.kernel_size[1] or conv.padding_mode != 'zeros':
+                raise ValueError(f'{name} is {conv}: expected a square kernel and zero padding')
             replacement = block(
                 conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0],
                 conv.padding[0], conv.dilation[0], conv.groups,
@@ -77,8 +78,9 @@ def with_block(model: nn.Module, block: str) -> nn.Module:
     - 'dirac' (Zagoruyko & Komodakis, arXiv 1706.00388): gives the same convolutions the weight
       W_hat. The first convolution of the model remains standard, as in DiracNets;
     - 'base': changes nothing.
-    Raises ValueError for another block.
+    Raises ValueError for another block, and for a convolution with a kernel that is not square, or
+    without zero padding, that branches would replace.
     """
-    if block not in BLOCKS:
-        raise ValueError(f'unknown block {block!r}: expected one of {", ".join(BLOCKS)}')
+    if block not in REPLACEMENTS:
+        raise ValueError(f'unknown block {block!r}: expected one of {", ".join(REPLACEMENTS)}')
     return REPLACEMENTS[block](model)

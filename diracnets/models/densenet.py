@@ -81,6 +81,8 @@ class DenseNet(nn.Module):
             channels += per_block * growth
             if i < 2:
                 reduced = int(channels * reduce)
+                if reduced < 1:
+                    raise ValueError(f'reduce {reduce}: leaves no channels of {channels}')
                 transition = _bn_relu_conv(channels, reduced, 1, droprate)
                 stages[f'transition{i}'] = nn.Sequential(
                     OrderedDict(**transition, pool=nn.AvgPool2d(2))

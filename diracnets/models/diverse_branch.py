@@ -2,8 +2,8 @@
 
 The block trains as parallel branches and deploys as one convolution. The six transforms of section
 3.2 are differentiable functions of kernels (out, in / groups, k, k) and biases (out,). Public
-methods, state dict keys and constructor arguments are those of the published code, which has
-`single_init` too.
+methods, state dict keys and constructor arguments are those of the published code, except
+`single_init`, which is not implemented.
 """
 
 from collections import OrderedDict
@@ -43,8 +43,8 @@ def merge_1x1_kxk(first: KernelBias, second: KernelBias, groups: int = 1) -> Ker
     """Transform III: fuses a 1x1 convolution and the kxk convolution without padding after it.
 
     first has the shapes (mid, in / groups, 1, 1) and (mid,) and stride 1; second has the shapes
-    (out, mid / groups, k, k) and (out,). If the second convolution pads, it must pad with the
-    output of the first one for zeros.
+    (out, mid / groups, k, k) and (out,). If the second convolution pads, the padding must be the
+    first convolution's response to a zero input.
     """
     merged = []
     for (kernel1, bias1), (kernel2, bias2) in zip(
@@ -94,7 +94,7 @@ class IdentityConv1x1(nn.Conv2d):
 
 
 class BNAndPad(nn.Module):
-    """Batch norm, then padding with its output for zeros: (N, C, H, W) to (N, C, H+2p, W+2p).
+    """Batch norm, then padding with its response to zero: (N, C, H, W) to (N, C, H+2p, W+2p).
 
     A convolution after it sees the same values as with zero padding before the batch norm, so both
     can be fused. The padding depends on running statistics, also in training, and has no gradient.

@@ -1,7 +1,7 @@
 """Models with the topology of a DiracNet: plain, with Dirac initialization, and with skips.
 
-Each differs from the DiracNet only in one aspect, that in its name. The initialization of batch
-norm and of the other layers is that of the DiracNet. `diracnets.fold` folds `plain` and
+Each differs from the DiracNet in one aspect only, after which it is named. The initialization of
+batch norm and of the other layers is that of the DiracNet. `diracnets.fold` folds `plain` and
 `dirac_init` into models with the state dict of a `diracnet.DiracNet`.
 """
 
