@@ -24,6 +24,7 @@ from experiments.results import (
     read_results,
     relative_time,
     seed_means,
+    span,
 )
 from hubconf import TRAINED
 from training.log import LOG_FILE, read_log
@@ -37,7 +38,7 @@ MAX_DEPTH = 100  # deeper networks were trained with one seed
 
 @dataclass(frozen=True)
 class Answer:
-    """What a claim is decided by: one estimate per comparison."""
+    """The evidence on a claim: one estimate per comparison."""
 
     epochs: str
     quantity: str
@@ -92,8 +93,7 @@ def estimated(points, comparisons):
 def counts(records, keys):
     """Returns the number of runs of the points as text, such as '3' or '3 to 9'."""
     groups = grouped(records, 'series', 'x')
-    sizes = sorted({len(groups[key]) for key in keys})
-    return ' to '.join(f'{size}' for size in dict.fromkeys((sizes[0], sizes[-1])))
+    return span([len(groups[key]) for key in keys])
 
 
 def by_accuracy(experiment, compare, decide):
@@ -111,7 +111,7 @@ def by_accuracy(experiment, compare, decide):
             if estimates:
                 again = read_results(folder / 'again' / experiment / 'results.csv')
                 keys = {key for terms in comparisons for _, key in terms}
-                epochs = max(record['epochs'] for record in completed(results))
+                epochs = max((record['epochs'] for record in completed(results)), default=0)
                 found.append(Answer(
                     f'{epochs:.0f}', f'{quantity}, pp', estimates,
                     estimated(accuracies(again), comparisons), counts(results, keys),
@@ -147,8 +147,7 @@ def lost_with_depth(points, series, minus=None):
 
 def resnet_minus_diracnet(points):
     depths = [x for x in values_of_x(points, 'resnet', 'diracnet') if x <= MAX_DEPTH]
-    span = ' to '.join(f'{x:.0f}' for x in dict.fromkeys(depths[:1] + depths[-1:]))
-    return f'resnet - diracnet, {span} layers', [
+    return f'resnet - diracnet, {span(depths or [0])} layers', [
         difference(('resnet', x), ('diracnet', x)) for x in depths]
 
 
@@ -258,7 +257,8 @@ def by_layers(quantity, value, margin, form):
                 estimates = over_seeds(runs)
                 found.append(Answer(
                     f'{runs[0]["epochs"]:.0f}', quantity, estimates,
-                    over_seeds(layers_of_runs(folder / 'again')), f'{len(runs)}',
+                    over_seeds(layers_of_runs(folder / 'again')),
+                    span([len(group) for group in grouped(runs, 'series').values()]),
                     exceeds(estimates, margin), form))
         return found
     return answers
@@ -369,16 +369,12 @@ CLAIMS = [
 ]
 
 
-def anchor(heading):
-    """Returns the anchor of a heading, as GitHub makes it."""
-    return heading.lower().replace(' ', '-')
-
-
 def claims(logs):
     """The claims, one line per budget that answers them."""
     lines = []
     for claim in CLAIMS:
-        link = f'[{claim.section}](#{anchor(claim.section)})'
+        anchor = claim.section.lower().replace(' ', '-')  # as GitHub makes it
+        link = f'[{claim.section}](#{anchor})'
         for answer in claim.answers(logs):
             lines.append([
                 claim.text, claim.source, answer.quantity, answer.epochs,

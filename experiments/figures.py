@@ -260,7 +260,7 @@ def draw_over_cost(axes, records, times, **style):
 
 def speedrun(figure, results, measured, logs):
     accuracies, over_compute = figure.subplots(1, 2, width_ratios=(3, 2))
-    epochs = min(record['x'] for record in measured)
+    epochs = measured[0]['x']  # those of the recipe
     draw_points(accuracies, [record for record in measured if record['x'] == epochs],
                 'test_acc_percent', ACCURACY)
     accuracies.set_title(f'{epochs:.0f} epochs')
@@ -287,9 +287,9 @@ def thousand(figure, results, measured, logs):
 
 
 def replication_pairs(logs):
-    """Returns [(first runs, their replication)] of the configurations with several seeds of both.
+    """Returns {configuration: [first runs, replication]} where both have the same seeds.
 
-    Both are {seed: accuracy}.
+    There are two seeds or more. Runs are {seed: accuracy}.
     """
     sets = [
         grouped_by(configuration, completed([
@@ -344,16 +344,17 @@ REPLICATION = 'replication'  # a figure of two experiments or more, in logs/agai
 
 def draw(experiment, logs):
     """Draws an experiment from its files under `logs`; raises ValueError if there are none."""
-    folder = logs / experiment
-    first, again = read_both(experiment, 'measured.csv', logs)
-    measured = first if experiment in FROM_FIRST_RUNS else first + again
+    def recorded(name):
+        first, again = read_both(experiment, name, logs)
+        return first if experiment in FROM_FIRST_RUNS else first + again
+
+    folder, measured = logs / experiment, recorded('measured.csv')
     if experiment in FROM_MEASURED and not measured:
         raise ValueError(f'{folder}: nothing in measured.csv yet; run python -m experiments.run '
                          f'{experiment}')
     results = read_pooled(experiment, logs)
     if experiment in FROM_MEASURED or experiment == 'thousand':  # n is the number of runs drawn
-        first, again = read_both(experiment, 'results.csv', logs)
-        results = first if experiment in FROM_FIRST_RUNS else first + again
+        results = recorded('results.csv')
     runs = completed(results)
     if not runs and not measured:
         raise ValueError(f'{folder}: no results; run python -m experiments.run {experiment}')

@@ -1,6 +1,6 @@
 """Measures training and inference rates on a CUDA GPU, in order of importance.
 
-    python -m experiments.gpu                 # at most 8 minutes
+    python -m experiments.gpu                 # starts nothing after 8 minutes
     python -m experiments.gpu --minutes 20
     python -m experiments.gpu --no-checks --no-compile --minutes 2   # the shortest run
     python -m experiments.gpu --device cpu    # a dry run with small models
@@ -51,7 +51,7 @@ from training.compute import Forward, compile_model
 from training.options import at_least
 from training.timing import interleave, matmul_gflops, seconds_per_call, synchronize
 
-MIN_REPETITIONS, MAX_REPETITIONS = 5, 20
+MIN_REPETITIONS, MAX_REPETITIONS = 6, 20
 MIN_SECONDS = 0.2  # of work in one repetition
 COMPILED = 'train.py --compile'
 FORMS = 'train.py', COMPILED
@@ -164,7 +164,7 @@ def compare_loading(folder, repeats):
     """Compares JPEG decoding by numbers of workers: training at 224 needs the same images/s."""
     n = repeats * len(folders.list_images(folder)[0])
     workers = [w for w in (1, 2, 4, 8, 16) if w <= available_cores()]
-    variants = [Variant(f'{w} workers', jpegs_by_opencv, (folder, repeats, w, 64), n)
+    variants = [Variant(f'{w} worker{"s" * (w > 1)}', jpegs_by_opencv, (folder, repeats, w, 64), n)
                 for w in workers]
     return Comparison('JPEG files', variants)
 
@@ -355,8 +355,12 @@ def measure_runs(device, logs, columns, deadline):
         make = functools.partial(diracnet, depth, width)
         for form in FORMS[: 1 if device.type == 'cpu' else None]:
             work = training_step(make, 'CIFAR10', 128, form, device)
-            records = profile_records(f'{depth}-{width:g}, batch 128, {form}',
-                                      profile_step(work, device))
+            title = f'{depth}-{width:g}, batch 128, {form}'
+            try:
+                records = profile_records(title, profile_step(work, device))
+            except RuntimeError as error:  # the profiler has no permission, or no memory
+                say(f'profile of {title}: failed: {str(error).splitlines()[0]}')
+                continue
             append_results([{**record, **columns} for record in records], logs / 'profile.csv')
             print_table([*records[0]], [[str(value) for value in record.values()]
                                         for record in records], left=['kernels'])

@@ -1,4 +1,4 @@
-"""What a whole run costs on a GPU, and which kernels a training step consists of.
+"""Measures the cost of a run on a GPU, and the kernels of a training step.
 
 experiments/gpu.py calls both and appends their results to logs/gpu/runs.csv and profile.csv.
 """
@@ -30,17 +30,16 @@ KERNELS = {  # kind: pattern in the name of a kernel, on a CPU of an operator; t
 }
 
 
-def run_cost(depth, width, n=50_000, extra=()):
+def run_cost(depth, width, n=50_000):
     """Trains a DiracNet for two epochs on n random images with the defaults of train.py.
 
     Returns the record of a run of 200 epochs with that time per epoch, the second one: minutes,
-    with the warm-up of the compiler, and the peak memory. extra: more options, such as
-    ['--no-compile'].
+    with the warm-up of the compiler, and the peak memory.
     """
     images, labels = random_images(n)
     test = images[: n // 5], labels[: n // 5]
     splits = DataSplits.from_arrays((images, labels), test, classes=range(10))
-    sizes = ['--depth', str(depth), '--width', f'{width:g}', *extra]
+    sizes = ['--depth', str(depth), '--width', f'{width:g}']
     gc.collect()
     torch.compiler.reset()  # its CUDA graphs hold memory
     if torch.cuda.is_available():

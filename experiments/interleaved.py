@@ -50,7 +50,8 @@ def serve(pipe, variant):
     with contextlib.suppress(EOFError):  # the parent closed the pipe
         while pipe.recv():
             seconds = seconds_per_call(work)
-            pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # KiB to MB
+            pipe.send((seconds, peak))
 
 
 @contextlib.contextmanager
@@ -163,7 +164,7 @@ def latest_comparisons(results):
     """Returns {title: records of the last time it was measured}, the baseline first."""
     latest = {}
     for record in results:
-        if float(record['ratio_low']) == float(record['ratio_high']):  # the baseline, to itself
+        if record['ratio'] == record['ratio_low'] == record['ratio_high'] == 1:  # the baseline
             latest[record['compared']] = []
         latest[record['compared']].append(record)
     return latest

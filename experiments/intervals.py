@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-CONFIDENCE = 0.95
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval, which is infinite if nothing is known of the variation."""
+    """A value with its 95 % interval, which is infinite if a group has a single value."""
 
     value: float
     low: float
@@ -35,7 +33,7 @@ def welch(*terms: tuple) -> Estimate:
     # Welch-Satterthwaite
     freedom = total**2 / sum(variance**2 / (len(values) - 1)
                              for variance, (_, values) in zip(variances, terms))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(total)
+    half = float(stats.t.ppf(0.975, freedom)) * math.sqrt(total)  # two-sided, 95 %
     return Estimate(value, value - half, value + half)
 
 

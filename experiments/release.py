@@ -2,8 +2,8 @@
 
     python -m experiments.release runs/diracnet-16-1 --to logs/diracnet-16-1
 
-It prints the SHA-256 of the checkpoint, which belongs into TRAINED of hubconf.py; .gitignore needs
-an exception too. Of paths in the options it stores only the last part.
+It prints the SHA-256 of the checkpoint: add it to TRAINED in hubconf.py, and the file to the
+exceptions in .gitignore. Paths in the options are stored without their folders.
 """
 
 import argparse

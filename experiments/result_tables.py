@@ -58,6 +58,11 @@ def cell(runs):
     return f'{format_mean(column(done, "test_acc_percent"))} ({len(done)}{diverged})'
 
 
+def parameter_count(runs, form, unit=1):
+    """Returns the number of parameters as text, '' if all runs diverged in their first epoch."""
+    return next((f'{run["parameters"] / unit:{form}}' for run in runs if run['parameters']), '')
+
+
 def compared(points, first, second):
     """Returns the difference of two points with its interval as text, '' if one is missing."""
     return show(estimated(points, [difference(first, second)]))
@@ -78,8 +83,9 @@ def depth(logs):
     lines = [[name, *(cell(groups.get((name, x), [])) for x in depths),
               show(estimated(points, lost_with_depth(points, name)[1]))]
              for name in dict.fromkeys(name for name, _ in groups)]
-    sizes = {x: f'{runs[0]["parameters"] / 1e6:.2g}' for (_, x), runs in groups.items()}
-    lines.append(['parameters, millions', *map(sizes.get, depths), ''])
+    sizes = [parameter_count([run for run in results if run['x'] == x], '.2g', 1e6)
+             for x in depths]
+    lines.append(['parameters, millions', *sizes, ''])
     for a, b in DEPTH_DIFFERENCES:
         cells = [compared(points, (a, x), (b, x)) for x in depths]
         if any(cells):
@@ -102,8 +108,8 @@ def width(logs):
     """Accuracies over width: DiracNets of three depths, and all models that have several widths."""
     results = [{**record, 'series': f'diracnet-{record["series"].split()[1]}'}
                for record in read_pooled('width', logs)]
-    layers = BUDGETS['small'].layers
-    results += [{**record, 'series': f'{record["series"]}-{layers}', 'x': BUDGETS['small'].large}
+    budget = BUDGETS[logs.name if logs.name in LONGER_BUDGETS else 'small']
+    results += [{**record, 'series': f'{record["series"]}-{budget.layers}', 'x': budget.large}
                 for record in read_pooled('large', logs)]
     several = {record['series'] for record in results}
     results += [{**record, 'series': name, 'x': 1} for record in read_pooled('depth', logs)
@@ -113,7 +119,7 @@ def width(logs):
     widths = sorted({x for _, x in groups})
     return ['model', *(f'width {x:g}' for x in widths), 'parameters, millions'], [
         [name, *(cell(groups.get((name, x), [])) for x in widths),
-         ', '.join(f'{groups[name, x][0]["parameters"] / 1e6:.2f}' for x in widths
+         ', '.join(parameter_count(groups[name, x], '.2f', 1e6) for x in widths
                    if (name, x) in groups)]
         for name in dict.fromkeys(name for name, _ in groups)]
 
@@ -124,9 +130,10 @@ def ablations(logs):
                for name in ('versions', 'delta') for record in read_pooled(name, logs)}.values()
     points = accuracies(results)
     return ['model', 'test accuracy, %', 'training loss', f'difference, pp {CI}', 'parameters'], [
-        [name, cell(runs), format_mean(column(completed(runs), 'train_loss'), 3),
+        [name, cell(runs),
+         format_mean(column(completed(runs), 'train_loss'), 3) if completed(runs) else '',
          '' if name == 'diracnet' else compared(
-             points, (name, 0), ('diracnet', 0)), f'{runs[0]["parameters"]:,.0f}']
+             points, (name, 0), ('diracnet', 0)), parameter_count(runs, ',.0f')]
         for (name,), runs in grouped(results, 'series').items()]
 
 

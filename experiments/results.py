@@ -82,8 +82,10 @@ def all_runs(logs):
         for record in read_results(path):
             if again in path.parents:
                 record['log'] = f'again/{record["log"]}'
-            runs.setdefault((record['dataset'], record['run'], record['test_acc_percent'],
-                             record['train_loss']), record)
+            identical = record['test_acc_percent'], record['train_loss']
+            if record['ended'] == 'diverged':
+                identical = record['device'], record['threads'], record['torch']
+            runs.setdefault((record['dataset'], record['run'], *identical), record)
     return [*runs.values()]
 
 
@@ -103,7 +105,7 @@ def budget_folders(logs):
 
 
 def read_both(experiment, name, logs):
-    """Returns the records of a file of an experiment: those of the first runs, and the replication.
+    """Returns [first runs, replication]: the records of one file of an experiment.
 
     name: `results.csv` or `measured.csv`.
     """
@@ -134,7 +136,7 @@ def grouped(records, *columns):
 def seed_means(records, value):
     """Returns the mean of `value(record)` over the runs of each seed.
 
-    Runs of one seed have the same initial parameters and are no independent samples: their
+    Runs of one seed have the same initial parameters and are not independent samples: their
     accuracies are correlated (docs/results.md, Replication).
     """
     return [statistics.mean(map(value, runs)) for runs in grouped(records, 'seed').values()]
@@ -172,10 +174,14 @@ def format_mean(values, digits=2):
     return f'{mean:.{digits}f}' + (f' ± {std:.{digits}f}' if len(values) > 1 else '')
 
 
+def span(values):
+    """Returns the smallest and the largest of integers as text, such as '3' or '3 to 9'."""
+    return ' to '.join(dict.fromkeys(f'{value:.0f}' for value in (min(values), max(values))))
+
+
 def seed_counts(results):
     """Returns the number of seeds per point as text, such as 'n = 3' or 'n = 1 to 3'."""
-    sizes = sorted({len(group) for group in grouped(results, 'series', 'x').values()})
-    return f'n = {sizes[0]}' + (f' to {sizes[-1]}' if len(sizes) > 1 else '')
+    return 'n = ' + span([len(group) for group in grouped(results, 'series', 'x').values()])
 
 
 # ---------------------------------------------------------------- environment

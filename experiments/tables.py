@@ -7,8 +7,8 @@ start with a folder of logs/: `medium/depth` is the table of `depth` in the budg
 tables of docs/results.md are in experiments/claims.py and result_tables.py.
 """
 
-import itertools
 import re
+import statistics
 from pathlib import Path
 
 import torch
@@ -20,12 +20,12 @@ from diracnets.fold import fold
 from diracnets.models.registry import create_model
 from diracnets.preprocessing import Preprocessing
 from experiments import gpu
-from experiments.claims import claims
+from experiments.claims import claims, show
 from experiments.definitions import command_line
 from experiments.interleaved import RATIO, pairs_with_baseline
+from experiments.intervals import welch
 from experiments.result_tables import RESULT_TABLES
 from experiments.results import (
-    CPU,
     ROOT,
     column,
     format_mean,
@@ -54,6 +54,24 @@ def speedrun(logs):
         for (series, epochs), runs in grouped(measured, 'series', 'x').items()]
     return ['variant', 'epochs', 'n', 'test accuracy, %', 'with TTA, %', 'training time, s',
             'matmul rate, GFLOP/s', 'matmul-equivalent compute, TFLOP'], lines
+
+
+def search(logs):
+    """Changes of the speed-run recipe: compute, accuracy, paired differences from the recipe."""
+    groups = grouped(read_results(logs / 'speedrun' / 'search.csv'), 'change')
+    recipe = {record['seed']: record for record in groups.get(('recipe',), [])}
+    lines = []
+    for (change,), runs in groups.items():
+        pairs = [(run, recipe[run['seed']]) for run in runs if run['seed'] in recipe]
+        cost = statistics.mean(run['multiply_adds'] / base['multiply_adds'] for run, base in pairs)
+        lines.append([
+            change, f'{len(pairs)}', f'{cost:.2f}',
+            *(format_mean(column(runs, f'{name}_acc_percent')) for name in ('train', 'test')),
+            *('' if change == 'recipe' else show(
+                [welch((1, [run[name] - base[name] for run, base in pairs]))], form)
+              for name, form in (('test_acc_percent', '+.2f'), ('test_loss', '+.3f')))])
+    return ['change', 'n', 'multiply-adds / recipe', 'training accuracy, %', 'test accuracy, %',
+            'paired difference, pp (95 % CI)', 'test loss (95 % CI)'], lines
 
 
 def tried(logs):
@@ -153,12 +171,10 @@ def bench(logs):
 
 
 def gpu_checks(logs):
-    """The last recorded comparison of a GPU with the CPU: difference and tolerance."""
-    records = [record for record in read_csv(logs / 'gpu' / 'checks.csv')
-               if record['device'] != CPU]
-    latest = {check: [*of] for check, of in itertools.groupby(records, lambda r: r['check'])}
+    """The recorded comparison of a GPU with the CPU: difference and tolerance."""
     lines = [[record['what'].replace('points between', 'pp between'), record['off'],
-              record['at_most'], record['holds']] for of in latest.values() for record in of]
+              record['at_most'], record['holds']]
+             for record in read_csv(logs / 'gpu' / 'checks.csv')]
     return ['quantity', 'difference', 'tolerance', 'passed'], lines
 
 
@@ -223,7 +239,7 @@ LEFT_ALIGNED = (  # columns of text
     'model', 'variant', 'source', 'change', 'passed', 'baseline', 'images', 'source of the recipe',
     'command', 'quantity', 'verdict', 'section', 'parameters, millions', 'block', 'device', 'step')
 TABLES = {
-    'claims': claims, 'tried': tried, 'bench': bench, 'gpu-checks': gpu_checks,
+    'claims': claims, 'search': search, 'tried': tried, 'bench': bench, 'gpu-checks': gpu_checks,
     'gpu-training': gpu_training, 'gpu-inference': gpu_inference, 'gpu-runs': gpu_runs,
     'gpu-profile': gpu_profile, 'sizes': sizes, 'speedrun': speedrun, **RESULT_TABLES,
 }

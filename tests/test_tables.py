@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import claims, definitions, figures, result_tables, tables
+from experiments import claims, definitions, figures, result_tables, results, tables
 from records import around, run_records, write_csv
 
 
@@ -22,12 +22,31 @@ def test_bench_shows_the_latest_results_against_the_baseline(tmp_path):
         'a,older,10,500,1,1,1,,,900\na,gone,10,50,0.1,0.09,0.2,,3,800\n'
         '"depth, a step",DiracNet-28-1,10,1,1,1,1,,,1\n"depth, a step",x,10,1,0.5,0.4,0.6,,,1\n'
         'a,old,40,1000,1,1,1,,,910\na,new,40,2975,2.975,2.5,3.04,52.75,3,820\n'
-        'a,newer,40,12345,12.345,12,12.7,,,830\n')
+        'a,newer,40,12345,12.345,12,12.7,,,830\na,exact,40,340,0.34,0.34,0.34,,,830\n')
     header, lines = tables.bench(tmp_path)
     assert lines == [
         ['a: new', 'old', '40', '2,975', '2.98 (2.5 to 3.04)', '820, 910', '3: not met'],
         ['a: newer', 'old', '40', '12,345', '12.3 (12 to 12.7)', '830, 910', ''],
+        ['a: exact', 'old', '40', '340', '0.34 (0.34 to 0.34)', '830, 910', ''],
     ]
+    assert len(header) == len(lines[0])
+
+
+def test_search_shows_differences_of_the_same_seeds(tmp_path):
+    write_csv(tmp_path / 'speedrun' / 'search.csv', [
+        {'change': change, 'seed': seed, 'multiply_adds': cost, 'train_acc_percent': 80,
+         'test_acc_percent': accuracy, 'test_loss': 1 - accuracy / 100}
+        for change, cost, accuracies in (
+            ('recipe', 200, {1: 80, 2: 82, 3: 90}), ('EMA', 100, {1: 81, 2: 84}),
+            ('ReLU', 200, {3: 89}))
+        for seed, accuracy in accuracies.items()])
+    header, lines = tables.search(tmp_path)
+    # differences 1 and 2: mean 1.5, 12.706 * 0.7071 / sqrt(2) on each side
+    assert lines == [
+        ['recipe', '3', '1.00', '80.00 ± 0.00', '84.00 ± 5.29', '', ''],
+        ['EMA', '2', '0.50', '80.00 ± 0.00', '82.50 ± 2.12', '+1.50 (-4.85 to +7.85)',
+         '-0.015 (-0.079 to +0.049)'],
+        ['ReLU', '1', '1.00', '80.00', '89.00', '-1.00', '+0.010']]
     assert len(header) == len(lines[0])
 
 
@@ -48,16 +67,35 @@ def test_gpu_tables_show_the_last_run_and_the_kernels_of_a_step(tmp_path):
         [['H100', 'train.py', '1.50 (30)', ''], ['H100', 'compiled', '', '1.50 (30)']])
 
 
-def test_gpu_checks_shows_the_last_record(tmp_path):
-    (tmp_path / 'gpu').mkdir()
-    (tmp_path / 'gpu' / 'checks.csv').write_text(
-        'check,what,off,at_most,holds,device\nfolding,RuntimeError: no kernel,,,failed,H100\n'
-        'onnx,ONNX,1e-03,0.0001,no,H100\nonnx,ONNX Runtime,1e-03,0.0001,no,H100\n'
-        'folding,folded,1e-06,0.0001,yes,H100\nonnx,ONNX,1e-05,0.0001,yes,H100\n'
-        'folding,folded,1e-07,0.0001,yes,CPU\n')
-    assert tables.gpu_checks(tmp_path) == (
-        ['quantity', 'difference', 'tolerance', 'passed'], [
-            ['folded', '1e-06', '0.0001', 'yes'], ['ONNX', '1e-05', '0.0001', 'yes']])
+def test_tables_show_runs_that_diverged_in_their_first_epoch(tmp_path):
+    for name, points in (('depth', {('plain', 10): [None], ('plain', 16): [None, 60.]}),
+                         ('width', {('depth 28', 1): [None]}),
+                         ('delta', {('diracnet', 28): [None]})):
+        records = [{**record, 'parameters': 2_500_000 if record['train_loss'] else ''}
+                   for record in run_records(points)]
+        write_csv(tmp_path / name / 'results.csv', records)
+    _, lines = tables.TABLES['depth'](tmp_path)
+    assert lines == [['plain', '1 diverged', '60.00 (1, 1 diverged)', '-25.0'],
+                     ['parameters, millions', '', '2.5', '']]
+    assert tables.TABLES['width'](tmp_path)[1] == [['diracnet-28', '1 diverged', '']]
+    assert tables.TABLES['ablations'](tmp_path)[1] == [['diracnet', '1 diverged', '', '', '']]
+    assert claims.claims(tmp_path)[1]
+
+
+def test_all_runs_counts_diverged_runs_on_other_machines(tmp_path):
+    record, = run_records({('plain', 10): [None]})
+    record['threads'] = 1
+    write_csv(tmp_path / 'depth' / 'results.csv', [record])
+    write_csv(tmp_path / 'again' / 'depth' / 'results.csv', [{**record, 'threads': 2}, record])
+    assert [run['threads'] for run in results.all_runs(tmp_path)] == [1, 2]
+
+
+def test_width_has_the_large_width_of_the_budget(tmp_path):
+    points = run_records({('diracnet', 28): [95.]}, 200)
+    write_csv(tmp_path / 'paper' / 'large' / 'results.csv', [
+        {**record, 'parameters': 36_500_000} for record in points])
+    assert tables.TABLES['width'](tmp_path / 'paper') == (
+        ['model', 'width 10', 'parameters, millions'], [['diracnet-28', '95.00 (1)', '36.50']])
 
 
 RATES = """\
