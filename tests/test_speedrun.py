@@ -10,10 +10,16 @@ from torch import nn
 import diracnets
 import train
 from diracnets.fold import fold
+from diracnets.models import diracnet_fast
 from diracnets.models.registry import count_multiply_adds
+from diracnets.preprocessing import Preprocessing
+from experiments import speedrun_search as search
 from runs import params_of, refused, run, write_sets
 from training import data, options
 from training.augmentation import progressive_sizes
+from training.compute import Forward
+from training.data import load_splits
+from training.loader import BatchSampler
 from training.optimizers import make_optimizer
 from training.whitening import whiten, whitening_filters
 
@@ -255,3 +261,67 @@ def test_diracnet_fast_has_the_size_of_airbench():
     assert [layer.out_channels for layer in with_w_hat] == [64, 64, 256, 256, 256, 256]
     assert not [layer for layer in fold(network).modules() if hasattr(layer, 'alpha')
                 or isinstance(layer, nn.BatchNorm2d)]
+
+
+# ---------------------------------------------------------------- the search
+
+
+def searched(images, change, *more):
+    """Trains a small model with a change; returns (model, record)."""
+    preprocess = Preprocessing.for_dataset('Folder')
+    splits = load_splits('Folder', str(images), preprocess, 1).augmented(pad=2, flip='alternating')
+    opt = options.parse_options([*SMALL, *more])
+    return search.train(opt, change, splits, Forward(preprocess, 'float', torch.device('cpu')))
+
+
+SMALL = ['--recipe', 'speedrun', '--dataset', 'Folder', '--batch_size', '10', '--epochs', '4',
+         '--grow', '[24,32]', '--width', '0.25', '--dtype', 'float']
+
+
+def test_search_without_a_change_equals_train_py(images, tmp_path):
+    model, record = searched(images, search.CHANGES['recipe'], '--seed', '3', '--ema', '0.5')
+    train.main([*SMALL, '--seed', '3', '--ema', '0.5', '--dataroot', str(images),
+                '--save', str(tmp_path)])
+    expected = torch.load(tmp_path / 'model.pt7')['ema']
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items()
+               if name in expected)
+    assert len(expected) > 20
+    per_image = sum(count_multiply_adds(model, size) for size in (24, 24, 32, 32))
+    assert record['multiply_adds'] == 3 * 24 * per_image
+
+
+def test_hard_epochs_have_the_images_with_the_largest_loss():
+    sampler, losses = BatchSampler(10, 3, seed=1), torch.tensor([3., 9, 1, 7, 5, 0, 8, 2, 6, 4])
+    change = search.Change(hard_epochs=(2,))
+    order = torch.cat([indices for indices, _ in search.batches_of(sampler, 1, losses, change)])
+    assert sorted(order.tolist()) == [*range(10)]
+    batches = search.batches_of(sampler, 2, losses, change)
+    assert [len(indices) for indices, _ in batches] == [3, 2]
+    assert {*torch.cat([indices for indices, _ in batches]).tolist()} == {1, 3, 4, 6, 8}
+
+
+def test_search_freezes_the_first_group(images):
+    model, _ = searched(images, search.Change(freeze_from=0.0))
+    for g, trained in ((0, False), (1, True)):
+        block = model.features[2 + g].block0  # after the stem and its activation
+        assert bool(block.bn.bias.any()) == trained
+        assert bool((block.conv.alpha - diracnet_fast.ALPHA_INIT).any()) == trained
+
+
+def test_learning_rate_of_changes():
+    opt = options.parse_options(['--recipe', 'speedrun', '--epochs', '10'])
+    for warm_up, final, done, expected in (
+            (True, 0, 1, 0.5), (True, 0, 6, 0.5), (False, 0, 1, 0.9), (False, 0, 10, 0),
+            (True, 0.2, 1, 0.5), (True, 0.2, 6, 0.6), (True, 0.2, 10, 0.2), (False, 0.2, 5, 0.6)):
+        change = search.Change(warm_up=warm_up, final_lr=final)
+        assert search.learning_rate(change, opt, done) == pytest.approx(expected)
+
+
+def test_channels_and_batch_norm_momentum_of_a_change(images):
+    change = search.Change(channels=(8, 16, 32), bn_momentum=0.4)
+    model, _ = searched(images, change, '--width', '1')
+    sizes = [len(p) for name, p in model.named_parameters() if name.endswith('conv.weight')]
+    assert sizes == [24, 8, 8, 16, 16, 32, 32]
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert {norm.momentum for norm in norms} == {0.4}
+    assert diracnets.create_model('diracnet-fast').features.group2.block1.conv.out_channels == 256

@@ -1,0 +1,179 @@
+"""Trains changes of the speed-run recipe and of its model, each with the same seeds.
+
+    python -m experiments.speedrun_search --dataroot ../cifar10-jpeg
+    python -m experiments.speedrun_search --dataroot ../cifar10-jpeg --only 'EMA*' --seeds 1 2 3
+
+By default a run is a proxy for the recipe: four epochs, with images of 20 to 32 pixels, which take
+a third of the compute. Results are appended to logs/speedrun/search.csv, finished runs skipped.
+Without a change, the loop gives the same parameters as train.py. It is separate because train.py
+has no options for changes that did not help.
+"""
+
+import argparse
+import fnmatch
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cli import ArgumentParser, exit_on_error, say
+from diracnets.models import diracnet_fast
+from diracnets.models.registry import count_multiply_adds
+from diracnets.preprocessing import Preprocessing
+from experiments.definitions import command_line
+from experiments.results import ROOT, append_results, environment, read_csv
+from training.augmentation import progressive_sizes
+from training.compute import Forward, cross_entropy, keep_freed_memory
+from training.data import load_splits
+from training.loader import BatchSampler
+from training.optimizers import WARM_UP, lr_factor, make_average, make_optimizer, set_learning_rate
+from training.options import parse_options
+from training.setup import build_model
+
+PROXY = {'epochs': 4, 'grow': '[20,24,28,32]'}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Options of train.py, and changes that train.py has no options for."""
+
+    options: dict = field(default_factory=dict)
+    warm_up: bool = True
+    final_lr: float = 0.0  # fraction of the maximum learning rate
+    bn_momentum: float = 0.1
+    channels: tuple = diracnet_fast.CHANNELS
+    hard_epochs: tuple = ()  # train on the half of the images with the largest last loss
+    freeze_from: float = 1.0  # fraction of the epochs after which the first group is frozen
+
+
+CHANGES = {
+    'recipe': Change(),
+    'EMA 0.98': Change({'ema': 0.98}),
+    'no warm-up': Change(warm_up=False),
+    'Cutout 8': Change({'cutout': 8}),
+    'hard half in epoch 3': Change(hard_epochs=(3,)),
+    'hard half in epochs 2 and 4': Change(hard_epochs=(2, 4)),
+    'batch norm momentum 0.4': Change(bn_momentum=0.4),
+    'channels 64, 192, 320': Change(channels=(64, 192, 320)),
+    'channels 48, 256, 256': Change(channels=(48, 256, 256)),
+    'first group frozen in the last quarter': Change(freeze_from=0.75),
+    'ReLU': Change({'activation': 'relu'}),
+    'cosine schedule': Change({'lr_schedule': 'cosine'}),
+    'final learning rate 7 %, EMA 0.95': Change({'ema': 0.95}, final_lr=0.07),
+    '20 to 28 pixels': Change({'grow': '[20,24,28,28]'}),
+    'Dirac initialization only': Change({'block': 'base'}),
+    'width 0.75': Change({'width': 0.75}),
+    'shifts of 3 pixels': Change({'randomcrop_pad': 3}),
+    'label smoothing 0.1': Change({'label_smoothing': 0.1}),
+    'adam_lr 0.01': Change({'adam_lr': 0.01}),
+    'adam_lr 0.1': Change({'adam_lr': 0.1}),
+    'lr 0.07': Change({'lr': 0.07}),
+    'lr 0.14': Change({'lr': 0.14}),
+}
+
+
+def learning_rate(change, opt, done):
+    """Returns the learning rate as a fraction of its maximum after `done` epochs, a float."""
+    factor = lr_factor(opt, done) if change.warm_up else 1 - done / opt.epochs
+    rising = change.warm_up and done < WARM_UP * opt.epochs
+    return factor if rising else change.final_lr + (1 - change.final_lr) * factor
+
+
+def batches_of(sampler, epoch, losses, change):
+    """Returns [(indices, seed)] of the batches of an epoch; losses: the last one of each image."""
+    sampler.set_epoch(epoch)
+    indices, seeds, _ = zip(*sampler)
+    if epoch not in change.hard_epochs:
+        return [*zip(map(torch.from_numpy, indices), seeds)]
+    order, hard = torch.cat([*map(torch.from_numpy, indices)]), losses > losses.median()
+    return [*zip(order[hard[order]].split(sampler.batch_size), seeds)]
+
+
+def train(opt, change, splits, forward):
+    """Trains the model of one seed; returns (model, record)."""
+    with mock.patch.object(diracnet_fast, 'CHANNELS', change.channels):
+        model = build_model(opt, splits, forward)
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = change.bn_momentum
+    optimizer, average = make_optimizer(model, opt), make_average(model, opt.ema)
+    sampler = BatchSampler(len(splits.train), opt.batch_size, opt.seed)
+    losses = torch.zeros(len(splits.train))
+    sizes = progressive_sizes(forward.preprocess.size, opt.grow, opt.epochs)
+    seconds = multiply_adds = 0
+    for epoch, size in enumerate(sizes, 1):
+        start, images_seen, correct = time.process_time(), 0, 0
+        batches = batches_of(sampler, epoch, losses, change)
+        model.train()  # counting multiply-adds sets evaluation mode
+        for step, (indices, seed) in enumerate(batches):
+            done = epoch - 1 + step / len(batches)
+            if done >= change.freeze_from * opt.epochs:
+                model.features.group0.requires_grad_(False)
+            set_learning_rate(optimizer, learning_rate(change, opt, done))
+            images, labels, n = splits.train[indices, seed, range(len(indices))]
+            logits = forward(model, images, size)
+            optimizer.zero_grad()
+            cross_entropy(logits, labels, n, opt.label_smoothing).backward()
+            optimizer.step()
+            if average:
+                average.update_parameters(model)
+            losses[indices] = F.cross_entropy(logits.detach(), labels, reduction='none')
+            correct += (logits.argmax(1) == labels).sum().item()
+            images_seen += n
+        seconds += time.process_time() - start
+        multiply_adds += 3 * images_seen * count_multiply_adds(model, size)
+    model = average.module if average else model
+    return model, {'train_acc_percent': round(100 * correct / images_seen, 2),
+                   'multiply_adds': multiply_adds, 'train_cpu_seconds': round(seconds, 1)}
+
+
+@torch.no_grad()
+def test(model, forward, images):
+    """Returns the accuracy and the loss on a test set."""
+    model.eval()
+    logits, labels = zip(*(
+        (forward(model, batch), labels)
+        for batch, labels, _ in (images[indices, None, range(len(indices))]
+                                 for indices in torch.arange(len(images)).split(500))))
+    logits, labels = torch.cat(logits), torch.cat(labels)
+    accuracy = (logits.argmax(1) == labels).double().mean()
+    return {'test_acc_percent': round(100 * accuracy.item(), 2),
+            'test_loss': round(F.cross_entropy(logits, labels).item(), 5)}
+
+
+def main(argv=None):
+    parser = ArgumentParser(prog='experiments.speedrun_search', description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--dataroot', default='.', help='folder of the images: train/CLASS and test/CLASS')
+    add('--only', default=['*'], nargs='+', metavar='PATTERN', help='train only these changes')
+    add('--seeds', default=[1, 2, 3, 4, 5], type=int, nargs='+', help='seeds of each change')
+    add('--results', default=ROOT / 'logs/speedrun/search.csv', type=Path, help='CSV file')
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    with exit_on_error('experiments.speedrun_search'):
+        forward = Forward(Preprocessing.for_dataset('Folder'), 'bfloat16', torch.device('cpu'))
+        splits = load_splits('Folder', args.dataroot, forward.preprocess, nthread=2)
+        for seed in args.seeds:
+            for name, change in CHANGES.items():
+                done = {(record['change'], record['seed']) for record in read_csv(args.results)}
+                if (name, str(seed)) in done or not any(
+                        fnmatch.fnmatchcase(name, pattern) for pattern in args.only):
+                    continue
+                opt = parse_options(['--recipe', 'speedrun', '--seed', f'{seed}',
+                                     *command_line({**PROXY, **change.options})])
+                augmented = splits.augmented(pad=opt.randomcrop_pad, flip=opt.flip,
+                                             cutout=opt.cutout)
+                model, record = train(opt, change, augmented, forward)
+                record = {'change': name, 'seed': seed, 'epochs': opt.epochs,
+                          **test(model, forward, splits.test), **record, **environment()}
+                append_results([record], args.results)
+                say(f'{name}, seed {seed}: {record["test_acc_percent"]:.2f} %')
+
+
+if __name__ == '__main__':
+    main()
