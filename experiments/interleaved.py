@@ -164,7 +164,7 @@ def latest_comparisons(results):
     """Returns {title: records of the last time it was measured}, the baseline first."""
     latest = {}
     for record in results:
-        if record['ratio'] == record['ratio_low'] == record['ratio_high'] == 1:  # the baseline
+        if all(float(record[name]) == 1 for name in ('ratio', 'ratio_low', 'ratio_high')):
             latest[record['compared']] = []
         latest[record['compared']].append(record)
     return latest

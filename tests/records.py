@@ -15,7 +15,7 @@ def run_records(points, epochs=4):
     """Returns results of {(series, x): accuracies of seeds 1, 2, ...}; None is a diverged run."""
     return [{
         'series': series, 'x': x, 'seed': seed, 'dataset': 'Folder', 'epochs': epochs,
-        'run': f'{series}-{x}-{epochs}ep-s{seed}', 'log': 'log.txt', 'device': 'CPU', 'threads': 2,
+        'run': f'{series}-{x}-{epochs}ep-s{seed}', 'log': 'log.txt', 'device': 'CPU', 'threads': 1,
         'torch': '2.14',
         'ended': 'diverged' if accuracy is None else 'complete',
         'test_acc_percent': '' if accuracy is None else accuracy,

@@ -196,10 +196,11 @@ def write_blocks(logs, runs=(), times=()):
     (logs / 'blocks').mkdir(parents=True)
     if runs:
         (logs / 'blocks' / 'results.csv').write_text(
-            'series,x,seed,test_acc_percent,epochs,ended,train_loss,parameters,dataset,run,log\n'
+            'series,x,seed,test_acc_percent,epochs,ended,train_loss,parameters,dataset,run,log,'
+            'device,threads,torch\n'
             + ''.join(
                 f'{series},{x},{seed},{accuracy},{epochs},{"complete" if accuracy else "diverged"},'
-                f'0.5,1234,Folder,{series}-{x}-{epochs}ep-s{seed},log.txt\n'
+                f'0.5,1234,Folder,{series}-{x}-{epochs}ep-s{seed},log.txt,CPU,2,2.14\n'
                 for series, x, seed, accuracy, epochs in runs))
     if times:
         (logs / 'blocks' / 'steps.csv').write_text('what,ratio,ratio_low,ratio_high\n' + ''.join(

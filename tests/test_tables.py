@@ -84,7 +84,6 @@ def test_tables_show_runs_that_diverged_in_their_first_epoch(tmp_path):
 
 def test_all_runs_counts_diverged_runs_on_other_machines(tmp_path):
     record, = run_records({('plain', 10): [None]})
-    record['threads'] = 1
     write_csv(tmp_path / 'depth' / 'results.csv', [record])
     write_csv(tmp_path / 'again' / 'depth' / 'results.csv', [{**record, 'threads': 2}, record])
     assert [run['threads'] for run in results.all_runs(tmp_path)] == [1, 2]
