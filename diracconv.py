@@ -70,7 +70,7 @@ def add_delta(weight: Tensor, alpha: Tensor, groups: int = 1) -> Tensor:
     return flat.slice_scatter(ones, 1, center, stop, step).view(weight.shape)
 
 
-# arguments, because torch.jit.script does not accept global floats
+# the epsilons are arguments, because torch.jit.script does not accept global floats
 def _filter_norms(weight, eps: float = NORM_EPS, half_eps: float = HALF_EPS):
     """Returns the L2 norm of each filter, (out,), but at least epsilon, in float32 or float64."""
     flat = weight.flatten(1)

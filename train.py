@@ -153,7 +153,7 @@ def main(argv=None, splits=None, on_epoch=None):
     with test_loss, test_acc and test_time.
     """
     argv = sys.argv[1:] if argv is None else argv
-    opt, from_python = options.parse_options(argv, splits), bool(splits)
+    opt = options.parse_options(argv, splits)
     resume_argv = argv if opt.resume == 'auto' else [*argv, '--resume', 'auto']
     with checkpoint.Lock(opt.save) as lock:
         with exit_on_error('train.py', (ValueError, OSError)), out_of_memory_as_os_error():
@@ -178,7 +178,7 @@ def main(argv=None, splits=None, on_epoch=None):
                     return test(opt, loaded, forward, splits)
                 print_settings(run.args, run.model, run.splits, run.forward)
                 launcher = 'python' if distributed.world_size() == 1 else 'torchrun ...'
-                train(run, f'train.main({resume_argv!r}, splits)' if from_python else
+                train(run, f'train.main({resume_argv!r}, splits)' if splits else
                       f'{launcher} train.py {shlex.join(resume_argv)}')
                 return run.result()
         finally:

@@ -147,7 +147,9 @@ def lost_with_depth(points, series, minus=None):
 
 def resnet_minus_diracnet(points):
     depths = [x for x in values_of_x(points, 'resnet', 'diracnet') if x <= MAX_DEPTH]
-    return f'resnet - diracnet, {span(depths or [0])} layers', [
+    if not depths:
+        return '', []
+    return f'resnet - diracnet, {span(depths)} layers', [
         difference(('resnet', x), ('diracnet', x)) for x in depths]
 
 

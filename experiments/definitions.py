@@ -82,6 +82,7 @@ class Budget:
     thousand: tuple = (100, 202, 400, 1000)  # depths on the digits
     references: dict = field(default_factory=REFERENCES.copy)
     speedrun: tuple = (8, 4, 12)  # epochs: those of the recipe first
+    speedrun_seeds: int = 5
 
     def runs(self, series, x, init='', seeds=None, **options):
         options = {'width': 1, 'epochs': self.epochs, **self.options, **options}
@@ -99,13 +100,12 @@ BUDGETS = {
     'tiny': Budget(
         1, 1, {'lr_schedule': 'cosine', 'batch_size': 64, 'keep_every': 1}, 'Digits',
         depths=(10,), deeper=(), widths=(0.5,), layers=10, block_depths=(10,), large=0.5,
-        thousand=(10,), speedrun=(1,),
+        thousand=(10,), speedrun=(1,), speedrun_seeds=1,
         references={'WRN-10-1': {'recipe': 'wide-resnet', 'model': 'wide-resnet', 'depth': 10,
                                  'width': 1}},
     ),
 }
 INIT_SCALES = (1, 0.1, 0.01)
-SPEEDRUN_SEEDS = 5
 
 # ---------------------------------------------------------------- experiments
 
@@ -213,12 +213,11 @@ def speedrun(budget):
     """How accurate is the speed-run recipe, and does the Dirac parametrization help it?"""
     recipe = {'recipe': 'speedrun', 'model': 'diracnet-fast'}
     variants = {'full recipe': {}, 'Dirac initialization only': {'block': 'base'}}
-    seeds = SPEEDRUN_SEEDS if budget.seeds > 1 else 1
     return [
         RunSpec(series, epochs, seed, {**recipe, **options, 'epochs': epochs})
         for epochs in budget.speedrun for series, options in variants.items()
         if epochs == budget.speedrun[0] or not options
-        for seed in range(1, 1 + seeds)
+        for seed in range(1, 1 + budget.speedrun_seeds)
     ]
 
 

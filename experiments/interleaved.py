@@ -164,7 +164,8 @@ def latest_comparisons(results):
     """Returns {title: records of the last time it was measured}, the baseline first."""
     latest = {}
     for record in results:
-        if all(float(record[name]) == 1 for name in ('ratio', 'ratio_low', 'ratio_high')):
+        is_baseline = all(float(record[name]) == 1 for name in ('ratio', 'ratio_low', 'ratio_high'))
+        if is_baseline:
             latest[record['compared']] = []
         latest[record['compared']].append(record)
     return latest

@@ -130,8 +130,7 @@ def ablations(logs):
                for name in ('versions', 'delta') for record in read_pooled(name, logs)}.values()
     points = accuracies(results)
     return ['model', 'test accuracy, %', 'training loss', f'difference, pp {CI}', 'parameters'], [
-        [name, cell(runs),
-         format_mean(column(completed(runs), 'train_loss'), 3) if completed(runs) else '',
+        [name, cell(runs), format_mean(column(completed(runs), 'train_loss'), 3),
          '' if name == 'diracnet' else compared(
              points, (name, 0), ('diracnet', 0)), parameter_count(runs, ',.0f')]
         for (name,), runs in grouped(results, 'series').items()]
@@ -149,11 +148,11 @@ def blocks(logs):
         runs = {x: completed(groups.get((block, x), [])) for x in [*depths, DEPTH]}
         lost = [drops[name] for name in dict.fromkeys(column(runs[DEPTH], 'run')) if name in drops]
         lines.append([
-            block, f'{runs[DEPTH][0]["parameters"]:,.0f}' if runs[DEPTH] else '',
+            block, parameter_count(runs[DEPTH], ',.0f'),
             '{:.2f} ({:.2f} to {:.2f})'.format(*times[block]) if block in times else '',
             *(cell(groups.get((block, x), [])) for x in depths),
             compared(points, (block, DEPTH), ('base', DEPTH)) if block != 'base' else '',
-            *(format_mean(column(runs[x], 'train_loss'), 3) if runs[x] else '' for x in depths),
+            *(format_mean(column(runs[x], 'train_loss'), 3) for x in depths),
             f'{format_mean(lost)} ({len(lost)})' if lost else ''])
     return ['block', f'parameters, {DEPTH} layers', f'step time / base {CI}',
             *(f'{x:.0f} layers, % (n)' for x in depths), f'{DEPTH} layers: - base, pp {CI}',
@@ -235,11 +234,9 @@ def int8(logs):
     lines = []
     for name in dict.fromkeys(column(sets[0], 'series')):
         parts = [[r for r in records if r['series'] == name] for records in sets]
-        line = [name, *(format_mean(column(part, 'float32_test_acc_percent')) if part else ''
-                        for part in parts)]
+        line = [name, *(format_mean(column(part, 'float32_test_acc_percent')) for part in parts)]
         for form in forms:
-            line += [format_mean([int8_drop(r, form) for r in part]) if part else ''
-                     for part in parts]
+            line += [format_mean([int8_drop(r, form) for r in part]) for part in parts]
             line.append(show([welch((1, seed_means(
                 [*parts[0], *parts[1]], lambda r, form=form: int8_drop(r, form))))], '+.2f'))
         lines.append(line)

@@ -168,7 +168,9 @@ def column(records, name):
 
 
 def format_mean(values, digits=2):
-    """Returns the mean of values, and their std if there are several, as text."""
+    """Returns the mean of values, and their std if there are several, as text; '' for none."""
+    if not values:
+        return ''
     mean, std = mean_std(values)
     mean = round(mean, digits) + 0.0  # never -0.00
     return f'{mean:.{digits}f}' + (f' ± {std:.{digits}f}' if len(values) > 1 else '')

@@ -29,6 +29,7 @@ from experiments.results import ROOT, append_results, environment, read_csv
 from training.augmentation import progressive_sizes
 from training.compute import Forward, cross_entropy, keep_freed_memory
 from training.data import load_splits
+from training.evaluation import compute_logits
 from training.loader import BatchSampler
 from training.optimizers import WARM_UP, lr_factor, make_average, make_optimizer, set_learning_rate
 from training.options import parse_options
@@ -131,18 +132,13 @@ def train(opt, change, splits, forward):
                    'multiply_adds': multiply_adds, 'train_cpu_seconds': round(seconds, 1)}
 
 
-@torch.no_grad()
 def test(model, forward, images):
     """Returns the accuracy and the loss on a test set."""
-    model.eval()
-    logits, labels = zip(*(
-        (forward(model, batch), labels)
-        for batch, labels, _ in (images[indices, None, range(len(indices))]
-                                 for indices in torch.arange(len(images)).split(500))))
-    logits, labels = torch.cat(logits), torch.cat(labels)
+    with torch.autocast('cpu', torch.bfloat16, enabled=forward.dtype == 'bfloat16'):
+        logits, labels = compute_logits(model.eval(), images, forward.preprocess, 'test', 500)
     accuracy = (logits.argmax(1) == labels).double().mean()
     return {'test_acc_percent': round(100 * accuracy.item(), 2),
-            'test_loss': round(F.cross_entropy(logits, labels).item(), 5)}
+            'test_loss': round(F.cross_entropy(logits.float(), labels).item(), 5)}
 
 
 def main(argv=None):

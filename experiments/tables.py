@@ -58,11 +58,12 @@ def speedrun(logs):
 
 def search(logs):
     """Changes of the speed-run recipe: compute, accuracy, paired differences from the recipe."""
-    groups = grouped(read_results(logs / 'speedrun' / 'search.csv'), 'change')
-    recipe = {record['seed']: record for record in groups.get(('recipe',), [])}
+    records = read_results(logs / 'speedrun' / 'search.csv')
+    recipe = {record['seed']: record for record in records if record['change'] == 'recipe'}
     lines = []
-    for (change,), runs in groups.items():
-        pairs = [(run, recipe[run['seed']]) for run in runs if run['seed'] in recipe]
+    for (change,), runs in grouped(
+            [record for record in records if record['seed'] in recipe], 'change').items():
+        pairs = [(run, recipe[run['seed']]) for run in runs]
         cost = statistics.mean(run['multiply_adds'] / base['multiply_adds'] for run, base in pairs)
         lines.append([
             change, f'{len(pairs)}', f'{cost:.2f}',

@@ -38,7 +38,7 @@ def test_search_shows_differences_of_the_same_seeds(tmp_path):
          'test_acc_percent': accuracy, 'test_loss': 1 - accuracy / 100}
         for change, cost, accuracies in (
             ('recipe', 200, {1: 80, 2: 82, 3: 90}), ('EMA', 100, {1: 81, 2: 84}),
-            ('ReLU', 200, {3: 89}))
+            ('ReLU', 200, {3: 89, 4: 1}), ('unpaired', 200, {4: 70}))
         for seed, accuracy in accuracies.items()])
     header, lines = tables.search(tmp_path)
     # differences 1 and 2: mean 1.5, 12.706 * 0.7071 / sqrt(2) on each side
@@ -65,6 +65,15 @@ def test_gpu_tables_show_the_last_run_and_the_kernels_of_a_step(tmp_path):
     assert tables.gpu_profile(tmp_path) == (
         ['device', 'step', 'W_hat, ms (launches)', 'pooling, ms (launches)'],
         [['H100', 'train.py', '1.50 (30)', ''], ['H100', 'compiled', '', '1.50 (30)']])
+
+
+def test_gpu_checks_shows_differences_and_tolerances(tmp_path):
+    write_csv(tmp_path / 'gpu' / 'checks.csv', [
+        {'check': 'onnx', 'what': what, 'off': '1e-05', 'at_most': '0.0001', 'holds': 'yes'}
+        for what in ('ONNX', 'points between devices')])
+    assert tables.gpu_checks(tmp_path) == (
+        ['quantity', 'difference', 'tolerance', 'passed'],
+        [[what, '1e-05', '0.0001', 'yes'] for what in ('ONNX', 'pp between devices')])
 
 
 def test_tables_show_runs_that_diverged_in_their_first_epoch(tmp_path):

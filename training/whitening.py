@@ -11,8 +11,8 @@ def whitening_filters(inputs, size):
     """Returns filters (C * size**2, C, size, size) whose outputs on patches are whitened.
 
     The outputs have second moment 1, up to MIN_VARIANCE, and cross moments 0; the mean is not
-    subtracted. inputs: (N, C, H, W), floating point; size:
-    of a patch, in pixels. Filters are sorted by decreasing variance; they are computed in float64.
+    subtracted. inputs: (N, C, H, W), floating point; size: of a patch, in pixels. Filters are
+    sorted by decreasing variance; they are computed in float64.
     """
     dim, n = inputs.shape[1] * size**2, 0
     products = torch.zeros(dim, dim, dtype=torch.float64)
