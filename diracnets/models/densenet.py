@@ -1,8 +1,7 @@
 """DenseNets for CIFAR (Huang et al., arXiv 1608.06993)."""
 
-import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +26,10 @@ class DenseLayer(nn.Module):
     """Layer of a dense block: feature maps, each (N, C_i, H, W), to (N, growth, H, W).
 
     bottleneck adds a 1x1 convolution to 4 * growth channels before the 3x3 convolution.
-    checkpointing stores only the inputs for the backward pass and recomputes the rest, with equal
-    results.
     """
 
-    def __init__(self, channels: int, growth: int, bottleneck: bool, droprate: float,
-                 checkpointing: bool):
+    def __init__(self, channels: int, growth: int, bottleneck: bool, droprate: float):
         super().__init__()
-        self.checkpointing = checkpointing
         layers = OrderedDict()
         if bottleneck:
             first = _bn_relu_conv(channels, 4 * growth, 1, droprate)
@@ -44,40 +39,47 @@ class DenseLayer(nn.Module):
         layers.update((f'{name}2', layer) for name, layer in last.items())
         self.layers = nn.Sequential(layers)
 
-    def _concat_and_convolve(self, *features: Tensor) -> Tensor:
-        return self.layers(torch.cat(features, dim=1))
-
     def forward(self, *features: Tensor) -> Tensor:
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return self._concat_and_convolve(*features)
-        return run_checkpointed(self, self._concat_and_convolve, *features)
+        return self.layers(torch.cat(features, dim=1) if len(features) > 1 else features[0])
 
 
 class DenseBlock(nn.ModuleList):
-    """Layers that each take the outputs of all layers before: (N, C, H, W) to (N, C', H, W)."""
+    """Layers that each take the outputs of all layers before: (N, C, H, W) to (N, C', H, W).
+
+    checkpointing stores only the output of each layer for the backward pass and recomputes the
+    rest, with equal results.
+    """
+
+    def __init__(self, layers: Iterable[DenseLayer], checkpointing: bool):
+        super().__init__(layers)
+        self.checkpointing = checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        for layer in self:
-            features.append(layer(*features))
-        return torch.cat(features, dim=1)
+        if self.checkpointing and torch.is_grad_enabled():
+            features = [x]
+            for layer in self:
+                features.append(run_checkpointed(layer, layer, *features))
+            return torch.cat(features, dim=1)
+        for layer in self:  # two tensors at a time, whose gradients are faster than those of many
+            x = torch.cat([x, layer(x)], dim=1)
+        return x
 
 
 class DenseNet(nn.Module):
     """DenseNet of three blocks: (N, 3, H, W) to logits (N, num_classes).
 
-    per_block is the number of layers of each block. make_layer takes the input channels and the
-    growth rate and returns a DenseLayer.
+    per_block is the number of layers of each block; the other arguments are those of `densenet`.
     """
 
-    def __init__(self, per_block: int, growth: int, reduce: float, droprate: float,
-                 num_classes: int, make_layer: Callable[[int, int], DenseLayer]):
+    def __init__(self, num_classes: int, per_block: int, growth: int, reduce: float,
+                 bottleneck: bool, droprate: float, checkpointing: bool):
         super().__init__()
         channels = 2 * growth
         stages = OrderedDict(conv=nn.Conv2d(3, channels, 3, padding=1, bias=False))
         for i in range(3):
-            layers = [make_layer(channels + j * growth, growth) for j in range(per_block)]
-            stages[f'block{i}'] = DenseBlock(layers)
+            stages[f'block{i}'] = DenseBlock(
+                (DenseLayer(channels + j * growth, growth, bottleneck, droprate)
+                 for j in range(per_block)), checkpointing)
             channels += per_block * growth
             if i < 2:
                 reduced = int(channels * reduce)
@@ -122,8 +124,5 @@ def densenet(num_classes: int, layers: int, growth: int, reduce: float, bottlene
         )
     if not 0 < reduce <= 1:
         raise ValueError(f'reduce {reduce}: expected more than 0 and at most 1')
-    make_layer = functools.partial(
-        DenseLayer, bottleneck=bottleneck, droprate=droprate, checkpointing=checkpointing
-    )
     per_block = (layers - 4) // period
-    return DenseNet(per_block, growth, reduce, droprate, num_classes, make_layer)
+    return DenseNet(num_classes, per_block, growth, reduce, bottleneck, droprate, checkpointing)
