@@ -128,9 +128,10 @@ class _DiracConv:
     def fold(self) -> nn.Module:
         """Returns the nn.Conv1d, nn.Conv2d or nn.Conv3d that has the same output.
 
-        Raises ValueError for a subclass that overrides forward.
+        Raises ValueError for a layer with its own forward or _conv_forward.
         """
-        if type(self).forward is not _DiracConv.forward:
+        if ('forward' in vars(self) or type(self).forward is not _DiracConv.forward
+                or type(self)._conv_forward is not self.plain._conv_forward):
             raise ValueError(
                 f'{type(self).__name__} overrides forward: expected a '
                 f'{LAYERS[self.plain].__name__}, or a module that contains one'

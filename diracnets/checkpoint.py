@@ -115,7 +115,7 @@ def parse_checkpoint(contents: Mapping, path: str | os.PathLike) -> CheckpointCo
     params = {**contents['params'], **(contents.get('stats') or {})}
     params = {COMPILED.sub('', name): t for name, t in params.items() if not IGNORED.match(name)}
     start = len(common_prefix(params))
-    params = {name[start:]: tensor for name, tensor in params.items()}
+    params = {name[start:]: tensor.contiguous() for name, tensor in params.items()}
     if 'group0.block0.conv.alpha' in params:  # a functional DiracNet with the names of modules
         params = {flat_name(name): tensor for name, tensor in params.items()
                   if not name.endswith('.num_batches_tracked')}

@@ -25,6 +25,13 @@ def native_bfloat16(device: torch.device | str) -> tuple[bool, str]:
     return bool(features), ', '.join(features) or 'a CPU without bfloat16'
 
 
+def first_parameter(model: nn.Module) -> nn.Parameter:
+    """Returns the first parameter of a model; raises ValueError if there is none."""
+    for parameter in model.parameters():
+        return parameter
+    raise ValueError(f'{type(model).__name__} has no parameters: expected a PyTorch model')
+
+
 def deploy(model: nn.Module, shape: Sequence[int],
            dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
     """Compiles a copy of a model, with constant weights, for inputs of one shape.
@@ -36,10 +43,10 @@ def deploy(model: nn.Module, shape: Sequence[int],
 
     Returns a function of float32 inputs to float32 logits. It raises ValueError for inputs of
     another shape; call `deploy` again for each shape. Compilation takes seconds to a minute and, on
-    the CPU, needs a C++ compiler. Raises ValueError for another dtype, and for a model that
-    torch.compile cannot compile as one graph.
+    the CPU, needs a C++ compiler. Raises ValueError for another dtype, for a model
+    without parameters, and for one that torch.compile cannot compile as one graph.
     """
-    device = next(model.parameters()).device
+    device = first_parameter(model).device
     if dtype is None:
         dtype = torch.bfloat16 if native_bfloat16(device)[0] else torch.float32
     if dtype not in (torch.bfloat16, torch.float32):

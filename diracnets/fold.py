@@ -9,6 +9,8 @@ Komodakis, arXiv 1706.00388, eq. 3) does not depend on the input, so folding is 
 """
 
 import copy
+import inspect
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 
@@ -52,10 +54,11 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
 
     The result is in evaluation mode, on the CPU for parameters and on the device of the module
     (also meta) otherwise. Raises ValueError for parameters that are not those of a DiracNet, for a
-    subclass of DiracConv with its own forward, for errors in a layer's `fold()`, for a remaining
-    tensor that is computed from others (such as a weight under torch.nn.utils.prune), for a program
-    of torch.export with batch norm, and for a module with batch norm that torch.fx cannot trace,
-    such as one with control flow that depends on tensor values; fold its submodules instead.
+    DiracConv with its own forward, for errors in a layer's `fold()`, for a weight of a replaced
+    layer that another forward uses, for a remaining tensor that is computed from others (such as a
+    weight under torch.nn.utils.prune), for a program of torch.export with batch norm, and for a
+    module with batch norm that torch.fx cannot trace, such as one with control flow that depends on
+    tensor values; fold its submodules instead.
     """
     if isinstance(source, Mapping):
         return _fold_params(source, dtype)
@@ -94,8 +97,11 @@ def _fold_module(module, dtype):
             # the copy shares that class with the original: give the copy its own
             cls = type(layer)
             layer.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
+            parametrized = layer.parametrizations.weight  # W_hat replaces the values of this tensor
+            parametrized.original = nn.Parameter(parametrized.original.clone())  # may be shared
             parametrize.remove_parametrizations(layer, 'weight')
     _replace(root, folded_layers)
+    _check_reads(root[0], folded_layers.values())
     pairs = _conv_bn_pairs(root[0])
     for conv, bn in pairs:
         conv.weight, conv.bias = fuse_conv_bn_weights(
@@ -194,13 +200,37 @@ def _replace(root, replacements):
                 setattr(parent, name, replacements[child])
 
 
+def _check_reads(module, replaced):
+    """Raises ValueError if a forward reads the weight of a replaced layer, which is W_hat now."""
+    convs = {layer for layer in replaced if type(layer) in PLAIN_CONVS} - {module}
+    try:
+        graphs = traces(module) if convs else []
+    except ValueError:  # without batch norm, also modules that cannot be traced are folded
+        return
+    layers = dict(module.named_modules(remove_duplicate=False))
+    for node in itertools.chain(*(graph.nodes for graph in graphs)):
+        if node.op == 'get_attr' and layers[node.target.rpartition('.')[0]] in convs:
+            raise ValueError(f'{node.target} is used outside its layer: folding would change its '
+                             'values; use a copy of it there')
+
+
 # ---------------------------------------------------------------- batch norms
 
 
-def trace(module: nn.Module) -> fx.Graph:
-    """Returns the torch.fx graph of a module; raises ValueError if it cannot be traced."""
+def traces(module: nn.Module) -> list[fx.Graph]:
+    """Returns the torch.fx graphs of a module: one with all arguments of its forward given.
+
+    If some have the default None, a second graph has them as None. Raises ValueError if the module
+    cannot be traced.
+    """
+    parameters = inspect.signature(module.forward).parameters
+    optional = {name: None for name, value in parameters.items() if value.default is None}
+    return [_trace(module, {}), *([_trace(module, optional)] if optional else [])]
+
+
+def _trace(module, arguments):
     try:
-        return fx.Tracer().trace(module)
+        return fx.Tracer().trace(module, arguments)
     except Exception as error:  # the traced code may raise anything when it gets proxies
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise ValueError(
@@ -229,28 +259,34 @@ def _with_called_convs(module):
 
     The usual tracers, as in torchvision's create_feature_extractor, trace through DiracConv layers.
     """
-    graph, converted = copy.deepcopy(module.graph), set()
+    graph = copy.deepcopy(module.graph)
+    params = dict(module.named_parameters(remove_duplicate=False))
+    converted = {}  # by the parameters and arguments of a layer: its name
     for node in graph.nodes:
         w_hat = node.args[1] if node.target in CONV_FUNCTIONS else None
         if getattr(w_hat, 'target', None) is not dirac_weight or (
                 len(w_hat.args), len(node.args)) != (4, 7):  # not the calls of a DiracConv layer
             continue
-        name = w_hat.args[0].target.removesuffix('.weight')
-        inputs, _, bias, stride, padding, dilation, groups = node.args
-        if name not in converted:  # a shared layer is called several times
-            weight, alpha, beta = (module.get_parameter(arg.target) for arg in w_hat.args[:3])
+        inputs, _, bias, *arguments = node.args
+        targets = [arg.target for arg in (*w_hat.args[:3], bias) if arg is not None]
+        layer = *targets, *arguments
+        if layer not in converted:  # a shared layer is called several times
+            name = targets[1].removesuffix('.alpha')
+            name += f'_{len(converted)}' * (name in converted.values())
+            stride, padding, dilation, groups = arguments
+            weight, alpha, beta, *bias = (params[target] for target in targets)
             conv = CONV_FUNCTIONS[node.target](
                 weight.shape[1] * groups, len(weight), weight.shape[2:], stride, padding, dilation,
-                groups, bias is not None, device='meta',
+                groups, bool(bias), device='meta',
             )
             conv.weight = nn.Parameter(dirac_weight(weight, alpha, beta, groups))
-            if bias is not None:
-                conv.bias = nn.Parameter(module.get_parameter(bias.target))
+            if bias:
+                conv.bias = nn.Parameter(bias[0].clone())
             parent, _, leaf = name.rpartition('.')
             setattr(module.get_submodule(parent), leaf, conv)
-            converted.add(name)
+            converted[layer] = name
         with graph.inserting_before(node):
-            node.replace_all_uses_with(graph.call_module(name, (inputs,)))
+            node.replace_all_uses_with(graph.call_module(converted[layer], (inputs,)))
     for node in reversed(graph.nodes):
         if not node.users and (node.op == 'get_attr' or node.target is dirac_weight
                                or node.target in CONV_FUNCTIONS):
@@ -270,12 +306,20 @@ def _conv_bn_pairs(module):
     }
     if not norms:
         return []
-    graph = trace(module)
     layers = dict(module.named_modules(remove_duplicate=False))
+    pairs, *others = [_pairs_of_graph(graph, layers, norms) for graph in traces(module)]
+    return [pair for pair in pairs if all(pair in other for other in others)]
+
+
+def count_uses(graph: fx.Graph, layers: Mapping[str, nn.Module]) -> Counter:
+    """Counts how often each of `layers`, modules by name, is called or one of its tensors read."""
     called = [node.target for node in graph.nodes if node.op == 'call_module']
     read = [node.target.rpartition('.')[0] for node in graph.nodes if node.op == 'get_attr']
-    uses = Counter(layers[name] for name in called + read)
-    pairs = Counter()
+    return Counter(layers[name] for name in called + read)
+
+
+def _pairs_of_graph(graph, layers, norms):
+    uses, pairs = count_uses(graph, layers), Counter()
     for node in graph.nodes:
         before = next(iter(node.all_input_nodes), None) if node.op == 'call_module' else None
         if _commutes_with_pool(layers, before, layers.get(node.target)):

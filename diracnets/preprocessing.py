@@ -220,7 +220,8 @@ def image_to_array(image: str | bytes | os.PathLike | np.ndarray | torch.Tensor,
     image: the path of a file; a PIL image with 8 bits a channel; an array, uint8 (H, W, C); or a
     tensor (C, H, W), uint8 or floating point in [0, 1]. rgb: require or convert to RGB; otherwise
     arrays and tensors may have any number of channels or be (H, W), and grayscale PIL images keep
-    one channel. PIL images are transposed by their EXIF orientation, as OpenCV does for files.
+    one channel. PIL images are transposed by their EXIF orientation, as OpenCV does for files other
+    than AVIF.
     Raises DataError for another type, shape or mode, and for an unreadable file.
     """
     if isinstance(image, (str, bytes, os.PathLike)):
@@ -281,24 +282,37 @@ def _resize_for_testing(image, name, size):
 
 
 def find_images(folder: str) -> list[str]:
-    """Returns the sorted paths of the image files in a folder and in the folders inside it.
-
-    Image files have one of `image_extensions`; hidden files are skipped. Raises ValueError for a
-    folder without images, and OSError for a folder that cannot be read.
-    """
-    def fail(error):
-        raise error
-
-    extensions = image_extensions()
-    paths = sorted(
-        os.path.join(parent, file)
-        for parent, _, files in os.walk(folder, onerror=fail)
-        for file in files
-        if file.lower().endswith(extensions) and not file.startswith('.')
-    )
+    """Returns the sorted paths of `list_files`; raises ValueError for a folder without images."""
+    paths = sorted(list_files(folder)[0])
     if not paths:
         raise ValueError(f'{folder}: contains no images; use another folder')
     return paths
+
+
+def list_files(folder: str, parents: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+    """Returns (paths of images, names of skipped entries) of a folder and its subfolders.
+
+    Image files have one of `image_extensions`; hidden files and folders are skipped. Links are
+    followed, except to one of the `parents`: the real paths of its ancestor folders. Raises OSError
+    for a folder that cannot be read.
+    """
+    extensions = image_extensions()
+    entries = sorted(os.listdir(folder))
+    images = [entry for entry in entries
+              if entry.lower().endswith(extensions) and not entry.startswith('.')]
+    paths, skipped = [os.path.join(folder, entry) for entry in images], []
+    others = sorted({*entries} - {*images})
+    if others:
+        parents = (*parents, os.path.realpath(folder))
+    for entry in others:
+        path = os.path.join(folder, entry)
+        if entry.startswith('.') or not os.path.isdir(path) or os.path.realpath(path) in parents:
+            skipped.append(entry)
+            continue
+        inner_paths, inner_skipped = list_files(path, parents)
+        paths += inner_paths
+        skipped += inner_skipped
+    return paths, skipped
 
 
 def read_test_image(path: str | os.PathLike, size: int) -> np.ndarray:

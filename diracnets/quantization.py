@@ -13,7 +13,6 @@ activations.
 import copy
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diracnets.fold import trace
+from diracnets.deploy import first_parameter
+from diracnets.fold import count_uses, traces
 from diracnets.onnx import add_metadata
 from diracnets.preprocessing import find_images
 
@@ -39,14 +39,20 @@ def conv_pairs(model: nn.Module) -> list[tuple[nn.Conv2d, nn.Conv2d]]:
     """Lists the pairs of consecutive convolutions between which channels can be rescaled.
 
     The second one is the only user of the first one's output, with only SCALE_EQUIVARIANT layers
-    between the two. model: a folded model. Raises ValueError like `diracnets.fold.trace`.
+    between the two, whether optional arguments are given or not. model: a folded model. Raises
+    ValueError like `diracnets.fold.traces`.
     """
-    layers, pairs, graph = dict(model.named_modules(remove_duplicate=False)), [], trace(model)
-    calls = Counter(layers[node.target] for node in graph.nodes if node.op == 'call_module')
+    layers = dict(model.named_modules(remove_duplicate=False))
+    pairs, *others = [_pairs_of_graph(graph, layers) for graph in traces(model)]
+    return [pair for pair in pairs if all(pair in other for other in others)]
+
+
+def _pairs_of_graph(graph, layers):
+    pairs, uses = [], count_uses(graph, layers)
 
     def is_conv(node):
         layer = layers.get(node.target) if node.op == 'call_module' and node.args else None
-        return type(layer) is nn.Conv2d and layer.groups == 1 and calls[layer] == 1
+        return type(layer) is nn.Conv2d and layer.groups == 1 and uses[layer] == 1
 
     for node in graph.nodes:
         before = node.args[0] if is_conv(node) else None
@@ -67,9 +73,9 @@ def equalize(model: nn.Module, inputs: Tensor) -> nn.Module:
 
     model: (N, C, H, W) to logits, in evaluation mode; inputs: examples (N, C, H, W). The outputs
     are those of the model up to rounding (the arithmetic is float64), and the dtype stays. Raises
-    ValueError like `diracnets.fold.trace`.
+    ValueError like `diracnets.fold.traces`, and for a model without parameters.
     """
-    dtype = next(model.parameters()).dtype
+    dtype = first_parameter(model).dtype
     model = copy.deepcopy(model).double()
     pairs, ranges = conv_pairs(model), {}
 
@@ -84,10 +90,11 @@ def equalize(model: nn.Module, inputs: Tensor) -> nn.Module:
         hook.remove()
     for first, second in pairs:
         scale = _channel_scale(ranges[second])
-        first.weight /= scale[:, None, None, None]
+        # new parameters: other layers may share the old ones
+        first.weight = nn.Parameter(first.weight / scale[:, None, None, None])
         if first.bias is not None:
-            first.bias /= scale
-        second.weight *= scale[:, None, None]
+            first.bias = nn.Parameter(first.bias / scale)
+        second.weight = nn.Parameter(second.weight * scale[:, None, None])
     return model.to(dtype)
 
 

@@ -73,7 +73,8 @@ class TimmDiracNet(nn.Module):
         return self.fc
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        return {'stem': r'^(conv|bn)\.', 'blocks': r'^group(\d+)' + r'\.block(\d+)' * (not coarse)}
+        block = r'\.block(\d+)' * (not coarse)
+        return {'stem': r'^(?:conv|bn)\.', 'blocks': r'^group(\d+)' + block}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         if enable:

@@ -339,6 +339,72 @@ def test_fold_module_supports_parametrized_and_shared_layers():
     assert parametrize.is_parametrized(conv)
 
 
+class Tied(nn.Module):
+    """Two convolutions that share a weight; the second is transposed, dilated, or has a bias."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.first = (nn.Conv2d if kind == 'transposed' else DiracConv2d)(4, 4, 3, padding=1)
+        self.second = {
+            'transposed': lambda: nn.ConvTranspose2d(4, 4, 3, padding=1),
+            'dilated': lambda: DiracConv2d(4, 4, 3, padding=2, dilation=2, bias=False),
+            'own alpha': lambda: DiracConv2d(4, 4, 3, padding=1),
+        }[kind]()
+        self.second.weight = self.first.weight
+        if kind == 'transposed':
+            parametrize.register_parametrization(
+                self.first, 'weight', DiracParametrization(self.first))
+        if kind == 'dilated':
+            self.second.alpha, self.second.beta = self.first.alpha, self.first.beta
+
+    def forward(self, x):
+        return self.second(self.first(self.second(x)).relu())
+
+
+@pytest.mark.parametrize('kind', ['transposed', 'dilated', 'own alpha'])
+@pytest.mark.parametrize('traced', [False, True])
+def test_fold_module_keeps_outputs_of_layers_that_share_a_weight(kind, traced):
+    module, inputs = randomize(Tied(kind), 2, 4, 9, 9)
+    folded = fold(torch.fx.symbolic_trace(module) if traced else module, torch.float64)
+    assert count(folded, DiracConv2d) == 0
+    assert relative(folded(inputs), module(inputs)) < 1e-12
+
+
+class ReadsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = DiracConv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        return F.conv_transpose2d(self.conv(x), self.conv.weight, padding=1)
+
+
+def test_fold_module_refuses_a_weight_that_another_forward_uses():
+    with pytest.raises(ValueError, match=r'1.conv.weight is used outside its layer.*a copy'):
+        fold(nn.Sequential(nn.ReLU(), ReadsWeight()))
+
+
+class OptionalSkip(nn.Module):
+    """Without `skip`, the batch norm is not the only consumer of the convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x, skip=None):
+        x = self.conv(x)
+        if skip is None:
+            skip = x
+        return self.bn(x) + skip
+
+
+def test_fold_module_keeps_outputs_with_and_without_an_optional_argument():
+    module, inputs = randomize(OptionalSkip(), 2, 4, 6, 6)
+    folded = fold(module, torch.float64)
+    for arguments in ((inputs,), (inputs, inputs)):
+        assert relative(folded(*arguments), module(*arguments)) < 1e-12
+
+
 def test_fold_module_converts_single_layer_to_dtype():
     conv = DiracConv2d(3, 3, 3)
     folded = fold(conv, torch.bfloat16)

@@ -166,6 +166,18 @@ def test_layer_and_fold_equal_torch_convolution(layer, options):
     assert torch.equal(folded(inputs), conv(inputs))
 
 
+def test_fold_refuses_a_layer_with_its_own_forward():
+    class Circular(DiracConv2d):
+        def _conv_forward(self, inputs, weight, bias):
+            return super()._conv_forward(F.pad(inputs, (1, 1, 1, 1), 'circular'), weight, bias)
+
+    scaled = DiracConv2d(3, 3, 3)
+    scaled.forward = lambda inputs: 2 * DiracConv2d.forward(scaled, inputs)
+    for layer in (Circular(3, 3, 3), scaled):
+        with pytest.raises(ValueError, match='overrides forward'):
+            layer.fold()
+
+
 def test_reset_parameters_resets_alpha_and_beta():
     conv = DiracConv2d(2, 2, 3)
     nn.init.normal_(conv.alpha)

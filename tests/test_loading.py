@@ -80,6 +80,15 @@ def test_load_finds_the_parameters_of_other_scripts(params, tmp_path, layout, fo
         assert (loaded.model(inputs) - model(inputs)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_load_gives_the_dtype_and_layout_of_preprocessed_images(params, tmp_path, dtype):
+    model = Network.from_params(params).to(dtype, memory_format=torch.channels_last)
+    torch.save(model.state_dict(), tmp_path / 'half.pth')
+    loaded = diracnets.load(tmp_path / 'half.pth')
+    assert loaded.model(loaded.preprocess(torch.zeros(3, 32, 32))[None]).dtype == torch.float32
+    assert all(tensor.is_contiguous() for tensor in loaded.model.parameters())
+
+
 def test_load_finds_parameters_with_a_prefix_in_safetensors(params, tmp_path):
     save_file(prefixed('module.', params), tmp_path / 'a.safetensors')
     assert diracnets.load_params(tmp_path / 'a.safetensors').keys() == params.keys()

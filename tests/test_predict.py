@@ -61,6 +61,16 @@ def test_predict_reads_the_images_of_a_folder_in_order(photos, run_folder, capsy
     assert capsys.readouterr().out == printed.out
 
 
+def test_predict_follows_links_and_skips_hidden_folders(photos, run_folder, tmp_path, capsys):
+    (photos / 'a').rename(photos / '.a')
+    (photos / 'c').rename(tmp_path / 'elsewhere')
+    (photos / 'c').symlink_to(tmp_path / 'elsewhere')
+    (photos / 'c' / 'back').symlink_to(photos)
+    predict.main([str(photos), '--model', str(run_folder)])
+    shown = [line for line in capsys.readouterr().out.splitlines() if line[0] != ' ']
+    assert shown == [str(photos / name) for name in ('b.png', 'c/a.png')]
+
+
 def test_predict_refuses_a_folder_without_images(run_folder, tmp_path, capsys):
     (tmp_path / 'empty').mkdir()
     line = error_of(predict.main, [str(tmp_path / 'empty'), '--model', str(run_folder)], capsys)

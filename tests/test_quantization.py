@@ -87,6 +87,26 @@ def test_conv_pairs_have_only_scale_equivariant_layers_between():
     assert len(conv_pairs(resnet)) < len(convs) - 1
 
 
+def test_equalize_keeps_the_outputs_of_convolutions_that_share_a_weight():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(
+        nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)
+    ).double(), torch.randn(4, 4, 9, 9)
+    model[2].weight = model[0].weight
+    equalized = equalize(model, inputs)
+    assert not torch.equal(equalized[0].weight, model[0].weight)
+    torch.testing.assert_close(equalized(inputs.double()), model(inputs.double()))
+
+
+def test_equalize_and_deploy_refuse_an_onnx_model(uneven, tmp_path):
+    inputs, path = torch.zeros(1, 3, 32, 32), tmp_path / 'model.onnx'
+    path.write_bytes(to_onnx(uneven.float(), inputs, {}))
+    model = diracnets.OnnxModel(path)
+    for refuse in (lambda: equalize(model, inputs), lambda: diracnets.deploy(model, inputs.shape)):
+        with pytest.raises(ValueError, match='OnnxModel has no parameters'):
+            refuse()
+
+
 @pytest.mark.slow
 def test_equalize_reduces_the_int8_error(uneven, tmp_path):
     inputs = torch.randn(16, 3, 32, 32)

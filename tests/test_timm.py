@@ -107,6 +107,9 @@ def test_timm_model_trains_all_parameters():
                for p in group['params']}
     assert [name for name, p in model.named_parameters() if id(p) in decayed] == [
         name for name in names if name.endswith(('conv.weight', 'fc.weight'))]
+    layers = timm.optim.create_optimizer_v2(model, 'sgd', lr=0.1, layer_decay=0.5).param_groups
+    scales = {id(p): group['lr_scale'] for group in layers for p in group['params']}
+    assert scales[id(model.conv.weight)] < scales[id(model.group3.block0.conv.weight)] < 1
     for coarse in (False, True):
         groups = model.group_matcher(coarse)
         assert sum(bool(re.match(groups['stem'], name)) for name in names) == 3

@@ -13,7 +13,7 @@ import numpy as np
 from cli import say
 from diracnets.image_files import DataError, check_image
 from diracnets.loading import class_positions
-from diracnets.preprocessing import MAX_SMALL, image_extensions, read_test_image
+from diracnets.preprocessing import MAX_SMALL, image_extensions, list_files, read_test_image
 from training.datasets import ImageFiles, MemoryImages
 from training.distributed import merge_dicts, rank, world_size
 from training.progress import Progress
@@ -55,7 +55,7 @@ def list_images(folder, min_classes=2):
     skipped = [entry.name for entry in os.scandir(folder)
                if entry.is_dir() and entry.name.startswith('.')]
     for name in names:
-        files, others = _list_files(os.path.join(folder, name), extensions)
+        files, others = list_files(os.path.join(folder, name))
         if not files:
             counts = f', only {_count_by_extension(others)}' if others else ''
             raise DataError(f'{os.path.join(folder, name)}: a class folder without images{counts}: '
@@ -67,29 +67,6 @@ def list_images(folder, min_classes=2):
         print(f'{folder}: skipped {len(skipped)} entries ({_count_by_extension(skipped)}): '
               f'expected {", ".join(extensions)}', file=sys.stderr)
     return paths, labels, classes
-
-
-def _list_files(folder, extensions, parents=()):
-    """Returns (paths of images, names of skipped entries) of a folder and its subfolders.
-
-    Links are followed, except to one of the `parents`: the real paths of its ancestor folders.
-    """
-    entries = sorted(os.listdir(folder))
-    images = [entry for entry in entries
-              if entry.lower().endswith(extensions) and not entry.startswith('.')]
-    paths, skipped = [os.path.join(folder, entry) for entry in images], []
-    others = sorted({*entries} - {*images})
-    if others:
-        parents = (*parents, os.path.realpath(folder))
-    for entry in others:
-        path = os.path.join(folder, entry)
-        if entry.startswith('.') or not os.path.isdir(path) or os.path.realpath(path) in parents:
-            skipped.append(entry)
-            continue
-        inner_paths, inner_skipped = _list_files(path, extensions, parents)
-        paths += inner_paths
-        skipped += inner_skipped
-    return paths, skipped
 
 
 def _count_by_extension(names):

@@ -50,7 +50,7 @@ class DenseBlock(nn.ModuleList):
     rest, with equal results.
     """
 
-    def __init__(self, layers: Iterable[DenseLayer], checkpointing: bool):
+    def __init__(self, layers: Iterable[DenseLayer], checkpointing: bool = False):
         super().__init__(layers)
         self.checkpointing = checkpointing
 
