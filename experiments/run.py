@@ -39,6 +39,7 @@ from experiments.definitions import (
 from experiments.release import write_log
 from experiments.results import CPU, ROOT, append_results, device_name, environment, read_csv
 from training.checkpoint import DivergedError, Lock
+from training.folders import class_folders, files_of
 from training.log import LOG_FILE, read_log
 from training.options import DATASETS
 
@@ -237,10 +238,28 @@ def train_all(runs, experiment, paths):
                 estimated, measured = estimated + estimates[i], measured + time.monotonic() - start
 
 
+def check_same_images(paths):
+    """Raises ValueError if the first log that lists its image files was of others than --dataroot.
+
+    Without class folders in --dataroot nothing is checked, and finished runs can be drawn.
+    """
+    if not class_folders(os.path.join(paths.dataroot, 'train')):
+        return
+    logs = (paths.logs / record['log'] for experiment in EXPERIMENTS
+            for record in read_csv(paths.results(experiment))
+            if record['dataset'] == 'Folder' and record['log'])
+    logged = next((read_log(log)[0]['files'] for log in logs
+                   if log.exists() and 'files' in read_log(log)[0]), None)
+    files = files_of(paths.dataroot, DATASETS['Folder'].test_folders)
+    if logged not in (None, files):
+        raise ValueError(f'{paths.dataroot}: {files}; the results in {paths.logs} are of {logged}; '
+                         'use another --logs')
+
+
 def run_experiment(experiment, runs, paths):
     """Trains and measures the unfinished runs, and draws the figure of all results.
 
-    Raises ValueError if the results are of another dataset, or cannot be measured.
+    Raises ValueError if the results are of other images, or cannot be measured.
     """
     if experiment == 'int8' and paths.dataset != 'Folder':
         raise ValueError(f'int8 with {paths.dataset}: it calibrates on image files; use --dataset '
@@ -250,6 +269,8 @@ def run_experiment(experiment, runs, paths):
     if runs and others:
         raise ValueError(f'{paths.results(experiment)}: has results of {", ".join(others)}; use '
                          'another --logs')
+    if any(paths.dataset_of(run) == 'Folder' for run in runs):
+        check_same_images(paths)
     start = time.monotonic()
     train_all([run for run in runs if not is_done(run, experiment, paths)], experiment, paths)
     if experiment in measures.EXPERIMENT_MEASURES:

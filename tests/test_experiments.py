@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cv2
@@ -29,8 +30,11 @@ from experiments import (
     tables,
 )
 from experiments.definitions import BUDGETS, EXPERIMENTS, SCRIPTS, RunSpec
+from experiments.release import write_log
 from records import run_records, write_csv
+from runs import write_sets
 from training import data
+from training.folders import files_of
 from training.options import parse_options
 from training.timing import matmul_gflops
 
@@ -63,6 +67,22 @@ def tiny(experiment, folder, *options):
     run.main([experiment, '--budget', 'tiny', '--logs', str(folder / 'logs'),
               '--runs', str(folder / 'runs'), *map(str, options)])
     return folder / 'logs' / experiment
+
+
+def test_results_of_other_images_are_refused(tmp_path):
+    images, logs = write_sets(tmp_path / 'all', 2, 1), tmp_path / 'logs'
+    files = files_of(images, ('test',))
+    write_csv(logs / 'depth' / 'results.csv', [
+        {'series': 'plain', 'dataset': 'Folder', 'run': 'a', 'log': f'{name}.txt'}
+        for name in ('old', 'new')])
+    write_log([{'epoch': 1}], logs / 'old.txt')  # of a version that did not list the files
+    write_log([{'epoch': 1, 'files': files}], logs / 'new.txt')
+    paths = run.Paths(logs, tmp_path / 'runs', 'Folder', str(images))
+    run.check_same_images(paths)
+    other = write_sets(tmp_path / 'other', 3, 1)
+    with pytest.raises(ValueError, match=f'are of {files}; use another --logs'):
+        run.check_same_images(replace(paths, dataroot=str(other)))
+    run.check_same_images(replace(paths, dataroot=str(tmp_path)))  # no images: nothing to compare
 
 
 @pytest.mark.slow

@@ -467,6 +467,29 @@ def test_other_models_reject_other_than_three_channels(tmp_path, capsys):
     assert 'densenet: expected 3 input channels, got 5' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('recipe', options.RECIPES)
+def test_recipes_apply_to_data_from_python(recipe):
+    images = RNG.integers(0, 256, (4, 40, 40, 3), dtype=np.uint8)
+    splits = DataSplits.from_arrays(*[(images, np.arange(4) % 2)] * 2)
+    opt = options.parse_options(['--recipe', recipe, '--epochs', '3'], splits)
+    expected = options.parse_options(['--recipe', recipe, '--epochs', '3'])
+    assert (opt.lr, opt.batch_size, opt.epochs) == (expected.lr, expected.batch_size, 3)
+    with pytest.raises(SystemExit):
+        options.parse_options(['--recipe', recipe, '--dataset', 'CIFAR10'], splits)
+
+
+def test_batch_of_one_image_that_batch_norm_rejects_ends_before_training(tmp_path, capsys):
+    images = RNG.integers(0, 256, (17, 70, 70, 3), dtype=np.uint8)
+    splits = DataSplits.from_arrays(*[(images, np.arange(17) % 2)] * 2)
+    with pytest.raises(SystemExit) as exit:
+        train.main(['--model', 'resnet18', '--batch_size', '16', '--grow', '[32]',
+                    '--save', str(tmp_path / 'run')], splits)
+    assert exit.value.code == 2
+    assert ('--batch_size 16: leaves a batch of one image of 17, too few for batch norm at 32 '
+            'pixels; use another') in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
 def test_run_on_a_dataset_is_interrupted_and_resumed(pairs, tmp_path, capsys):
     class Interrupting(Items):
         left = 60

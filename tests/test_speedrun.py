@@ -154,6 +154,13 @@ def test_whitened_convolution_has_both_signs_and_is_frozen(images, tmp_path):
     assert torch.equal(filters[1::2], -filters[::2])
 
 
+@pytest.mark.parametrize('block', ['acb', 'dbb', 'repvgg'])
+def test_whiten_rejects_a_block_of_branches(tmp_path, capsys, block):
+    error = refused(capsys, '--dataset', 'Digits', '--model', 'plain', '--depth', 10, '--block',
+                    block, '--whiten', '--save', tmp_path / 'run')
+    assert '--whiten: the first convolution trains as several branches; use --block' in error
+
+
 def test_whiten_rejects_too_many_filters(images, tmp_path, capsys):
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--width',
                     4, '--whiten', '--save', tmp_path / 'run')

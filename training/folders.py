@@ -183,6 +183,19 @@ def load_folder(root, test_folders, size, nthread=4, training=True, classes=(), 
     check: check large image files, which are read on demand. skip_corrupt: leave out corrupt files;
     otherwise they are listed and raise DataError.
     """
+    listed, classes = _list_splits(root, test_folders, training, classes, use_val)
+    read = {split: _read_images(*files, size, nthread, check) for split, files in listed.items()}
+    _report_corrupt(root, [errors[i] for _, errors in read.values() for i in sorted(errors)],
+                    sum(len(images) for images, _ in read.values()), skip_corrupt)
+    used = [f'{split}{path.removeprefix(folder)}' for split, (folder, paths, _) in listed.items()
+            for i, path in enumerate(paths) if i not in read[split][1]]
+    splits = {split: _leave_out(listed[split][0], images, errors) if errors else images
+              for split, (images, errors) in read.items()}
+    return {**splits, 'classes': classes, 'files': _fingerprint(used)}
+
+
+def _list_splits(root, test_folders, training, classes, use_val):
+    """Returns ({split: (folder, paths, labels)}, class names) of a dataset, see `load_folder`."""
     listed, train_folder = {}, os.path.join(root, 'train')
     if training:
         *files, classes = list_images(train_folder)
@@ -194,14 +207,14 @@ def load_folder(root, test_folders, size, nthread=4, training=True, classes=(), 
             positions = _positions(folder, names, train_folder, classes)
             labels = [positions[label] for label in labels]
         listed[split] = folder, paths, labels
-    read = {split: _read_images(*files, size, nthread, check) for split, files in listed.items()}
-    _report_corrupt(root, [errors[i] for _, errors in read.values() for i in sorted(errors)],
-                    sum(len(images) for images, _ in read.values()), skip_corrupt)
-    used = [f'{split}{path.removeprefix(folder)}' for split, (folder, paths, _) in listed.items()
-            for i, path in enumerate(paths) if i not in read[split][1]]
-    splits = {split: _leave_out(listed[split][0], images, errors) if errors else images
-              for split, (images, errors) in read.items()}
-    return {**splits, 'classes': classes if training else names, 'files': _fingerprint(used)}
+    return listed, classes if training else names
+
+
+def files_of(root, test_folders):
+    """Returns the entry `files` of the log of a run on these class folders, if none is corrupt."""
+    listed, _ = _list_splits(root, test_folders, True, (), True)
+    return _fingerprint([f'{split}{path.removeprefix(folder)}'
+                         for split, (folder, paths, _) in listed.items() for path in paths])
 
 
 def _fingerprint(names):

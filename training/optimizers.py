@@ -107,8 +107,9 @@ class FilterMuon:
     methods below. As in airbench94_muon, each matrix is scaled before its step to the norm of a
     matrix with rows of norm 1. Muon's update is orthogonal, so the learning rate alone determines
     the relative change. In W_hat and before batch norm this scale has no effect on the outputs;
-    elsewhere it changes them (AlexNet, the last convolution of a Wide ResNet block). Weight decay
-    is 0, as it would be undone by the scaling.
+    elsewhere it changes them (AlexNet, the last convolution of a Wide ResNet block, the identity
+    convolutions of DBB, whose filters get the norm of the identity). Weight decay is 0, as the
+    scaling would undo it.
     """
 
     def __init__(self, filters, others, lr, adam_lr):

@@ -290,7 +290,7 @@ def parse_options(argv, splits=None):
     parser = make_parser()
     opt = parser.parse_args(argv)
     if opt.recipe:
-        opt = _parse_with_recipe(parser, argv, opt.recipe)
+        opt = _parse_with_recipe(parser, argv, opt.recipe, splits)
     if opt.evaluate and not opt.resume:
         parser.error('--evaluate: no model; use --resume with a checkpoint to evaluate')
     if opt.skip_corrupt and not opt.check:
@@ -315,10 +315,15 @@ def parse_options(argv, splits=None):
     return _resolve_defaults(parser, opt, splits)
 
 
-def _parse_with_recipe(parser, argv, recipe):
-    """Parses the options of a recipe, then `argv`, which overrides them."""
+def _parse_with_recipe(parser, argv, recipe, splits):
+    """Parses the options of a recipe, then `argv`, which overrides them.
+
+    The dataset of the recipe is ignored if there are splits from Python.
+    """
     words = shlex.split((RECIPE_FOLDER / f'{recipe}.txt').read_text(), comments=True)
     recipe_opt, argv_opt = parser.parse_args(words), parser.parse_args(argv)
+    if splits:
+        recipe_opt.dataset, recipe_opt.image_size = argv_opt.dataset, argv_opt.image_size
     opt = parser.parse_args(argv, argparse.Namespace(**vars(recipe_opt)))
     if opt.model != recipe_opt.model:  # depth and the like are those of the recipe's architecture
         sizes = ARCHITECTURES[recipe_opt.model].options.keys() - (

@@ -16,7 +16,7 @@ from diracnets.loading import class_positions, match_classes
 from diracnets.preprocessing import DATASETS, Preprocessing, normalize
 from training import checkpoint, data, distributed, options
 from training.compute import Forward, choose_compile, choose_dtype, param_dtype
-from training.distributed import all_reduce, rank
+from training.distributed import all_reduce, rank, world_size
 from training.freezing import freeze
 from training.log import LOG_FILE, read_log, truncate_log
 from training.optimizers import make_average, make_optimizer
@@ -159,6 +159,25 @@ def check_model_options(opt, preprocess):
                          f'({str(error).splitlines()[0]})') from error
 
 
+def check_batches_of_one(opt, preprocess, n):
+    """Raises ValueError if batch norm gets one value per channel in a batch of one of n images.
+
+    The last batch may have a single image, and its feature maps in the last layers a single pixel.
+    """
+    batches = {min(opt.batch_size, n), n % opt.batch_size} - {0}
+    parts = [part for batch in batches for part in torch.arange(batch).tensor_split(world_size())]
+    if all(len(part) != 1 for part in parts):
+        return
+    with torch.device('meta'):
+        model = diracnets.create_model(opt.model, preprocess.kind, **options.model_options(opt))
+    size = min([preprocess.size, *opt.grow])
+    try:
+        model.train()(torch.empty(1, 3, size, size, device='meta'))
+    except ValueError as error:
+        raise ValueError(f'--batch_size {opt.batch_size}: leaves a batch of one image of {n}, too '
+                         f'few for batch norm at {size} pixels; use another batch size') from error
+
+
 def build_model(opt, splits, forward):
     """Creates the model on its device, initialized by --seed and --whiten."""
     for seed in (random.seed, np.random.seed, torch.manual_seed):
@@ -199,6 +218,7 @@ def prepare(opt, device, lock, splits=None):
     splits = load_training_splits(opt, splits, preprocess)
     splits = match_checkpoint(opt, splits, state, path)
     preprocess = resolve_normalization(preprocess, opt, splits.train, state['args'])
+    check_batches_of_one(opt, preprocess, len(splits.train))
     forward = Forward(preprocess, dtype, device)
     splits = splits.to(device)
     model = build_model(opt, splits, forward)

@@ -3,6 +3,9 @@
 import torch
 import torch.nn.functional as F
 
+from diracnets.models.diverse_branch import MultiBranchBlock
+from training.freezing import stem
+
 PIXELS = 5000 * 32**2  # total of the images whose patches are analyzed
 MIN_VARIANCE = 5e-4  # added to the variance of each component, as weak ones are noise
 
@@ -28,9 +31,13 @@ def whitening_filters(inputs, size):
 def whiten(model, inputs):
     """Initializes the first convolution with whitening filters of both signs; freezes it.
 
-    inputs: as for `whitening_filters`. Raises ValueError if the model's first parameter is not a
-    tensor of square filters, or has more filters than there are.
+    inputs: as for `whitening_filters`. Raises ValueError if the first convolution is a block of
+    branches, if the model's first parameter is not a tensor of square filters, or if it has more
+    filters than there are.
     """
+    if isinstance(stem(model)[0], MultiBranchBlock):
+        raise ValueError('--whiten: the first convolution trains as several branches; use --block '
+                         'base or dirac')
     first = next(model.parameters())
     if first.dim() != 4 or first.shape[2] != first.shape[3]:
         raise ValueError(f'--whiten: the first parameter is {tuple(first.shape)}: expected square '
