@@ -264,8 +264,9 @@ def speedrun(figure, results, measured, logs):
     draw_points(accuracies, [record for record in measured if record['x'] == epochs],
                 'test_acc_percent', ACCURACY)
     accuracies.set_title(f'{epochs:.0f} epochs')
-    for style, (series, x), group in styled(grouped(measured, 'series', 'x')):
-        compute, accuracy = (mean_std([record[name] for record in group])
+    airbench = read_results(logs / 'speedrun' / 'airbench.csv')
+    for style, (series, x), group in styled(grouped([*measured, *airbench], 'series', 'x')):
+        compute, accuracy = (mean_std([record[name] for record in group if record[name] != ''])
                              for name in ('matmul_equivalent_tflop', 'test_acc_percent'))
         over_compute.errorbar(compute[0], accuracy[0], accuracy[1], compute[1],
                               label=f'{series}, {x:.0f} epochs', **style)

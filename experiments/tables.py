@@ -45,15 +45,22 @@ MARKED = re.compile(r'<!-- table: ([\w/-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 
 def speedrun(logs):
-    measured = read_results(logs / 'speedrun' / 'measured.csv')
+    """The speed-run and its variants, after airbench94_muon: accuracy, time and compute."""
+    airbench, measured = (read_results(logs / 'speedrun' / f'{name}.csv')
+                          for name in ('airbench', 'measured'))
+    target = column(airbench, 'test_acc_percent')
     columns = ('test_acc_percent', 2), ('tta_test_acc_percent', 2), ('train_seconds', 0), (
         'matmul_gflop_per_second', 0), ('matmul_equivalent_tflop', 0)
     lines = [
         [series, f'{epochs:.0f}', str(len(runs)),
-         *(format_mean(column(runs, name), digits) for name, digits in columns)]
-        for (series, epochs), runs in grouped(measured, 'series', 'x').items()]
+         *(format_mean([value for value in column(runs, name) if value != ''], digits)
+           for name, digits in columns),
+         show([welch((1, column(runs, 'test_acc_percent')), (-1, target))], '+.2f')
+         if target and runs[0] not in airbench else '']
+        for (series, epochs), runs in grouped([*airbench, *measured], 'series', 'x').items()]
     return ['variant', 'epochs', 'n', 'test accuracy, %', 'with TTA, %', 'training time, s',
-            'matmul rate, GFLOP/s', 'matmul-equivalent compute, TFLOP'], lines
+            'matmul rate, GFLOP/s', 'matmul-equivalent compute, TFLOP',
+            '- airbench, pp (95 % CI)'], lines
 
 
 def search(logs):

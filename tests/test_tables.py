@@ -32,6 +32,23 @@ def test_bench_shows_the_latest_results_against_the_baseline(tmp_path):
     assert len(header) == len(lines[0])
 
 
+def test_speedrun_shows_differences_from_airbench(tmp_path):
+    rows = {'airbench': [('airbench', 89, 649), ('airbench', 91, '')],
+            'measured': [('recipe', 88, 400), ('recipe', 90, 500)]}
+    for name, runs in rows.items():
+        write_csv(tmp_path / 'speedrun' / f'{name}.csv', [
+            {'series': series, 'x': 8, 'test_acc_percent': accuracy, 'tta_test_acc_percent': '',
+             'train_seconds': seconds, 'matmul_gflop_per_second': 2,
+             'matmul_equivalent_tflop': 3} for series, accuracy, seconds in runs])
+    header, lines = tables.speedrun(tmp_path)
+    # the standard error is sqrt(2), with 2 degrees of freedom: 4.303 * 1.414
+    assert lines == [
+        ['airbench', '8', '2', '90.00 ± 1.41', '', '649', '2 ± 0', '3 ± 0', ''],
+        ['recipe', '8', '2', '89.00 ± 1.41', '', '450 ± 71', '2 ± 0', '3 ± 0',
+         '-1.00 (-7.08 to +5.08)']]
+    assert len(header) == len(lines[0])
+
+
 def test_search_shows_differences_of_the_same_seeds(tmp_path):
     write_csv(tmp_path / 'speedrun' / 'search.csv', [
         {'change': change, 'seed': seed, 'multiply_adds': cost, 'train_acc_percent': 80,
