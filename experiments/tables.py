@@ -267,7 +267,7 @@ def fill(page, logs):
         if name not in TABLES or not (logs / folder).is_dir():
             raise ValueError(f'table {match[1]}: unknown; use one of {", ".join(TABLES)}, after a '
                              f'folder of {logs} or none')
-        return f'<!-- table: {match[1]} -->\n\n{table(name, logs / folder)}\n\n<!-- end -->'
+        return f'<!-- table: {match[1]} -->\n{table(name, logs / folder)}\n<!-- end -->'
 
     return MARKED.sub(replacement, page)
 

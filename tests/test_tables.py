@@ -193,11 +193,11 @@ def test_fill_replaces_the_table_between_its_marks(tmp_path):
     for name in ('depth', 'medium/depth'):
         page = f'before\n<!-- table: {name} -->\nold\n<!-- end -->\nafter\n'
         filled = tables.fill(page, tmp_path)
-        assert filled.startswith(f'before\n<!-- table: {name} -->\n\n| model ')
+        assert filled.startswith(f'before\n<!-- table: {name} -->\n| model ')
         assert filled.endswith('<!-- end -->\nafter\n')
         rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in filled.splitlines()]
-        assert rows[3] == ['model', '28 layers']
-        assert rows[5:7] == [['diracnet', '72.00 ± 2.83 (2)'], ['parameters, millions', '0.37']]
+        assert rows[2] == ['model', '28 layers']
+        assert rows[4:6] == [['diracnet', '72.00 ± 2.83 (2)'], ['parameters, millions', '0.37']]
         assert tables.fill(filled, tmp_path) == filled
     for name in ('nothing', 'agian/width'):
         with pytest.raises(ValueError, match=name):
