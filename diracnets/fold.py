@@ -30,6 +30,7 @@ from diracnet import DiracNet, Network, Topology, has_hooks, is_folded
 PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_FUNCTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # torch.compile adds _orig_mod
+VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 MOVED_HOOKS = (
     '_forward_hooks', '_forward_pre_hooks', '_forward_hooks_always_called',
     '_forward_hooks_with_kwargs', '_forward_pre_hooks_with_kwargs',
@@ -56,9 +57,9 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
     (also meta) otherwise. Raises ValueError for parameters that are not those of a DiracNet, for a
     DiracConv with its own forward, for errors in a layer's `fold()`, for a weight of a replaced
     layer that another forward uses, for a remaining tensor that is computed from others (such as a
-    weight under torch.nn.utils.prune), for a program of torch.export with batch norm, and for a
-    module with batch norm that torch.fx cannot trace, such as one with control flow that depends on
-    tensor values; fold its submodules instead.
+    weight under torch.nn.utils.prune), for a program of torch.jit or, with batch norm, of
+    torch.export, and for a module with batch norm that torch.fx cannot trace, such as one with
+    control flow that depends on tensor values; fold its submodules instead.
     """
     if isinstance(source, Mapping):
         return _fold_params(source, dtype)
@@ -137,7 +138,11 @@ def _as_diracnet(network):
 
 
 def _has_fold(layer):
-    return callable(getattr(type(layer), 'fold', None))
+    """Returns whether a layer has a method `fold()`, without other arguments."""
+    method = getattr(type(layer), 'fold', None)
+    return callable(method) and not any(
+        parameter.default is parameter.empty and parameter.kind not in VARIADIC
+        for parameter in list(inspect.signature(method).parameters.values())[1:])
 
 
 def _check_copyable(module):
@@ -145,9 +150,12 @@ def _check_copyable(module):
 
     torch.nn.utils.prune, weight_norm and spectral_norm create such tensors. Without requires_grad
     they can be copied, except into the layer that a `fold()` returns. Also raises ValueError for
-    programs of torch.export, which contain operators in place of layers.
+    programs of torch.export and torch.jit, which contain operators in place of layers.
     """
     for name, layer in module.named_modules():
+        if isinstance(layer, torch.jit.ScriptModule):
+            raise ValueError(f'{name or "the module"} is a program of torch.jit, which cannot be '
+                             'folded: fold the model, then compile it')
         if isinstance(layer, fx.GraphModule) and any(
                 'batch_norm' in str(node.target) and isinstance(node.target, OpOverload)
                 for node in layer.graph.nodes):
@@ -223,14 +231,11 @@ def traces(module: nn.Module) -> list[fx.Graph]:
     If some have the default None, a second graph has them as None. Raises ValueError if the module
     cannot be traced.
     """
-    parameters = inspect.signature(module.forward).parameters
-    optional = {name: None for name, value in parameters.items() if value.default is None}
-    return [_trace(module, {}), *([_trace(module, optional)] if optional else [])]
-
-
-def _trace(module, arguments):
     try:
-        return fx.Tracer().trace(module, arguments)
+        parameters = inspect.signature(module.forward).parameters
+        optional = {name: None for name, value in parameters.items() if value.default is None}
+        return [fx.Tracer().trace(module, arguments)
+                for arguments in ([{}, optional] if optional else [{}])]
     except Exception as error:  # the traced code may raise anything when it gets proxies
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise ValueError(

@@ -455,6 +455,11 @@ class Patches(nn.Module):
         return self.fold(x)
 
 
+class Unrelated(nn.Identity):
+    def fold(self, inputs):
+        return inputs
+
+
 class InPlace(nn.Identity):
     def fold(self):
         self.folded = True
@@ -463,6 +468,7 @@ class InPlace(nn.Identity):
 def test_fold_module_accepts_submodule_named_fold_and_raises_when_fold_returns_none():
     inputs = torch.randn(2, 27, 16)
     assert torch.equal(fold(nn.Sequential(Patches()))(inputs), Patches()(inputs))
+    assert type(fold(nn.Sequential(Unrelated()))[0]) is Unrelated
     with pytest.raises(ValueError, match=r'InPlace.fold\(\) .* NoneType'):
         fold(nn.Sequential(InPlace()))
 
@@ -497,6 +503,16 @@ def test_fold_refuses_a_program_of_torch_export(container):
         fold(module)
     folded = torch.export.export(fold(model), (torch.randn(2, 3, 8, 8),)).module()
     assert fold(folded)(torch.ones(2, 3, 8, 8)).shape == (2, 4, 6, 6)
+
+
+@pytest.mark.parametrize('compile', [
+    torch.jit.script, lambda model: torch.jit.trace(model, torch.ones(2, 3, 8, 8))])
+def test_fold_and_equalize_refuse_a_program_of_torch_jit(compile):
+    program = compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
+    with pytest.raises(ValueError, match='^0 is a program of torch.jit.*fold the model, then'):
+        fold(nn.Sequential(program))
+    with pytest.raises(ValueError, match='cannot be traced'):
+        diracnets.equalize(program, torch.ones(2, 3, 8, 8))
 
 
 def test_fold_module_names_exception_without_message_when_untraceable():
