@@ -25,13 +25,6 @@ def native_bfloat16(device: torch.device | str) -> tuple[bool, str]:
     return bool(features), ', '.join(features) or 'a CPU without bfloat16'
 
 
-def first_parameter(model: nn.Module) -> nn.Parameter:
-    """Returns the first parameter of a model; raises ValueError if there is none."""
-    for parameter in model.parameters():
-        return parameter
-    raise ValueError(f'{type(model).__name__} has no parameters: expected a PyTorch model')
-
-
 def deploy(model: nn.Module, shape: Sequence[int],
            dtype: torch.dtype | None = None) -> Callable[[Tensor], Tensor]:
     """Compiles a copy of a model, with constant weights, for inputs of one shape.
@@ -46,7 +39,10 @@ def deploy(model: nn.Module, shape: Sequence[int],
     the CPU, needs a C++ compiler. Raises ValueError for another dtype, for a model
     without parameters, and for one that torch.compile cannot compile as one graph.
     """
-    device = first_parameter(model).device
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ValueError(f'{type(model).__name__} has no parameters: expected a PyTorch model')
+    device = parameter.device
     if dtype is None:
         dtype = torch.bfloat16 if native_bfloat16(device)[0] else torch.float32
     if dtype not in (torch.bfloat16, torch.float32):

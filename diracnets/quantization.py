@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diracnets.deploy import first_parameter
 from diracnets.fold import count_uses, traces
 from diracnets.onnx import add_metadata
 from diracnets.preprocessing import find_images
@@ -75,7 +74,9 @@ def equalize(model: nn.Module, inputs: Tensor) -> nn.Module:
     are those of the model up to rounding (the arithmetic is float64), and the dtype stays. Raises
     ValueError like `diracnets.fold.traces`, and for a model without parameters.
     """
-    dtype = first_parameter(model).dtype
+    dtype = next((parameter.dtype for parameter in model.parameters()), None)
+    if dtype is None:
+        raise ValueError(f'{type(model).__name__} has no parameters: expected a PyTorch model')
     model = copy.deepcopy(model).double()
     pairs, ranges = conv_pairs(model), {}
 

@@ -18,7 +18,7 @@ def texts(notebook):
                 for output in cell.outputs if output.get('name') != 'stderr')
         for cell in notebook.cells if cell.cell_type == 'code'
     ]
-    return [re.sub(r'\d+e-\d+', '(rounding)', text) for text in outputs]
+    return [re.sub(r'\d+e-\d+|0e\+00', '(rounding)', text) for text in outputs]
 
 
 @pytest.fixture(scope='module')
