@@ -248,8 +248,8 @@ def check_same_images(paths):
     logs = (paths.logs / record['log'] for experiment in EXPERIMENTS
             for record in read_csv(paths.results(experiment))
             if record['dataset'] == 'Folder' and record['log'])
-    logged = next((read_log(log)[0]['files'] for log in logs
-                   if log.exists() and 'files' in read_log(log)[0]), None)
+    first_epochs = (read_log(log)[0] for log in logs if log.exists())
+    logged = next((stats['files'] for stats in first_epochs if 'files' in stats), None)
     files = files_of(paths.dataroot, DATASETS['Folder'].test_folders)
     if logged not in (None, files):
         raise ValueError(f'{paths.dataroot}: {files}; the results in {paths.logs} are of {logged}; '
