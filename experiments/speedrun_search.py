@@ -2,6 +2,7 @@
 
     python -m experiments.speedrun_search --dataroot ../cifar10-jpeg
     python -m experiments.speedrun_search --dataroot ../cifar10-jpeg --only 'EMA*' --seeds 1 2 3
+    python -m experiments.speedrun_search --dataroot ../cifar10-jpeg --only recipe 'Cutout*' --full
 
 By default a run is a proxy for the recipe: four epochs, with images of 20 to 32 pixels, which take
 a third of the compute. Results are appended to logs/speedrun/search.csv, finished runs skipped.
@@ -47,29 +48,41 @@ class Change:
     final_lr: float = 0.0  # fraction of the maximum learning rate
     bn_momentum: float = 0.1
     channels: tuple = diracnet_fast.CHANNELS
+    convolutions: tuple = diracnet_fast.CONVOLUTIONS
+    fixed: tuple = ()  # parameters of DiracConv2d that keep their initial value: alpha, beta
+    final_smoothing: float | None = None  # label smoothing, linear from that of the recipe
+    recalibrated: int = 0  # batches of which batch norm takes its statistics at the end
     hard_epochs: tuple = ()  # train on the half of the images with the largest last loss
     freeze_from: float = 1.0  # fraction of the epochs after which the first group is frozen
 
 
 CHANGES = {
     'recipe': Change(),
-    'EMA 0.98': Change({'ema': 0.98}),
-    'no warm-up': Change(warm_up=False),
-    'Cutout 8': Change({'cutout': 8}),
-    'hard half in epoch 3': Change(hard_epochs=(3,)),
-    'hard half in epochs 2 and 4': Change(hard_epochs=(2, 4)),
-    'batch norm momentum 0.4': Change(bn_momentum=0.4),
+    'Dirac initialization only': Change({'block': 'base'}),
+    'fixed alpha': Change(fixed=('alpha',)),
+    'fixed alpha and beta': Change(fixed=('alpha', 'beta')),
+    'ReLU': Change({'activation': 'relu'}),
+    'groups of 2, 3, 3 convolutions, 64, 192, 256 channels': Change(
+        channels=(64, 192, 256), convolutions=(2, 3, 3)),
+    'groups of 2, 2, 3 convolutions': Change(convolutions=(2, 2, 3)),
     'channels 64, 192, 320': Change(channels=(64, 192, 320)),
     'channels 48, 256, 256': Change(channels=(48, 256, 256)),
-    'first group frozen in the last quarter': Change(freeze_from=0.75),
-    'ReLU': Change({'activation': 'relu'}),
-    'cosine schedule': Change({'lr_schedule': 'cosine'}),
-    'final learning rate 7 %, EMA 0.95': Change({'ema': 0.95}, final_lr=0.07),
-    '20 to 28 pixels': Change({'grow': '[20,24,28,28]'}),
-    'Dirac initialization only': Change({'block': 'base'}),
     'width 0.75': Change({'width': 0.75}),
+    '20 to 28 pixels': Change({'grow': '[20,24,28,28]'}),
+    'Cutout 8': Change({'cutout': 8}),
     'shifts of 3 pixels': Change({'randomcrop_pad': 3}),
+    'shifts of 4 pixels, EMA 0.95': Change({'randomcrop_pad': 4, 'ema': 0.95}),
+    'hard half in epoch 4': Change(hard_epochs=(4,)),
+    'hard half in epoch 3': Change(hard_epochs=(3,)),
+    'first group frozen in the last quarter': Change(freeze_from=0.75),
+    'EMA 0.98': Change({'ema': 0.98}),
+    'final learning rate 7 %, EMA 0.95': Change({'ema': 0.95}, final_lr=0.07),
+    'no warm-up': Change(warm_up=False),
+    'cosine schedule': Change({'lr_schedule': 'cosine'}),
     'label smoothing 0.1': Change({'label_smoothing': 0.1}),
+    'label smoothing 0.2 to 0': Change(final_smoothing=0.0),
+    'batch norm momentum 0.4': Change(bn_momentum=0.4),
+    'batch norm recalibrated on 50 batches': Change(recalibrated=50),
     'adam_lr 0.01': Change({'adam_lr': 0.01}),
     'adam_lr 0.1': Change({'adam_lr': 0.1}),
     'lr 0.07': Change({'lr': 0.07}),
@@ -84,6 +97,13 @@ def learning_rate(change, opt, done):
     return factor if rising else change.final_lr + (1 - change.final_lr) * factor
 
 
+def smoothing(opt, change, done):
+    """Returns the label smoothing after `done` epochs."""
+    if change.final_smoothing is None:
+        return opt.label_smoothing
+    return opt.label_smoothing + (change.final_smoothing - opt.label_smoothing) * done / opt.epochs
+
+
 def batches_of(sampler, epoch, losses, change):
     """Returns [(indices, seed)] of the batches of an epoch; losses: the last one of each image."""
     sampler.set_epoch(epoch)
@@ -94,13 +114,34 @@ def batches_of(sampler, epoch, losses, change):
     return [*zip(order[hard[order]].split(sampler.batch_size), seeds)]
 
 
-def train(opt, change, splits, forward):
-    """Trains the model of one seed; returns (model, record)."""
-    with mock.patch.object(diracnet_fast, 'CHANNELS', change.channels):
+def make_model(opt, change, splits, forward):
+    with mock.patch.multiple(
+            diracnet_fast, CHANNELS=change.channels, CONVOLUTIONS=change.convolutions):
         model = build_model(opt, splits, forward)
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = change.bn_momentum
+        for name in change.fixed:
+            if hasattr(layer, name):
+                getattr(layer, name).requires_grad_(False)
+    return model
+
+
+@torch.no_grad()
+def recalibrate(model, batches, forward, size):
+    """Sets the running statistics of batch norm to their mean over batches of uint8 images."""
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.momentum = None  # the mean over all batches
+    model.train()
+    for images in batches:
+        forward(model, images, size)
+
+
+def train(opt, change, splits, forward):
+    """Trains the model of one seed; returns (model, record)."""
+    model = make_model(opt, change, splits, forward)
     optimizer, average = make_optimizer(model, opt), make_average(model, opt.ema)
     sampler = BatchSampler(len(splits.train), opt.batch_size, opt.seed)
     losses = torch.zeros(len(splits.train))
@@ -118,7 +159,7 @@ def train(opt, change, splits, forward):
             images, labels, n = splits.train[indices, seed, range(len(indices))]
             logits = forward(model, images, size)
             optimizer.zero_grad()
-            cross_entropy(logits, labels, n, opt.label_smoothing).backward()
+            cross_entropy(logits, labels, n, smoothing(opt, change, done)).backward()
             optimizer.step()
             if average:
                 average.update_parameters(model)
@@ -128,6 +169,9 @@ def train(opt, change, splits, forward):
         seconds += time.process_time() - start
         multiply_adds += 3 * images_seen * count_multiply_adds(model, size)
     model = average.module if average else model
+    if change.recalibrated:
+        recalibrate(model, (splits.train[indices, seed, range(len(indices))][0]
+                            for indices, seed in batches[:change.recalibrated]), forward, size)
     return model, {'train_acc_percent': round(100 * correct / images_seen, 2),
                    'multiply_adds': multiply_adds, 'train_cpu_seconds': round(seconds, 1)}
 
@@ -148,6 +192,7 @@ def main(argv=None):
     add('--dataroot', default='.', help='folder of the images: train/CLASS and test/CLASS')
     add('--only', default=['*'], nargs='+', metavar='PATTERN', help='train only these changes')
     add('--seeds', default=[1, 2, 3, 4, 5], type=int, nargs='+', help='seeds of each change')
+    add('--full', action='store_true', help='train the epochs and image sizes of the recipe')
     add('--results', default=ROOT / 'logs/speedrun/search.csv', type=Path, help='CSV file')
     args = parser.parse_args(argv)
     keep_freed_memory()
@@ -156,12 +201,14 @@ def main(argv=None):
         splits = load_splits('Folder', args.dataroot, forward.preprocess, nthread=2)
         for seed in args.seeds:
             for name, change in CHANGES.items():
-                done = {(record['change'], record['seed']) for record in read_csv(args.results)}
-                if (name, str(seed)) in done or not any(
+                budget = {} if args.full else PROXY
+                opt = parse_options(['--recipe', 'speedrun', '--seed', f'{seed}',
+                                     *command_line({**budget, **change.options})])
+                done = {(record['change'], record['seed'], record['epochs'])
+                        for record in read_csv(args.results)}
+                if (name, str(seed), str(opt.epochs)) in done or not any(
                         fnmatch.fnmatchcase(name, pattern) for pattern in args.only):
                     continue
-                opt = parse_options(['--recipe', 'speedrun', '--seed', f'{seed}',
-                                     *command_line({**PROXY, **change.options})])
                 augmented = splits.augmented(pad=opt.randomcrop_pad, flip=opt.flip,
                                              cutout=opt.cutout)
                 model, record = train(opt, change, augmented, forward)

@@ -323,11 +323,39 @@ def test_learning_rate_of_changes():
         assert search.learning_rate(change, opt, done) == pytest.approx(expected)
 
 
-def test_channels_and_batch_norm_momentum_of_a_change(images):
-    change = search.Change(channels=(8, 16, 32), bn_momentum=0.4)
+def test_search_keeps_fixed_parameters(images):
+    model, _ = searched(images, search.Change(fixed=('alpha',)))
+    for layer in model.modules():
+        if hasattr(layer, 'alpha'):
+            assert torch.equal(layer.alpha, torch.full_like(layer.alpha, diracnet_fast.ALPHA_INIT))
+            assert not torch.equal(layer.beta, torch.full_like(layer.beta, diracnet_fast.BETA_INIT))
+
+
+def test_search_recalibrates_batch_norm():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.float64),
+                           nn.BatchNorm2d(4, dtype=torch.float64))
+    batches = torch.randn(3, 8, 3, 6, 6, dtype=torch.float64)
+    search.recalibrate(layers, batches, lambda model, images, size: model(images), 6)
+    outputs = [layers[0](images).detach() for images in batches]
+    for name, statistics in (('mean', [x.mean((0, 2, 3)) for x in outputs]),
+                             ('var', [x.var((0, 2, 3)) for x in outputs])):
+        torch.testing.assert_close(getattr(layers[1], f'running_{name}'),
+                                   torch.stack(statistics).mean(0), rtol=1e-10, atol=1e-12)
+
+
+def test_label_smoothing_of_a_change():
+    opt = options.parse_options(['--recipe', 'speedrun', '--epochs', '10'])
+    for final, done, expected in ((None, 10, 0.2), (0.0, 0, 0.2), (0.0, 5, 0.1), (0.4, 10, 0.4)):
+        change = search.Change(final_smoothing=final)
+        assert search.smoothing(opt, change, done) == pytest.approx(expected)
+
+
+def test_channels_convolutions_and_batch_norm_momentum_of_a_change(images):
+    change = search.Change(channels=(8, 16, 32), convolutions=(2, 3, 1), bn_momentum=0.4)
     model, _ = searched(images, change, '--width', '1')
     sizes = [len(p) for name, p in model.named_parameters() if name.endswith('conv.weight')]
-    assert sizes == [24, 8, 8, 16, 16, 32, 32]
+    assert sizes == [24, 8, 8, 16, 16, 16, 32]
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert {norm.momentum for norm in norms} == {0.4}
     assert diracnets.create_model('diracnet-fast').features.group2.block1.conv.out_channels == 256

@@ -15,6 +15,7 @@ from diracnets.architectures import ACTIVATIONS
 from diracnets.models.blocks import with_block
 
 CHANNELS = (64, 256, 256)  # of each group at width 1
+CONVOLUTIONS = (2, 2, 2)  # of each group
 PATCH = 2  # height and width of a stem patch in pixels
 # with alpha 1 and beta 0.1, as elsewhere, the filters stay close to the identity for too long;
 # these values start from a multiple of the identity too, because W has Dirac initialization
@@ -57,11 +58,11 @@ class FastNet(nn.Module):
         cin = 2 * 3 * PATCH**2
         layers = OrderedDict(
             conv=nn.Conv2d(3, cin, PATCH, bias=False), act=ACTIVATION_LAYERS[activation]())
-        for g, channels in enumerate(CHANNELS):
+        for g, (channels, convolutions) in enumerate(zip(CHANNELS, CONVOLUTIONS)):
             cout = int(channels * width)
             layers[f'group{g}'] = nn.Sequential(OrderedDict(
-                block0=_block(cin, cout, True, activation),
-                block1=_block(cout, cout, False, activation)))
+                (f'block{b}', _block(cout if b else cin, cout, b == 0, activation))
+                for b in range(convolutions)))
             cin = cout
         layers['max_pool'] = nn.AdaptiveMaxPool2d(1)
         self.features = nn.Sequential(layers)
