@@ -36,7 +36,7 @@ from training.optimizers import WARM_UP, lr_factor, make_average, make_optimizer
 from training.options import parse_options
 from training.setup import build_model
 
-PROXY = {'epochs': 4, 'grow': '[20,24,28,32]'}
+BUDGETS = {'proxy': {'epochs': 4, 'grow': '[20,24,28,32]'}, 'full': {}}
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,11 @@ CHANGES = {
     'channels 48, 256, 256': Change(channels=(48, 256, 256)),
     'width 0.75': Change({'width': 0.75}),
     '20 to 28 pixels': Change({'grow': '[20,24,28,28]'}),
+    '20 to 32 pixels, 10 epochs': Change({'grow': '[20,24,28,32]', 'epochs': 10}),
+    '24 to 28 pixels, 10 epochs': Change({'grow': '[24,28]', 'epochs': 10}),
+    '20 to 32 pixels, 10 epochs, ReLU': Change(
+        {'grow': '[20,24,28,32]', 'epochs': 10, 'activation': 'relu'}),
+    'width 0.75, 12 epochs': Change({'width': 0.75, 'epochs': 12}),
     'Cutout 8': Change({'cutout': 8}),
     'shifts of 3 pixels': Change({'randomcrop_pad': 3}),
     'shifts of 4 pixels, EMA 0.95': Change({'randomcrop_pad': 4, 'ema': 0.95}),
@@ -195,24 +200,25 @@ def main(argv=None):
     add('--full', action='store_true', help='train the epochs and image sizes of the recipe')
     add('--results', default=ROOT / 'logs/speedrun/search.csv', type=Path, help='CSV file')
     args = parser.parse_args(argv)
+    budget = 'full' if args.full else 'proxy'
     keep_freed_memory()
     with exit_on_error('experiments.speedrun_search'):
         forward = Forward(Preprocessing.for_dataset('Folder'), 'bfloat16', torch.device('cpu'))
         splits = load_splits('Folder', args.dataroot, forward.preprocess, nthread=2)
         for seed in args.seeds:
             for name, change in CHANGES.items():
-                budget = {} if args.full else PROXY
-                opt = parse_options(['--recipe', 'speedrun', '--seed', f'{seed}',
-                                     *command_line({**budget, **change.options})])
-                done = {(record['change'], record['seed'], record['epochs'])
+                done = {(record['budget'], record['change'], record['seed'])
                         for record in read_csv(args.results)}
-                if (name, str(seed), str(opt.epochs)) in done or not any(
-                        fnmatch.fnmatchcase(name, pattern) for pattern in args.only):
+                wanted = any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only)
+                if not wanted or (budget, name, str(seed)) in done or (
+                        budget == 'proxy' and 'epochs' in change.options):
                     continue
+                opt = parse_options(['--recipe', 'speedrun', '--seed', f'{seed}',
+                                     *command_line({**BUDGETS[budget], **change.options})])
                 augmented = splits.augmented(pad=opt.randomcrop_pad, flip=opt.flip,
                                              cutout=opt.cutout)
                 model, record = train(opt, change, augmented, forward)
-                record = {'change': name, 'seed': seed, 'epochs': opt.epochs,
+                record = {'budget': budget, 'change': name, 'seed': seed, 'epochs': opt.epochs,
                           **test(model, forward, splits.test), **record, **environment()}
                 append_results([record], args.results)
                 say(f'{name}, seed {seed}: {record["test_acc_percent"]:.2f} %')

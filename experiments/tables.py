@@ -66,21 +66,21 @@ def speedrun(logs):
 def search(logs):
     """Changes of the speed-run recipe: compute, accuracy, paired differences from the recipe."""
     records = read_results(logs / 'speedrun' / 'search.csv')
-    recipe = {(record['epochs'], record['seed']): record for record in records
+    recipe = {(record['budget'], record['seed']): record for record in records
               if record['change'] == 'recipe'}
-    paired = [record for record in records if (record['epochs'], record['seed']) in recipe]
+    paired = [record for record in records if (record['budget'], record['seed']) in recipe]
     lines = []
-    for (epochs, change), runs in sorted(
-            grouped(paired, 'epochs', 'change').items(), key=lambda group: group[0][0]):
-        pairs = [(run, recipe[run['epochs'], run['seed']]) for run in runs]
+    for (budget, change), runs in sorted(
+            grouped(paired, 'budget', 'change').items(), key=lambda group: group[0][0]):
+        pairs = [(run, recipe[budget, run['seed']]) for run in runs]
         cost = statistics.mean(run['multiply_adds'] / base['multiply_adds'] for run, base in pairs)
         lines.append([
-            change, f'{epochs:.0f}', f'{len(pairs)}', f'{cost:.2f}',
+            budget, change, f'{runs[0]["epochs"]:.0f}', f'{len(pairs)}', f'{cost:.2f}',
             *(format_mean(column(runs, f'{name}_acc_percent')) for name in ('train', 'test')),
             *('' if change == 'recipe' else show(
                 [welch((1, [run[name] - base[name] for run, base in pairs]))], form)
               for name, form in (('test_acc_percent', '+.2f'), ('test_loss', '+.3f')))])
-    return ['change', 'epochs', 'n', 'multiply-adds / recipe', 'training accuracy, %',
+    return ['budget', 'change', 'epochs', 'n', 'multiply-adds / recipe', 'training accuracy, %',
             'test accuracy, %', 'paired difference, pp (95 % CI)', 'test loss (95 % CI)'], lines
 
 
