@@ -4,6 +4,7 @@ Tests run on the CPU, except those with the marker `gpu`: `python test.py -m gpu
 """
 
 import os
+import signal
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from training import data
 def pytest_configure(config):
     if config.option.markexpr != 'gpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''  # read at the first use of CUDA, also in processes
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell script
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # child processes inherit it
 
 
 def pytest_addoption(parser):
