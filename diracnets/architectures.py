@@ -10,7 +10,7 @@ from typing import Any
 from diracnets.preprocessing import KINDS
 
 BLOCKS = ('base', 'dbb', 'acb', 'repvgg', 'dirac')  # see diracnets.models.blocks.with_block
-ACTIVATIONS = ('relu', 'gelu', 'silu')
+ACTIVATIONS = ('relu', 'gelu', 'silu', 'hardswish')
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from experiments.results import (
     read_results,
     relative_time,
     seed_counts,
+    speedrun_runs,
     step_times,
 )
 from training.log import read_log
@@ -264,12 +265,15 @@ def speedrun(figure, results, measured, logs):
     draw_points(accuracies, [record for record in measured if record['x'] == epochs],
                 'test_acc_percent', ACCURACY)
     accuracies.set_title(f'{epochs:.0f} epochs')
-    airbench = read_results(logs / 'speedrun' / 'airbench.csv')
-    for style, (series, x), group in styled(grouped([*measured, *airbench], 'series', 'x')):
-        compute, accuracy = (mean_std([record[name] for record in group if record[name] != ''])
-                             for name in ('matmul_equivalent_tflop', 'test_acc_percent'))
+    for style, (series,), of_series in styled(grouped(speedrun_runs(logs), 'series')):
+        points = sorted(grouped(of_series, 'x').items())
+        compute, accuracy = (
+            [*zip(*(mean_std([record[name] for record in group if record[name] != ''])
+                    for _, group in points))]
+            for name in ('matmul_equivalent_tflop', 'test_acc_percent'))
+        epochs = ', '.join(f'{x:.0f}' for (x,), _ in points)
         over_compute.errorbar(compute[0], accuracy[0], accuracy[1], compute[1],
-                              label=f'{series}, {x:.0f} epochs', **style)
+                              label=f'{series}, {epochs} epochs', **style)
     over_compute.margins(y=0.3)  # for the legend
     finish(over_compute, 'matmul-equivalent compute (TFLOP)', ACCURACY)
 

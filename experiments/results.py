@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import itertools
 import operator
 import os
 import platform
@@ -156,6 +157,26 @@ def step_times(logs):
     """Returns {block: [median, low, high]} of a step over one of `base`, as `blocks` measured."""
     return {record['what']: relative_time(record)
             for record in read_results(logs / 'blocks' / 'steps.csv')}
+
+
+def speedrun_runs(logs):
+    """Returns the records of airbench and of the speed-run, with multiply-adds and compute.
+
+    Matmul-equivalent compute was measured for the epochs of the recipe, the first ones. That of
+    other epochs is theirs times the ratio of multiply-adds, because it is not comparable between
+    CPUs with and without AMX.
+    """
+    airbench, measured, results = (read_results(logs / 'speedrun' / f'{name}.csv')
+                                   for name in ('airbench', 'measured', 'results'))
+    multiply_adds = {record['run']: record['multiply_adds'] for record in results}
+    measured = [{**record, 'multiply_adds': multiply_adds[record['run']]} for record in measured]
+    recipe = grouped([run for run in measured if run['x'] == measured[0]['x']], 'series')
+    scaled = [
+        {**run, 'matmul_equivalent_tflop': run['multiply_adds'] * statistics.mean(
+            of['matmul_equivalent_tflop'] / of['multiply_adds'] for of in recipe[run['series'],])}
+        for run in measured if run['x'] != measured[0]['x']]
+    scaled.sort(key=operator.itemgetter('x'))
+    return [*airbench, *itertools.chain(*recipe.values()), *scaled]
 
 
 def int8_drop(record, form='int8'):

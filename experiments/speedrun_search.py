@@ -62,6 +62,7 @@ CHANGES = {
     'fixed alpha': Change(fixed=('alpha',)),
     'fixed alpha and beta': Change(fixed=('alpha', 'beta')),
     'ReLU': Change({'activation': 'relu'}),
+    'hardswish': Change({'activation': 'hardswish'}),
     'groups of 2, 3, 3 convolutions, 64, 192, 256 channels': Change(
         channels=(64, 192, 256), convolutions=(2, 3, 3)),
     'groups of 2, 2, 3 convolutions': Change(convolutions=(2, 2, 3)),
@@ -82,6 +83,7 @@ CHANGES = {
     'first group frozen in the last quarter': Change(freeze_from=0.75),
     'EMA 0.98': Change({'ema': 0.98}),
     'final learning rate 7 %, EMA 0.95': Change({'ema': 0.95}, final_lr=0.07),
+    'final learning rate 15 %, EMA 0.97': Change({'ema': 0.97}, final_lr=0.15),
     'no warm-up': Change(warm_up=False),
     'cosine schedule': Change({'lr_schedule': 'cosine'}),
     'label smoothing 0.1': Change({'label_smoothing': 0.1}),

@@ -32,6 +32,7 @@ from experiments.results import (
     grouped,
     read_csv,
     read_results,
+    speedrun_runs,
 )
 from experiments.variants import multiply_adds
 from training.options import RECIPE_FOLDER
@@ -45,22 +46,21 @@ MARKED = re.compile(r'<!-- table: ([\w/-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 
 def speedrun(logs):
-    """The speed-run and its variants, after airbench94_muon: accuracy, time and compute."""
-    airbench, measured = (read_results(logs / 'speedrun' / f'{name}.csv')
-                          for name in ('airbench', 'measured'))
-    target = column(airbench, 'test_acc_percent')
-    columns = ('test_acc_percent', 2), ('tta_test_acc_percent', 2), ('train_seconds', 0), (
-        'matmul_gflop_per_second', 0), ('matmul_equivalent_tflop', 0)
+    """The speed-run and its variants, after airbench94_muon: accuracy and compute."""
+    runs = grouped(speedrun_runs(logs), 'series', 'x')
+    airbench = column(next(iter(runs.values())), 'test_acc_percent')
     lines = [
-        [series, f'{epochs:.0f}', str(len(runs)),
-         *(format_mean([value for value in column(runs, name) if value != ''], digits)
-           for name, digits in columns),
-         show([welch((1, column(runs, 'test_acc_percent')), (-1, target))], '+.2f')
-         if target and runs[0] not in airbench else '']
-        for (series, epochs), runs in grouped([*airbench, *measured], 'series', 'x').items()]
-    return ['variant', 'epochs', 'n', 'test accuracy, %', 'with TTA, %', 'training time, s',
-            'matmul rate, GFLOP/s', 'matmul-equivalent compute, TFLOP',
-            '- airbench, pp (95 % CI)'], lines
+        [series, f'{epochs:.0f}', str(len(group)),
+         *(format_mean([value for value in column(group, f'{name}test_acc_percent')
+                        if value != '']) for name in ('', 'tta_')),
+         '' if series == 'airbench94_muon' else
+         show([welch((1, column(group, 'test_acc_percent')), (-1, airbench))], '+.2f'),
+         f'{group[0]["multiply_adds"] / 1e12:.0f}',
+         format_mean([value for value in column(group, 'matmul_equivalent_tflop')
+                      if value != ''], 0)]
+        for (series, epochs), group in runs.items()]
+    return ['variant', 'epochs', 'n', 'test accuracy, %', 'with TTA, %', '- airbench, pp (95 % CI)',
+            'multiply-adds, 10^12', 'matmul-equivalent compute, TFLOP'], lines
 
 
 def search(logs):
@@ -73,15 +73,18 @@ def search(logs):
     for (budget, change), runs in sorted(
             grouped(paired, 'budget', 'change').items(), key=lambda group: group[0][0]):
         pairs = [(run, recipe[budget, run['seed']]) for run in runs]
-        cost = statistics.mean(run['multiply_adds'] / base['multiply_adds'] for run, base in pairs)
+        costs = [statistics.mean(run[name] / base[name] for run, base in pairs)
+                 for name in ('multiply_adds', 'train_cpu_seconds')]
         lines.append([
-            budget, change, f'{runs[0]["epochs"]:.0f}', f'{len(pairs)}', f'{cost:.2f}',
+            f'{budget}, {runs[0]["epochs"]:.0f}', change, f'{len(pairs)}',
+            *(f'{cost:.2f}' for cost in costs),
             *(format_mean(column(runs, f'{name}_acc_percent')) for name in ('train', 'test')),
             *('' if change == 'recipe' else show(
                 [welch((1, [run[name] - base[name] for run, base in pairs]))], form)
               for name, form in (('test_acc_percent', '+.2f'), ('test_loss', '+.3f')))])
-    return ['budget', 'change', 'epochs', 'n', 'multiply-adds / recipe', 'training accuracy, %',
-            'test accuracy, %', 'paired difference, pp (95 % CI)', 'test loss (95 % CI)'], lines
+    return ['budget, epochs', 'change', 'n', 'multiply-adds / recipe', 'CPU time / recipe',
+            'training accuracy, %', 'test accuracy, %', 'paired difference, pp (95 % CI)',
+            'test loss (95 % CI)'], lines
 
 
 def tried(logs):

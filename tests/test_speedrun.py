@@ -233,7 +233,7 @@ def test_diracnet_fast_initialization():
     assert network.fc.weight.std().item() == pytest.approx(1, rel=0.1)
 
 
-@pytest.mark.parametrize('activation', ['gelu', 'relu', 'silu'])
+@pytest.mark.parametrize('activation', ['gelu', 'relu', 'silu', 'hardswish'])
 def test_diracnet_fast_agrees_with_a_functional_definition(activation):
     network = diracnets.create_model('diracnet-fast', 'CIFAR10', width=0.125, block='base',
                              activation=activation).double().eval()
@@ -241,8 +241,8 @@ def test_diracnet_fast_agrees_with_a_functional_definition(activation):
     for name, tensor in state.items():
         if 'running' in name or name.endswith('bn.bias'):
             tensor.copy_(torch.rand_like(tensor) + 0.5)
-    act = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'relu': F.relu, 'silu': F.silu}[
-        activation]
+    act = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'relu': F.relu, 'silu': F.silu,
+           'hardswish': lambda x: x * (x / 6 + 0.5).clamp(0, 1)}[activation]
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
 
     x = act(F.conv2d(images, state['features.conv.weight']))

@@ -32,27 +32,30 @@ def test_bench_shows_the_latest_results_against_the_baseline(tmp_path):
     assert len(header) == len(lines[0])
 
 
-def test_speedrun_shows_differences_from_airbench(tmp_path):
-    rows = {'airbench': [('airbench', 89, 649), ('airbench', 91, '')],
-            'measured': [('recipe', 88, 400), ('recipe', 90, 500)]}
+def test_speedrun_shows_differences_from_airbench_and_scales_compute(tmp_path):
+    rows = {'airbench': [('airbench94_muon', 8, 89, 3), ('airbench94_muon', 8, 91, '')],
+            'measured': [('recipe', 8, 88, 4), ('recipe', 8, 90, 6), ('recipe', 12, 91, 1000)]}
     for name, runs in rows.items():
         write_csv(tmp_path / 'speedrun' / f'{name}.csv', [
-            {'series': series, 'x': 8, 'test_acc_percent': accuracy, 'tta_test_acc_percent': '',
-             'train_seconds': seconds, 'matmul_gflop_per_second': 2,
-             'matmul_equivalent_tflop': 3} for series, accuracy, seconds in runs])
+            {'series': series, 'x': x, 'run': f'{x}', 'test_acc_percent': accuracy,
+             'tta_test_acc_percent': '', 'multiply_adds': 5e12, 'matmul_equivalent_tflop': compute}
+            for series, x, accuracy, compute in runs])
+    write_csv(tmp_path / 'speedrun' / 'results.csv', [
+        {'run': '8', 'multiply_adds': 4e12}, {'run': '12', 'multiply_adds': 8e12}])
     header, lines = tables.speedrun(tmp_path)
     # the standard error is sqrt(2), with 2 degrees of freedom: 4.303 * 1.414
     assert lines == [
-        ['airbench', '8', '2', '90.00 ± 1.41', '', '649', '2 ± 0', '3 ± 0', ''],
-        ['recipe', '8', '2', '89.00 ± 1.41', '', '450 ± 71', '2 ± 0', '3 ± 0',
-         '-1.00 (-7.08 to +5.08)']]
+        ['airbench94_muon', '8', '2', '90.00 ± 1.41', '', '', '5', '3'],
+        ['recipe', '8', '2', '89.00 ± 1.41', '', '-1.00 (-7.08 to +5.08)', '4', '5 ± 1'],
+        ['recipe', '12', '1', '91.00', '', '+1.00', '8', '10']]
     assert len(header) == len(lines[0])
 
 
 def test_search_shows_differences_of_the_same_seeds(tmp_path):
     write_csv(tmp_path / 'speedrun' / 'search.csv', [
         {'budget': budget, 'change': change, 'seed': seed, 'epochs': 4, 'multiply_adds': cost,
-         'train_acc_percent': 80, 'test_acc_percent': accuracy, 'test_loss': 1 - accuracy / 100}
+         'train_cpu_seconds': seed * cost, 'train_acc_percent': 80,
+         'test_acc_percent': accuracy, 'test_loss': 1 - accuracy / 100}
         for budget, change, cost, accuracies in (
             ('proxy', 'recipe', 200, {1: 80, 2: 82, 3: 90}), ('proxy', 'EMA', 100, {1: 81, 2: 84}),
             ('full', 'recipe', 400, {2: 91}), ('full', 'EMA', 500, {2: 92, 3: 1}),
@@ -61,12 +64,12 @@ def test_search_shows_differences_of_the_same_seeds(tmp_path):
     header, lines = tables.search(tmp_path)
     # differences 1 and 2: mean 1.5, 12.706 * 0.7071 / sqrt(2) on each side
     assert lines == [
-        ['full', 'recipe', '4', '1', '1.00', '80.00', '91.00', '', ''],
-        ['full', 'EMA', '4', '1', '1.25', '80.00', '92.00', '+1.00', '-0.010'],
-        ['proxy', 'recipe', '4', '3', '1.00', '80.00 ± 0.00', '84.00 ± 5.29', '', ''],
-        ['proxy', 'EMA', '4', '2', '0.50', '80.00 ± 0.00', '82.50 ± 2.12', '+1.50 (-4.85 to +7.85)',
-         '-0.015 (-0.079 to +0.049)'],
-        ['proxy', 'ReLU', '4', '1', '1.00', '80.00', '89.00', '-1.00', '+0.010']]
+        ['full, 4', 'recipe', '1', '1.00', '1.00', '80.00', '91.00', '', ''],
+        ['full, 4', 'EMA', '1', '1.25', '1.25', '80.00', '92.00', '+1.00', '-0.010'],
+        ['proxy, 4', 'recipe', '3', '1.00', '1.00', '80.00 ± 0.00', '84.00 ± 5.29', '', ''],
+        ['proxy, 4', 'EMA', '2', '0.50', '0.50', '80.00 ± 0.00', '82.50 ± 2.12',
+         '+1.50 (-4.85 to +7.85)', '-0.015 (-0.079 to +0.049)'],
+        ['proxy, 4', 'ReLU', '1', '1.00', '1.00', '80.00', '89.00', '-1.00', '+0.010']]
     assert len(header) == len(lines[0])
 
 

@@ -21,7 +21,8 @@ PATCH = 2  # height and width of a stem patch in pixels
 # these values start from a multiple of the identity too, because W has Dirac initialization
 ALPHA_INIT, BETA_INIT = 0.2, 1.0
 BLOCKS = ('base', 'dirac')
-ACTIVATION_LAYERS = {'relu': nn.ReLU, 'gelu': lambda: nn.GELU('tanh'), 'silu': nn.SiLU}
+ACTIVATION_LAYERS = {'relu': nn.ReLU, 'gelu': lambda: nn.GELU('tanh'), 'silu': nn.SiLU,
+                     'hardswish': nn.Hardswish}
 
 
 def _batch_norm(channels: int) -> nn.BatchNorm2d:
