@@ -14,6 +14,7 @@ from diracnets.models import diracnet_fast
 from diracnets.models.registry import count_multiply_adds
 from diracnets.preprocessing import Preprocessing
 from experiments import speedrun_search as search
+from experiments.results import read_results
 from runs import params_of, refused, run, write_sets
 from training import data, options
 from training.augmentation import progressive_sizes
@@ -359,3 +360,19 @@ def test_channels_convolutions_and_batch_norm_momentum_of_a_change(images):
     norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert {norm.momentum for norm in norms} == {0.4}
     assert diracnets.create_model('diracnet-fast').features.group2.block1.conv.out_channels == 256
+
+
+@pytest.mark.slow
+def test_search_records_each_run_once(images, tmp_path, capsys):
+    results = tmp_path / 'search.csv'
+    arguments = ['--dataroot', str(images), '--seeds', '1', '--results', str(results)]
+    for only, expected in ((['recipe'], 1), (['recipe', 'hardswish'], 2), (['width*'], 3)):
+        search.main([*arguments, '--only', *only])
+        assert len(read_results(results)) == expected
+    changes = [(record['budget'], record['change'], record['epochs'], record['seed'])
+               for record in read_results(results)]
+    # 'width 0.75, 12 epochs' is a change of the full recipe alone
+    assert changes == [('proxy', name, 4, 1) for name in ('recipe', 'hardswish', 'width 0.75')]
+    recipe, _, narrow = read_results(results)
+    assert 0.5 < narrow['multiply_adds'] / recipe['multiply_adds'] < 0.75**2 * 1.1
+    assert capsys.readouterr().out.count('recipe, seed 1: ') == 1
