@@ -66,25 +66,22 @@ def speedrun(logs):
 def search(logs):
     """Changes of the speed-run recipe: compute, accuracy, paired differences from the recipe."""
     records = read_results(logs / 'speedrun' / 'search.csv')
-    recipe = {(record['budget'], record['seed']): record for record in records
-              if record['change'] == 'recipe'}
-    paired = [record for record in records if (record['budget'], record['seed']) in recipe]
+    recipe = {record['seed']: record for record in records if record['change'] == 'recipe'}
     lines = []
-    for (budget, change), runs in sorted(
-            grouped(paired, 'budget', 'change').items(), key=lambda group: group[0][0]):
-        pairs = [(run, recipe[budget, run['seed']]) for run in runs]
+    for (change,), runs in grouped(
+            [record for record in records if record['seed'] in recipe], 'change').items():
+        pairs = [(run, recipe[run['seed']]) for run in runs]
         costs = [statistics.mean(run[name] / base[name] for run, base in pairs)
                  for name in ('multiply_adds', 'train_cpu_seconds')]
         lines.append([
-            f'{budget}, {runs[0]["epochs"]:.0f}', change, f'{len(pairs)}',
-            *(f'{cost:.2f}' for cost in costs),
+            change, f'{len(pairs)}', *(f'{cost:.2f}' for cost in costs),
             *(format_mean(column(runs, f'{name}_acc_percent')) for name in ('train', 'test')),
             *('' if change == 'recipe' else show(
                 [welch((1, [run[name] - base[name] for run, base in pairs]))], form)
               for name, form in (('test_acc_percent', '+.2f'), ('test_loss', '+.3f')))])
-    return ['budget, epochs', 'change', 'n', 'multiply-adds / recipe', 'CPU time / recipe',
-            'training accuracy, %', 'test accuracy, %', 'paired difference, pp (95 % CI)',
-            'test loss (95 % CI)'], lines
+    lines.sort(key=lambda line: -int(line[1]))  # stable: the recipe stays first
+    return ['change', 'n', 'multiply-adds / recipe', 'CPU time / recipe', 'training accuracy, %',
+            'test accuracy, %', 'paired difference, pp (95 % CI)', 'test loss (95 % CI)'], lines
 
 
 def tried(logs):

@@ -317,10 +317,9 @@ def test_search_freezes_the_first_group(images):
 
 def test_learning_rate_of_changes():
     opt = options.parse_options(['--recipe', 'speedrun', '--epochs', '10'])
-    for warm_up, final, done, expected in (
-            (True, 0, 1, 0.5), (True, 0, 6, 0.5), (False, 0, 1, 0.9), (False, 0, 10, 0),
-            (True, 0.2, 1, 0.5), (True, 0.2, 6, 0.6), (True, 0.2, 10, 0.2), (False, 0.2, 5, 0.6)):
-        change = search.Change(warm_up=warm_up, final_lr=final)
+    for final, done, expected in (
+            (0, 1, 0.5), (0, 6, 0.5), (0, 10, 0), (0.2, 1, 0.5), (0.2, 6, 0.6), (0.2, 10, 0.2)):
+        change = search.Change(final_lr=final)
         assert search.learning_rate(change, opt, done) == pytest.approx(expected)
 
 
@@ -352,13 +351,11 @@ def test_label_smoothing_of_a_change():
         assert search.smoothing(opt, change, done) == pytest.approx(expected)
 
 
-def test_channels_convolutions_and_batch_norm_momentum_of_a_change(images):
-    change = search.Change(channels=(8, 16, 32), convolutions=(2, 3, 1), bn_momentum=0.4)
+def test_channels_and_convolutions_of_a_change(images):
+    change = search.Change(channels=(8, 16, 32), convolutions=(2, 3, 1))
     model, _ = searched(images, change, '--width', '1')
     sizes = [len(p) for name, p in model.named_parameters() if name.endswith('conv.weight')]
     assert sizes == [24, 8, 8, 16, 16, 16, 32]
-    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    assert {norm.momentum for norm in norms} == {0.4}
     assert diracnets.create_model('diracnet-fast').features.group2.block1.conv.out_channels == 256
 
 
@@ -366,13 +363,16 @@ def test_channels_convolutions_and_batch_norm_momentum_of_a_change(images):
 def test_search_records_each_run_once(images, tmp_path, capsys):
     results = tmp_path / 'search.csv'
     arguments = ['--dataroot', str(images), '--seeds', '1', '--results', str(results)]
-    for only, expected in ((['recipe'], 1), (['recipe', 'hardswish'], 2), (['width*'], 3)):
+    for only, expected in ((['recipe'], 1), (['recipe', 'hard half*', 'groups*'], 3)):
         search.main([*arguments, '--only', *only])
         assert len(read_results(results)) == expected
-    changes = [(record['budget'], record['change'], record['epochs'], record['seed'])
-               for record in read_results(results)]
-    # 'width 0.75, 12 epochs' is a change of the full recipe alone
-    assert changes == [('proxy', name, 4, 1) for name in ('recipe', 'hardswish', 'width 0.75')]
-    recipe, _, narrow = read_results(results)
-    assert 0.5 < narrow['multiply_adds'] / recipe['multiply_adds'] < 0.75**2 * 1.1
+    recipe, *others = read_results(results)
+    assert (recipe['change'], recipe['epochs'], recipe['seed']) == ('recipe', 4, 1)
+    costs = {record['change']: record['multiply_adds'] / recipe['multiply_adds']
+             for record in others}
+    sizes = [(size / 32)**2 for size in (20, 24, 28, 32)]  # about proportional to multiply-adds
+    hard = costs.pop('hard half in epoch 4')
+    assert hard == pytest.approx(1 - 0.5 * sizes[3] / sum(sizes), abs=0.02)
+    assert costs == {'groups of 2, 3, 3 convolutions, 64, 192, 256 channels': pytest.approx(
+        0.95, abs=0.01)}
     assert capsys.readouterr().out.count('recipe, seed 1: ') == 1

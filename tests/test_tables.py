@@ -53,23 +53,19 @@ def test_speedrun_shows_differences_from_airbench_and_scales_compute(tmp_path):
 
 def test_search_shows_differences_of_the_same_seeds(tmp_path):
     write_csv(tmp_path / 'speedrun' / 'search.csv', [
-        {'budget': budget, 'change': change, 'seed': seed, 'epochs': 4, 'multiply_adds': cost,
-         'train_cpu_seconds': seed * cost, 'train_acc_percent': 80,
-         'test_acc_percent': accuracy, 'test_loss': 1 - accuracy / 100}
-        for budget, change, cost, accuracies in (
-            ('proxy', 'recipe', 200, {1: 80, 2: 82, 3: 90}), ('proxy', 'EMA', 100, {1: 81, 2: 84}),
-            ('full', 'recipe', 400, {2: 91}), ('full', 'EMA', 500, {2: 92, 3: 1}),
-            ('proxy', 'ReLU', 200, {3: 89, 4: 1}), ('proxy', 'unpaired', 200, {4: 70}))
+        {'change': change, 'seed': seed, 'multiply_adds': cost, 'train_cpu_seconds': seed * cost,
+         'train_acc_percent': 80, 'test_acc_percent': accuracy, 'test_loss': 1 - accuracy / 100}
+        for change, cost, accuracies in (
+            ('recipe', 200, {1: 80, 2: 82, 3: 90}), ('ReLU', 200, {3: 89, 4: 1}),
+            ('EMA', 100, {1: 81, 2: 84}), ('unpaired', 200, {4: 70}))
         for seed, accuracy in accuracies.items()])
     header, lines = tables.search(tmp_path)
     # differences 1 and 2: mean 1.5, 12.706 * 0.7071 / sqrt(2) on each side
     assert lines == [
-        ['full, 4', 'recipe', '1', '1.00', '1.00', '80.00', '91.00', '', ''],
-        ['full, 4', 'EMA', '1', '1.25', '1.25', '80.00', '92.00', '+1.00', '-0.010'],
-        ['proxy, 4', 'recipe', '3', '1.00', '1.00', '80.00 ± 0.00', '84.00 ± 5.29', '', ''],
-        ['proxy, 4', 'EMA', '2', '0.50', '0.50', '80.00 ± 0.00', '82.50 ± 2.12',
-         '+1.50 (-4.85 to +7.85)', '-0.015 (-0.079 to +0.049)'],
-        ['proxy, 4', 'ReLU', '1', '1.00', '1.00', '80.00', '89.00', '-1.00', '+0.010']]
+        ['recipe', '3', '1.00', '1.00', '80.00 ± 0.00', '84.00 ± 5.29', '', ''],
+        ['EMA', '2', '0.50', '0.50', '80.00 ± 0.00', '82.50 ± 2.12', '+1.50 (-4.85 to +7.85)',
+         '-0.015 (-0.079 to +0.049)'],
+        ['ReLU', '1', '1.00', '1.00', '80.00', '89.00', '-1.00', '+0.010']]
     assert len(header) == len(lines[0])
 
 
