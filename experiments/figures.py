@@ -24,6 +24,7 @@ from experiments.definitions import COMPARED_BLOCKS, EXPERIMENTS
 from experiments.results import (
     ROOT,
     budget_folders,
+    column,
     completed,
     configuration,
     grouped,
@@ -265,15 +266,15 @@ def speedrun(figure, results, measured, logs):
     draw_points(accuracies, [record for record in measured if record['x'] == epochs],
                 'test_acc_percent', ACCURACY)
     accuracies.set_title(f'{epochs:.0f} epochs')
-    for style, (series,), of_series in styled(grouped(speedrun_runs(logs), 'series')):
-        points = sorted(grouped(of_series, 'x').items())
-        compute, accuracy = (
-            [*zip(*(mean_std([record[name] for record in group if record[name] != ''])
-                    for _, group in points))]
-            for name in ('matmul_equivalent_tflop', 'test_acc_percent'))
-        epochs = ', '.join(f'{x:.0f}' for (x,), _ in points)
-        over_compute.errorbar(compute[0], accuracy[0], accuracy[1], compute[1],
-                              label=f'{series}, {epochs} epochs', **style)
+    runs = {key: point for key, point in speedrun_runs(logs).items() if point[1]}
+    for style, series in zip(STYLES, dict.fromkeys(name for name, _ in runs)):
+        points = {x: point for (name, x), point in runs.items() if name == series}
+        tflop, tflop_std = zip(*(mean_std(tflop) for _, tflop in points.values()))
+        accuracy, std = zip(*(mean_std(column(records, 'test_acc_percent'))
+                              for records, _ in points.values()))
+        listed = ', '.join(f'{x:.0f}' for x in points)
+        over_compute.errorbar(tflop, accuracy, std, tflop_std,
+                              label=f'{series}, {listed} epochs', **style)
     over_compute.margins(y=0.3)  # for the legend
     finish(over_compute, 'matmul-equivalent compute (TFLOP)', ACCURACY)
 

@@ -2,7 +2,6 @@
 
 import csv
 import fcntl
-import itertools
 import operator
 import os
 import platform
@@ -160,23 +159,25 @@ def step_times(logs):
 
 
 def speedrun_runs(logs):
-    """Returns the records of airbench and of the speed-run, with multiply-adds and compute.
+    """Returns {(series, epochs): (records, matmul-equivalent TFLOP)}, airbench first.
 
-    Matmul-equivalent compute was measured for the epochs of the recipe, the first ones. That of
-    other epochs is theirs times the ratio of multiply-adds, because it is not comparable between
-    CPUs with and without AMX.
+    TFLOP measured on other CPUs than airbench's are not comparable, as some have AMX. Runs there
+    get those of the series on airbench's CPU, times the ratio of multiply-adds.
     """
     airbench, measured, results = (read_results(logs / 'speedrun' / f'{name}.csv')
                                    for name in ('airbench', 'measured', 'results'))
-    multiply_adds = {record['run']: record['multiply_adds'] for record in results}
-    measured = [{**record, 'multiply_adds': multiply_adds[record['run']]} for record in measured]
-    recipe = grouped([run for run in measured if run['x'] == measured[0]['x']], 'series')
-    scaled = [
-        {**run, 'matmul_equivalent_tflop': run['multiply_adds'] * statistics.mean(
-            of['matmul_equivalent_tflop'] / of['multiply_adds'] for of in recipe[run['series'],])}
-        for run in measured if run['x'] != measured[0]['x']]
-    scaled.sort(key=operator.itemgetter('x'))
-    return [*airbench, *itertools.chain(*recipe.values()), *scaled]
+    result_of = {record['run']: record for record in results}
+    measured = [{**result_of[record['run']], **record} for record in measured]
+    records = [*airbench, *sorted(measured, key=operator.itemgetter('x'))]
+    timed = grouped([record for record in records if record['cpu'] == records[0]['cpu']
+                     and record['matmul_equivalent_tflop'] != ''], 'series')
+    return {
+        (series, epochs): (group, [
+            record['matmul_equivalent_tflop'] * group[0]['multiply_adds'] / record['multiply_adds']
+            for record in [record for record in timed[series,] if record['x'] == epochs]
+            or timed[series,]])
+        for (series, epochs), group in grouped(records, 'series', 'x').items()
+    }
 
 
 def int8_drop(record, form='int8'):

@@ -1,7 +1,7 @@
 """Trains changes of the speed-run recipe and of its model, each with the same seeds.
 
     python -m experiments.speedrun_search --dataroot ../cifar10-jpeg
-    python -m experiments.speedrun_search --dataroot ../cifar10-jpeg --only 'EMA*' --seeds 1 2 3
+    python -m experiments.speedrun_search --dataroot ../cifar10-jpeg --only recipe ReLU --seeds 1 2
 
 A run is a proxy for the recipe: four epochs, with images of 20 to 32 pixels, which take 37 % of the
 multiply-adds. Results are appended to logs/speedrun/search.csv, finished runs skipped.
@@ -47,8 +47,8 @@ class Change:
     channels: tuple = diracnet_fast.CHANNELS
     convolutions: tuple = diracnet_fast.CONVOLUTIONS
     fixed: tuple = ()  # parameters of DiracConv2d that keep their initial value: alpha, beta
-    final_smoothing: float | None = None  # label smoothing, linear from that of the recipe
-    recalibrated: int = 0  # batches of which batch norm takes its statistics at the end
+    final_smoothing: float | None = None  # at the end, linear over the epochs; None: constant
+    recalibration_batches: int = 0  # that set the statistics of batch norm after training
     hard_epochs: tuple = ()  # train on the half of the images with the largest last loss
     freeze_from: float = 1.0  # fraction of the epochs after which the first group is frozen
 
@@ -69,18 +69,18 @@ CHANGES = {
     'final learning rate 15 %, EMA 0.97': Change({'ema': 0.97}, final_lr=0.15),
     'cosine schedule': Change({'lr_schedule': 'cosine'}),
     'label smoothing 0.2 to 0': Change(final_smoothing=0.0),
-    'batch norm recalibrated on 50 batches': Change(recalibrated=50),
+    'batch norm recalibrated on 50 batches': Change(recalibration_batches=50),
 }
 
 
-def learning_rate(change, opt, done):
+def learning_rate(opt, change, done):
     """Returns the learning rate as a fraction of its maximum after `done` epochs, a float."""
     factor = lr_factor(opt, done)
     rising = done < WARM_UP * opt.epochs
     return factor if rising else change.final_lr + (1 - change.final_lr) * factor
 
 
-def smoothing(opt, change, done):
+def label_smoothing(opt, change, done):
     """Returns the label smoothing after `done` epochs."""
     if change.final_smoothing is None:
         return opt.label_smoothing
@@ -98,6 +98,7 @@ def batches_of(sampler, epoch, losses, change):
 
 
 def make_model(opt, change, splits, forward):
+    """Returns the model of the recipe with the architecture and fixed parameters of a change."""
     with mock.patch.multiple(
             diracnet_fast, CHANNELS=change.channels, CONVOLUTIONS=change.convolutions):
         model = build_model(opt, splits, forward)
@@ -110,7 +111,7 @@ def make_model(opt, change, splits, forward):
 
 @torch.no_grad()
 def recalibrate(model, batches, forward, size):
-    """Sets the running statistics of batch norm to their mean over batches of uint8 images."""
+    """Sets the running statistics of batch norm to the means of those of uint8 batches."""
     for layer in model.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.reset_running_stats()
@@ -136,11 +137,11 @@ def train(opt, change, splits, forward):
             done = epoch - 1 + step / len(batches)
             if done >= change.freeze_from * opt.epochs:
                 model.features.group0.requires_grad_(False)
-            set_learning_rate(optimizer, learning_rate(change, opt, done))
+            set_learning_rate(optimizer, learning_rate(opt, change, done))
             images, labels, n = splits.train[indices, seed, range(len(indices))]
             logits = forward(model, images, size)
             optimizer.zero_grad()
-            cross_entropy(logits, labels, n, smoothing(opt, change, done)).backward()
+            cross_entropy(logits, labels, n, label_smoothing(opt, change, done)).backward()
             optimizer.step()
             if average:
                 average.update_parameters(model)
@@ -150,9 +151,10 @@ def train(opt, change, splits, forward):
         seconds += time.process_time() - start
         multiply_adds += 3 * images_seen * count_multiply_adds(model, size)
     model = average.module if average else model
-    if change.recalibrated:
+    if change.recalibration_batches:
+        last = batches[:change.recalibration_batches]
         recalibrate(model, (splits.train[indices, seed, range(len(indices))][0]
-                            for indices, seed in batches[:change.recalibrated]), forward, size)
+                            for indices, seed in last), forward, size)
     return model, {'train_acc_percent': round(100 * correct / images_seen, 2),
                    'multiply_adds': multiply_adds, 'train_cpu_seconds': round(seconds, 1)}
 
@@ -175,15 +177,19 @@ def main(argv=None):
     add('--seeds', default=[1, 2, 3, 4, 5], type=int, nargs='+', help='seeds of each change')
     add('--results', default=ROOT / 'logs/speedrun/search.csv', type=Path, help='CSV file')
     args = parser.parse_args(argv)
+    changes = {name: change for name, change in CHANGES.items()
+               if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.only)}
+    if not changes:
+        parser.error(f'--only {" ".join(args.only)}: no change matches; use one of '
+                     + '; '.join(CHANGES))
     keep_freed_memory()
     with exit_on_error('experiments.speedrun_search'):
         forward = Forward(Preprocessing.for_dataset('Folder'), 'bfloat16', torch.device('cpu'))
         splits = load_splits('Folder', args.dataroot, forward.preprocess, nthread=2)
         for seed in args.seeds:
-            for name, change in CHANGES.items():
+            for name, change in changes.items():
                 done = {(record['change'], record['seed']) for record in read_csv(args.results)}
-                if (name, str(seed)) in done or not any(
-                        fnmatch.fnmatchcase(name, pattern) for pattern in args.only):
+                if (name, str(seed)) in done:
                     continue
                 opt = parse_options(['--recipe', 'speedrun', '--seed', f'{seed}',
                                      *command_line({**PROXY, **change.options})])

@@ -47,29 +47,33 @@ MARKED = re.compile(r'<!-- table: ([\w/-]+) -->\n.*?<!-- end -->', re.DOTALL)
 
 def speedrun(logs):
     """The speed-run and its variants, after airbench94_muon: accuracy and compute."""
-    runs = grouped(speedrun_runs(logs), 'series', 'x')
-    airbench = column(next(iter(runs.values())), 'test_acc_percent')
+    runs = speedrun_runs(logs)
+    airbench = [record['test_acc_percent'] for (series, _), (records, _) in runs.items()
+                for record in records if series == 'airbench94_muon']
     lines = [
-        [series, f'{epochs:.0f}', str(len(group)),
-         *(format_mean([value for value in column(group, f'{name}test_acc_percent')
+        [series, f'{epochs:.0f}', str(len(records)),
+         *(format_mean([value for value in column(records, f'{name}test_acc_percent')
                         if value != '']) for name in ('', 'tta_')),
-         '' if series == 'airbench94_muon' else
-         show([welch((1, column(group, 'test_acc_percent')), (-1, airbench))], '+.2f'),
-         f'{group[0]["multiply_adds"] / 1e12:.0f}',
-         format_mean([value for value in column(group, 'matmul_equivalent_tflop')
-                      if value != ''], 0)]
-        for (series, epochs), group in runs.items()]
+         show([welch((1, column(records, 'test_acc_percent')), (-1, airbench))], '+.2f')
+         if airbench and series != 'airbench94_muon' else '',
+         f'{records[0]["multiply_adds"] / 1e12:.0f}', format_mean(tflop, 0)]
+        for (series, epochs), (records, tflop) in runs.items()]
     return ['variant', 'epochs', 'n', 'test accuracy, %', 'with TTA, %', '- airbench, pp (95 % CI)',
             'multiply-adds, 10^12', 'matmul-equivalent compute, TFLOP'], lines
 
 
 def search(logs):
-    """Changes of the speed-run recipe: compute, accuracy, paired differences from the recipe."""
+    """Changes of the speed-run recipe: compute, accuracy, paired differences from the recipe.
+
+    Multiply-adds and CPU time are those of training, without recalibration; the multiply-adds
+    include the backward pass of frozen layers.
+    """
     records = read_results(logs / 'speedrun' / 'search.csv')
     recipe = {record['seed']: record for record in records if record['change'] == 'recipe'}
     lines = []
-    for (change,), runs in grouped(
-            [record for record in records if record['seed'] in recipe], 'change').items():
+    groups = grouped([record for record in records if record['seed'] in recipe], 'change')
+    for (change,), runs in sorted(
+            groups.items(), key=lambda group: (group[0] != ('recipe',), -len(group[1]))):
         pairs = [(run, recipe[run['seed']]) for run in runs]
         costs = [statistics.mean(run[name] / base[name] for run, base in pairs)
                  for name in ('multiply_adds', 'train_cpu_seconds')]
@@ -79,7 +83,6 @@ def search(logs):
             *('' if change == 'recipe' else show(
                 [welch((1, [run[name] - base[name] for run, base in pairs]))], form)
               for name, form in (('test_acc_percent', '+.2f'), ('test_loss', '+.3f')))])
-    lines.sort(key=lambda line: -int(line[1]))  # stable: the recipe stays first
     return ['change', 'n', 'multiply-adds / recipe', 'CPU time / recipe', 'training accuracy, %',
             'test accuracy, %', 'paired difference, pp (95 % CI)', 'test loss (95 % CI)'], lines
 

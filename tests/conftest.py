@@ -20,7 +20,7 @@ def pytest_configure(config):
     if config.option.markexpr != 'gpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''  # read at the first use of CUDA, also in processes
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell script
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # child processes inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # processes would ignore it too
 
 
 def pytest_addoption(parser):

@@ -31,7 +31,7 @@ from experiments import (
 )
 from experiments.definitions import BUDGETS, EXPERIMENTS, SCRIPTS, RunSpec
 from experiments.release import write_log
-from records import run_records, write_csv
+from records import run_records, write_csv, write_speedrun
 from runs import write_sets
 from training import data
 from training.folders import files_of
@@ -264,6 +264,18 @@ def test_table_of_references_has_memory_and_published_accuracy(tmp_path):
     assert lines == [
         ['DenseNet-40-12', '1,234', '4', '71.50', '1.50', '2 x CPU', '2,345', '94.76']]
     assert len(header) == len(lines[0])
+
+
+def test_figure_of_the_speedrun_draws_accuracy_over_compute(tmp_path):
+    write_speedrun(tmp_path, [('airbench94_muon', 8, '', 89, 90, 3, 5e12, 'A'),
+                              ('airbench94_muon', 8, '', 91, '', '', 5e12, 'A')])
+    _, over_compute = figures.draw('speedrun', tmp_path).axes
+    points = {container.get_label(): container for container in over_compute.containers}
+    assert list(points) == ['airbench94_muon, 8 epochs', 'recipe, 8, 12 epochs']
+    line, _, (horizontal, vertical) = points['recipe, 8, 12 epochs']
+    assert [*line.get_xydata().flatten()] == pytest.approx([5, 89, 10, 91])
+    assert [*horizontal.get_segments()[1][:, 0]] == pytest.approx([10 - 8**0.5, 10 + 8**0.5])
+    assert [*vertical.get_segments()[0][:, 1]] == pytest.approx([89 - 2**0.5, 89 + 2**0.5])
 
 
 def test_figure_of_blocks_draws_accuracy_over_cost(tmp_path):

@@ -320,7 +320,7 @@ def test_learning_rate_of_changes():
     for final, done, expected in (
             (0, 1, 0.5), (0, 6, 0.5), (0, 10, 0), (0.2, 1, 0.5), (0.2, 6, 0.6), (0.2, 10, 0.2)):
         change = search.Change(final_lr=final)
-        assert search.learning_rate(change, opt, done) == pytest.approx(expected)
+        assert search.learning_rate(opt, change, done) == pytest.approx(expected)
 
 
 def test_search_keeps_fixed_parameters(images):
@@ -336,6 +336,7 @@ def test_search_recalibrates_batch_norm():
     layers = nn.Sequential(nn.Conv2d(3, 4, 3, dtype=torch.float64),
                            nn.BatchNorm2d(4, dtype=torch.float64))
     batches = torch.randn(3, 8, 3, 6, 6, dtype=torch.float64)
+    layers(10 + batches[0])  # statistics of training
     search.recalibrate(layers, batches, lambda model, images, size: model(images), 6)
     outputs = [layers[0](images).detach() for images in batches]
     for name, statistics in (('mean', [x.mean((0, 2, 3)) for x in outputs]),
@@ -344,11 +345,21 @@ def test_search_recalibrates_batch_norm():
                                    torch.stack(statistics).mean(0), rtol=1e-10, atol=1e-12)
 
 
+def test_search_trains_with_the_label_smoothing_and_recalibration_of_a_change(images):
+    (recipe, _), (smoothed, _), (recalibrated, _) = (searched(images, change) for change in (
+        search.Change(), search.Change(final_smoothing=0.0),
+        search.Change(recalibration_batches=2)))
+    parameters = [[*model.parameters()] for model in (recipe, smoothed, recalibrated)]
+    assert any(not torch.equal(*pair) for pair in zip(parameters[0], parameters[1]))
+    assert all(torch.equal(*pair) for pair in zip(parameters[0], parameters[2]))
+    assert any(not torch.equal(*pair) for pair in zip(recipe.buffers(), recalibrated.buffers()))
+
+
 def test_label_smoothing_of_a_change():
     opt = options.parse_options(['--recipe', 'speedrun', '--epochs', '10'])
     for final, done, expected in ((None, 10, 0.2), (0.0, 0, 0.2), (0.0, 5, 0.1), (0.4, 10, 0.4)):
         change = search.Change(final_smoothing=final)
-        assert search.smoothing(opt, change, done) == pytest.approx(expected)
+        assert search.label_smoothing(opt, change, done) == pytest.approx(expected)
 
 
 def test_channels_and_convolutions_of_a_change(images):
@@ -376,3 +387,6 @@ def test_search_records_each_run_once(images, tmp_path, capsys):
     assert costs == {'groups of 2, 3, 3 convolutions, 64, 192, 256 channels': pytest.approx(
         0.95, abs=0.01)}
     assert capsys.readouterr().out.count('recipe, seed 1: ') == 1
+    with pytest.raises(SystemExit):
+        search.main([*arguments, '--only', 'Recipe'])
+    assert '--only Recipe: no change matches; use one of recipe; ' in capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import claims, definitions, figures, result_tables, results, tables
-from records import around, run_records, write_csv
+from records import around, run_records, write_csv, write_speedrun
 
 
 @pytest.mark.parametrize('page', [
@@ -33,27 +33,28 @@ def test_bench_shows_the_latest_results_against_the_baseline(tmp_path):
 
 
 def test_speedrun_shows_differences_from_airbench_and_scales_compute(tmp_path):
-    rows = {'airbench': [('airbench94_muon', 8, 89, 3), ('airbench94_muon', 8, 91, '')],
-            'measured': [('recipe', 8, 88, 4), ('recipe', 8, 90, 6), ('recipe', 12, 91, 1000)]}
-    for name, runs in rows.items():
-        write_csv(tmp_path / 'speedrun' / f'{name}.csv', [
-            {'series': series, 'x': x, 'run': f'{x}', 'test_acc_percent': accuracy,
-             'tta_test_acc_percent': '', 'multiply_adds': 5e12, 'matmul_equivalent_tflop': compute}
-            for series, x, accuracy, compute in runs])
-    write_csv(tmp_path / 'speedrun' / 'results.csv', [
-        {'run': '8', 'multiply_adds': 4e12}, {'run': '12', 'multiply_adds': 8e12}])
+    write_speedrun(tmp_path, [('airbench94_muon', 8, '', 89, 90, 3, 5e12, 'A'),
+                              ('airbench94_muon', 8, '', 91, '', '', 5e12, 'A')])
     header, lines = tables.speedrun(tmp_path)
     # the standard error is sqrt(2), with 2 degrees of freedom: 4.303 * 1.414
     assert lines == [
-        ['airbench94_muon', '8', '2', '90.00 ± 1.41', '', '', '5', '3'],
-        ['recipe', '8', '2', '89.00 ± 1.41', '', '-1.00 (-7.08 to +5.08)', '4', '5 ± 1'],
-        ['recipe', '12', '1', '91.00', '', '+1.00', '8', '10']]
+        ['airbench94_muon', '8', '2', '90.00 ± 1.41', '90.00', '', '5', '3'],
+        ['recipe', '8', '2', '89.00 ± 1.41', '89.50 ± 0.71', '-1.00 (-7.08 to +5.08)', '4',
+         '5 ± 1'],
+        ['recipe', '12', '2', '91.00 ± 0.00', '', '+1.00 (-11.71 to +13.71)', '8', '10 ± 3']]
     assert len(header) == len(lines[0])
+
+
+def test_speedrun_without_airbench_has_no_differences(tmp_path):
+    assert tables.speedrun(tmp_path)[1] == []
+    write_speedrun(tmp_path, [('airbench94_muon', 8, '', 89, 90, 3, 5e12, 'A')])
+    (tmp_path / 'speedrun' / 'airbench.csv').unlink()
+    assert [line[5] for line in tables.speedrun(tmp_path)[1]] == ['', '']
 
 
 def test_search_shows_differences_of_the_same_seeds(tmp_path):
     write_csv(tmp_path / 'speedrun' / 'search.csv', [
-        {'change': change, 'seed': seed, 'multiply_adds': cost, 'train_cpu_seconds': seed * cost,
+        {'change': change, 'seed': seed, 'multiply_adds': cost, 'train_cpu_seconds': cost + 300,
          'train_acc_percent': 80, 'test_acc_percent': accuracy, 'test_loss': 1 - accuracy / 100}
         for change, cost, accuracies in (
             ('recipe', 200, {1: 80, 2: 82, 3: 90}), ('ReLU', 200, {3: 89, 4: 1}),
@@ -63,7 +64,7 @@ def test_search_shows_differences_of_the_same_seeds(tmp_path):
     # differences 1 and 2: mean 1.5, 12.706 * 0.7071 / sqrt(2) on each side
     assert lines == [
         ['recipe', '3', '1.00', '1.00', '80.00 ± 0.00', '84.00 ± 5.29', '', ''],
-        ['EMA', '2', '0.50', '0.50', '80.00 ± 0.00', '82.50 ± 2.12', '+1.50 (-4.85 to +7.85)',
+        ['EMA', '2', '0.50', '0.80', '80.00 ± 0.00', '82.50 ± 2.12', '+1.50 (-4.85 to +7.85)',
          '-0.015 (-0.079 to +0.049)'],
         ['ReLU', '1', '1.00', '1.00', '80.00', '89.00', '-1.00', '+0.010']]
     assert len(header) == len(lines[0])

@@ -59,7 +59,7 @@ class FastNet(nn.Module):
         cin = 2 * 3 * PATCH**2
         layers = OrderedDict(
             conv=nn.Conv2d(3, cin, PATCH, bias=False), act=ACTIVATION_LAYERS[activation]())
-        for g, (channels, convolutions) in enumerate(zip(CHANNELS, CONVOLUTIONS)):
+        for g, (channels, convolutions) in enumerate(zip(CHANNELS, CONVOLUTIONS, strict=True)):
             cout = int(channels * width)
             layers[f'group{g}'] = nn.Sequential(OrderedDict(
                 (f'block{b}', _block(cout if b else cin, cout, b == 0, activation))
