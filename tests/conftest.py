@@ -19,8 +19,12 @@ from training import data
 def pytest_configure(config):
     if config.option.markexpr != 'gpu':
         os.environ['CUDA_VISIBLE_DEVICES'] = ''  # read at the first use of CUDA, also in processes
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell script
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # processes would ignore it too
+    # tests send signals to processes, which inherit what nohup and background jobs ignore, but not
+    # a handler
+    for number, handler in ((signal.SIGINT, signal.default_int_handler),
+                            (signal.SIGHUP, lambda number, frame: None)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_addoption(parser):
