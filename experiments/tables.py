@@ -7,6 +7,7 @@ start with a folder of logs/: `medium/depth` is the table of `depth` in the budg
 tables of docs/results.md are in experiments/claims.py and result_tables.py.
 """
 
+import functools
 import re
 import statistics
 from pathlib import Path
@@ -62,9 +63,10 @@ def speedrun(logs):
             'multiply-adds, 10^12', 'matmul-equivalent compute, TFLOP'], lines
 
 
-def search(logs):
+def search(logs, repeated=True):
     """Changes of the speed-run recipe: compute, accuracy, paired differences from the recipe.
 
+    repeated: those with several seeds, which have intervals; otherwise those with one.
     Multiply-adds and CPU time are those of training, without recalibration; the multiply-adds
     include the backward pass of frozen layers.
     """
@@ -74,6 +76,8 @@ def search(logs):
     groups = grouped([record for record in records if record['seed'] in recipe], 'change')
     for (change,), runs in sorted(
             groups.items(), key=lambda group: (group[0] != ('recipe',), -len(group[1]))):
+        if (len(runs) > 1) != repeated:
+            continue
         pairs = [(run, recipe[run['seed']]) for run in runs]
         costs = [statistics.mean(run[name] / base[name] for run, base in pairs)
                  for name in ('multiply_adds', 'train_cpu_seconds')]
@@ -252,7 +256,8 @@ LEFT_ALIGNED = (  # columns of text
     'model', 'variant', 'source', 'change', 'passed', 'baseline', 'images', 'source of the recipe',
     'command', 'quantity', 'verdict', 'section', 'parameters, millions', 'block', 'device', 'step')
 TABLES = {
-    'claims': claims, 'search': search, 'tried': tried, 'bench': bench, 'gpu-checks': gpu_checks,
+    'claims': claims, 'search': search, 'search-once': functools.partial(search, repeated=False),
+    'tried': tried, 'bench': bench, 'gpu-checks': gpu_checks,
     'gpu-training': gpu_training, 'gpu-inference': gpu_inference, 'gpu-runs': gpu_runs,
     'gpu-profile': gpu_profile, 'sizes': sizes, 'speedrun': speedrun, **RESULT_TABLES,
 }

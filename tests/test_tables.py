@@ -65,7 +65,8 @@ def test_search_shows_differences_of_the_same_seeds(tmp_path):
     assert lines == [
         ['recipe', '3', '1.00', '1.00', '80.00 ± 0.00', '84.00 ± 5.29', '', ''],
         ['EMA', '2', '0.50', '0.80', '80.00 ± 0.00', '82.50 ± 2.12', '+1.50 (-4.85 to +7.85)',
-         '-0.015 (-0.079 to +0.049)'],
+         '-0.015 (-0.079 to +0.049)']]
+    assert tables.search(tmp_path, repeated=False)[1] == [
         ['ReLU', '1', '1.00', '1.00', '80.00', '89.00', '-1.00', '+0.010']]
     assert len(header) == len(lines[0])
 
