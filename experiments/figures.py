@@ -267,12 +267,10 @@ def speedrun(figure, results, measured, logs):
                 'test_acc_percent', ACCURACY)
     accuracies.set_title(f'{epochs:.0f} epochs')
     runs = {key: point for key, point in speedrun_runs(logs).items() if point[1]}
-    for style, series in zip(STYLES, dict.fromkeys(name for name, _ in runs)):
-        points = {x: point for (name, x), point in runs.items() if name == series}
-        tflop, tflop_std = zip(*(mean_std(tflop) for _, tflop in points.values()))
-        accuracy, std = zip(*(mean_std(column(records, 'test_acc_percent'))
-                              for records, _ in points.values()))
-        listed = ', '.join(f'{x:.0f}' for x in points)
+    for style, series, keys in styled(grouped_by(lambda key: key[0], runs)):
+        tflop, tflop_std = zip(*(mean_std(runs[key][1]) for key in keys))
+        accuracy, std = zip(*(mean_std(column(runs[key][0], 'test_acc_percent')) for key in keys))
+        listed = ', '.join(f'{epochs:.0f}' for _, epochs in keys)
         over_compute.errorbar(tflop, accuracy, std, tflop_std,
                               label=f'{series}, {listed} epochs', **style)
     over_compute.margins(y=0.3)  # for the legend

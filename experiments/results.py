@@ -171,13 +171,13 @@ def speedrun_runs(logs):
     records = [*airbench, *sorted(measured, key=operator.itemgetter('x'))]
     timed = grouped([record for record in records if record['cpu'] == records[0]['cpu']
                      and record['matmul_equivalent_tflop'] != ''], 'series')
-    return {
-        (series, epochs): (group, [
+    runs = {}
+    for (series, epochs), group in grouped(records, 'series', 'x').items():
+        own = [record for record in timed[series,] if record['x'] == epochs]
+        runs[series, epochs] = group, [
             record['matmul_equivalent_tflop'] * group[0]['multiply_adds'] / record['multiply_adds']
-            for record in [record for record in timed[series,] if record['x'] == epochs]
-            or timed[series,]])
-        for (series, epochs), group in grouped(records, 'series', 'x').items()
-    }
+            for record in own or timed[series,]]
+    return runs
 
 
 def int8_drop(record, form='int8'):

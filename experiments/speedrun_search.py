@@ -102,10 +102,9 @@ def make_model(opt, change, splits, forward):
     with mock.patch.multiple(
             diracnet_fast, CHANNELS=change.channels, CONVOLUTIONS=change.convolutions):
         model = build_model(opt, splits, forward)
-    for layer in model.modules():
-        for name in change.fixed:
-            if hasattr(layer, name):
-                getattr(layer, name).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if name.rpartition('.')[2] in change.fixed:
+            parameter.requires_grad_(False)
     return model
 
 

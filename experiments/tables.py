@@ -46,17 +46,20 @@ MARKED = re.compile(r'<!-- table: ([\w/-]+) -->\n.*?<!-- end -->', re.DOTALL)
 # ---------------------------------------------------------------- speed-run
 
 
+AIRBENCH = 'airbench94_muon', 8  # series and epochs of the runs that the others are compared with
+
+
 def speedrun(logs):
     """The speed-run and its variants, after airbench94_muon: accuracy and compute."""
     runs = speedrun_runs(logs)
-    airbench = [record['test_acc_percent'] for (series, _), (records, _) in runs.items()
-                for record in records if series == 'airbench94_muon']
+    airbench, _ = runs.get(AIRBENCH, ([], []))
     lines = [
         [series, f'{epochs:.0f}', str(len(records)),
          *(format_mean([value for value in column(records, f'{name}test_acc_percent')
                         if value != '']) for name in ('', 'tta_')),
-         show([welch((1, column(records, 'test_acc_percent')), (-1, airbench))], '+.2f')
-         if airbench and series != 'airbench94_muon' else '',
+         show([welch(*((sign, column(group, 'test_acc_percent'))
+                       for sign, group in ((1, records), (-1, airbench))))], '+.2f')
+         if airbench and records is not airbench else '',
          f'{records[0]["multiply_adds"] / 1e12:.0f}', format_mean(tflop, 0)]
         for (series, epochs), (records, tflop) in runs.items()]
     return ['variant', 'epochs', 'n', 'test accuracy, %', 'with TTA, %', '- airbench, pp (95 % CI)',
