@@ -219,12 +219,13 @@ def print_settings(settings, model, splits, forward):
         return
     params = dict(model.named_parameters())
     training = f'{len(splits.train)} training and ' if splits.train else ''
+    width = max(38, *map(len, params)) + 2
     say(
         *[f'  {name:<16}{value}' for name, value in settings.items()],
-        '', f'  {"parameter":<40}{"shape":<20}{"size":>12}',
-        *[f'  {name:<40}{str(tuple(param.shape)):<20}{param.numel():>12,}'
+        '', f'  {"parameter":<{width}}{"shape":<20}{"size":>12}',
+        *[f'  {name:<{width}}{str(tuple(param.shape)):<20}{param.numel():>12,}'
           for name, param in params.items()],
-        f'  {"total":<60}{sum(p.numel() for p in params.values()):>12,}', '',
+        f'  {"total":<{width + 20}}{sum(p.numel() for p in params.values()):>12,}', '',
         f'{splits.name or "data from Python"}: {training}{len(splits.test)} test images, '
         f'{len(splits.classes)} classes; computing on {world_size()} x '
         f'{forward.device.type} in {forward.dtype}',
