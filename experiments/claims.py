@@ -23,6 +23,7 @@ from experiments.results import (
     read_pooled,
     read_results,
     relative_time,
+    run_counts,
     seed_means,
     span,
 )
@@ -46,7 +47,7 @@ class Answer:
     replication: list[Estimate]  # the same comparisons in the replication alone
     n: str
     verdict: str
-    form: str = '+.1f'  # of a number
+    form: str = '+.1f'  # format spec of the estimates
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,6 @@ def estimated(points, comparisons):
     return [welch(*((weight, points[key]) for weight, key in terms)) for terms in comparisons]
 
 
-def counts(records, keys):
-    """Returns the number of runs of the points as text, such as '3' or '3 to 9'."""
-    groups = grouped(records, 'series', 'x')
-    return span([len(groups[key]) for key in keys])
-
-
 def by_accuracy(experiment, compare, decide):
     """Returns the answers to a claim on accuracies, one for each budget with results.
 
@@ -114,7 +109,7 @@ def by_accuracy(experiment, compare, decide):
                 epochs = max((record['epochs'] for record in completed(results)), default=0)
                 found.append(Answer(
                     f'{epochs:.0f}', f'{quantity}, pp', estimates,
-                    estimated(accuracies(again), comparisons), counts(results, keys),
+                    estimated(accuracies(again), comparisons), run_counts(results, keys),
                     decide(estimates, MARGIN)))
         return found
     return answers
@@ -163,10 +158,10 @@ def more_layers(points):
     depths = sorted({series for series, _ in points}, key=lambda s: float(s.split()[1]))
     if len(depths) < 2:
         return '', []
-    first, last = depths[0], depths[-1]
-    widths = values_of_x(points, first, last)
-    return f'gain from {first} to {last}, {len(widths)} widths', [
-        difference((last, x), (first, x)) for x in widths]
+    steps = [((a, x), (b, x)) for a, b in itertools.pairwise(depths)
+             for x in values_of_x(points, a, b)]
+    return f'gain of each of {len(steps)} steps from {depths[0]} to {depths[-1]}', [
+        difference(b, a) for a, b in steps]
 
 
 def scaled_init(points, series, scales):
@@ -274,16 +269,9 @@ def extra_time(record):
     return Estimate(*(100 * (time - 1) for time in relative_time(record)))
 
 
-def decide_time(estimates):
-    """Returns 'no' if an interval exceeds TIME_MARGIN, 'yes' if no median does."""
-    if any(estimate.low > TIME_MARGIN for estimate in estimates):
-        return 'no'
-    return 'yes' if all(e.value < TIME_MARGIN for e in estimates) else 'inconclusive'
-
-
 def time_answer(quantity, estimates, replication=()):
     return [Answer('', f'{quantity}, %', estimates, [*replication], f'{len(estimates)}',
-                   decide_time(estimates))] if estimates else []
+                   stays_within(estimates, TIME_MARGIN))] if estimates else []
 
 
 def cost_records(logs, compared, name):
@@ -383,5 +371,5 @@ def claims(logs):
                 *(show(estimates, answer.form)
                   for estimates in (answer.estimates, answer.replication)),
                 answer.n, f'**{answer.verdict}**', link])
-    return ['claim', 'source', 'quantity', 'epochs', 'ours (95 % CI)', 'replication', 'n',
+    return ['claim', 'source', 'quantity', 'epochs', 'all runs (95 % CI)', 'replication alone', 'n',
             'verdict', 'section'], lines

@@ -33,9 +33,8 @@ from experiments.results import (
     mean_std,
     read_both,
     read_pooled,
-    read_results,
     relative_time,
-    seed_counts,
+    run_counts,
     speedrun_runs,
     step_times,
 )
@@ -242,8 +241,8 @@ def blocks(figure, results, measured, logs):
         for style, block in zip(STYLES, COMPARED_BLOCKS):
             if (block,) in groups:
                 draw_over_cost(axes, groups[block,], times[block], label=block, **style)
-        ns = seed_counts([{**record, 'x': record['epochs']} for record in of_depth])
-        axes.set_title(f'{layers:.0f} layers, {ns}')
+        ns = run_counts([{**record, 'x': record['epochs']} for record in of_depth])
+        axes.set_title(f'{layers:.0f} layers, n = {ns}')
         axes.margins(x=0.2)
         finish(axes, 'epochs × step time / that of base (95 % CI)', ACCURACY)
         log_scale(axes)
@@ -295,15 +294,17 @@ def replication_pairs(logs):
 
     There are two seeds or more. Runs are {seed: accuracy}.
     """
-    sets = [
-        grouped_by(configuration, completed([
-            record for path in sorted(folder.glob('*/results.csv'))
-            for record in read_results(path) if record['dataset'] == 'Folder']))
-        for folder in (logs, logs / 'again')]
-    pairs = {key: [{record['seed']: record['test_acc_percent'] for record in of[key]}
-                   for of in sets] for key in sets[1] if key in sets[0]}
-    return {key: pair for key, pair in pairs.items()
-            if pair[0].keys() == pair[1].keys() and len(pair[0]) > 1}
+    pairs = {}
+    for experiment in sorted(path.parent.name for path in logs.glob('again/*/results.csv')):
+        first, again = (grouped_by(configuration, completed(
+            [record for record in records if record['dataset'] == 'Folder']))
+            for records in read_both(experiment, 'results.csv', logs))
+        for key in (key for key in again if key in first):
+            pair = [{record['seed']: record['test_acc_percent'] for record in of[key]}
+                    for of in (first, again)]
+            if pair[0].keys() == pair[1].keys() and len(pair[0]) > 1:
+                pairs[key] = pair
+    return pairs
 
 
 def replication(figure, logs):
@@ -356,9 +357,10 @@ def draw(experiment, logs):
     if experiment in FROM_MEASURED and not measured:
         raise ValueError(f'{folder}: nothing in measured.csv yet; run python -m experiments.run '
                          f'{experiment}')
-    results = read_pooled(experiment, logs)
     if experiment in FROM_MEASURED or experiment == 'thousand':  # n is the number of runs drawn
         results = recorded('results.csv')
+    else:
+        results = read_pooled(experiment, logs)
     runs = completed(results)
     if not runs and not measured:
         raise ValueError(f'{folder}: no results; run python -m experiments.run {experiment}')
@@ -366,7 +368,7 @@ def draw(experiment, logs):
     FIGURES[experiment](figure, runs, measured, logs)
     diverged = len(results) - len(runs)
     figure.suptitle(
-        EXPERIMENTS[experiment].__doc__ + (f' ({seed_counts(runs)})' if runs else '')
+        EXPERIMENTS[experiment].__doc__ + (f' (n = {run_counts(runs)})' if runs else '')
         + (f' ({diverged} diverged, left out)' if diverged else ''))
     return figure
 

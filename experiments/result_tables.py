@@ -141,12 +141,14 @@ def blocks(logs):
     results, times = read_pooled('blocks', logs), step_times(logs)
     groups, points = grouped(results, 'series', 'x'), accuracies(results)
     depths = sorted({x for _, x in groups})
-    drops = {record['run']: int8_drop(record) for name in ('int8', 'blocks')
-             for record in read_results(logs / name / 'measured.csv')}
+    drops = grouped([record for name in ('int8', 'blocks')
+                     for records in read_both(name, 'measured.csv', logs) for record in records],
+                    'run')
     lines = []
     for block in [name for name in COMPARED_BLOCKS if any(name == key[0] for key in groups)]:
         runs = {x: completed(groups.get((block, x), [])) for x in [*depths, DEPTH]}
-        lost = [drops[name] for name in dict.fromkeys(column(runs[DEPTH], 'run')) if name in drops]
+        lost = [int8_drop(record) for name in dict.fromkeys(column(runs[DEPTH], 'run'))
+                for record in drops[name,]]
         lines.append([
             block, parameter_count(runs[DEPTH], ',.0f'),
             '{:.2f} ({:.2f} to {:.2f})'.format(*times[block]) if block in times else '',
@@ -315,10 +317,13 @@ def hours(logs):
                     name + f', {budget}' * (folder != logs),
                     f'{estimated_hours(name, BUDGETS[budget], runs):.1f} ({len(runs)})',
                     measured(first, True), measured(again, True), measured(first, False)])
-    total = [run for folder in folders.values() for run in all_runs(folder)]
-    columns.append(['all, once', '', measured(total, True), '', measured(total, False)])
+    runs = [run for folder in folders.values() for run in all_runs(folder)]
+    again = [run for run in runs if run['log'].startswith('again/')]
+    first = [run for run in runs if run not in again]
+    columns.append(['all, once', '', measured(first, True), measured(again, True),
+                    measured(first, False)])
     header, *lines = zip(('hours (runs)', 'estimate, 2 CPU cores', 'CPU core hours, first runs',
-                          'CPU core hours, replication', 'H100, first runs'), *columns)
+                          'CPU core hours, replication', 'GPU, first runs'), *columns)
     return [*header], [[*line] for line in lines]
 
 

@@ -203,9 +203,10 @@ def span(values):
     return ' to '.join(dict.fromkeys(f'{value:.0f}' for value in (min(values), max(values))))
 
 
-def seed_counts(results):
-    """Returns the number of seeds per point as text, such as 'n = 3' or 'n = 1 to 3'."""
-    return 'n = ' + span([len(group) for group in grouped(results, 'series', 'x').values()])
+def run_counts(results, keys=None):
+    """Returns the number of runs per point, '3' or '1 to 3': of all (series, x), or of `keys`."""
+    groups = grouped(results, 'series', 'x')
+    return span([len(groups[key]) for key in keys or groups])
 
 
 # ---------------------------------------------------------------- environment

@@ -91,7 +91,8 @@ def search(logs, repeated=True):
                 [welch((1, [run[name] - base[name] for run, base in pairs]))], form)
               for name, form in (('test_acc_percent', '+.2f'), ('test_loss', '+.3f')))])
     return ['change', 'n', 'multiply-adds / recipe', 'CPU time / recipe', 'training accuracy, %',
-            'test accuracy, %', 'paired difference, pp (95 % CI)', 'test loss (95 % CI)'], lines
+            'test accuracy, %', 'paired difference, pp (95 % CI)',
+            'paired difference of the test loss (95 % CI)'], lines
 
 
 def tried(logs):
@@ -192,8 +193,7 @@ def bench(logs):
 
 def gpu_checks(logs):
     """The recorded comparison of a GPU with the CPU: difference and tolerance."""
-    lines = [[record['what'].replace('points between', 'pp between'), record['off'],
-              record['at_most'], record['holds']]
+    lines = [[record['what'], record['off'], record['at_most'], record['holds']]
              for record in read_csv(logs / 'gpu' / 'checks.csv')]
     return ['quantity', 'difference', 'tolerance', 'passed'], lines
 

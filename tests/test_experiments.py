@@ -234,8 +234,8 @@ def test_table_of_blocks_leaves_out_what_is_missing(tmp_path):
         ('base', 52, 1, '', 4), ('dirac', 52, 1, 70, 4), ('dirac', 52, 2, '', 4),
     ], {'base': 1, 'repvgg': 1.5, 'dbb': 3})
     for name, run_name, drop in (('int8', 'base-28-4ep-s1', 1), ('blocks', 'base-28-4ep-s2', 2),
-                                 ('blocks', 'another', 9)):
-        (tmp_path / name).mkdir(exist_ok=True)
+                                 ('again/int8', 'base-28-4ep-s1', 3), ('blocks', 'another', 9)):
+        (tmp_path / name).mkdir(exist_ok=True, parents=True)
         with open(tmp_path / name / 'measured.csv', 'a') as file:
             if not file.tell():
                 file.write('run,float32_test_acc_percent,int8_test_acc_percent\n')
@@ -247,7 +247,7 @@ def test_table_of_blocks_leaves_out_what_is_missing(tmp_path):
         'loss, 52 layers', 'int8 drop, pp (n)']
     assert lines == [
         ['base', '1,234', '1.00 (0.75 to 1.50)', '62.00 ± 2.83 (2)', '1 diverged', '',
-         '0.500 ± 0.000', '', '1.50 ± 0.71 (2)'],
+         '0.500 ± 0.000', '', '2.00 ± 1.00 (3)'],
         ['dirac', '', '', '', '70.00 (1, 1 diverged)', '', '', '0.500', ''],
         ['repvgg', '1,234', '1.50 (1.25 to 2.00)', '80.00 (1)', '', '+18.0', '0.500', '', ''],
     ]
@@ -591,7 +591,7 @@ def test_gradients_are_measured_once(shared):
 def test_draw_points_draws_mean_and_std_over_seeds():
     records = [{'series': 'a', 'x': 1, 'value': value} for value in (1.0, 2.0, 6.0)]
     assert results.mean_std([record['value'] for record in records]) == (3.0, 7 ** 0.5)
-    assert results.seed_counts(records) == 'n = 3'
+    assert results.run_counts(records) == '3'
     axes = Figure().subplots()
     figures.draw_points(axes, records + [{'series': 'b', 'value': -0.001}], 'value', 'points')
     assert [label.get_text() for label in axes.get_yticklabels()] == ['a', 'b']
