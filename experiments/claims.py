@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from diracnets.checkpoint import MODEL_FILE, load_params
-from experiments import gpu
+from experiments import gpu_results
 from experiments.intervals import Estimate, exceeds, stays_within, welch
 from experiments.measures import layer_statistics
 from experiments.results import (
@@ -293,10 +293,10 @@ def training_on_a_cpu(logs, name):
 
 def training_on_a_gpu(logs, forms, imagenet):
     """Returns the measurements of W_hat on the GPU, for ImageNet (batches of 256) or CIFAR."""
-    comparisons = gpu.training_comparisons(read_results(logs / 'gpu' / 'rates.csv'))
+    comparisons = gpu_results.training_comparisons(read_results(logs / 'gpu' / 'rates.csv'))
     chosen = [variants for settings, variants in comparisons.items()
               if settings.endswith('batch 256') == imagenet]
-    estimates = [Estimate(*gpu.overhead_of_w_hat(variants, form))
+    estimates = [Estimate(*gpu_results.overhead_of_w_hat(variants, form))
                  for variants in chosen for form in forms]
     devices = {record['device'].removeprefix('NVIDIA ').partition(' ')[0]
                for variants in chosen for record in variants.values()}
@@ -351,9 +351,9 @@ CLAIMS = [
       for text, name in (('CPU', 'W_hat'), ('CPU, layer by layer', 'W_hat, layer by layer'))),
     *(Claim(MINOR + text, 'abstract', COST, partial(
         training_on_a_gpu, forms=forms, imagenet=imagenet)) for text, forms, imagenet in (
-            ('GPU, CIFAR networks, --no-compile', gpu.FORMS[:1], False),
-            ('GPU, CIFAR networks, compiled', gpu.FORMS[1:], False),
-            ('GPU, 224 pixels, compiled or not', gpu.FORMS, True))),
+            ('GPU, CIFAR networks, --no-compile', gpu_results.FORMS[:1], False),
+            ('GPU, CIFAR networks, compiled', gpu_results.FORMS[1:], False),
+            ('GPU, 224 pixels, compiled or not', gpu_results.FORMS, True))),
     Claim('a folded DiracNet has no extra cost at inference', 'abstract', COST,
           inference_on_a_cpu),
 ]

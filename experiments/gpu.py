@@ -32,9 +32,10 @@ import diracnets
 from cli import ArgumentParser, exit_on_error, print_table, say
 from diracnet import DiracNet
 from diracnets.preprocessing import Preprocessing
+from experiments.gpu_results import BASELINES, COMPILED, EAGER, FORMS, standard_convolutions
 from experiments.gpu_runs import profile_records, profile_step, run_cost
 from experiments.interleaved import Variant, print_records, timing_columns
-from experiments.results import CPU, ROOT, append_results, device_name, environment
+from experiments.results import ROOT, append_results, device_name, environment
 from experiments.variants import (
     diracnet,
     folded_resnet,
@@ -53,18 +54,7 @@ from training.timing import interleave, matmul_gflops, seconds_per_call, synchro
 
 MIN_REPETITIONS, MAX_REPETITIONS = 6, 20
 MIN_SECONDS = 0.2  # of work in one repetition
-COMPILED = 'train.py --compile'
-FORMS = 'train.py', COMPILED
-EAGER = 'float32, NCHW, eager'
 CHANGES = 'channels-last weights', 'max-autotune', 'optimizer of one kernel per tensor'
-
-
-def standard_convolutions(form):
-    """Returns the stored name of the variant with W in place of W_hat."""
-    return f'standard convolutions, {form}'
-
-
-BASELINES = {standard_convolutions(form): form for form in FORMS}  # of these variants' ratios
 PRINTED = {  # header: format of a cell
     'baseline': '{ratio_to}', 'TFLOP/s': '{tflop_per_second:,.1f}',
     '% of matmul peak': '{percent_of_product:.0f}',
@@ -264,51 +254,6 @@ def comparison_records(comparison, peak, columns):
             'target': comparison.target, 'batch': variant.images, **columns,
         })
     return records
-
-
-# ---------------------------------------------------------------- results
-
-
-def latest_gpu_comparisons(results, kind):
-    """Returns {settings: {variant: record}} of the GPU that was measured last.
-
-    `kind` is 'training' or 'inference'; the settings follow it in the title of a comparison, such
-    as '28-10, batch 128'.
-    """
-    results = [record for record in results if record['device'] != CPU]
-    comparisons = {}
-    for record in results:
-        same_gpu = record['device'] == results[-1]['device']
-        if same_gpu and record['compared'].startswith(f'{kind} '):
-            settings = record['compared'].removeprefix(f'{kind} ')
-            comparisons.setdefault(settings, {})[record['what']] = record
-    return comparisons
-
-
-def resnet_record(variants, form):
-    """Returns the record of the ResNet in a form, or None if it was left out."""
-    return next((record for name, record in variants.items()
-                 if name.startswith('resnet') and name.endswith(f', {form}')), None)
-
-
-def training_comparisons(results):
-    """Returns the complete comparisons of training; a variant may run out of memory."""
-    return {settings: variants
-            for settings, variants in latest_gpu_comparisons(results, 'training').items()
-            if variants.keys() >= {EAGER, *FORMS, *BASELINES} and resnet_record(variants, COMPILED)}
-
-
-def overhead_of_w_hat(variants, form):
-    """Returns (median, low, high) of the extra time of a step with W_hat, in per cent.
-
-    Newer records hold the ratio to the DiracNet in the same form. In older records both ratios are
-    to the first variant: the result is then a quotient, and the interval its outer bounds.
-    """
-    diracnet_record, standard = variants[form], variants[standard_convolutions(form)]
-    if standard['ratio_to'] == form:
-        return [100 * (standard[name] - 1) for name in ('ratio', 'ratio_low', 'ratio_high')]
-    return [100 * (standard[a] / diracnet_record[b] - 1) for a, b in (
-        ('ratio', 'ratio'), ('ratio_low', 'ratio_high'), ('ratio_high', 'ratio_low'))]
 
 
 # ---------------------------------------------------------------- the command

@@ -20,7 +20,7 @@ from diracnet import DiracNet
 from diracnets.fold import fold
 from diracnets.models.registry import create_model
 from diracnets.preprocessing import Preprocessing
-from experiments import gpu
+from experiments import gpu_results
 from experiments.claims import claims, show
 from experiments.definitions import command_line
 from experiments.interleaved import RATIO, pairs_with_baseline
@@ -201,17 +201,17 @@ def gpu_checks(logs):
 def gpu_training(logs):
     """Rates of a training step on a GPU: eager, as train.py runs it, and compiled."""
     lines = []
-    comparisons = gpu.training_comparisons(read_results(logs / 'gpu' / 'rates.csv'))
+    comparisons = gpu_results.training_comparisons(read_results(logs / 'gpu' / 'rates.csv'))
     for settings, variants in comparisons.items():
-        compiled = variants[gpu.COMPILED]
-        shown = [variants[gpu.EAGER], *map(variants.get, gpu.FORMS),
-                 gpu.resnet_record(variants, gpu.COMPILED)]
+        compiled = variants[gpu_results.COMPILED]
+        shown = [variants[gpu_results.EAGER], *map(variants.get, gpu_results.FORMS),
+                 gpu_results.resnet_record(variants, gpu_results.COMPILED)]
         lines.append([
             settings, f'{compiled["n"]:.0f}',
             *(f'{rate:,.0f}' for rate in column(shown, 'images_per_second')),
             f'{compiled["percent_of_product"]:.0f}', f'{compiled["peak_memory_mb"]:,.0f}',
-            *('{:+.0f} ({:+.0f} to {:+.0f})'.format(*gpu.overhead_of_w_hat(variants, form))
-              for form in gpu.FORMS),
+            *('{:+.0f} ({:+.0f} to {:+.0f})'.format(*gpu_results.overhead_of_w_hat(variants, form))
+              for form in gpu_results.FORMS),
         ])
     return ['model', 'n', 'float32, NCHW', 'train.py --no-compile', 'train.py', 'ResNet',
             '% of matmul peak', 'peak MB', 'W_hat, %, --no-compile', 'W_hat, %'], lines
@@ -244,7 +244,7 @@ def gpu_profile(logs):
 def gpu_inference(logs):
     """Rates of a folded DiracNet on a GPU, and of the ResNet of the same depth."""
     rates = read_results(logs / 'gpu' / 'rates.csv')
-    comparisons = gpu.latest_gpu_comparisons(rates, 'inference')
+    comparisons = gpu_results.latest_gpu_comparisons(rates, 'inference')
     lines = [[settings, record['what'], f'{record["n"]:.0f}',
               f'{record["images_per_second"]:,.0f}', RATIO.format(**record),
               f'{record["percent_of_product"]:.0f}']

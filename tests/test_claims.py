@@ -1,10 +1,12 @@
 """The claims: accuracies per seed, and the verdicts."""
 
+import csv
 import math
 import statistics
 
 import pytest
 import torch
+from scipy import stats
 
 from experiments import claims
 from experiments.intervals import Estimate
@@ -183,6 +185,24 @@ def test_claims_on_the_cost_of_w_hat_on_a_cpu(tmp_path):
     assert (layerwise.n, layerwise.verdict) == ('1', 'no')
     inference, = answers('a folded DiracNet has no extra cost at inference', tmp_path)
     assert (inference.estimates[0].value, inference.verdict) == (100, 'no')
+
+
+@pytest.mark.parametrize(('experiment', 'first', 'second', 'line'), [
+    ('large', ('resnet', 2), ('diracnet', 1), 'large DiracNets are less accurate than ResNets'),
+    ('depth', ('diracnet', 52), ('plain', 52), 'diracnet - plain, pp (95 % CI)'),
+    ('depth', ('diracnet', 100), ('resnet', 100), 'diracnet - resnet, pp (95 % CI)'),
+])
+def test_differences_on_the_page_equal_those_of_scipy(experiment, first, second, line):
+    # configurations without replication: one run of each seed
+    with open(ROOT / 'logs' / experiment / 'results.csv', newline='') as file:
+        records = [*csv.DictReader(file)]
+    a, b = ([float(record['test_acc_percent']) for record in records
+             if record['series'] == series and float(record['x']) == x]
+            for series, x in (first, second))
+    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    expected = f'{statistics.mean(a) - statistics.mean(b):+.1f} ({low:+.1f} to {high:+.1f})'
+    page = (ROOT / 'docs' / 'results.md').read_text().splitlines()
+    assert expected in next(text for text in page if text.startswith(f'| {line} '))
 
 
 def test_claims_table_links_to_sections_of_the_page():
