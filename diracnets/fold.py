@@ -48,8 +48,8 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
       becomes one standard convolution, and the batch norm an nn.Identity. A Network becomes an
       nn.Sequential of its folded layers, and a DiracNet if it is the whole module and has the
       layers of one. DataParallel, DistributedDataParallel, AveragedModel and the wrapper of
-      torch.compile are removed. Names, shared layers, hooks and all other modules remain. A
-      convolution keeps its batch norm if one of the two has hooks or is also used without the
+      torch.compile are removed. Names, shared layers, forward hooks and all other modules remain.
+      A convolution keeps its batch norm if one of the two has hooks or is also used without the
       other, or if the convolution has another parametrization.
     dtype is the dtype of the result; the arithmetic is in float64.
 
@@ -59,21 +59,17 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
     layer that another forward uses, for a remaining tensor that is computed from others (such as a
     weight under torch.nn.utils.prune), for a program of torch.jit or, with batch norm, of
     torch.export, and for a module with batch norm that torch.fx cannot trace, such as one with
-    control flow that depends on tensor values; fold its submodules instead.
+    control flow that depends on its inputs; fold its submodules instead.
     """
     if isinstance(source, Mapping):
-        return _fold_params(source, dtype)
+        if is_folded(source):
+            raise ValueError('contains a folded network; use its parameters before folding')
+        return _fold_module(Network.from_params(source).cpu(), dtype)
     if isinstance(source, nn.Module):
         return _fold_module(source, dtype)
     raise ValueError(
         f'{type(source).__name__} cannot be folded: expected parameters or an nn.Module'
     )
-
-
-def _fold_params(params, dtype):
-    if is_folded(params):
-        raise ValueError('contains a folded network; use its parameters before folding')
-    return _fold_module(Network.from_params(params).cpu(), dtype)
 
 
 @torch.no_grad()
@@ -98,8 +94,10 @@ def _fold_module(module, dtype):
             # the copy shares that class with the original: give the copy its own
             cls = type(layer)
             layer.__class__ = type(cls.__name__, cls.__bases__, dict(vars(cls)))
-            parametrized = layer.parametrizations.weight  # W_hat replaces the values of this tensor
-            parametrized.original = nn.Parameter(parametrized.original.clone())  # may be shared
+            parametrized = layer.parametrizations.weight
+            for name, tensor in list(parametrized.named_parameters(recurse=False)):
+                # W_hat replaces the values of this tensor, which may be shared
+                setattr(parametrized, name, nn.Parameter(tensor.clone()))
             parametrize.remove_parametrizations(layer, 'weight')
     _replace(root, folded_layers)
     _check_reads(root[0], folded_layers.values())
@@ -110,7 +108,8 @@ def _fold_module(module, dtype):
         )
     _replace(root, {bn: nn.Identity() for _, bn in pairs})
     model = _as_diracnet(root[0]) if is_network else root[0]
-    return model.to(dtype).eval()
+    # unlike .to(dtype), this leaves complex tensors complex
+    return model._apply(lambda t: t.to(dtype) if t.is_floating_point() else t).eval()
 
 
 def _as_diracnet(network):
@@ -226,21 +225,24 @@ def _check_reads(module, replaced):
 
 
 def traces(module: nn.Module) -> list[fx.Graph]:
-    """Returns the torch.fx graphs of a module: one with all arguments of its forward given.
+    """Returns the torch.fx graphs of a module: all that its forward may take by its arguments.
 
-    If some have the default None, a second graph has them as None. Raises ValueError if the module
-    cannot be traced.
+    The arguments with the default None are all given or all None, and each argument with the
+    default True or False has both values. Raises ValueError if the module cannot be traced.
     """
     try:
-        parameters = inspect.signature(module.forward).parameters
-        optional = {name: None for name, value in parameters.items() if value.default is None}
-        return [fx.Tracer().trace(module, arguments)
-                for arguments in ([{}, optional] if optional else [{}])]
+        defaults = {name: parameter.default for name, parameter
+                    in inspect.signature(module.forward).parameters.items()}
+        optional = {name: None for name, default in defaults.items() if default is None}
+        flags = [name for name, default in defaults.items() if type(default) is bool]
+        return [fx.Tracer().trace(module, {**arguments, **dict(zip(flags, values))})
+                for arguments in ([{}, optional] if optional else [{}])
+                for values in itertools.product((False, True), repeat=len(flags))]
     except Exception as error:  # the traced code may raise anything when it gets proxies
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise ValueError(
-            f'{type(module).__name__} cannot be traced ({reason}): its forward must not depend on '
-            'the values of tensors; fold its submodules one by one'
+            f'{type(module).__name__} cannot be traced ({reason}): its control flow must '
+            'not depend on its inputs; fold its submodules one by one'
         ) from error
 
 
@@ -276,7 +278,7 @@ def _with_called_convs(module):
         targets = [arg.target for arg in (*w_hat.args[:3], bias) if arg is not None]
         layer = *targets, *arguments
         if layer not in converted:  # a shared layer is called several times
-            name = targets[1].removesuffix('.alpha')
+            name = targets[1].rpartition('.')[0] or 'conv'
             name += f'_{len(converted)}' * (name in converted.values())
             stride, padding, dilation, groups = arguments
             weight, alpha, beta, *bias = (params[target] for target in targets)

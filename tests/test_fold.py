@@ -1,6 +1,7 @@
 """Folding, and reading the parameters to fold from files."""
 
 import copy
+import itertools
 import os
 
 import cv2
@@ -10,12 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch import fx, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import diracnets
 from corruption import DAMAGES, damaged
-from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization
+from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization, dirac
 from diracnet import DiracNet, Network, Topology, define_diracnet, make_topology
 from diracnets.checkpoint import checkpoint_path, load_params, pretrained_params
 from diracnets.fold import fold
@@ -403,6 +404,49 @@ def test_fold_module_keeps_outputs_with_and_without_an_optional_argument():
     folded = fold(module, torch.float64)
     for arguments in ((inputs,), (inputs, inputs)):
         assert relative(folded(*arguments), module(*arguments)) < 1e-12
+
+
+class Flags(nn.Module):
+    def __init__(self, early):
+        super().__init__()
+        self.early, self.conv, self.bn = early, nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x, features=False, double=True):
+        x = self.conv(x)
+        if features and self.early:
+            return x
+        x = self.bn(x)
+        return x if features else 2 * x if double else x.relu()
+
+
+@pytest.mark.parametrize('early', [True, False])
+def test_fold_module_keeps_outputs_for_all_flags(early):
+    module, inputs = randomize(Flags(early), 2, 4, 6, 6)
+    folded = fold(module, torch.float64)
+    assert count(folded, nn.BatchNorm2d) == early  # the convolution is also used without it
+    for flags in itertools.product((False, True), repeat=2):
+        assert relative(folded(inputs, *flags), module(inputs, *flags)) < 1e-12
+
+
+def test_fold_module_supports_dirac_weight_of_a_weight_normed_convolution():
+    conv = parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
+    module, inputs = randomize(dirac(nn.Sequential(conv, nn.BatchNorm2d(4))), 2, 4, 6, 6)
+    folded = fold(module, torch.float64)
+    assert [type(layer) for layer in folded] == [nn.Conv2d, nn.Identity]
+    assert relative(folded(inputs), module(inputs)) < 1e-12
+
+
+def test_fold_module_supports_a_traced_dirac_conv():
+    layer, inputs = randomize(DiracConv2d(3, 4, 3), 2, 3, 6, 6)
+    folded = fold(fx.symbolic_trace(layer), torch.float64)
+    assert not any(name.endswith('alpha') for name, _ in folded.named_parameters())
+    assert relative(folded(inputs), layer(inputs)) < 1e-12
+
+
+def test_fold_module_keeps_complex_tensors():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    module.register_buffer('phase', torch.tensor([1j, 2 + 1j]))
+    assert fold(module).phase.tolist() == [1j, 2 + 1j]
 
 
 def test_fold_module_converts_single_layer_to_dtype():
