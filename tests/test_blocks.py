@@ -350,10 +350,28 @@ def test_fuse_bn_equals_convolution_and_batch_norm():
 
 
 @pytest.mark.parametrize('conv', [
-    nn.Conv2d(3, 4, (3, 1), padding=(1, 0)), nn.Conv2d(3, 4, 3, padding=1, padding_mode='reflect')])
+    nn.Conv2d(3, 4, (3, 1), padding=(1, 0)), nn.Conv2d(3, 4, 3, padding=(1, 0)),
+    nn.Conv2d(3, 4, 3, stride=(2, 1), padding=1), nn.Conv2d(3, 4, 3, padding=2, dilation=(2, 1)),
+    nn.Conv2d(3, 4, 3, padding=1, padding_mode='reflect')])
 def test_with_block_raises_for_convolutions_that_branches_cannot_replace(conv):
-    with pytest.raises(ValueError, match='expected a square kernel and zero padding'):
+    with pytest.raises(ValueError, match='^0 is Conv2d.*expected equal sizes in both dimensions'):
         with_block(nn.Sequential(conv), 'acb')
+
+
+def test_with_block_raises_without_a_convolution_and_for_a_shared_one():
+    for block in ('dirac', 'repvgg'):
+        for model in (nn.Sequential(nn.Linear(3, 3)), nn.Conv2d(3, 4, 3, padding=1)):
+            with pytest.raises(ValueError, match='contains no nn.Conv2d'):
+                with_block(model, block)
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    with pytest.raises(ValueError, match='^2 is used in several places'):
+        with_block(nn.Sequential(shared, nn.ReLU(), shared), 'repvgg')
+
+
+def test_with_block_keeps_shape_and_dtype_with_padding_same():
+    model = with_block(nn.Sequential(nn.Conv2d(3, 4, 3, padding='same')).double(), 'repvgg')
+    assert model(torch.randn(2, 3, 6, 5).double()).shape == (2, 4, 6, 5)
+    assert {tensor.dtype for tensor in model.parameters()} == {torch.float64}
 
 
 def test_with_block_replaces_only_kernels_between_1_and_7():

@@ -22,7 +22,7 @@ MIN_LARGE_KERNEL = 7  # convolutions of kernel size 1, and of this size and abov
 def _convs_and_norms(model: nn.Module) -> Iterator[tuple[nn.Module, str, str | None]]:
     """Yields (parent, name of a convolution, name of the batch norm after it or None)."""
     for parent in list(model.modules()):
-        children = [*parent.named_children(), (None, None)]
+        children = [*parent._modules.items(), (None, None)]  # named_children() leaves out repeats
         for (name, child), (next_name, next_child) in zip(children, children[1:]):
             if isinstance(child, nn.Conv2d):
                 yield parent, name, next_name if isinstance(next_child, nn.BatchNorm2d) else None
@@ -32,16 +32,26 @@ def _is_replaced(conv: nn.Conv2d) -> bool:
     return 1 < conv.kernel_size[0] < MIN_LARGE_KERNEL
 
 
+def _block_arguments(conv: nn.Conv2d, name: str) -> tuple[int, ...]:
+    """Returns the first seven arguments of a block; raises ValueError if none fits."""
+    same = tuple(size // 2 for size in conv.kernel_size)
+    padding = {'same': same, 'valid': (0, 0)}.get(conv.padding, conv.padding)
+    sizes = conv.kernel_size, conv.stride, padding, conv.dilation
+    if any(height != width for height, width in sizes) or conv.padding_mode != 'zeros':
+        raise ValueError(f'{name} is {conv}: expected equal sizes in both dimensions, and zero '
+                         'padding')
+    return conv.in_channels, conv.out_channels, *(height for height, _ in sizes), conv.groups
+
+
 def _with_branches(block: type[nn.Module], model: nn.Module) -> nn.Module:
+    replaced = set()
     for parent, name, norm in _convs_and_norms(model):
         conv = getattr(parent, name)
         if _is_replaced(conv):
-            if conv.kernel_size[0] != conv.kernel_size[1] or conv.padding_mode != 'zeros':
-                raise ValueError(f'{name} is {conv}: expected a square kernel and zero padding')
-            replacement = block(
-                conv.in_channels, conv.out_channels, conv.kernel_size[0], conv.stride[0],
-                conv.padding[0], conv.dilation[0], conv.groups,
-            )
+            if conv in replaced:
+                raise ValueError(f'{name} is used in several places: expected a layer of its own')
+            replaced.add(conv)
+            replacement = block(*_block_arguments(conv, name)).to(conv.weight)
             if norm and isinstance(parent, nn.Sequential):
                 delattr(parent, norm)  # `del parent[i]` would rename the modules after it
             elif norm:
@@ -55,7 +65,7 @@ def _with_branches(block: type[nn.Module], model: nn.Module) -> nn.Module:
 
 
 def _with_dirac(model: nn.Module) -> nn.Module:
-    stem = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+    stem = next(getattr(parent, name) for parent, name, _ in _convs_and_norms(model))
     return dirac(model, lambda name, conv: conv is not stem and _is_replaced(conv))
 
 
@@ -78,9 +88,13 @@ def with_block(model: nn.Module, block: str) -> nn.Module:
     - 'dirac' (Zagoruyko & Komodakis, arXiv 1706.00388): gives the same convolutions the weight
       W_hat. The first convolution of the model remains standard, as in DiracNets;
     - 'base': changes nothing.
-    Raises ValueError for another block, and for a convolution with a kernel that is not square, or
-    without zero padding, that branches would replace.
+    Raises ValueError for another block, for a model that contains no nn.Conv2d, and for a
+    convolution that branches would replace, but cannot: one whose kernel size, stride, padding or
+    dilation differs between height and width, without zero padding, or used in several places.
     """
     if block not in REPLACEMENTS:
         raise ValueError(f'unknown block {block!r}: expected one of {", ".join(REPLACEMENTS)}')
+    if block != 'base' and not any(_convs_and_norms(model)):
+        raise ValueError(f'{type(model).__name__} contains no nn.Conv2d that block {block!r} can '
+                         'replace')
     return REPLACEMENTS[block](model)
