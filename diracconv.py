@@ -101,7 +101,7 @@ class _DiracConv:
         dtype: torch.dtype | None = None,
     ) -> None:
         ndim = int(self.plain.__name__[-2])  # Conv2d: 2
-        _check_sizes(1, 1, in_channels=in_channels, out_channels=out_channels)
+        _check_sizes(0, 1, in_channels=in_channels, out_channels=out_channels, groups=groups)
         _check_sizes(ndim, 1, kernel_size=kernel_size, stride=stride, dilation=dilation)
         if not isinstance(padding, str):
             _check_sizes(ndim, 0, padding=padding)
@@ -223,11 +223,12 @@ def is_parametrized(layer: nn.Module) -> bool:
 def _check_sizes(ndim, minimum, **sizes):
     """Raises ValueError unless each size is one or `ndim` integers of at least minimum.
 
-    nn.Conv checks the other arguments: groups and padding_mode.
+    With ndim 0, a size must be one integer. nn.Conv checks the other arguments.
     """
     for name, value in sizes.items():
-        numbers = value if isinstance(value, (tuple, list)) else (value,) * ndim
-        if len(numbers) != ndim or not all(
+        several = ndim and isinstance(value, (tuple, list))
+        numbers = value if several else (value,) * max(ndim, 1)
+        if len(numbers) != max(ndim, 1) or not all(
             isinstance(n, Integral) and n >= minimum for n in numbers
         ):
             expected = f'an integer of at least {minimum}' + f', or {ndim} of them' * (ndim > 1)

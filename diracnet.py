@@ -21,7 +21,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +176,8 @@ def make_topology(depth: int, width: float, dataset: str, num_classes: int | Non
                 f'the nearest are {below} and {below + 6}'
             )
         blocks = ((depth - 4) // 6 * 2,) * 3
-    if not 1 <= channels[0] * width < float('inf'):
-        raise ValueError(f'width {width}: expected at least {1 / channels[0]}, for one channel')
+    if not (isinstance(width, Real) and 1 <= channels[0] * width < float('inf')):
+        raise ValueError(f'width {width!r}: expected at least {1 / channels[0]}, for one channel')
     channels = tuple(int(c * width) for c in channels)
     return Topology(stem, channels, blocks, num_classes, in_channels)
 

@@ -3,11 +3,14 @@
     model = torch.hub.load('.', 'diracnet18', source='local', pretrained=True, num_classes=5)
 """
 
-from pathlib import Path
+from pathlib import Path as _Path  # torch.hub lists all callables without an underscore
 
 import torch
 
-from diracnet import Network, check_hash, define_diracnet, diracnet18, diracnet34  # noqa: F401
+from diracnet import Network as _Network
+from diracnet import check_hash as _check_hash
+from diracnet import define_diracnet as _define_diracnet
+from diracnet import diracnet18, diracnet34  # noqa: F401
 
 dependencies = ['torch']
 TRAINED = {  # released checkpoints in logs/: the SHA-256 of each model.pt7
@@ -17,7 +20,7 @@ TRAINED = {  # released checkpoints in logs/: the SHA-256 of each model.pt7
 
 
 def diracnet_cifar(depth: int = 28, width: float = 2, num_classes: int = 10,
-                   pretrained: bool = False) -> Network:
+                   pretrained: bool = False) -> _Network:
     """DiracNet for CIFAR-like images, not folded; `diracnets.fold` folds it.
 
     depth: 6n + 4; width: multiplies the 16, 32 and 64 channels; num_classes: 10 for CIFAR-10, 100
@@ -31,8 +34,7 @@ def diracnet_cifar(depth: int = 28, width: float = 2, num_classes: int = 10,
     other sizes and for a file with another hash, OSError for a missing file. Without `pretrained`
     the parameters are randomly initialized.
     """
-    f, params = define_diracnet(depth, width, 'CIFAR10', num_classes)
-    model = Network(f, params)
+    model = _Network(*_define_diracnet(depth, width, 'CIFAR10', num_classes))
     if pretrained:
         model.load_state_dict(_released_params(depth, width, num_classes))
     return model
@@ -43,9 +45,9 @@ def _released_params(depth, width, num_classes):
     if name not in TRAINED or num_classes != 10:
         raise ValueError(f'no released {name} with {num_classes} classes; use 10 classes and one '
                          f'of {", ".join(TRAINED)}')
-    path = Path(__file__).parent / 'logs' / name / 'model.pt7'
+    path = _Path(__file__).parent / 'logs' / name / 'model.pt7'
     try:
-        check_hash(path, TRAINED[name])
+        _check_hash(path, TRAINED[name])
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
     return torch.load(path, map_location='cpu', weights_only=True)['params']

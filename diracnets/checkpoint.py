@@ -38,7 +38,7 @@ UNREADABLE = {  # extension: the error
     '.onnx': 'the parameters in an ONNX file cannot be read; use the run or another file that was '
              'exported from it',
 }
-PARAMS_KEYS = ('params', 'state_dict', 'model', 'net')  # the first is that of train.py
+PARAMS_KEYS = ('params', 'state_dict', 'model_state_dict', 'model', 'net')  # train.py: the first
 COMPILED = re.compile(r'(?<![^.])_orig_mod\.')  # of torch.compile, also of a part of the model
 # dense identities in original checkpoints, like eye64_64_3_3, and the counter of AveragedModel
 IGNORED = re.compile(r'(.*\.)?(eye[\d_]+|n_averaged)$')
@@ -101,8 +101,9 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointContents:
     its modules, as in diracnets.timm, get flat names. path and errors are those of `load_dict`.
     """
     contents = load_dict(path)
-    if contents.get('ema'):  # the average of train.py --ema, in place of the weights
-        contents = {**contents, 'params': contents['ema']}
+    ema = contents.get('ema')
+    if isinstance(ema, Mapping) and ema:  # the average of train.py --ema, in place of the weights
+        contents = {**contents, 'params': ema}
     return parse_checkpoint(contents, path)
 
 
@@ -185,10 +186,13 @@ def load_dict_file(path: str, required: Iterable[str] = ()) -> Mapping:
 
 def _find_params(contents):
     """Returns a checkpoint of train.py unchanged, and of another one only the state dict."""
-    if isinstance(contents.get('params'), Mapping):
+    def has_tensors(value):  # hyperparameters may be called params too
+        return any(isinstance(inner, Tensor) for inner in value.values())
+
+    if isinstance(contents.get('params'), Mapping) and has_tensors(contents['params']):
         return contents
     while inner := [contents[k] for k in PARAMS_KEYS if isinstance(contents.get(k), Mapping)]:
-        contents = inner[0]
+        contents = max(inner, key=has_tensors)  # the first of several
     if not all(isinstance(value, Tensor) for value in contents.values()):
         raise ValueError(
             f'its keys are {join_names(contents, 12)}: expected tensors, or a state dict under '

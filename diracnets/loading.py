@@ -116,6 +116,8 @@ def merge_options(args: Mapping[str, Any], preprocess: Preprocessing | None,
     if preprocess:
         in_file.update(image_size=preprocess.size, mean=list(preprocess.mean),
                        std=list(preprocess.std))
+    overrides = {name: list(value) if isinstance(value, tuple) else value
+                 for name, value in overrides.items()}
     # a model may be tested on another dataset, and checkpointing changes only the gradients' cost
     contradictions = [
         f'{name} is {in_file[name]}, not {value}' for name, value in overrides.items()
@@ -177,9 +179,14 @@ def _build_diracnet(contents, preprocess, options):
     with torch.device('meta'):
         build = DiracNet.from_topology if is_folded(contents.params) else build_diracnet
         model = build(topology)
+    normalized = (contents.inputs or contents.args.get('mean')
+                  or preprocess is None and options.get('mean'))
     preprocess = _resolve_preprocess(preprocess, options, topology.kind)
     channels = topology.in_channels
     if channels != preprocess.channels:
+        if normalized:
+            raise ValueError(f'mean has {preprocess.channels} values: expected {channels}, one for '
+                             'each input channel of the model')
         preprocess = replace(preprocess, mean=(0.0,) * channels, std=(1.0,) * channels)
     return model, topology.num_classes, sizes, preprocess
 

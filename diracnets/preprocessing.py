@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from diracnets.image_files import (
@@ -117,9 +118,9 @@ class Preprocessing:
             raise ValueError(f'dataset {dataset!r}: expected one of {", ".join(DATASETS)}')
         info = DATASETS[dataset]
         size = info.size or (DEFAULT_SIZE if image_size is None else image_size)
-        if size < 1 or image_size not in (None, size):
-            raise ValueError(f'image_size {image_size}: expected {info.size or "at least 1"} '
-                             f'for {dataset}')
+        if not isinstance(size, Integral) or size < 1 or image_size not in (None, size):
+            expected = info.size or 'an integer of at least 1'
+            raise ValueError(f'image_size {image_size}: expected {expected} for {dataset}')
         kind = dataset if dataset in KINDS else 'ImageNet' if size > MAX_SMALL else 'CIFAR10'
         if mean is None and std is None:
             return cls(kind, size, DATASETS[kind].mean, DATASETS[kind].std)
@@ -165,19 +166,26 @@ class Preprocessing:
 
     def __call__(self, image: str | bytes | os.PathLike | np.ndarray | torch.Tensor
                  ) -> torch.Tensor:
-        """Returns the input for an image as in testing: float32 (3, size, size) or (1, size, size).
+        """Returns the input for an image as in testing: float32 (C, size, size).
 
-        image: as for `image_to_array`, in RGB. OpenCV resizes the image (cubic) to `size`, or above
-        64 pixels to 256 / 224 of `size`, and the center is cropped: the same pixels always give the
-        same input. Raises DataError for an unreadable file and for other arrays and images.
+        image: as for `image_to_array`, in RGB for a model with three channels. A model with one
+        channel gets the gray values of RGB images. OpenCV resizes the image (cubic) to `size`, or
+        above 64 pixels to 256 / 224 of `size`, and the center is cropped: the same pixels always
+        give the same input. Raises DataError for an unreadable file and for other arrays and
+        images, such as those with another number of channels.
         """
         import torch
 
         name = image if isinstance(image, (str, bytes, os.PathLike)) else 'the image'
-        pixels = _resize_for_testing(image_to_array(image), name, self.size)
-        if self.channels == 1:
+        pixels = image_to_array(image, rgb=self.channels == 3)
+        pixels = _resize_for_testing(pixels, name, self.size)
+        pixels = pixels.reshape(self.size, self.size, -1)  # OpenCV drops a single channel
+        if self.channels == 1 and pixels.shape[2] == 3:
             cv2 = import_opencv()
             pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]
+        if pixels.shape[2] != self.channels:
+            raise DataError(f'{name} has {pixels.shape[2]} channels: expected {self.channels}, the '
+                            'channels of the model')
         return normalize(torch.from_numpy(pixels).permute(2, 0, 1)[None], self)[0]
 
 

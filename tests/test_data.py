@@ -195,7 +195,8 @@ def test_preprocessing_for_dataset_has_kind_and_size():
     # older checkpoints contain image_size 32 for every dataset
     older = Preprocessing.from_args({'dataset': 'ImageNet', 'image_size': 32})
     assert older == Preprocessing.for_dataset('ImageNet')
-    for arguments in (('ImageNet', 32), ('CIFAR10', 48), ('Folder', -3), ('Folder', 0)):
+    for arguments in (('ImageNet', 32), ('CIFAR10', 48), ('Folder', -3), ('Folder', 0),
+                      ('Folder', 48.0), ('Folder', '48')):
         with pytest.raises(ValueError, match=f'image_size {arguments[1]}: expected'):
             Preprocessing.for_dataset(*arguments)
     with pytest.raises(ValueError, match="'MNIST': .* CIFAR10, .*, Folder"):
@@ -608,6 +609,27 @@ def test_image_to_array_takes_other_channels_when_rgb_is_false(image):
         np.testing.assert_array_equal(preprocessing.image_to_array(source, rgb=False), channels)
         with pytest.raises(DataError, match=r'uint8 \(.*expected .*\(H, W, 3\)'):
             preprocessing.image_to_array(source)
+
+
+def test_preprocessing_takes_the_channels_of_the_model():
+    gray, five = SMOOTH[..., :1], SMOOTH[..., [0, 1, 2, 0, 1]]
+    for image in (gray, five):
+        channels = image.shape[2]
+        preprocess = Preprocessing('CIFAR10', 24, (0.25,) * channels, (0.5,) * channels)
+        expected = np.stack([  # each channel on its own; 90 x 120 pixels to 24 x 32
+            cv2.resize(image[..., i], (32, 24), interpolation=cv2.INTER_CUBIC)[:, 4:28]
+            for i in range(channels)])
+        tensor = torch.from_numpy(image.copy()).permute(2, 0, 1)
+        for source in (image, tensor, image[..., 0] if channels == 1 else image):
+            torch.testing.assert_close(
+                preprocess(source), (torch.from_numpy(expected) / 255 - 0.25) / 0.5)
+    of_gray = Preprocessing('CIFAR10', 24, (0.25,), (0.5,))
+    assert torch.equal(of_gray(PIL.Image.fromarray(gray[..., 0])), of_gray(gray))
+    assert torch.equal(of_gray(np.repeat(gray, 3, axis=2)), of_gray(gray))
+    for channels in (1, 5):
+        preprocess = Preprocessing('CIFAR10', 24, (0.5,) * channels, (0.5,) * channels)
+        with pytest.raises(DataError, match=f'the image has 2 channels: expected {channels}'):
+            preprocess(SMOOTH[..., :2])
 
 
 @pytest.mark.parametrize(('image', 'message'), [

@@ -287,7 +287,7 @@ def test_commands_infer_the_input_channels_from_the_parameters(images, tmp_path,
                                atol=0.6 / 255, rtol=0)
     four = {'params': define_diracnet(10, 0.5, 'CIFAR10', 3, in_channels=4)[1]}
     torch.save(four, tmp_path / 'four.pth')
-    assert 'images of 3 channels' in error_of(
+    assert f'{image} has 3 channels: expected 4' in error_of(
         predict.main, [image, '--model', str(tmp_path / 'four.pth')], capsys)
     grey, message = str(tmp_path / 'grey.pth'), 'Digits has images of 3 channels'
     for main, arguments in ((train.main, ['--evaluate', '--resume', grey]),
@@ -545,7 +545,10 @@ def test_hub_models_have_the_published_sizes(torch_home, monkeypatch):
         str(ROOT), 'diracnet_cifar', source='local', depth=28, width=1, num_classes=100
     )
     assert sum(p.numel() for p in net.parameters()) == 374_580
-    for name in ('diracnet18', 'diracnet34', 'diracnet_cifar'):
+    names = ['diracnet18', 'diracnet34', 'diracnet_cifar']
+    assert sorted(name for name, value in vars(hubconf).items()  # as torch.hub.list selects
+                  if callable(value) and not name.startswith('_')) == names
+    for name in names:
         text = getattr(hubconf, name).__doc__
         assert all(word in text for word in ('Inputs (N, 3,', 'std', 'classes', 'figures'))
 

@@ -372,6 +372,8 @@ def test_deploy_compiles_every_shape_and_model():
                                    (second, (1, 3, 8, 8)))]
         for network, run, inputs in runs:
             torch.testing.assert_close(run(inputs), network.conv(inputs))
+            with torch.inference_mode():  # is not compiled again
+                torch.testing.assert_close(run(inputs), network.conv(inputs))
 
 
 def test_deploy_raises_when_a_model_cannot_be_compiled():

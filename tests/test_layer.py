@@ -309,6 +309,8 @@ def test_parametrization_raises_when_module_is_not_convertible(module):
 
 @pytest.mark.parametrize(('arguments', 'message'), [
     ((0, 4, 3), 'in_channels is 0: .* at least 1'),
+    (((4,), 4, 3), r'in_channels is \(4,\): expected an integer of at least 1$'),
+    ((4, 4, 3, 1, 0, 1, 2.0), 'groups is 2.0: expected an integer'),
     ((4, 2.5, 3), 'out_channels is 2.5: .* integer'),
     ((4, 4, 0), 'kernel_size is 0'),
     ((4, 4, (3, 3, 3)), r'kernel_size is \(3, 3, 3\): .* or 2 of them'),
@@ -316,7 +318,7 @@ def test_parametrization_raises_when_module_is_not_convertible(module):
     ((4, 4, 3, 1, -1), 'padding is -1: .* at least 0'),
     ((4, 4, 3, 1, 'half'), 'half'),
     ((4, 4, 3, 1, 1, 0), 'dilation is 0'),
-    ((4, 4, 3, 1, 1, 1, 0), 'groups must be a positive integer'),
+    ((4, 4, 3, 1, 1, 1, 0), 'groups is 0: expected an integer of at least 1'),
     ((4, 4, 3, 1, 1, 1, 8), 'divisible by groups'),
     ((4, 6, 3, 1, 1, 1, 4), 'divisible by groups'),
     ((4, 4, 3, 2, 'same'), 'same'),

@@ -49,6 +49,10 @@ FOREIGN = {  # the contents of a file, from flat parameters
     },
     'lightning of a compiled model': lambda params: {
         'epoch': 3, 'state_dict': prefixed('model.net._orig_mod.', params)},
+    "PyTorch's tutorial": lambda params: {
+        'epoch': 3, 'model_state_dict': params, 'optimizer_state_dict': {}, 'loss': 0.4},
+    'hyperparameters called params': lambda params: {
+        'params': {'lr': 0.1}, 'state_dict': params},
     'a common script': lambda params: {
         'net': prefixed('module.', params), 'acc': 91.2, 'epoch': 180},
     'torchvision references': lambda params: {
@@ -87,6 +91,28 @@ def test_load_gives_the_dtype_and_layout_of_preprocessed_images(params, tmp_path
     loaded = diracnets.load(tmp_path / 'half.pth')
     assert loaded.model(loaded.preprocess(torch.zeros(3, 32, 32))[None]).dtype == torch.float32
     assert all(tensor.is_contiguous() for tensor in loaded.model.parameters())
+
+
+@pytest.mark.parametrize('kind', [tuple, list])
+def test_load_compares_overrides_with_the_normalization_of_the_file(params, tmp_path, kind):
+    normalization = {'mean': [0.5, 0.25, 0.5], 'std': [0.25, 0.5, 0.5]}
+    args = {'depth': 10, 'width': 0.25, 'dataset': 'Folder', 'image_size': 32, **normalization}
+    torch.save({'params': params, 'args': args}, tmp_path / 'a.pth')
+    overrides = {name: kind(values) for name, values in normalization.items()}
+    assert diracnets.load(tmp_path / 'a.pth', overrides).preprocess.mean == (0.5, 0.25, 0.5)
+    with pytest.raises(ValueError, match='mean is .*, not'):
+        diracnets.load(tmp_path / 'a.pth', {'mean': kind([0.5, 0.5, 0.5])})
+
+
+@pytest.mark.parametrize('in_file', [True, False])
+def test_load_refuses_a_normalization_for_other_channels(tmp_path, in_file):
+    given = {'mean': [0.5] * 3, 'std': [0.5] * 3}
+    contents = {'params': define_diracnet(10, 0.5, 'CIFAR10', in_channels=1)[1]}
+    if in_file:
+        contents['args'] = {'dataset': 'Folder', 'image_size': 32, **given}
+    torch.save(contents, tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='mean has 3 values: expected 1, one for each input'):
+        diracnets.load(tmp_path / 'a.pth', {} if in_file else given)
 
 
 def test_load_finds_parameters_with_a_prefix_in_safetensors(params, tmp_path):

@@ -207,6 +207,7 @@ def test_make_topology_accepts_numpy_integers():
     ((16.0, 1, 'CIFAR10'), 'depth 16.0: expected an integer'),
     ((18.0, 1, 'ImageNet'), 'depth 18.0: expected an integer'),
     (('16', 1, 'CIFAR10'), "depth '16': expected an integer"),
+    ((16, '1', 'CIFAR10'), "width '1': expected at least 0.0625"),
     ((16, 1, 'CIFAR10', 10.0), 'num_classes 10.0: expected an integer'),
     ((16, 1, 'CIFAR10', 5, 3.0), 'in_channels 3.0: expected an integer'),
     ((16, 1, 'CIFAR10', 5, 0), 'in_channels 0: expected at least 1'),
