@@ -51,17 +51,17 @@ def deploy(model: nn.Module, shape: Sequence[int],
     constant = constant.to(dtype, memory_format=torch.channels_last)
     compiled = torch.compile(with_own_code_object(constant), dynamic=False, fullgraph=True)
 
-    # freezing converts the layout of the weights once, at compilation, instead of in each call;
-    # a call in inference mode would compile again
+    @torch.inference_mode(False)  # a call in inference mode would compile again, without freezing
     @torch.no_grad()
     def run(inputs: Tensor) -> Tensor:
         if inputs.shape != tuple(shape):
             raise ValueError(f'inputs of shape {tuple(inputs.shape)}: expected {tuple(shape)}')
-        with torch.inference_mode(False), torch._inductor.config.patch(freezing=True):
-            return compiled(inputs.to(dtype, memory_format=torch.channels_last)).float()
+        return compiled(inputs.to(dtype, memory_format=torch.channels_last)).float()
 
+    # freezing converts the layout of the weights once, at compilation, instead of in each call
     try:
-        run(torch.zeros(shape, device=device))
+        with torch._inductor.config.patch(freezing=True):
+            run(torch.zeros(shape, device=device))
     except torch._dynamo.exc.Unsupported as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
