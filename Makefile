@@ -1,7 +1,7 @@
 # make train: set up .venv and train a DiracNet on data that needs no download
 # make test:  set up .venv with the test extra and run every test
 # make check: run the fast tests, those without the marker `slow`
-# make check-oldest: run the fast tests, a training, an export and a prediction in .venv-oldest, with
+# make check-oldest: run the fast tests, train, export and predict in .venv-oldest, with
 #     Python 3.10 and the lowest versions that requirements.txt and pyproject.toml allow
 # make check-newest: the same in .venv-newest, with Python 3.13 and the newest versions
 

@@ -64,6 +64,8 @@ def parse_options(argv=None):
         parser.error(f'--equalise {opt.equalize}: the images are those of --int8; omit the folder')
     if os.path.realpath(opt.to) == os.path.realpath(opt.checkpoint):
         parser.error(f'--to {opt.to}: would overwrite the checkpoint; use another name')
+    if opt.dataroot != parser.get_default('dataroot') and not opt.dataset:
+        parser.error(f'--dataroot {opt.dataroot}: needs --dataset')
     require_packages('export.py', 'deploy', *EXTENSIONS[opt.extension])
     return opt
 
@@ -130,11 +132,15 @@ def print_header(opt, loaded, source):
         f'inputs: (N, {shape}), {colors}normalized with mean ({mean}), std ({std})',
         'max difference: of the logits from those of the unfolded model in float64, relative to '
         f'the largest logit, on {source}',
-        f'images per second: batches of {BATCH}, {torch.get_num_threads()} CPU threads', '')
+        f'images per second: batches of {BATCH}, CPU threads: {torch.get_num_threads()}', '')
+
+
+class MismatchError(RuntimeError):
+    """The outputs of an exported model differ from those of the original one."""
 
 
 def verify(models, tolerances, inputs, expected):
-    """Returns the cells of `max difference`; raises RuntimeError beyond the tolerance.
+    """Returns the cells of `max difference`; raises MismatchError beyond the tolerance.
 
     models and tolerances have the same titles; expected: logits (N, num_classes).
     """
@@ -142,7 +148,7 @@ def verify(models, tolerances, inputs, expected):
     for title, model in models.items():
         difference = ((model(inputs) - expected).abs().max() / expected.abs().max()).item()
         if not difference <= tolerances[title]:  # also for NaN
-            raise RuntimeError(
+            raise MismatchError(
                 f'{title} differs from the unfolded model by {difference:.1e} of the largest '
                 f'logit: expected at most {tolerances[title]:g}; nothing was written'
             )
@@ -153,12 +159,14 @@ def verify(models, tolerances, inputs, expected):
 def verify_other_size(models, tolerances, inputs, reference):
     """Returns a row like that of `verify`, for inputs of another size and shape.
 
-    reference: the original model. Raises ValueError if a model fails for these inputs, or differs.
+    reference: the original model. Raises ValueError if a model fails for these inputs.
     """
     height, width = inputs.shape[2] * 3 // 2, inputs.shape[3] * 2
     inputs = F.interpolate(inputs[:OTHER_SIZE_BATCH], (height, width))
     try:
         cells = verify(models, tolerances, inputs, reference(inputs.double()))
+    except MismatchError as error:
+        raise MismatchError(f'inputs of {height} x {width} pixels: {error}') from error
     except RuntimeError as error:
         raise ValueError(f'--dynamic_size: the model fails for inputs of {height} x {width} '
                          'pixels; omit this option') from error

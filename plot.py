@@ -41,6 +41,7 @@ FORMATS = sorted(FigureCanvasBase.filetypes)  # file extensions
 STYLES = {'train': {'linestyle': '--', 'linewidth': 1.1, 'alpha': 0.75},
           'val': {'linestyle': ':', 'linewidth': 1.9},
           'test': {'linestyle': '-', 'linewidth': 1.9}}
+MARKERS = {'--': '^', ':': 's', '-': 'o'}  # of runs of one epoch, by line style
 STEPS = {'linestyle': '-', 'linewidth': 1.9, 'drawstyle': 'steps-mid'}  # one value per epoch
 PANELS = [  # label of the y axis, and the line style of each log key
     ('cross-entropy loss (nats)', {f'{split}_loss': style for split, style in STYLES.items()}),
@@ -86,19 +87,22 @@ def plot_logs(logs):
                 plotted.add(key)
                 axes.plot(
                     epochs, [stats.get(key, math.nan) for stats in records],
-                    color=colors[i % len(colors)], marker='o' if len(epochs) == 1 else None,
+                    color=colors[i % len(colors)],
+                    marker=MARKERS[style['linestyle']] if len(epochs) == 1 else None,
                     **style,
                 )
         axes.set_xlabel('epoch')
         axes.set_ylabel(label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.25)
         axes.spines[['top', 'right']].set_visible(False)
     panels[-1].set_yscale('symlog', linthresh=1e-4)  # a cosine schedule ends at 0
     panels[-1].set_ylim(bottom=0)
 
-    handles = [Line2D([], [], color='0.3', label=split, **style) for split, style in STYLES.items()
-               if plotted & {f'{split}_loss', f'{split}_acc'}]
+    one_epoch = any(len(records) == 1 for records in logs.values())
+    handles = [Line2D([], [], color='0.3', label=split,
+                      marker=MARKERS[style['linestyle']] if one_epoch else None, **style)
+               for split, style in STYLES.items() if plotted & {f'{split}_loss', f'{split}_acc'}]
     for i, (name, records) in enumerate(logs.items()):
         accuracies = [stats['test_acc'] for stats in records if 'test_acc' in stats]
         last = f' ({accuracies[-1]:.2f} % at epoch {records[-1]["epoch"]})' if accuracies else ''

@@ -33,6 +33,8 @@ def parse_options(argv=None):
     for name, path in (('json', opt.json), ('csv', opt.csv)):
         if path and not os.path.isdir(os.path.dirname(path) or '.'):
             parser.error(f'--{name} {path}: its folder does not exist; use another path')
+        if path and os.path.isdir(path):
+            parser.error(f'--{name} {path}: is a folder; use the path of a file')
     return opt
 
 

@@ -132,7 +132,7 @@ def train(run, resume_command):
 
 
 def test(opt, loaded, forward, splits):
-    """Prints and returns the loss and accuracy of a loaded model on the test images."""
+    """Prints and returns the loss and accuracies of a loaded model on the test images."""
     settings = {'file': loaded.path, 'network': loaded.title, 'image_size': loaded.preprocess.size,
                 'batch_size': opt.batch_size, 'nthread': opt.nthread}
     print_settings(settings, loaded.model, splits, forward)
@@ -140,7 +140,8 @@ def test(opt, loaded, forward, splits):
     evaluate(loaded.model, forward, splits.test, meters, opt)
     summary = meters.summary('test')
     if rank() == 0:
-        say(f'test_loss: {summary["test_loss"]:.4f}', f'test_acc: {summary["test_acc"]:.2f}')
+        say(*(f'{name}: {value:.{4 if name == "test_loss" else 2}f}'
+              for name, value in summary.items() if name != 'test_time'))
     return summary
 
 
@@ -150,7 +151,7 @@ def main(argv=None, splits=None, on_epoch=None):
     splits: DataSplits to train or evaluate on, in place of --dataset: see
     `training.data.DataSplits.from_arrays`. on_epoch: called on rank 0 with the log record (a dict)
     of each epoch, when its checkpoint is on disk. Returns the RunResult, or with --evaluate a dict
-    with test_loss, test_acc and test_time.
+    with test_loss, test_acc, for 100 classes or more test_acc5, and test_time.
     """
     argv = sys.argv[1:] if argv is None else argv
     opt = options.parse_options(argv, splits)
@@ -177,9 +178,9 @@ def main(argv=None, splits=None, on_epoch=None):
                 if opt.evaluate:
                     return test(opt, loaded, forward, splits)
                 print_settings(run.args, run.model, run.splits, run.forward)
-                launcher = 'python' if distributed.world_size() == 1 else 'torchrun ...'
+                command = 'python' if distributed.world_size() == 1 else 'torchrun ...'
                 train(run, f'train.main({resume_argv!r}, splits)' if splits else
-                      f'{launcher} train.py {shlex.join(resume_argv)}')
+                      f'{command} train.py {shlex.join(resume_argv)}')
                 return run.result()
         finally:
             distributed.shutdown()

@@ -12,6 +12,7 @@ import sys
 import termios
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ import plot
 import train
 from runs import run, stats_of, write_sets
 from training import meters, progress
+from training.data import DataSplits
 from training.log import read_log
 
 ROOT = Path(train.__file__).parent
@@ -157,6 +159,30 @@ def test_epoch_line_shows_validation_and_test_accuracy(images, tmp_path, capsys)
         [stats[f'{split}_acc'] for stats in epochs] for split in ('train', 'val', 'test')]
 
 
+def test_top_5_accuracy_is_printed_with_100_classes(tmp_path, capsys):
+    images, labels = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 3), np.uint8), range(100)
+    splits = DataSplits.from_arrays((images[:100], [*labels]), (images[100:], [*labels]))
+    options = ['--depth', '10', '--width', '0.25', '--randomcrop_pad', '1']
+    result = train.main([*options, '--epochs', '1', '--save', str(tmp_path)], splits)
+    stats, = result.history
+    assert 0 <= stats['test_acc'] < stats['test_acc5'] < 100
+    shown = [f'test_acc: {stats["test_acc"]:.2f}', f'test_acc5: {stats["test_acc5"]:.2f}']
+    assert f'(1/1), {", ".join(shown)}\n' in capsys.readouterr().out
+    summary = train.main(['--evaluate', '--resume', str(tmp_path)], splits)
+    loss, *accuracies = capsys.readouterr().out.splitlines()[-3:]
+    assert (loss, accuracies) == (f'test_loss: {summary["test_loss"]:.4f}', shown)
+
+
+@pytest.mark.parametrize(('epochs', 'schedule', 'printed'), [
+    (1, ['--epoch_step', '[2,3]'], True), (2, ['--epoch_step', '[2,3]'], False),
+    (1, ['--epoch_step', '[]'], False), (1, ['--lr_schedule', 'cosine'], False)])
+def test_run_names_a_step_schedule_without_a_drop(
+        images, tmp_path, capsys, epochs, schedule, printed):
+    run(images, tmp_path / 'run', '--epochs', epochs, *schedule)
+    line = '--epoch_step [2, 3]: none of 1 epochs; the learning rate stays 0.1\n'
+    assert (line in capsys.readouterr().out) == printed
+
+
 def test_run_prints_a_folder_with_backslashes_when_stdout_is_ascii(images, tmp_path, monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), 'ascii', errors='strict')
     with monkeypatch.context() as patch:
@@ -176,6 +202,6 @@ def test_resume_of_a_finished_run_writes_nothing(images, tmp_path, capsys, elsew
     run(images, save, '--resume', first)
     *_, last = capsys.readouterr().out.splitlines()
     assert last.startswith('nothing was left to train, and nothing was written: '
-                           f'{first} has 2 epochs, --epochs is 2; best test_acc ')
+                           f'{first} is at epoch 2, --epochs is 2; best test_acc ')
     assert sorted(tmp_path.iterdir()) == [first]
     assert {path: path.read_bytes() for path in first.iterdir()} == before

@@ -121,7 +121,7 @@ def test_hold_out_splits_a_data_set(memory, tmp_path, kind):
     assert pixels(train) | pixels(val) == pixels(dataset)
     assert not pixels(train) & pixels(val)
     assert pixels(data.hold_out(dataset, 8)[1]) == pixels(val)
-    with pytest.raises(DataError, match='^50 images .* 50$'):
+    with pytest.raises(DataError, match='^--val 50: expected less than the number .*, 50$'):
         data.hold_out(dataset, 50)
 
 

@@ -149,6 +149,20 @@ def test_export_writes_nothing_when_the_outputs_differ(run_folder, tmp_path, cap
     assert os.listdir(tmp_path) == []
 
 
+def test_export_names_the_size_at_which_the_outputs_differ(run_folder, tmp_path, capsys,
+                                                           monkeypatch):
+    to = str(tmp_path / 'a.onnx')
+    verify = export.verify
+    monkeypatch.setattr(export, 'verify', lambda models, tolerances, inputs, expected: verify(
+        models, tolerances, inputs, expected + (inputs.shape[2] != inputs.shape[3])))
+    with pytest.raises(SystemExit) as exit:
+        export.main([str(run_folder), '--to', to, '--dynamic_size'])
+    assert exit.value.code == 1
+    assert re.search(r'inputs of 48 x 64 pixels: unfolded differs .* at most 0.0001; nothing was',
+                     capsys.readouterr().err)
+    assert not os.path.exists(to)
+
+
 def export_on_a_full_disk(argv):
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
     export.main(argv)
@@ -345,6 +359,7 @@ def test_export_refuses_a_malicious_pickle(trained, tmp_path):
     (['--to', 'x.pth', '--dataset', 'Folder', '--dataroot', 'nowhere'], 'nowhere/test: no such'),
     (['--to', 'x.pth', '--dataset', 'Digits'],
      r'classes differ: .* 10 \(digit 0 to digit 9\), .* 10 \(0 to 9\)'),
+    (['--to', 'x.pth', '--dataroot', 'nowhere'], '--dataroot nowhere: needs --dataset'),
     ([], 'the following arguments are required: --to'),
 ])
 def test_export_refuses_wrong_options(run_folder, capsys, options, message):

@@ -283,6 +283,24 @@ def test_resume_of_an_older_checkpoint_has_the_options_off(images, before, tmp_p
     run(images, tmp_path / 'run', '--model', 'plain', '--resume', tmp_path / 'older.pt7')
 
 
+def test_force_does_not_resume_with_another_optimizer(images, before, tmp_path, capsys):
+    options = ['--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--batch_size', 12,
+               '--epoch_step', '[2]', '--model', 'plain', '--resume', before('plain'), '--force']
+    error = refused(capsys, *options, '--optimizer', 'muon', '--save', tmp_path / 'run')
+    assert 'optimizer was sgd, is muon; use the same optimizer, or start' in error
+
+
+def test_force_selects_the_best_epoch_anew_on_other_images(images, tmp_path):
+    run(images, tmp_path / 'run')
+    saved = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
+    torch.save({**saved, 'best': 100.0}, tmp_path / 'run' / 'model.pt7')
+    run(images, tmp_path / 'run', '--resume', 'auto', '--epochs', 3)
+    assert torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)['best'] == 100
+    run(images, tmp_path / 'run', '--resume', 'auto', '--epochs', 4, '--val', 6, '--force')
+    last = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
+    assert last['best'] == stats_of(tmp_path / 'run')[-1]['val_acc']
+
+
 @pytest.mark.slow
 def test_compile_does_not_change_the_run(images, before, tmp_path):
     options = [*ALL, '--pretrained', before('plain'), '--dtype', 'double', '--epochs', 1]

@@ -268,6 +268,17 @@ def test_corrupt_files_are_listed_at_once_or_left_out(tmp_path, capsys, size):
     assert_same_run(tmp_path / 'run', tmp_path / 'whole')
 
 
+def test_names_of_corrupt_files_cannot_forge_lines(tmp_path, capsys):
+    root = write_sets(tmp_path, 2, 1)
+    os.rename(root / 'train/cat/0.png', root / 'train/cat/\x1b[31m\nall fine.png')
+    corrupt(root, 'train/cat/\x1b[31m\nall fine.png', 'train/dog/1.png')
+    with pytest.raises(DataError, match='2 of 6 files'):
+        data.load_splits('Folder', str(root))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition('train/')[2] for line in lines] == [
+        r'cat/\x1b[31m\nall fine.png: not a readable image', 'dog/1.png: not a readable image']
+
+
 def test_corrupt_files_are_listed_up_to_a_limit(tmp_path, capsys):
     root = write_sets(tmp_path, 14, 1)
     paths = corrupt(root, *(f'train/{name}/{i}.png' for name in ('cat', 'dog') for i in range(14)))

@@ -77,6 +77,11 @@ def test_predict_refuses_a_folder_without_images(run_folder, tmp_path, capsys):
     assert line.startswith(f'predict.py: {tmp_path}/empty: ')
 
 
+def test_predict_refuses_a_folder_as_output(capsys, tmp_path):
+    error = error_of(predict.main, ['a.jpg', '--model', 'a', '--json', str(tmp_path)], capsys)
+    assert f'--json {tmp_path}: is a folder; use the path of a file' in error
+
+
 def test_predict_gives_equal_probabilities_for_any_batch_size(
     photos, run_folder, trained, digits, tmp_path, capsys, monkeypatch
 ):

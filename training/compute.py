@@ -118,7 +118,7 @@ def compile_model(model: nn.Module, device: torch.device) -> Callable:
     on_cuda, graphs = device.type == 'cuda', {}
     mode = 'reduce-overhead' if on_cuda else None
 
-    def run(inputs):
+    def call(inputs):
         if inputs.shape not in graphs:  # torch.compile limits the graphs of one code object
             graphs[inputs.shape] = torch.compile(with_own_code_object(model), dynamic=False,
                                                  mode=mode)
@@ -128,7 +128,7 @@ def compile_model(model: nn.Module, device: torch.device) -> Callable:
         torch.compiler.cudagraph_mark_step_begin()  # the previous outputs may be overwritten
         return graph(inputs).clone()  # the meters keep the logits for longer
 
-    return run
+    return call
 
 
 def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, Callable, dict]:

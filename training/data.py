@@ -233,7 +233,8 @@ def hold_out(dataset, n):
     images.
     """
     if not 0 < n < len(dataset):
-        raise DataError(f'{n} images to hold out: expected fewer than all {len(dataset)}')
+        raise DataError(f'--val {n}: expected less than the number of training images, '
+                        f'{len(dataset)}')
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     return dataset.subset(order[:-n]), dataset.subset(order[-n:])
 

@@ -3,14 +3,13 @@
 import hashlib
 import os
 import re
-import sys
 import threading
 from collections import Counter
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
 
-from cli import say
+from cli import say, warn
 from diracnets.image_files import DataError, check_image
 from diracnets.loading import class_positions
 from diracnets.preprocessing import MAX_SMALL, image_extensions, list_files, read_test_image
@@ -64,8 +63,9 @@ def list_images(folder, min_classes=2):
         labels += [label_of[name]] * len(files)
         skipped += others
     if skipped and rank() == 0:
-        print(f'{folder}: skipped {len(skipped)} entries ({_count_by_extension(skipped)}): '
-              f'expected {", ".join(extensions)}', file=sys.stderr)
+        entries = 'entry' if len(skipped) == 1 else 'entries'
+        warn(f'{folder}: skipped {len(skipped)} {entries} ({_count_by_extension(skipped)}): '
+             f'expected {", ".join(extensions)}')
     return paths, labels, classes
 
 
@@ -131,7 +131,8 @@ def _report_corrupt(root, errors, total, skip_corrupt):
         raise DataError(errors[0])
     if errors and rank() == 0:
         more = [f'... and {len(errors) - MAX_LISTED} more'] * (len(errors) > MAX_LISTED)
-        print(*errors[:MAX_LISTED], *more, sep='\n', file=sys.stderr)
+        for line in errors[:MAX_LISTED] + more:
+            warn(line)
     if errors and not skip_corrupt:
         raise DataError(f'{root}: {len(errors)} of {total} files are corrupt; repair or remove '
                         'them, or leave them out by --skip_corrupt')
@@ -143,7 +144,7 @@ def _leave_out(folder, images, errors):
     if len(rest.labels.unique()) < len(images.labels.unique()):
         raise DataError(f'{folder}: all files of a class are corrupt')
     if rank() == 0:
-        print(f'{folder}: left out {len(errors)} of {len(images)} files', file=sys.stderr)
+        warn(f'{folder}: left out {len(errors)} of {len(images)} files')
     return rest
 
 
@@ -185,13 +186,12 @@ def load_folder(root, test_folders, size, nthread=4, training=True, classes=(), 
     """
     listed, classes = _list_splits(root, test_folders, training, classes, use_val)
     read = {split: _read_images(*files, size, nthread, check) for split, files in listed.items()}
-    _report_corrupt(root, [errors[i] for _, errors in read.values() for i in sorted(errors)],
+    errors_of = {split: errors for split, (_, errors) in read.items()}
+    _report_corrupt(root, [errors[i] for errors in errors_of.values() for i in sorted(errors)],
                     sum(len(images) for images, _ in read.values()), skip_corrupt)
-    used = [f'{split}{path.removeprefix(folder)}' for split, (folder, paths, _) in listed.items()
-            for i, path in enumerate(paths) if i not in read[split][1]]
     splits = {split: _leave_out(listed[split][0], images, errors) if errors else images
               for split, (images, errors) in read.items()}
-    return {**splits, 'classes': classes, 'files': _fingerprint(used)}
+    return {**splits, 'classes': classes, 'files': _fingerprint(listed, errors_of)}
 
 
 def _list_splits(root, test_folders, training, classes, use_val):
@@ -213,13 +213,18 @@ def _list_splits(root, test_folders, training, classes, use_val):
 def files_of(root, test_folders):
     """Returns the entry `files` of the log of a run on these class folders, if none is corrupt."""
     listed, _ = _list_splits(root, test_folders, True, (), True)
-    return _fingerprint([f'{split}{path.removeprefix(folder)}'
-                         for split, (folder, paths, _) in listed.items() for path in paths])
+    return _fingerprint(listed, dict.fromkeys(listed, ()))
 
 
-def _fingerprint(names):
-    """Returns the number of files and a hash of their sorted names, as text."""
-    digest = hashlib.sha256(os.fsencode('\0'.join(sorted(names)))).hexdigest()
+def _fingerprint(listed, corrupt):
+    """Returns the number of files and a hash of their sorted names, as text.
+
+    listed: as of `_list_splits`; corrupt: the indices of the files to leave out, by split.
+    """
+    names = sorted(f'{split}{path.removeprefix(folder)}'
+                   for split, (folder, paths, _) in listed.items()
+                   for i, path in enumerate(paths) if i not in corrupt[split])
+    digest = hashlib.sha256(os.fsencode('\0'.join(names))).hexdigest()
     return f'{len(names)} files, hash {digest[:16]}'
 
 
@@ -230,5 +235,5 @@ def _positions(folder, names, train_folder, classes):
         others = ', '.join(sorted({*names} - {*classes})[:5])
         raise DataError(f'{train_folder} and {folder}: different class folders: {others}')
     if len(names) < len(classes) and rank() == 0:
-        print(f'{folder}: {len(names)} of the {len(classes)} classes', file=sys.stderr)
+        warn(f'{folder}: {len(names)} of the {len(classes)} classes')
     return positions

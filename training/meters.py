@@ -92,6 +92,6 @@ class Meters:
         self.read()
         self.end = time.perf_counter()
         seconds, loss, n, *errors = self.totals()
-        accuracies = {f'{prefix}_acc' + str(k) * (k > 1): (1 - wrong / n) * 100
+        accuracies = {f'{prefix}_acc' + str(k) * (k > 1): 100 * (n - wrong) / n
                       for k, wrong in zip(self.topk, errors)}
         return {f'{prefix}_loss': loss / n, **accuracies, f'{prefix}_time': seconds}

@@ -116,7 +116,8 @@ class FilterMuon:
         self.filters = filters
         # torch's Muon accepts only matrices; these share the memory of the filters
         matrices = [nn.Parameter(f.detach().view(len(f), -1)) for f in filters]
-        self.muon = torch.optim.Muon(matrices, lr, 0.0, MUON_MOMENTUM, ns_steps=NEWTON_SCHULZ_STEPS)
+        self.muon = torch.optim.Muon(matrices, lr, 0.0, MUON_MOMENTUM, nesterov=True,
+                                     ns_steps=NEWTON_SCHULZ_STEPS)
         self.adam = torch.optim.AdamW(others, adam_lr, ADAM_BETAS, weight_decay=0.0, fused=True)
 
     @property

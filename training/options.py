@@ -170,10 +170,11 @@ def _add_data_options(group):
         help='height and width of the inputs of a Folder, in pixels (default: 32); '
              f'{NETWORKS_BY_SIZE}')
     add('--crop', default=True, action=argparse.BooleanOptionalAction,
-        help=f'random crops: after padding for images of up to {MAX_SMALL} pixels, else of 8 to '
-             '100 %% of the area')
+        help=f'random crops: of 8 to 100 %% of the area of image files above {MAX_SMALL} pixels; '
+             'after padding of other images')
     add('--randomcrop_pad', default=4, type=at_least(0, int),
-        help=f'padding before random crops, in pixels, for images of up to {MAX_SMALL} pixels')
+        help='padding before random crops, in pixels, except for image files above '
+             f'{MAX_SMALL} pixels')
     add('--flip', default=None, choices=FLIPS,
         help='random flips: none, as for letters; horizontal; alternating: horizontal, each image '
              'in every second epoch; all: flips and rotations by 90 degrees, as for aerial images; '
@@ -229,7 +230,7 @@ def _add_training_options(group):
     add('--lr_decay_ratio', default=0.2, type=at_least(0, float, 1),
         help='factor on the learning rate at each drop of the step schedule')
     add('--nesterov', default=False, action=argparse.BooleanOptionalAction,
-        help='use Nesterov momentum')
+        help='use Nesterov momentum in sgd (muon always does)')
     add('--weight_decay', '--weightDecay', default=5e-4, type=at_least(0, float),
         help='weight decay of sgd, on filters and matrices; on all parameters for architectures '
              'whose papers do so')
@@ -381,7 +382,7 @@ def _check_augmentation(parser, opt, size, from_python):
                      'images from Python, augmented')
     if opt.cutout >= size:
         parser.error(f'--cutout {opt.cutout}: expected less than the image, {size}')
-    if size <= MAX_SMALL and opt.randomcrop_pad >= size:
+    if (from_python or size <= MAX_SMALL) and opt.randomcrop_pad >= size:
         parser.error(f'--randomcrop_pad {opt.randomcrop_pad}: expected less than the image, {size}')
 
 

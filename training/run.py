@@ -56,7 +56,7 @@ class Run:
     resumed_from: str = ''  # the checkpoint, or its folder
     board: TensorBoardWriter = None
     on_epoch: Callable[[dict], None] | None = None  # called on rank 0 after each epoch
-    saved: float = field(default_factory=time.monotonic)  # time of the last save, in seconds
+    last_save: float = field(default_factory=time.monotonic)  # time in seconds
 
     @property
     def args(self):
@@ -79,8 +79,8 @@ class Run:
         best = f'best {self.eval_splits[0]}_acc {self.best:.2f}'
         if self.meters:
             return f'{best}; log and checkpoints in {self.opt.save}'
-        return (f'nothing was left to train, and nothing was written: {self.resumed_from} has '
-                f'{self.epoch} epochs, --epochs is {self.opt.epochs}; {best}')
+        return (f'nothing was left to train, and nothing was written: {self.resumed_from} is at '
+                f'epoch {self.epoch}, --epochs is {self.opt.epochs}; {best}')
 
     def result(self):
         log = os.path.join(self.opt.save, LOG_FILE)
@@ -117,7 +117,7 @@ class Run:
         if self.average:
             self.average.update_parameters(self.model)
         self.set_learning_rate(steps_per_epoch)
-        due = self.opt.save_every and time.monotonic() - self.saved >= 60 * self.opt.save_every
+        due = self.opt.save_every and time.monotonic() - self.last_save >= 60 * self.opt.save_every
         if signals.agree(self.step == steps_per_epoch, due):
             self.save()
 
@@ -142,7 +142,8 @@ class Run:
         names = [f'epoch-{self.epoch}.pt7'] * keep + [BEST_FILE] * improved + [MODEL_FILE]
         self.save(names, checked=True)
         if rank() == 0:
-            shown = ', '.join(f'{name}: {value:.2f}' for name, value in accuracies.items())
+            shown = ', '.join(f'{name}: {value:.2f}' for name, value in stats.items()
+                              if name.startswith(tuple(accuracies)))  # top-5 too
             say(f'==> id: {self.opt.save} ({self.epoch}/{self.opt.epochs}), {shown}')
             if self.board:
                 self.board.write(stats, self.model)
@@ -166,7 +167,7 @@ class Run:
         nothing, for a non-finite loss or parameter.
         """
         totals = self.meters.totals() if self.step else None
-        self.saved = time.monotonic()
+        self.last_save = time.monotonic()
         if rank() == 0:
             self.lock.check()
             checkpoint.save(self.opt.save, {**self.state(), 'totals': totals}, names, checked)
@@ -189,8 +190,9 @@ class Run:
         groups = self.optimizer.state_dict()['param_groups']
         self.optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
         self.epoch, self.step = state['epoch'], state.get('step', 0)
-        has_best = os.path.exists(os.path.join(self.opt.save, BEST_FILE))
-        self.best = state.get('best', 0.0) if has_best or self.done else 0.0  # another --save
+        has_best = os.path.exists(os.path.join(self.opt.save, BEST_FILE))  # not in another --save
+        same_images = state['args'].get('val', 0) == self.opt.val  # differ with --force
+        self.best = state.get('best', 0.0) if (has_best or self.done) and same_images else 0.0
         if self.average and 'ema' in state:
             check_params(state['ema'], self.average.module.state_dict())
             self.average.module.load_state_dict(state['ema'])

@@ -141,19 +141,28 @@ def resolve_normalization(preprocess, opt, images, saved_args):
     return preprocess
 
 
+def _smallest_image_and_model(opt, preprocess):
+    """Returns the smallest training image and the model, both on the meta device."""
+    size = min([preprocess.size, *opt.grow])
+    with torch.device('meta'):
+        model = diracnets.create_model(opt.model, preprocess.kind, **options.model_options(opt))
+        return torch.empty(1, 3, size, size), model
+
+
 def check_model_options(opt, preprocess):
     """Raises ValueError for sizes that the architecture does not have, before data are read."""
     try:
-        with torch.device('meta'):
-            model = diracnets.create_model(opt.model, preprocess.kind, **options.model_options(opt))
+        image, model = _smallest_image_and_model(opt, preprocess)
     except ValueError as error:
+        if opt.dataset != 'Folder' and preprocess.kind in ARCHITECTURES[opt.model].datasets:
+            raise  # the size of the images is not the reason
         context = f'image_size {preprocess.size}: {options.NETWORKS_BY_SIZE}'
         raise ValueError(f'{error} ({context})') from error
-    size = min([preprocess.size, *opt.grow])
+    size = image.shape[-1]
     if size >= DATASETS[preprocess.kind].size:
         return
     try:
-        model.eval()(torch.empty(1, 3, size, size, device='meta'))
+        model.eval()(image)
     except RuntimeError as error:
         raise ValueError(f'images of {size} pixels are too small for {opt.model}; use larger ones '
                          f'({str(error).splitlines()[0]})') from error
@@ -168,14 +177,13 @@ def check_batches_of_one(opt, preprocess, n):
     parts = [part for batch in batches for part in torch.arange(batch).tensor_split(world_size())]
     if all(len(part) != 1 for part in parts):
         return
-    with torch.device('meta'):
-        model = diracnets.create_model(opt.model, preprocess.kind, **options.model_options(opt))
-    size = min([preprocess.size, *opt.grow])
+    image, model = _smallest_image_and_model(opt, preprocess)
     try:
-        model.train()(torch.empty(1, 3, size, size, device='meta'))
+        model.train()(image)
     except ValueError as error:
         raise ValueError(f'--batch_size {opt.batch_size}: leaves a batch of one image of {n}, too '
-                         f'few for batch norm at {size} pixels; use another batch size') from error
+                         f'few for batch norm at {image.shape[-1]} pixels; use another batch size'
+                         ) from error
 
 
 def build_model(opt, splits, forward):
@@ -215,6 +223,13 @@ def prepare(opt, device, lock, splits=None):
         {**vars(opt), 'dtype': dtype}, state['args'])
     if changed:
         raise ValueError(f'{path}: {"; ".join(changed)}; use the same options, or --force')
+    optimizer = state['args'].get('optimizer', 'sgd')
+    if path and optimizer != opt.optimizer:  # with --force
+        raise ValueError(f'{path}: optimizer was {optimizer}, is {opt.optimizer}; use the same '
+                         'optimizer, or start from the checkpoint by --pretrained')
+    if rank() == 0 and opt.lr_schedule == 'step' and min(opt.epoch_step, default=0) > opt.epochs:
+        say(f'--epoch_step {opt.epoch_step}: none of {opt.epochs} epochs; the learning rate stays '
+            f'{opt.lr:g}')
     splits = load_training_splits(opt, splits, preprocess)
     splits = match_checkpoint(opt, splits, state, path)
     preprocess = resolve_normalization(preprocess, opt, splits.train, state['args'])
