@@ -446,8 +446,8 @@ def _run(model, x):
                 weights = dirac_weights(convs, x.dtype if _has_autocast(x) else None, x)
             x = layer._conv_forward(x, weights[layer], layer.bias)
         elif _is_standard_norm(layer):
-            # its call would take 1 % of a training step. It also counts batches, which the momentum
-            # and the state dict do not use
+            # calling the module would take 1 % longer per step. It also counts batches, which only
+            # a momentum of None uses
             x = F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias,
                              layer.training, layer.momentum, layer.eps)
         elif type(layer) is nn.ReLU and type(previous) in INPLACE_RELU_AFTER:

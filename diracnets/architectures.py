@@ -17,7 +17,8 @@ ACTIVATIONS = ('relu', 'gelu', 'silu', 'hardswish')
 class Architecture:
     """Builder, options and training settings of an architecture."""
 
-    build: str  # 'module.function' in diracnets.models, see diracnets.models.registry.get_builder
+    build: str  # 'module.function' in diracnets.models: takes (Topology, **options) if depth and
+    # width are among the options, and (num_classes, **options) otherwise
     options: dict[str, Any]  # model options of train.py that it has, with their defaults
     datasets: tuple[str, ...] = KINDS  # supported datasets, the default first
     decay_all: bool = False  # weight decay also applies to one-dimensional tensors

@@ -262,7 +262,7 @@ def _commutes_with_pool(layers, node, bn):
 
 
 def _with_called_convs(module):
-    """Returns a GraphModule that calls a convolution where this one computes W_hat and convolves.
+    """Returns a GraphModule with calls of folded convolutions in place of inlined DiracConv layers.
 
     The usual tracers, as in torchvision's create_feature_extractor, trace through DiracConv layers.
     """

@@ -96,8 +96,8 @@ _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
 _PNG_START, _PNG_END = b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'
 _JPEG_MARKER = re.compile(rb'\xff([^\x00\xff])')
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
-_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xDA)}
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_STANDALONE = {0x01, *range(0xD0, 0xDA)}  # markers without a segment: TEM, RST0-7, SOI, EOI
+_START_OF_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # without DHT, JPG, DAC
 
 
 def _find_segment(content, kinds):
@@ -110,14 +110,14 @@ def _find_segment(content, kinds):
         kind, position = marker[1][0], marker.end()
         if kind in kinds:
             return position
-        if kind not in _WITHOUT_LENGTH:
+        if kind not in _STANDALONE:
             position += int.from_bytes(content[position : position + 2], 'big')
     return None
 
 
 def _frame_size(content):
     """Returns the (height, width) in the frame header of a JPEG file, or None."""
-    position = _find_segment(content, _FRAMES)
+    position = _find_segment(content, _START_OF_FRAME)
     if position is None or position + 7 > len(content):
         return None
     return struct.unpack_from('>HH', content, position + 3)

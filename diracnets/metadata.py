@@ -24,7 +24,7 @@ ORIGIN_KEYS = ('network', 'exported_from', 'epoch', 'calibration')
 MAX_VALUES, MAX_DEPTH, MAX_TEXT = 1_000_000, 20, 10_000  # limits on everything but tensors
 MAX_JSON = 2**24  # characters
 SIZES = ('depth', 'width', 'layers', 'growth', 'reduce', 'droprate', 'image_size')  # in args
-MAX_SIZE = 10_000  # of SIZES: building a larger model would not end
+MAX_SIZE = 10_000  # of SIZES: building a larger model would take too long
 COUNTERS = ('num_batches_tracked', 'n_averaged')  # integers in state dicts
 DTYPES = {  # others, such as float8, lack operations
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8,

@@ -1,9 +1,9 @@
 """The DiracNet of the speed-run: few, wide convolutions, most on small feature maps.
 
-It has the shape of the airbench networks (Jordan, arXiv 2404.00498, section 3): a stem on 2x2
-patches, three groups of two 3x3 convolutions with max-pooling after the first of each, and batch
-norm without a learned scale. Airbench uses Dirac initialization; here W_hat keeps alpha and beta as
-parameters too.
+It follows the architecture of the airbench networks (Jordan, arXiv 2404.00498, section 3): a stem
+on 2x2 patches, three groups of two 3x3 convolutions with max-pooling after the first of each, and
+batch norm without a learned scale. Airbench uses Dirac initialization; here W_hat keeps alpha and
+beta as parameters too.
 """
 
 from collections import OrderedDict
@@ -19,8 +19,8 @@ CONVOLUTIONS = (2, 2, 2)  # of each group
 PATCH = 2  # height and width of a stem patch in pixels
 # with alpha 1 and beta 0.1, as elsewhere, the filters stay close to the identity for too long;
 # these values start from a multiple of the identity too, because W has Dirac initialization
-ALPHA_INIT, BETA_INIT = 0.2, 1.0
-BLOCKS = ('base', 'dirac')
+FAST_ALPHA_INIT, FAST_BETA_INIT = 0.2, 1.0
+SUPPORTED_BLOCKS = ('base', 'dirac')
 ACTIVATION_LAYERS = {'relu': nn.ReLU, 'gelu': lambda: nn.GELU('tanh'), 'silu': nn.SiLU,
                      'hardswish': nn.Hardswish}
 
@@ -82,12 +82,12 @@ def diracnet_fast(num_classes: int, width: float, block: str, activation: str) -
     With 'base' the filters have Dirac initialization only, as in airbench. Raises ValueError for
     another block, and as FastNet does.
     """
-    if block not in BLOCKS:
-        raise ValueError(f'block {block!r}: expected {" or ".join(BLOCKS)}; the other blocks need '
-                         'odd kernels, and the first convolution has an even one')
+    if block not in SUPPORTED_BLOCKS:
+        raise ValueError(f'block {block!r}: expected {" or ".join(SUPPORTED_BLOCKS)}; the other '
+                         'blocks need odd kernels, and the first convolution has an even one')
     model = with_block(FastNet(num_classes, width, activation), block)
     for layer in model.modules():
         if isinstance(layer, DiracConv2d):
-            nn.init.constant_(layer.alpha, ALPHA_INIT)
-            nn.init.constant_(layer.beta, BETA_INIT)
+            nn.init.constant_(layer.alpha, FAST_ALPHA_INIT)
+            nn.init.constant_(layer.beta, FAST_BETA_INIT)
     return model

@@ -5,7 +5,6 @@
 """
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,16 +24,6 @@ from diracnets.architectures import get_architecture
 def build_diracnet(topology: Topology, checkpointing: bool = False) -> Network:
     """Builds the DiracNet of a topology, randomly initialized."""
     return Network.from_params(init_params(topology), checkpointing)
-
-
-def get_builder(name: str) -> Callable[..., nn.Module]:
-    """Imports and returns the function that builds an architecture.
-
-    It takes (Topology, **options) if depth and width are among the options, and
-    (num_classes, **options) otherwise. Raises ValueError for an unknown name.
-    """
-    module, function = get_architecture(name).build.split('.')
-    return getattr(importlib.import_module(f'diracnets.models.{module}'), function)
 
 
 def create_model(name: str, dataset: str | None = None, num_classes: int | None = None,
@@ -62,7 +51,9 @@ def create_model(name: str, dataset: str | None = None, num_classes: int | None 
     check_integers(1, num_classes=num_classes)
     if in_channels != 3 and 'depth' not in architecture.options:
         raise ValueError(f'{name}: expected 3 input channels, got {in_channels}')
-    build, options = get_builder(name), {**architecture.options, **options}
+    module, function = architecture.build.split('.')
+    build = getattr(importlib.import_module(f'diracnets.models.{module}'), function)
+    options = {**architecture.options, **options}
     if not 0 <= options.get('droprate', 0) < 1:
         raise ValueError(f'droprate {options["droprate"]}: expected at least 0 and less than 1')
     if 'depth' in options:
