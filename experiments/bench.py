@@ -230,33 +230,41 @@ def show_profile(title, events, work, steps):
 def draw_speedups(table):
     """Draws the latest results of each comparison in a CSV file; returns a matplotlib Figure."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    from experiments.figures import log_scale
 
     results = read_results(table)
     depths = [record for title, records in latest_comparisons(results).items()
               if title.startswith('depth,') for record in records]
     ratios = [record for _, record in pairs_with_baseline(results)]
     figure = Figure((12, 0.28 * len(ratios) + 1.5), dpi=110, layout='constrained')
-    bars, lines = figure.subplots(1, 2, width_ratios=(3, 2))
+    axes = figure.subplot_mosaic([['ratio', 'milliseconds'], ['ratio', 'peak_memory_mb']],
+                                 width_ratios=(3, 2))
+    speedups = axes['ratio']
     for y, record in enumerate(ratios):
         ratio, low, high = (record[name] for name in ('ratio', 'ratio_low', 'ratio_high'))
-        bars.barh(y, ratio, color='C0')
-        bars.errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], color='black', capsize=2)
+        speedups.errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], fmt='o', color='C0',
+                          markersize=4, capsize=2)
         if record['target']:
-            bars.plot([record['target']] * 2, [y - 0.45, y + 0.45], color='C3', linewidth=2)
+            speedups.plot(record['target'], y, '|', color='C3', markersize=14, markeredgewidth=2)
     names = [f'{record["compared"]}: {record["what"]} (n = {record["n"]:.0f})'
              for record in ratios]
-    bars.set_yticks(range(len(ratios)), names, fontsize=7)
-    bars.invert_yaxis()
-    bars.axvline(1, color='grey', linewidth=1)
-    bars.set_xlabel('speedup over the baseline (median, 95 % CI); red: target')
+    speedups.set_yticks(range(len(ratios)), names, fontsize=7)
+    speedups.invert_yaxis()
+    speedups.axvline(1, color='grey', linewidth=1)
+    log_scale(speedups)
+    speedups.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    speedups.grid(alpha=0.25)
+    speedups.set_xlabel('speedup over the baseline (median, 95 % CI); red: target')
     numbers = [int(record['what'].split('-')[1]) for record in depths]
-    for name, unit, marker in (('milliseconds', 'time (ms)', 'o-'),
-                               ('peak_memory_mb', 'peak memory (MB)', 's-')):
-        lines.plot(numbers, [record[name] for record in depths], marker,
-                   label=f'{unit}, n = {depths[0]["n"]:.0f}' if depths else unit)
-    lines.set(xlabel='depth (width 1)', ylabel='training step of 128 images', xlim=(0, None),
-              ylim=(0, None))
-    lines.legend()
+    for name, ylabel in (('milliseconds', 'time (ms)'), ('peak_memory_mb', 'peak memory (MB)')):
+        axes[name].plot(numbers, [record[name] for record in depths], 'o-')
+        axes[name].set(ylabel=ylabel, xlim=(0, None), ylim=(0, None))
+        axes[name].grid(alpha=0.25)
+    n = f' (n = {depths[0]["n"]:.0f})' if depths else ''
+    axes['milliseconds'].set_title(f'step of 128 images, width 1{n}', fontsize=10)
+    axes['peak_memory_mb'].set_xlabel('depth (layers)')
     return figure
 
 

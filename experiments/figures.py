@@ -93,7 +93,7 @@ def draw_lines(axes, results, column, xlabel, ylabel, log=False):
     """Draws the mean of a column over x with error bars of one std, one line per series."""
     for style, (series,), records in styled(grouped(results, 'series')):
         draw_means(axes, records, 'x', operator.itemgetter(column), label=series, **style)
-    finish(axes, xlabel, ylabel)
+    finish(axes, xlabel, f'{ylabel}, mean ± std')
     if log:
         log_scale(axes)
         axes.set_xticks(sorted({record['x'] for record in results}))
@@ -235,7 +235,7 @@ def blocks(figure, results, measured, logs):
                          for record in completed(read_pooled('blocks', folder))]
     timed = [record for record in results if record['series'] in times]
     depths = sorted(grouped(timed, 'x').items())
-    panels = figure.subplots(1, len(depths), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(depths), sharex=True, sharey=True, squeeze=False)[0]
     for axes, ((layers,), of_depth) in zip(panels, depths):
         groups = grouped(of_depth, 'series')
         for style, block in zip(STYLES, COMPARED_BLOCKS):
@@ -244,13 +244,13 @@ def blocks(figure, results, measured, logs):
         ns = run_counts([{**record, 'x': record['epochs']} for record in of_depth])
         axes.set_title(f'{layers:.0f} layers, n = {ns}')
         axes.margins(x=0.2)
-        finish(axes, 'epochs × step time / that of base (95 % CI)', ACCURACY)
+        finish(axes, 'training time in epochs of base (95 % CI)', f'{ACCURACY}, mean ± std')
         log_scale(axes)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def draw_over_cost(axes, records, times, **style):
-    """Draws accuracies over epochs x relative step time: means, one std and the 95 % CI."""
+    """Draws accuracies over epochs x relative step time: mean ± std, and 95 % CI of the time."""
     points = sorted(grouped(records, 'epochs').items())
     means, stds = zip(*(mean_std([record['test_acc_percent'] for record in group])
                         for _, group in points))
