@@ -36,7 +36,6 @@ from experiments.results import (
     speedrun_runs,
 )
 from experiments.variants import multiply_adds
-from training.options import RECIPE_FOLDER
 
 PAGES = [ROOT / name for name in (
     'README.md', 'docs/networks.md', 'docs/results.md', 'docs/speed.md', 'docs/speedrun.md')]
@@ -51,12 +50,15 @@ AIRBENCH = 'airbench94_muon', 8  # series and epochs of the runs that the others
 
 def speedrun(logs):
     """The speed-run and its variants, after airbench94_muon: accuracy and compute."""
+    def mean_of(name, records):  # some runs of airbench have no TTA
+        values = [value for value in column(records, name) if value != '']
+        return format_mean(values) + f' ({len(values)})' * (0 < len(values) < len(records))
+
     runs = speedrun_runs(logs)
     airbench, _ = runs.get(AIRBENCH, ([], []))
     lines = [
         [series, f'{epochs:.0f}', str(len(records)),
-         *(format_mean([value for value in column(records, f'{name}test_acc_percent')
-                        if value != '']) for name in ('', 'tta_')),
+         *(mean_of(f'{name}test_acc_percent', records) for name in ('', 'tta_')),
          show([welch(*((sign, column(group, 'test_acc_percent'))
                        for sign, group in ((1, records), (-1, airbench))))], '+.2f')
          if airbench and records is not airbench else '',
@@ -143,14 +145,8 @@ SIZES = [  # model, dataset, options, recipe
 ]
 
 
-def recipe_source(recipe):
-    """Returns the source that the first line of a recipe names after its subject."""
-    first_line, _, _ = (RECIPE_FOLDER / f'{recipe}.txt').read_text().partition('\n')
-    return first_line.partition(': ')[2]
-
-
 def size_cells(name, dataset, options, recipe):
-    """Returns the cells of a model: its sizes, training and deployed, and its recipe."""
+    """Returns the cells of a model: its sizes, training and deployed, and its command."""
     with torch.device('meta'):
         model = create_model(name, dataset, **options)
         # the functional form folds into DiracNet, module-based models into themselves
@@ -162,13 +158,13 @@ def size_cells(name, dataset, options, recipe):
                   f'{multiply_adds(lambda form=form: form, pixels=pixels) / 1e6:,.1f}']
     title = ', '.join([name, *(f'{option} {value}' for option, value in options.items())])
     command = ['python train.py', *command_line({'recipe': recipe, 'model': name, **options})]
-    return [title, dataset, *sizes, recipe_source(recipe), f'`{" ".join(command)}`']
+    return [title, dataset, *sizes, f'`{" ".join(command)}`']
 
 
 def sizes(logs):
     """The sizes of the architectures, which need neither training nor data."""
     return ['model', 'images', 'parameters', 'multiply-adds (M)', 'parameters deployed',
-            'multiply-adds deployed (M)', 'source of the recipe', 'command'], [
+            'multiply-adds deployed (M)', 'command'], [
                 size_cells(*model) for model in SIZES]
 
 
@@ -256,7 +252,7 @@ def gpu_inference(logs):
 
 
 LEFT_ALIGNED = (  # columns of text
-    'model', 'variant', 'source', 'change', 'passed', 'baseline', 'images', 'source of the recipe',
+    'model', 'variant', 'source', 'change', 'passed', 'baseline', 'images',
     'command', 'quantity', 'verdict', 'section', 'parameters, millions', 'block', 'device', 'step')
 TABLES = {
     'claims': claims, 'search': search, 'search-once': functools.partial(search, repeated=False),

@@ -38,7 +38,7 @@ def test_speedrun_shows_differences_from_airbench_and_scales_compute(tmp_path):
     header, lines = tables.speedrun(tmp_path)
     # the standard error is sqrt(2), with 2 degrees of freedom: 4.303 * 1.414
     assert lines == [
-        ['airbench94_muon', '8', '2', '90.00 ± 1.41', '90.00', '', '5', '3'],
+        ['airbench94_muon', '8', '2', '90.00 ± 1.41', '90.00 (1)', '', '5', '3'],
         ['recipe', '8', '2', '89.00 ± 1.41', '89.50 ± 0.71', '-1.00 (-7.08 to +5.08)', '4',
          '5 ± 1'],
         ['recipe', '12', '2', '91.00 ± 0.00', '', '+1.00 (-11.71 to +13.71)', '8', '10 ± 3']]
