@@ -7,10 +7,10 @@ from pathlib import Path as _Path  # torch.hub lists all callables without an un
 
 import torch
 
-from diracnet import Network as _Network
 from diracnet import check_hash as _check_hash
 from diracnet import define_diracnet as _define_diracnet
 from diracnet import diracnet18, diracnet34  # noqa: F401
+from diracnets.network import Network as _Network
 
 dependencies = ['torch']
 TRAINED = {  # released checkpoints in logs/: the SHA-256 of each model.pt7

@@ -25,8 +25,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from diracnet import Topology, flat_name, is_folded, join_names, load_published
+from diracnet import Topology, is_folded, join_names, load_published
 from diracnets.metadata import ORIGIN_KEYS, check_bounds, check_schema, parse_metadata
+from diracnets.network import flat_name
 
 MODEL_FILE, PREVIOUS_FILE, BEST_FILE = 'model.pt7', 'previous.pt7', 'best.pt7'  # of a run's folder
 CHECKPOINT_URLS = {  # unfolded parameters, from which training can continue

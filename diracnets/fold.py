@@ -25,7 +25,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.optim.swa_utils import AveragedModel
 
 from diracconv import dirac_weight, is_parametrized
-from diracnet import DiracNet, Network, Topology, has_hooks, is_folded
+from diracnet import DiracNet, Topology, is_folded
+from diracnets.network import Network, has_hooks
 
 PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_FUNCTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}

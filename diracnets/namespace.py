@@ -1,13 +1,14 @@
 """The public names of `diracnets`, which imports this module when one is used first."""
 
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization, dirac
-from diracnet import DiracNet, Network, define_diracnet, diracnet18, diracnet34
+from diracnet import DiracNet, define_diracnet, diracnet18, diracnet34
 from diracnets.architectures import list_models
 from diracnets.checkpoint import load_params, pretrained_params
 from diracnets.deploy import deploy
 from diracnets.fold import fold
 from diracnets.loading import LoadedModel, load
 from diracnets.models.registry import create_model
+from diracnets.network import Network
 from diracnets.onnx import OnnxModel
 from diracnets.preprocessing import Preprocessing, preprocess
 from diracnets.quantization import equalize

@@ -21,9 +21,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from diracconv import DiracConv2d
-from diracnet import conv_block, make_topology, module_name
+from diracnet import conv_block, make_topology
 from diracnets.checkpoint import CHECKPOINT_URLS, parse_checkpoint
 from diracnets.models.plain import PlainNet
+from diracnets.network import module_name
 
 
 class TimmDiracNet(nn.Module):

@@ -16,10 +16,11 @@ from torchvision import transforms
 
 import diracnets
 from diracconv import DiracConv2d
-from diracnet import DiracNet, Network, define_diracnet
+from diracnet import DiracNet, define_diracnet
 from diracnets.deploy import deploy, native_bfloat16
 from diracnets.fold import fold
 from diracnets.models.registry import count_multiply_adds
+from diracnets.network import Network
 from diracnets.preprocessing import Preprocessing
 from training import data, folders
 from training.compute import Forward, compile_model, cross_entropy, keep_freed_memory

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diracnet import Network, define_diracnet
+from diracnet import define_diracnet
+from diracnets.network import Network
 from diracnets.preprocessing import Preprocessing, normalize
 from runs import run
 from training import data

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 
 from diracconv import DiracConv2d
-from diracnet import Network, define_diracnet
+from diracnet import define_diracnet
 from diracnets.deploy import deploy
 from diracnets.fold import fold
+from diracnets.fused_weights import dirac_weights
+from diracnets.network import Network
 from diracnets.onnx import to_onnx
-from diracweights import dirac_weights
 from pages import ROOT
 from runs import params_of, stats_of, wait_until
 from training import data

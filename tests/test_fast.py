@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 import train
-from diracnet import Network, define_diracnet
+from diracnet import define_diracnet
 from diracnets.deploy import deploy, native_bfloat16
 from diracnets.fold import fold
+from diracnets.network import Network
 from diracnets.preprocessing import Preprocessing, normalize
 from runs import assert_same_run, params_of, run, stats_of, write_sets
 from training import compute, data, options

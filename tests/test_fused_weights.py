@@ -1,4 +1,4 @@
-"""The Triton kernels of diracweights.py, without a GPU."""
+"""The Triton kernels of diracnets/fused_weights.py, without a GPU."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import diracweights
+from diracnets import fused_weights
 from pages import ROOT
 
 triton = pytest.importorskip('triton')
@@ -27,7 +27,7 @@ def test_kernels_compile_for_a_gpu(kernel, monkeypatch, tmp_path):
     from triton.compiler import ASTSource
 
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    function = getattr(diracweights, kernel)
+    function = getattr(fused_weights, kernel)
     names = function.arg_names
     types = {'w_hat': '*bf16', 'grad': '*bf16', **dict.fromkeys(names[-5:-2], '*i64'),
              'taps': 'constexpr', 'block': 'constexpr'}

@@ -13,17 +13,19 @@ FILES = [*ROOT.glob('*.py'), *(
     path for package in ('diracnets', 'training', 'experiments')
     for path in (ROOT / package).rglob('*.py')
 )]
-LIBRARY = {'diracconv', 'diracnet', 'diracnets', 'diracweights'}
+LIBRARY = {'diracconv', 'diracnet', 'diracnets'}
 MAY_IMPORT = {  # module or package: the modules and packages of this project that it may import
     'diracconv': set(),
-    'diracweights': {'diracconv'},
-    'diracnet': {'diracconv', 'diracweights'},
+    'diracnet': {'diracconv'},
+    'diracnets.fused_weights': {'diracconv'},
+    'diracnets.network': {'diracconv', 'diracnet', 'diracnets.fused_weights'},
     'diracnets.architectures': {'diracnets.preprocessing'},
-    'diracnets.models': {'diracconv', 'diracnet', 'diracnets.architectures', 'diracnets.models'},
-    'diracnets.fold': {'diracconv', 'diracnet'},
+    'diracnets.models': {'diracconv', 'diracnet', 'diracnets.architectures', 'diracnets.models',
+                         'diracnets.network'},
+    'diracnets.fold': {'diracconv', 'diracnet', 'diracnets.network'},
     'diracnets.deploy': set(),
     'diracnets.metadata': {'diracnet'},
-    'diracnets.checkpoint': {'diracnet', 'diracnets.metadata'},
+    'diracnets.checkpoint': {'diracnet', 'diracnets.metadata', 'diracnets.network'},
     'diracnets.image_files': set(),
     'diracnets.preprocessing': {'diracnet', 'diracnets.image_files'},
     'diracnets.onnx': {'diracnets.metadata'},
@@ -33,7 +35,8 @@ MAY_IMPORT = {  # module or package: the modules and packages of this project th
         'diracnet', 'diracnets.architectures', 'diracnets.checkpoint', 'diracnets.fold',
         'diracnets.metadata', 'diracnets.models', 'diracnets.onnx', 'diracnets.preprocessing',
     },
-    'diracnets.timm': {'diracconv', 'diracnet', 'diracnets.checkpoint', 'diracnets.models.plain'},
+    'diracnets.timm': {'diracconv', 'diracnet', 'diracnets.checkpoint', 'diracnets.models.plain',
+                       'diracnets.network'},
     'diracnets': LIBRARY,
     'cli': set(),
     'training.choices': set(),
@@ -47,7 +50,7 @@ MAY_IMPORT = {  # module or package: the modules and packages of this project th
     'predict': {*LIBRARY, 'cli', 'training.files'},
     'plot': {'training.log', 'cli'},
     'test': {'cli'},
-    'hubconf': {'diracnet'},
+    'hubconf': {'diracnet', 'diracnets.network'},
     'experiments': {*LIBRARY, 'experiments', 'training', 'cli', 'train', 'hubconf',
                     'plot'},
 }
@@ -131,7 +134,7 @@ def test_scripts_are_imported_only_by_experiments(script):
     name for name in MODULES if packages([name]) <= LIBRARY))
 def test_library_imports_only_torch_at_module_level(module):
     tree = MODULES[module]
-    # triton is a dependency of torch for CUDA, and diracweights runs without it
+    # triton is a dependency of torch for CUDA, and fused_weights runs without it
     required = {*sys.stdlib_module_names, 'torch', 'triton', *LIBRARY,
                 *AT_MODULE_LEVEL.get(module, ())}
     assert packages(imported_names(walk_module_level(tree))) <= required

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
 import diracnets
-from diracnet import Network, define_diracnet, is_folded
+from diracnet import define_diracnet, is_folded
 from diracnets.checkpoint import common_prefix
+from diracnets.network import Network
 from pages import blocks
 
 ARGS = argparse.Namespace(lr=0.1, opt=['sgd'])

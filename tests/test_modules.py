@@ -13,8 +13,9 @@ from torch.optim import swa_utils
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d
-from diracnet import DiracNet, Network, define_diracnet
+from diracnet import DiracNet, define_diracnet
 from diracnets.fold import fold
+from diracnets.network import Network
 
 
 @pytest.fixture

@@ -22,8 +22,9 @@ from diracconv import (
     DiracParametrization,
     dirac_weight,
 )
-from diracnet import Network, define_diracnet
+from diracnet import define_diracnet
 from diracnets.fold import fold
+from diracnets.network import Network
 from reference import slow_w_hat
 
 

@@ -13,10 +13,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import diracnets
 import train
 import training.run
-from diracnet import Network, define_diracnet
+from diracnet import define_diracnet
 from diracnets.architectures import ARCHITECTURES
 from diracnets.fold import fold
 from diracnets.formats import to_pth
+from diracnets.network import Network
 from runs import params_of, refused, run, stats_of, write_images, write_sets
 from training import checkpoint, options
 from training.meters import Meters

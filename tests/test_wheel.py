@@ -24,8 +24,8 @@ SCRIPT = """if True:
     from torch import nn
     import diracnets
     from diracconv import DiracConv2d, dirac
-    from diracnet import Network, define_diracnet, diracnet18
-    from diracnets import create_model, fold
+    from diracnet import define_diracnet, diracnet18
+    from diracnets import Network, create_model, fold
 
     def check(module, *shape):
         x = torch.randn(shape)
@@ -109,8 +109,7 @@ def torch_alone(tmp_path_factory):
 def test_wheel_contains_the_library_only(wheel):
     version = diracnets.__version__
     assert {path.name for path in wheel.iterdir()} == {
-        'diracconv.py', 'diracnet.py', 'diracweights.py', 'diracnets',
-        f'diracnets-{version}.dist-info'}
+        'diracconv.py', 'diracnet.py', 'diracnets', f'diracnets-{version}.dist-info'}
     assert (wheel / 'diracnets' / 'py.typed').exists()
     modules = {path.relative_to(ROOT) for path in (ROOT / 'diracnets').rglob('*.py')}
     assert {path.relative_to(wheel) for path in (wheel / 'diracnets').rglob('*.py')} == modules

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diracnet import check_integers, run_checkpointed
+from diracnet import check_integers
+from diracnets.network import run_checkpointed
 
 
 def _bn_relu_conv(cin: int, cout: int, kernel_size: int,

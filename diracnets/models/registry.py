@@ -10,15 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from diracnet import (
-    CLASSES,
-    Network,
-    Topology,
-    check_integers,
-    init_params,
-    make_topology,
-)
+from diracnet import CLASSES, Topology, check_integers, init_params, make_topology
 from diracnets.architectures import get_architecture
+from diracnets.network import Network
 
 
 def build_diracnet(topology: Topology, checkpointing: bool = False) -> Network:
