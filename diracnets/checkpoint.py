@@ -188,7 +188,8 @@ def load_dict_file(path: str, required: Iterable[str] = ()) -> Mapping:
 def _find_params(contents):
     """Returns a checkpoint of train.py unchanged, and of another one only the state dict."""
     def has_tensors(value):  # hyperparameters may be called params too
-        return any(isinstance(inner, Tensor) for inner in value.values())
+        return any(isinstance(inner, Tensor) or isinstance(inner, Mapping) and has_tensors(inner)
+                   for inner in value.values())
 
     if isinstance(contents.get('params'), Mapping) and has_tensors(contents['params']):
         return contents

@@ -56,6 +56,7 @@ def deploy(model: nn.Module, shape: Sequence[int],
     def run(inputs: Tensor) -> Tensor:
         if inputs.shape != tuple(shape):
             raise ValueError(f'inputs of shape {tuple(inputs.shape)}: expected {tuple(shape)}')
+        inputs = inputs.clone() if inputs.is_inference() else inputs
         return compiled(inputs.to(dtype, memory_format=torch.channels_last)).float()
 
     # freezing converts the layout of the weights once, at compilation, instead of in each call

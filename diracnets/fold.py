@@ -31,6 +31,7 @@ from diracnets.network import Network, has_hooks
 PLAIN_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_FUNCTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # torch.compile adds _orig_mod
+MAX_FLAGS = 6  # arguments with the default True or False: their combinations are traced
 VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 MOVED_HOOKS = (
     '_forward_hooks', '_forward_pre_hooks', '_forward_hooks_always_called',
@@ -236,6 +237,8 @@ def traces(module: nn.Module) -> list[fx.Graph]:
                     in inspect.signature(module.forward).parameters.items()}
         optional = {name: None for name, default in defaults.items() if default is None}
         flags = [name for name, default in defaults.items() if type(default) is bool]
+        if len(flags) > MAX_FLAGS:
+            raise ValueError(f'{len(flags)} flags: expected at most {MAX_FLAGS}')
         return [fx.Tracer().trace(module, {**arguments, **dict(zip(flags, values))})
                 for arguments in ([{}, optional] if optional else [{}])
                 for values in itertools.product((False, True), repeat=len(flags))]
@@ -305,8 +308,8 @@ def _with_called_convs(module):
 def _conv_bn_pairs(module):
     """Returns the pairs (convolution, batch norm) that can be fused.
 
-    In every call the batch norm is the only consumer of the convolution's output, or of the output
-    of a max-pool after it that commutes with the batch norm.
+    In every call of the two, the batch norm is the only consumer of the convolution's output, or of
+    the output of a max-pool after it that commutes with the batch norm.
     """
     norms = {  # without running statistics a batch norm uses those of the batch, also in evaluation
         layer for layer in module.modules()
@@ -315,8 +318,11 @@ def _conv_bn_pairs(module):
     if not norms:
         return []
     layers = dict(module.named_modules(remove_duplicate=False))
-    pairs, *others = [_pairs_of_graph(graph, layers, norms) for graph in traces(module)]
-    return [pair for pair in pairs if all(pair in other for other in others)]
+    uses, pairs = Counter(), Counter()
+    for graph in traces(module):
+        uses += count_uses(graph, layers)
+        pairs += _count_pairs(graph, layers, norms)
+    return [pair for pair, count in pairs.items() if all(uses[layer] == count for layer in pair)]
 
 
 def count_uses(graph: fx.Graph, layers: Mapping[str, nn.Module]) -> Counter:
@@ -326,8 +332,8 @@ def count_uses(graph: fx.Graph, layers: Mapping[str, nn.Module]) -> Counter:
     return Counter(layers[name] for name in called + read)
 
 
-def _pairs_of_graph(graph, layers, norms):
-    uses, pairs = count_uses(graph, layers), Counter()
+def _count_pairs(graph, layers, norms):
+    pairs = Counter()
     for node in graph.nodes:
         before = next(iter(node.all_input_nodes), None) if node.op == 'call_module' else None
         if _commutes_with_pool(layers, before, layers.get(node.target)):
@@ -338,4 +344,4 @@ def _pairs_of_graph(graph, layers, norms):
         # exact types: a subclass, such as one made by parametrize, may compute something else
         if type(conv) in PLAIN_CONVS and bn in norms and not has_hooks(conv, bn):
             pairs[conv, bn] += 1
-    return [(conv, bn) for (conv, bn), count in pairs.items() if uses[conv] == uses[bn] == count]
+    return pairs

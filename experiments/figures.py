@@ -303,7 +303,7 @@ def replication_pairs(logs):
             pair = [{record['seed']: record['test_acc_percent'] for record in of[key]}
                     for of in (first, again)]
             if pair[0].keys() == pair[1].keys() and len(pair[0]) > 1:
-                pairs[key] = pair
+                pairs.setdefault(key, pair)  # experiments share runs
     return pairs
 
 

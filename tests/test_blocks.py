@@ -1,12 +1,14 @@
 """Blocks of several branches: published keys, and outputs against independent implementations."""
 
 import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from diracconv import DiracConv2d
 from diracnets import create_model, fold
 from diracnets.models import diverse_branch
 from diracnets.models.asymmetric_convolution import ACBlock
@@ -369,9 +371,17 @@ def test_with_block_raises_without_a_convolution_and_for_a_shared_one():
 
 
 def test_with_block_keeps_shape_and_dtype_with_padding_same():
-    model = with_block(nn.Sequential(nn.Conv2d(3, 4, 3, padding='same')).double(), 'repvgg')
-    assert model(torch.randn(2, 3, 6, 5).double()).shape == (2, 4, 6, 5)
+    layers = nn.Conv2d(3, 4, 3, padding='same'), nn.Conv2d(4, 5, 1)
+    model = with_block(nn.Sequential(*layers).double(), 'repvgg')
+    assert model(torch.randn(2, 3, 6, 5).double()).shape == (2, 5, 6, 5)
     assert {tensor.dtype for tensor in model.parameters()} == {torch.float64}
+
+
+def test_with_block_dirac_keeps_the_first_convolution():
+    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    model = with_block(nn.Sequential(OrderedDict(body=body, head=nn.Conv2d(8, 5, 3))), 'dirac')
+    assert [type(layer) for layer in (body[0], body[2], model.head)] == [
+        nn.Conv2d, DiracConv2d, DiracConv2d]
 
 
 def test_with_block_replaces_only_kernels_between_1_and_7():

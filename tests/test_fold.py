@@ -429,6 +429,34 @@ def test_fold_module_keeps_outputs_for_all_flags(early):
         assert relative(folded(inputs, *flags), module(inputs, *flags)) < 1e-12
 
 
+class EarlyExit(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+                                   for _ in range(2))
+
+    def forward(self, x, early=False):
+        x = self.first(x)
+        return x if early else self.second(x)
+
+
+def test_fold_module_fuses_layers_after_an_early_exit():
+    module, inputs = randomize(EarlyExit(), 2, 4, 6, 6)
+    folded = fold(module, torch.float64)
+    assert count(folded, nn.BatchNorm2d) == 0
+    for early in (False, True):
+        assert relative(folded(inputs, early), module(inputs, early)) < 1e-12
+
+
+def test_fold_module_limits_the_number_of_flags():
+    class Many(EarlyExit):
+        def forward(self, x, a=False, b=False, c=False, d=False, e=False, f=False, g=False):
+            return self.first(x)
+
+    with pytest.raises(ValueError, match='7 flags: expected at most 6'):
+        fold(Many())
+
+
 def test_fold_module_supports_dirac_weight_of_a_weight_normed_convolution():
     conv = parametrizations.weight_norm(nn.Conv2d(4, 4, 3))
     module, inputs = randomize(dirac(nn.Sequential(conv, nn.BatchNorm2d(4))), 2, 4, 6, 6)

@@ -53,7 +53,7 @@ FOREIGN = {  # the contents of a file, from flat parameters
     "PyTorch's tutorial": lambda params: {
         'epoch': 3, 'model_state_dict': params, 'optimizer_state_dict': {}, 'loss': 0.4},
     'hyperparameters called params': lambda params: {
-        'params': {'lr': 0.1}, 'state_dict': params},
+        'params': {'lr': 0.1}, 'model': {'state_dict': params}},
     'a common script': lambda params: {
         'net': prefixed('module.', params), 'acc': 91.2, 'epoch': 180},
     'torchvision references': lambda params: {

@@ -191,8 +191,9 @@ class Run:
         self.optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
         self.epoch, self.step = state['epoch'], state.get('step', 0)
         has_best = os.path.exists(os.path.join(self.opt.save, BEST_FILE))  # not in another --save
-        same_images = state['args'].get('val', 0) == self.opt.val  # differ with --force
-        self.best = state.get('best', 0.0) if (has_best or self.done) and same_images else 0.0
+        has_best &= all(state['args'].get(name, now) == now for name, now in vars(self.opt).items()
+                        if name in ('val', 'files'))  # of other images, with --force
+        self.best = state.get('best', 0.0) if has_best or self.done else 0.0
         if self.average and 'ema' in state:
             check_params(state['ema'], self.average.module.state_dict())
             self.average.module.load_state_dict(state['ema'])

@@ -59,13 +59,13 @@ def _with_branches(block: type[nn.Module], model: nn.Module) -> nn.Module:
             setattr(parent, name, replacement)
         elif not norm:
             conv.bias = None  # the new batch norm has a bias
-            bn = nn.BatchNorm2d(conv.out_channels)
+            bn = nn.BatchNorm2d(conv.out_channels).to(conv.weight)
             setattr(parent, name, nn.Sequential(OrderedDict(conv=conv, bn=bn)))
     return model
 
 
 def _with_dirac(model: nn.Module) -> nn.Module:
-    stem = next(getattr(parent, name) for parent, name, _ in _convs_and_norms(model))
+    stem = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
     return dirac(model, lambda name, conv: conv is not stem and _is_replaced(conv))
 
 
