@@ -222,7 +222,7 @@ def print_settings(settings, model, splits, forward):
         return
     params = dict(model.named_parameters())
     training = f'{len(splits.train)} training and ' if splits.train else ''
-    width = max(38, *map(len, params)) + 2
+    width = max([38, *map(len, params)]) + 2  # an ONNX model has no parameters
     say(
         *[f'  {name:<16}{value}' for name, value in settings.items()],
         '', f'  {"parameter":<{width}}{"shape":<20}{"size":>12}',
