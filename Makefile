@@ -12,7 +12,7 @@ RESOLUTION-oldest := lowest-direct
 RESOLUTION-newest := highest
 BIN := .venv/bin
 ARGUMENTS := -n 2 --dist worksteal --max-worker-restart 0
-TEST := OMP_NUM_THREADS=1 $(BIN)/python test.py $(ARGUMENTS)
+TEST := $(BIN)/python test.py $(ARGUMENTS)
 
 train: .venv/train.done
 	$(BIN)/python train.py --dataset Digits --depth 16 --epochs 20 --epoch_step [12,17] \
@@ -25,7 +25,7 @@ check: .venv/test.done
 	$(TEST) -m "not slow"
 
 check-oldest check-newest: check-%: .venv-%/test.done
-	OMP_NUM_THREADS=1 .venv-$*/bin/python test.py $(ARGUMENTS) -m "not slow"
+	.venv-$*/bin/python test.py $(ARGUMENTS) -m "not slow"
 	rm -rf .venv-$*/run
 	.venv-$*/bin/python train.py --dataset Digits --depth 10 --epochs 1 --save .venv-$*/run
 	.venv-$*/bin/python export.py .venv-$*/run --to .venv-$*/run/diracnet.onnx --dataset Digits

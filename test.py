@@ -22,6 +22,8 @@ def main():
     require_packages('test.py', 'test', 'pytest')
     import pytest
 
+    # processes of one thread compute the same bits as the process that starts them
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # read when torch is imported
     os.chdir(os.path.dirname(os.path.abspath(__file__)))  # where pytest reads pyproject.toml
     sys.exit(pytest.main(arguments))
 
