@@ -230,7 +230,6 @@ def show_profile(title, events, work, steps):
 def draw_speedups(table):
     """Draws the latest results of each comparison in a CSV file; returns a matplotlib Figure."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
     from experiments.figures import log_scale
 
@@ -254,7 +253,6 @@ def draw_speedups(table):
     speedups.invert_yaxis()
     speedups.axvline(1, color='grey', linewidth=1)
     log_scale(speedups)
-    speedups.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     speedups.grid(alpha=0.25)
     speedups.set_xlabel('speedup over the baseline (median, 95 % CI); red: target')
     numbers = [int(record['what'].split('-')[1]) for record in depths]

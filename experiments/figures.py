@@ -72,6 +72,7 @@ def styled(groups):
 def log_scale(axes):
     """Makes the x axis logarithmic with plain numbers as tick labels."""
     axes.set_xscale('log')
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -147,7 +148,6 @@ def width(figure, results, measured, logs):
     by_size = [{**record, 'x': record['parameters'] / 1e6} for record in results]
     draw_lines(by_parameters, by_size, 'test_acc_percent', 'parameters (millions)', ACCURACY)
     log_scale(by_parameters)
-    by_parameters.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def epoch_style(epoch, last):
@@ -246,7 +246,6 @@ def blocks(figure, results, measured, logs):
         axes.margins(x=0.2)
         finish(axes, 'training time in epochs of base (95 % CI)', f'{ACCURACY}, mean ± std')
         log_scale(axes)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
 def draw_over_cost(axes, records, times, **style):
