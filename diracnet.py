@@ -429,7 +429,7 @@ def diracnet18(pretrained: bool = False, num_classes: int = 1000,
     Inputs (N, 3, 224, 224) are RGB in [0, 1], center crops of images whose shorter side OpenCV
     resized to 256 (cubic), normalized with mean (.485, .456, .406) and std (.229, .224, .225), as
     by `diracnets.preprocess()`. The authors report a top-1 error of 30.37 % and a top-5 error of
-    10.88 % (arXiv 1706.00388); these figures were not reproduced here. Raises RuntimeError, with
+    10.88 % (in their notebook); these figures were not reproduced here. Raises RuntimeError, with
     the path for a manual download, if the weights cannot be loaded.
 
     num_classes: if it is not 1000, `fc` is randomly initialized, also with `pretrained`; 0 replaces

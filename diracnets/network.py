@@ -132,7 +132,7 @@ def module_name(name: str) -> str:
 def _run(model, x):
     """Runs an nn.Sequential as its forward does, but W_hat of all layers of one shape at once.
 
-    Layer by layer, W_hat takes five times as long, because the convolutions between evict the
+    Layer by layer, W_hat takes about six times as long, because the convolutions between evict the
     parameters from the caches. Hooks and traces need every module to be called.
     """
     inside = list(model.modules())[1:]

@@ -262,7 +262,7 @@ def ranks(dataroot):
 def gpu(dataroot):
     """What are the results of the paper's budget, on a CUDA GPU? First 28-10, then the depths."""
     options = {'dataset': 'Folder', 'dataroot': dataroot, 'depth': 28, 'width': 10,
-               'save': 'logs/gpu/diracnet-28-10', 'save_every': 3, 'resume': 'auto'}
+               'save': 'runs/gpu/diracnet-28-10', 'save_every': 3, 'resume': 'auto'}
     depths = ['-m', 'experiments.run', 'depth', '--budget', 'paper', '--dataroot', str(dataroot)]
     return [(['train.py', *command_line(options)], {})] + [
         ([*depths, '--only', models], {})

@@ -170,18 +170,18 @@ def _add_data_options(group):
         help='height and width of the inputs of a Folder, in pixels (default: 32); '
              f'{NETWORKS_BY_SIZE}')
     add('--crop', default=True, action=argparse.BooleanOptionalAction,
-        help=f'random crops: of 8 to 100 %% of the area of image files above {MAX_SMALL} pixels; '
-             'after padding of other images')
+        help='random crops: of image files with --image_size above '
+             f'{MAX_SMALL}, 8 to 100 %% of the area; of other images, after padding')
     add('--randomcrop_pad', default=4, type=at_least(0, int),
-        help='padding before random crops, in pixels, except for image files above '
-             f'{MAX_SMALL} pixels')
+        help='padding before random crops, in pixels; not for image files with --image_size '
+             f'above {MAX_SMALL}')
     add('--flip', default=None, choices=FLIPS,
         help='random flips: none, as for letters; horizontal; alternating: horizontal, each image '
              'in every second epoch; all: flips and rotations by 90 degrees, as for aerial images; '
              'none is the default of Digits (default: horizontal)')
     add('--cutout', default=0, type=at_least(0, int),
         help='side of the gray square that Cutout draws at a random position of each training '
-             f'image, in pixels; 0: none; not for image files above {MAX_SMALL} pixels')
+             f'image, in pixels; 0: none; not for image files with --image_size above {MAX_SMALL}')
     add('--augment', default=True, action=argparse.BooleanOptionalAction, help=argparse.SUPPRESS)
     add('--grow', default='[]', type=size_list,
         help='progressive resizing: sizes of the training images, in pixels, such as '
@@ -201,8 +201,8 @@ def _add_data_options(group):
         help='number of training images to hold out for validation; best.pt7 is then selected by '
              'their accuracy, not by that of the test set')
     add('--check', default=True, action=argparse.BooleanOptionalAction,
-        help=f'check header and end of image files above {MAX_SMALL} pixels before training; '
-             'smaller images are read into memory anyway')
+        help=f'with --image_size above {MAX_SMALL}, check header and end of image files before '
+             'training; smaller images are read into memory anyway')
     add('--skip_corrupt', default=False, action='store_true',
         help='skip corrupt image files; without this option the command lists them and exits')
     add('--nthread', default=min(available_cores(), MAX_WORKERS), type=at_least(0, int),
@@ -378,8 +378,8 @@ def _check_augmentation(parser, opt, size, from_python):
     if not opt.augment and opt.flip not in (None, 'none'):
         parser.error(f'--no-augment and --flip {opt.flip} contradict each other; use one of them')
     if opt.cutout and (not from_python and size > MAX_SMALL or not opt.augment):
-        parser.error(f'--cutout {opt.cutout}: expected files of up to {MAX_SMALL} pixels, or '
-                     'images from Python, augmented')
+        parser.error(f'--cutout {opt.cutout}: expected --image_size of at most '
+                     f'{MAX_SMALL}, or images from Python, augmented')
     if opt.cutout >= size:
         parser.error(f'--cutout {opt.cutout}: expected less than the image, {size}')
     if (from_python or size <= MAX_SMALL) and opt.randomcrop_pad >= size:
