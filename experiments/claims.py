@@ -14,7 +14,7 @@ from functools import partial
 
 from diracnets.checkpoint import MODEL_FILE, load_params
 from experiments import gpu_results
-from experiments.intervals import Estimate, exceeds, stays_within, welch
+from experiments.intervals import Estimate, verdict_above, verdict_at_most, welch
 from experiments.measures import layer_statistics
 from experiments.results import (
     budget_folders,
@@ -243,7 +243,7 @@ def by_layers(quantity, value, margin, form):
         pretrained = pretrained_layers(logs)
         if pretrained:
             estimates = [Estimate(*[value(layers)] * 3) for _, layers in pretrained.values()]
-            verdicts = {exceeds([estimate], margin) for estimate in estimates}
+            verdicts = {verdict_above([estimate], margin) for estimate in estimates}
             found.append(Answer(
                 ' and '.join(f'{epochs}' for epochs, _ in pretrained.values()), quantity,
                 estimates, [], ' and '.join('1' * len(pretrained)),
@@ -256,7 +256,7 @@ def by_layers(quantity, value, margin, form):
                     f'{runs[0]["epochs"]:.0f}', quantity, estimates,
                     over_seeds(layers_of_runs(folder / 'again')),
                     span([len(group) for group in grouped(runs, 'series').values()]),
-                    exceeds(estimates, margin), form))
+                    verdict_above(estimates, margin), form))
         return found
     return answers
 
@@ -271,7 +271,7 @@ def extra_time(record):
 
 def time_answer(quantity, estimates, replication=()):
     return [Answer('', f'{quantity}, %', estimates, [*replication], f'{len(estimates)}',
-                   stays_within(estimates, TIME_MARGIN))] if estimates else []
+                   verdict_at_most(estimates, TIME_MARGIN))] if estimates else []
 
 
 def cost_records(logs, compared, name):
@@ -319,25 +319,25 @@ EASY_INIT = 'DiracNets need no careful initialization: std / '
 MINOR = 'W_hat is a minor cost in training: '
 CLAIMS = [
     Claim('plain networks degrade with depth', PAPER, DEPTH, by_accuracy(
-        'depth', partial(lost_with_depth, series='plain'), exceeds)),
+        'depth', partial(lost_with_depth, series='plain'), verdict_above)),
     Claim('DiracNets do not degrade with depth', PAPER, DEPTH, by_accuracy(
-        'depth', partial(lost_with_depth, series='diracnet'), stays_within)),
+        'depth', partial(lost_with_depth, series='diracnet'), verdict_at_most)),
     Claim('DiracNets degrade less than ResNets', 'this project', DEPTH, by_accuracy(
-        'depth', partial(lost_with_depth, series='resnet', minus='diracnet'), exceeds)),
+        'depth', partial(lost_with_depth, series='resnet', minus='diracnet'), verdict_above)),
     Claim('DiracNets of width 1 are nearly as accurate as ResNets', 'abstract', DEPTH, by_accuracy(
-        'depth', resnet_minus_diracnet, stays_within)),
+        'depth', resnet_minus_diracnet, verdict_at_most)),
     Claim('large DiracNets are less accurate than ResNets', OTHER, WIDTH, by_accuracy(
-        'large', partial(two_models, first='resnet', second='diracnet'), exceeds)),
+        'large', partial(two_models, first='resnet', second='diracnet'), verdict_above)),
     Claim('width raises the accuracy', PAPER, WIDTH, by_accuracy(
-        'width', doubled_width, exceeds)),
+        'width', doubled_width, verdict_above)),
     Claim('depth raises the accuracy, up to 28 layers', PAPER, WIDTH, by_accuracy(
-        'width', more_layers, exceeds)),
+        'width', more_layers, verdict_above)),
     Claim(EASY_INIT + '10', 'abstract', INIT, by_accuracy(
-        'init', partial(scaled_init, series='diracnet', scales=(0.1,)), stays_within)),
+        'init', partial(scaled_init, series='diracnet', scales=(0.1,)), verdict_at_most)),
     Claim(EASY_INIT + '100', 'abstract', INIT, by_accuracy(
-        'init', partial(scaled_init, series='diracnet', scales=(0.01,)), stays_within)),
+        'init', partial(scaled_init, series='diracnet', scales=(0.01,)), verdict_at_most)),
     Claim('plain networks need careful initialization', 'abstract', INIT, by_accuracy(
-        'init', partial(scaled_init, series='plain', scales=(0.1, 0.01)), exceeds)),
+        'init', partial(scaled_init, series='plain', scales=(0.1, 0.01)), verdict_above)),
     Claim('alpha drifts away from 1', OTHER, ALPHA, by_layers(
         'root mean square of alpha - 1', alpha_drift, ALPHA_MARGIN, '.2f')),
     Claim('the identity dominates in deep layers', PAPER, ALPHA, by_layers(
@@ -346,7 +346,7 @@ CLAIMS = [
         'Dirac / learned term, last - first third', rise_of_ratio, 0, '+.2f')),
     Claim('ReLU with alpha and beta per channel is no worse than NCReLU', 'version 2', ABLATIONS,
           by_accuracy('versions', partial(two_models, first='diracnet-v1', second='diracnet'),
-                      stays_within)),
+                      verdict_at_most)),
     *(Claim(MINOR + text, 'abstract', COST, partial(training_on_a_cpu, name=name))
       for text, name in (('CPU', 'W_hat'), ('CPU, layer by layer', 'W_hat, layer by layer'))),
     *(Claim(MINOR + text, 'abstract', COST, partial(

@@ -37,7 +37,7 @@ def welch(*terms: tuple) -> Estimate:
     return Estimate(value, value - half, value + half)
 
 
-def exceeds(estimates: list[Estimate], margin: float) -> str:
+def verdict_above(estimates: list[Estimate], margin: float) -> str:
     """Returns whether all estimates exceed a margin: 'yes', 'no' or 'inconclusive'.
 
     yes: all intervals are above the margin; no: one of them is below it.
@@ -47,6 +47,6 @@ def exceeds(estimates: list[Estimate], margin: float) -> str:
     return 'yes' if all(estimate.low > margin for estimate in estimates) else 'inconclusive'
 
 
-def stays_within(estimates: list[Estimate], margin: float) -> str:
+def verdict_at_most(estimates: list[Estimate], margin: float) -> str:
     """Returns whether no estimate exceeds a margin: 'yes', 'no' or 'inconclusive'."""
-    return exceeds([Estimate(-e.value, -e.high, -e.low) for e in estimates], -margin)
+    return verdict_above([Estimate(-e.value, -e.high, -e.low) for e in estimates], -margin)

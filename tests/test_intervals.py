@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from experiments.intervals import Estimate, exceeds, stays_within, welch
+from experiments.intervals import Estimate, verdict_above, verdict_at_most, welch
 from experiments.results import all_runs, read_pooled, seed_means
 from records import run_records, write_csv
 
@@ -51,7 +51,7 @@ def test_welch_interval_covers_the_difference_in_95_percent_of_samples():
 def test_welch_interval_is_infinite_for_a_single_value():
     alone = welch((1, (70, 71)), (-1, (60,)))
     assert alone == Estimate(10.5, -math.inf, math.inf)
-    assert exceeds([alone], 1) == stays_within([alone], 1) == 'inconclusive'
+    assert verdict_above([alone], 1) == verdict_at_most([alone], 1) == 'inconclusive'
     assert welch((1, (2, 2)), (-1, (1, 1))) == Estimate(1, 1, 1)
 
 
@@ -65,7 +65,7 @@ def test_welch_interval_is_infinite_for_a_single_value():
 ])
 def test_verdicts_by_intervals_and_margin(intervals, more, at_most):
     estimates = [Estimate((low + high) / 2, low, high) for low, high in intervals]
-    assert (exceeds(estimates, 1), stays_within(estimates, 1)) == (more, at_most)
+    assert (verdict_above(estimates, 1), verdict_at_most(estimates, 1)) == (more, at_most)
 
 
 # ---------------------------------------------------------------- pooled runs
