@@ -104,8 +104,8 @@ def plot_logs(logs):
                       marker=MARKERS[style['linestyle']] if one_epoch else None, **style)
                for split, style in STYLES.items() if plotted & {f'{split}_loss', f'{split}_acc'}]
     for i, (name, records) in enumerate(logs.items()):
-        accuracies = [stats['test_acc'] for stats in records if 'test_acc' in stats]
-        last = f' ({accuracies[-1]:.2f} % at epoch {records[-1]["epoch"]})' if accuracies else ''
+        tested = [stats for stats in records if 'test_acc' in stats]
+        last = ' ({test_acc:.2f} % at epoch {epoch})'.format(**tested[-1]) if tested else ''
         handles.append(Line2D([], [], color=colors[i % len(colors)], label=name + last))
     figure.legend(handles=handles, loc='outside lower center', ncols=min(len(handles), 4),
                   frameon=False)

@@ -280,7 +280,7 @@ def main(argv=None):
     parser = ArgumentParser(prog='experiments.bench', description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('bench', choices=BENCHES, help='comparisons to measure, or plot')
-    parser.add_argument('--repetitions', '--pairs', type=options.at_least(10, int), default=10,
+    parser.add_argument('--repetitions', type=options.at_least(10, int), default=10,
                         help='per variant (default: %(default)s)')
     parser.add_argument('--images', default='', help='class folders of JPEG files, for data')
     parser.add_argument('--run', help='folder of a run, or a checkpoint, for deploy')

@@ -14,12 +14,12 @@ from training.augmentation import progressive_sizes
 from training.options import model_options, parse_options
 
 COMPARED_MODELS = ('plain', 'dirac-init', 'diracnet', 'resnet')
-COMPARED_BLOCKS = {  # the options of a plain network with each: those of `depth` where it has them
+COMPARED_BLOCKS = {  # options of train.py; the first three share the runs of `depth`
     'base': {'model': 'plain'}, 'dirac-init': {'model': 'dirac-init'},
     'dirac': {'model': 'diracnet'},
     **{block: {'model': 'plain', 'block': block} for block in ('acb', 'dbb', 'repvgg')},
 }
-REFERENCES = {  # of other papers, with the hyperparameters of these
+REFERENCES = {  # options of train.py: networks of other papers with the papers' recipes
     'WRN-16-4': {'recipe': 'wide-resnet', 'model': 'wide-resnet', 'depth': 16, 'width': 4},
     'DenseNet-40-12': {'recipe': 'densenet', 'model': 'densenet', 'layers': 40, 'reduce': 1,
                        'bottleneck': False},

@@ -27,6 +27,7 @@ from experiments.results import (
     column,
     completed,
     configuration,
+    dtypes_of,
     grouped,
     grouped_by,
     int8_drop,
@@ -35,6 +36,7 @@ from experiments.results import (
     read_pooled,
     relative_time,
     run_counts,
+    span,
     speedrun_runs,
     step_times,
 )
@@ -90,21 +92,21 @@ def draw_means(axes, records, x, value, **style):
     axes.errorbar([key for (key,), _ in points], means, stds, **style)
 
 
-def draw_lines(axes, results, column, xlabel, ylabel, log=False):
-    """Draws the mean of a column over x with error bars of one std, one line per series."""
+def draw_lines(axes, results, metric, xlabel, ylabel, log=False):
+    """Draws the mean of a metric over x with error bars of one std, one line per series."""
     for style, (series,), records in styled(grouped(results, 'series')):
-        draw_means(axes, records, 'x', operator.itemgetter(column), label=series, **style)
+        draw_means(axes, records, 'x', operator.itemgetter(metric), label=series, **style)
     finish(axes, xlabel, f'{ylabel}, mean ± std')
     if log:
         log_scale(axes)
         axes.set_xticks(sorted({record['x'] for record in results}))
 
 
-def draw_points(axes, results, column, xlabel):
+def draw_points(axes, results, metric, xlabel):
     """Draws each run as a circle, with the mean and std of its series below."""
     groups = grouped(results, 'series')
     for y, records in enumerate(groups.values()):
-        values = [record[column] for record in records]
+        values = column(records, metric)
         mean, std = mean_std(values)
         axes.plot(values, [y - 0.15] * len(values), 'o', mfc='none', color='0.5', markersize=5)
         axes.errorbar(mean, y + 0.1, xerr=std, fmt='s', color='black', capsize=3)
@@ -117,7 +119,7 @@ def draw_points(axes, results, column, xlabel):
 
 
 def draw_curves(axes, results, logs, metric, ylabel):
-    """Draws a metric of the logs over epochs: the mean over seeds, one line per series."""
+    """Draws a metric of the logs over epochs: mean ± std over runs, one line per series."""
     for style, (series,), records in styled(grouped(results, 'series')):
         epochs = [stats for record in records for stats in read_log(logs / record['log'])]
         draw_means(axes, epochs, 'epoch', operator.itemgetter(metric), label=series, **style)
@@ -197,20 +199,24 @@ def versions(figure, results, measured, logs):
 def cost(figure, results, measured, logs):
     """Draws both measurements of the times: the first one above, the replication below."""
     panels = figure.subplots(1, 2)
+    sets = dict(zip(('first', 'replication'), read_both('cost', 'measured.csv', logs)))
     for axes, ((title,), group) in zip(panels, grouped(measured, 'compared').items()):
         names = [*dict.fromkeys(record['what'] for record in group)]
-        for i, (style, (dtype,), records) in enumerate(styled(grouped(group, 'dtype'))):
+        for i, (style, name, records) in enumerate(styled(sets)):
+            records = [record for record in records if record['compared'] == title]
+            if not records:
+                continue
             times, low, high = zip(*map(relative_time, records))
             below, above = map(operator.sub, times, low), map(operator.sub, high, times)
             axes.errorbar(times, [names.index(record['what']) + 0.2 * i for record in records],
-                          xerr=[[*below], [*above]], label=dtype,
+                          xerr=[[*below], [*above]], label=f'{name}, {dtypes_of(records)}',
                           **{**style, 'linestyle': 'none'})
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.axvline(1, color='black', linewidth=0.8)
         axes.grid(alpha=0.25, axis='x')
         axes.legend(fontsize=8)
-        axes.set(xlabel=f'time / time of the first (median, 95 % CI, n = {group[0]["n"]:.0f})',
+        axes.set(xlabel=f'time / baseline (median, 95 % CI, n = {group[0]["n"]:.0f})',
                  title=f'{title}, 128 images')
 
 
@@ -309,16 +315,20 @@ def replication_pairs(logs):
 def replication(figure, logs):
     """Draws the replication over the first runs: means, and deviations of the runs of one seed."""
     means, deviations = figure.subplots(1, 2)
-    depths = {}
+    by_depth = {}
     for (_, run), pair in replication_pairs(logs).items():
-        layers = int(re.search(r'-(\d+)-', run)[1])
-        name = '28 layers' if layers == 28 else '10 and 16 layers'
-        depths.setdefault(name, []).append(pair)
-    for style, (name, pairs) in zip(STYLES, sorted(depths.items())):
+        if layers := re.search(r'-(\d+)-', run):  # diracnet-fast has no depth
+            by_depth.setdefault(int(layers[1]), []).append(pair)
+    if not by_depth:
+        raise ValueError(f'{logs / "again"}: no configuration with the seeds of its first runs')
+    shallow = [depth for depth in sorted(by_depth) if depth < 28]
+    for style, depths in zip(STYLES, filter(None, (shallow, sorted({*by_depth} - {*shallow})))):
+        name = f'{" and ".join(map(str, depths))} layers'
+        pairs = [pair for depth in depths for pair in by_depth[depth]]
         style = {**style, 'linestyle': 'none', 'markersize': 5}
         (x, xerr), (y, yerr) = (zip(*(mean_std([*pair[i].values()]) for pair in pairs))
                                 for i in (0, 1))
-        means.errorbar(x, y, yerr, xerr, label=f'{name} ({len(pairs)} configurations)',
+        means.errorbar(x, y, yerr, xerr, label=f'{name}, configurations: {len(pairs)}',
                        **{**style, 'capsize': 0})
         first, second = ([pair[i][seed] - mean_std([*pair[i].values()])[0]
                           for pair in pairs for seed in sorted(pair[0])] for i in (0, 1))
@@ -329,8 +339,10 @@ def replication(figure, logs):
         low, high = axes.get_xlim()
         axes.plot((low, high), (low, high), color='0.5', linewidth=0.8)
     finish(means, f'{ACCURACY}, first runs', f'{ACCURACY}, replication')
-    finish(deviations, 'run of a seed - mean over seeds, first runs (pp)', 'the same, replication')
-    figure.suptitle('Does the replication reproduce the first runs? (n = 3 seeds each)')
+    finish(deviations, 'run of a seed - mean over seeds (pp), first runs',
+           'run of a seed - mean over seeds (pp), replication')
+    seeds = span([len(first) for pairs in by_depth.values() for first, _ in pairs])
+    figure.suptitle(f'Does the replication reproduce the first runs? (n = {seeds} seeds each)')
 
 
 FIGURES = {
@@ -391,9 +403,11 @@ def main(argv=None):
     parser.add_argument('--logs', default=ROOT / 'logs', type=Path,
                         help='folder of the results (default: logs)')
     opt = parser.parse_args(argv)
-    with_results = [name for name in EXPERIMENTS if list((opt.logs / name).glob('*.csv'))]
-    with_results += [REPLICATION] * bool(replication_pairs(opt.logs))
+    for name in {*opt.experiments} - {*FIGURES, REPLICATION}:
+        parser.error(f'{name}: no figure; use one of {", ".join((*FIGURES, REPLICATION))}')
     with exit_on_error('experiments.figures'):
+        with_results = [name for name in EXPERIMENTS if list((opt.logs / name).glob('*.csv'))]
+        with_results += [REPLICATION] * bool(replication_pairs(opt.logs))
         for name in opt.experiments or with_results:
             print(save(name, opt.logs))
 

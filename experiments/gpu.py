@@ -1,9 +1,9 @@
 """Measures training and inference rates on a CUDA GPU, in order of importance.
 
-    python -m experiments.gpu                 # starts nothing after 8 minutes
+    python -m experiments.gpu                 # starts no measurement after 8 minutes
     python -m experiments.gpu --minutes 20
     python -m experiments.gpu --no-checks --no-compile --minutes 2   # the shortest run
-    python -m experiments.gpu --device cpu    # a dry run with small models
+    python -m experiments.gpu --device cpu    # a dry run with small models, saved in runs/gpu
 
 It first runs `python test.py -m gpu`, which compares the GPU with the CPU; if that fails, the exit
 status is 1. It needs no network and no files: images are random. Results are appended to files in
@@ -65,9 +65,9 @@ PRINTED = {  # header: format of a cell
 
 
 def training_step(make, dataset, batch, form, device):
-    """Prepares a step of train.py on random images; `form` is EAGER, of FORMS or of CHANGES.
+    """Prepares a step of train.py on random images.
 
-    CHANGES are changes of COMPILED.
+    form: EAGER, or one of FORMS, or one of CHANGES, which are applied to COMPILED.
     """
     preprocess = Preprocessing.for_dataset(dataset)
     eager = form == EAGER
@@ -120,7 +120,7 @@ def compare_training(depth, width, dataset, batch, device, resnet, target=''):
 
 
 def compare_changes(depth, width, batch, device):
-    """Compares training of a DiracNet for CIFAR with that of changed settings."""
+    """Compares training of a DiracNet for CIFAR with changes of its settings."""
     make = functools.partial(diracnet, depth, width)
     cost = 3 * multiply_adds(make)
     variants = [Variant(form, training_step, (make, 'CIFAR10', batch, form, device), batch, cost)
@@ -277,7 +277,7 @@ def time_in_order(comparisons, peak, device, table, columns, deadline):
         if records:
             append_results(records, table)
             print_records(records, comparison.target, PRINTED)
-        torch._dynamo.reset()  # it keeps only a few compiled models of the same code
+        torch.compiler.reset()  # it keeps only a few compiled models of the same code
         if device.type == 'cuda':
             torch.cuda.empty_cache()
 
@@ -299,9 +299,9 @@ def measure_runs(device, logs, columns, deadline):
         print_table([*cost], [[str(value) for value in cost.values()]], left=[*cost])
         make = functools.partial(diracnet, depth, width)
         for form in FORMS[: 1 if device.type == 'cpu' else None]:
-            work = training_step(make, 'CIFAR10', 128, form, device)
             title = f'{depth}-{width:g}, batch 128, {form}'
             try:
+                work = training_step(make, 'CIFAR10', 128, form, device)
                 records = profile_records(title, profile_step(work, device))
             except RuntimeError as error:  # the profiler has no permission, or no memory
                 say(f'profile of {title}: failed: {str(error).splitlines()[0]}')
@@ -321,16 +321,18 @@ def parse_options(argv):
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--minutes', type=at_least(0, float), default=8,
-        help='time limit: nothing starts after it (default: %(default)s)')
+        help='time limit: no measurement starts after it (default: %(default)s)')
     add('--checks', default=True, action=argparse.BooleanOptionalAction,
         help='run python test.py -m gpu first (default: yes)')
     add('--compile', default=True, action=argparse.BooleanOptionalAction,
         help='time train.py --compile too, one more minute per model (default: yes)')
     add('--device', choices=('cuda', 'cpu'), default='cuda',
         help='cpu: a dry run (default: %(default)s)')
-    add('--logs', type=Path, default=ROOT / 'logs' / 'gpu',
-        help='folder of the results (default: logs/gpu)')
-    return parser.parse_args(argv)
+    add('--logs', type=Path,
+        help='folder of the results (default: logs/gpu; runs/gpu for a dry run)')
+    opt = parser.parse_args(argv)
+    opt.logs = opt.logs or ROOT / ('logs' if opt.device == 'cuda' else 'runs') / 'gpu'
+    return opt
 
 
 def main(argv=None):

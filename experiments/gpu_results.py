@@ -1,5 +1,7 @@
 """The comparisons in logs/gpu/rates.csv, which experiments/gpu.py writes, for claims and tables."""
 
+from collections import defaultdict
+
 from experiments.results import CPU
 
 COMPILED = 'train.py --compile'
@@ -12,23 +14,30 @@ def standard_convolutions(form):
     return f'standard convolutions, {form}'
 
 
-BASELINES = {standard_convolutions(form): form for form in FORMS}  # of these variants' ratios
+BASELINES = {standard_convolutions(form): form for form in FORMS}  # of the ratios
 
 
-def latest_gpu_comparisons(results, kind):
+def gpu_comparisons(results, kind, is_complete=bool):
     """Returns {settings: {variant: record}} of the GPU that was measured last.
 
     `kind` is 'training' or 'inference'; the settings follow it in the title of a comparison, such
-    as '28-10, batch 128'.
+    as '28-10, batch 128'. GPUs without a complete comparison are left out: `--no-compile` measures
+    a part of the variants.
     """
-    results = [record for record in results if record['device'] != CPU]
-    comparisons = {}
+    records_of = {}  # by GPU, the last one that was measured at the end
     for record in results:
-        same_gpu = record['device'] == results[-1]['device']
-        if same_gpu and record['compared'].startswith(f'{kind} '):
+        if record['device'] != CPU and record['compared'].startswith(f'{kind} '):
+            records_of[record['device']] = [*records_of.pop(record['device'], []), record]
+    for records in reversed(records_of.values()):
+        comparisons = defaultdict(dict)
+        for record in records:
             settings = record['compared'].removeprefix(f'{kind} ')
-            comparisons.setdefault(settings, {})[record['what']] = record
-    return comparisons
+            comparisons[settings][record['what']] = record
+        complete = {settings: variants for settings, variants in comparisons.items()
+                    if is_complete(variants)}
+        if complete:
+            return complete
+    return {}
 
 
 def resnet_record(variants, form):
@@ -39,9 +48,8 @@ def resnet_record(variants, form):
 
 def training_comparisons(results):
     """Returns the complete comparisons of training; a variant may run out of memory."""
-    return {settings: variants
-            for settings, variants in latest_gpu_comparisons(results, 'training').items()
-            if variants.keys() >= {EAGER, *FORMS, *BASELINES} and resnet_record(variants, COMPILED)}
+    return gpu_comparisons(results, 'training', lambda variants: (
+        variants.keys() >= {EAGER, *FORMS, *BASELINES} and resnet_record(variants, COMPILED)))
 
 
 def overhead_of_w_hat(variants, form):

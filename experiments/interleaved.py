@@ -42,12 +42,12 @@ class Variant:
 
 def serve(pipe, variant):
     """Prepares a variant in this process, then runs its work once per request from the pipe."""
-    torch.manual_seed(0)
-    work = variant.prepare(*variant.arguments)
-    for _ in range(2):  # warm-up
-        work()
-    pipe.send('ready')
-    with contextlib.suppress(EOFError):  # the parent closed the pipe
+    with contextlib.suppress(EOFError, KeyboardInterrupt):  # the parent closed the pipe; Ctrl-C
+        torch.manual_seed(0)
+        work = variant.prepare(*variant.arguments)
+        for _ in range(2):  # warm-up
+            work()
+        pipe.send('ready')
         while pipe.recv():
             seconds = seconds_per_call(work)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # KiB to MB

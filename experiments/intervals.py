@@ -38,7 +38,7 @@ def welch(*terms: tuple) -> Estimate:
 
 
 def verdict_above(estimates: list[Estimate], margin: float) -> str:
-    """Returns whether all estimates exceed a margin: 'yes', 'no' or 'inconclusive'.
+    """Decides whether all estimates are above a margin: 'yes', 'no' or 'inconclusive'.
 
     yes: all intervals are above the margin; no: one of them is below it.
     """
@@ -48,5 +48,5 @@ def verdict_above(estimates: list[Estimate], margin: float) -> str:
 
 
 def verdict_at_most(estimates: list[Estimate], margin: float) -> str:
-    """Returns whether no estimate exceeds a margin: 'yes', 'no' or 'inconclusive'."""
+    """Decides whether no estimate is above a margin: 'yes', 'no' or 'inconclusive'."""
     return verdict_above([Estimate(-e.value, -e.high, -e.low) for e in estimates], -margin)

@@ -1,4 +1,4 @@
-"""Measurements of models that are not in the logs of their runs, written to measured.csv."""
+"""Measurements that the logs of runs do not contain, written to measured.csv."""
 
 import functools
 import os

@@ -31,8 +31,8 @@ def write_log(epochs, path):
 def release(run, folder):
     """Writes the checkpoint and log of a run into a folder; returns the checkpoint's path.
 
-    It is the last epoch: the best one would be selected on test images. Raises ValueError for an
-    incomplete run or the same folder, OSError for a run that cannot be read.
+    The checkpoint is that of the last epoch, as best.pt7 was selected on test images. Raises
+    ValueError for an incomplete run or the same folder, OSError for a run that cannot be read.
     """
     if run.resolve() == folder.resolve():
         raise ValueError(f'--to {folder}: is the run itself; use another folder')

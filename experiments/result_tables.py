@@ -34,6 +34,7 @@ from experiments.results import (
     budget_folders,
     column,
     completed,
+    dtypes_of,
     format_mean,
     grouped,
     grouped_by,
@@ -42,6 +43,7 @@ from experiments.results import (
     read_pooled,
     read_results,
     relative_time,
+    run_key,
     seed_means,
     step_times,
 )
@@ -90,7 +92,7 @@ def depth(logs):
         cells = [compared(points, (a, x), (b, x)) for x in depths]
         if any(cells):
             lines.append([f'{a} - {b}, pp {CI}', *cells, ''])
-    header = ['model', *(f'{x:.0f} layers' for x in depths), f'lost, pp {CI}']
+    header = ['model', *(f'{x:.0f} layers' for x in depths), f'accuracy loss, pp {CI}']
     if not any(line[-1] for line in lines):  # one depth so far
         header, lines = header[:-1], [line[:-1] for line in lines]
     return header, lines
@@ -108,7 +110,7 @@ def width(logs):
     """Accuracies over width: DiracNets of three depths, and all models that have several widths."""
     results = [{**record, 'series': f'diracnet-{record["series"].split()[1]}'}
                for record in read_pooled('width', logs)]
-    budget = BUDGETS[logs.name if logs.name in LONGER_BUDGETS else 'small']
+    budget = BUDGETS.get(logs.name, BUDGETS['small'])
     results += [{**record, 'series': f'{record["series"]}-{budget.layers}', 'x': budget.large}
                 for record in read_pooled('large', logs)]
     several = {record['series'] for record in results}
@@ -126,7 +128,7 @@ def width(logs):
 
 def ablations(logs):
     """Variants of the DiracNet of one size, and their differences from it."""
-    results = {(record['run'], record['test_acc_percent']): {**record, 'x': 0}
+    results = {run_key(record): {**record, 'x': 0}
                for name in ('versions', 'delta') for record in read_pooled(name, logs)}.values()
     points = accuracies(results)
     return ['model', 'test accuracy, %', 'training loss', f'difference, pp {CI}', 'parameters'], [
@@ -242,12 +244,12 @@ def int8(logs):
             line.append(show([welch((1, seed_means(
                 [*parts[0], *parts[1]], lambda r, form=form: int8_drop(r, form))))], '+.2f'))
         lines.append(line)
-    return ['model', 'float32, %', 'again', 'drop, pp', 'again', f'both {CI}',
-            'drop if equalized, pp', 'again', f'both {CI}'], lines
+    return ['model', 'float32, %', 'replication', 'drop, pp', 'replication', f'both {CI}',
+            'drop if equalized, pp', 'replication', f'both {CI}'], lines
 
 
 def cost(logs):
-    """Times relative to the first variant: first measurement and replication."""
+    """Times relative to the baseline, the first variant: first measurement and replication."""
     sets = read_both('cost', 'measured.csv', logs)
     lines = []
     for record in sets[0]:
@@ -260,12 +262,7 @@ def cost(logs):
                 '{:.3f} ({:.3f} to {:.3f})'.format(*relative_time(r)))] or [''] * 2
         lines.append(line)
     return ['128 images', *(text for records in sets for text in (
-        f'{dtypes_of(records)}, ms', f'time / first {CI}'))], lines
-
-
-def dtypes_of(records):
-    names = dict.fromkeys(column(records, 'dtype'))
-    return ', '.join('float32' if name == 'float' else name for name in names if name)
+        f'{dtypes_of(records)}, ms', f'time / baseline {CI}'))], lines
 
 
 def thousand(logs):
@@ -302,9 +299,9 @@ def hours(logs):
     only once in the total.
     """
     def measured(runs, on_cpu):
-        chosen = [run for run in runs if (run['device'] == CPU) == on_cpu]
-        used = sum(run['train_seconds'] * (run['threads'] if on_cpu else 1) for run in chosen)
-        return f'{used / 3600:.2f} ({len(chosen)})' if chosen else ''
+        on_device = [run for run in runs if (run['device'] == CPU) == on_cpu]
+        used = sum(run['train_seconds'] * (run['threads'] if on_cpu else 1) for run in on_device)
+        return f'{used / 3600:.2f} ({len(on_device)})' if on_device else ''
 
     folders = {'small': logs, **{name: logs / name for name in LONGER_BUDGETS}}
     columns = []
@@ -312,14 +309,15 @@ def hours(logs):
         for name, define in EXPERIMENTS.items():
             first, again = read_both(name, 'results.csv', folder)
             if first:
+                first += read_results(folder / name / 'cpu.csv')  # repeated on a CPU
                 runs = define(BUDGETS[budget])
                 columns.append([
                     name + f', {budget}' * (folder != logs),
                     f'{estimated_hours(name, BUDGETS[budget], runs):.1f} ({len(runs)})',
                     measured(first, True), measured(again, True), measured(first, False)])
     runs = [run for folder in folders.values() for run in all_runs(folder)]
-    again = [run for run in runs if run['log'].startswith('again/')]
-    first = [run for run in runs if run not in again]
+    parts = grouped_by(lambda run: run['log'].startswith('again/'), runs)
+    first, again = parts[False], parts[True]
     columns.append(['all, once', '', measured(first, True), measured(again, True),
                     measured(first, False)])
     header, *lines = zip(('hours (runs)', 'estimate, 2 CPU cores', 'CPU core hours, first runs',

@@ -69,12 +69,20 @@ def configuration(record):
     return record['dataset'], re.sub(r'-s\d+$', '', record['run'])
 
 
-def all_runs(logs):
-    """Returns the result of each run once: first runs, replications, and those on other devices.
+def run_key(record):
+    """Returns what identifies a run: its configuration and seed, and its result.
 
     Experiments share runs, and a repetition may be bit-identical: results of one seed with equal
     accuracy and loss are one run.
     """
+    identical = record['test_acc_percent'], record['train_loss']
+    if record['ended'] == 'diverged':
+        identical = record['device'], record['threads'], record['torch']
+    return record['dataset'], record['run'], *identical
+
+
+def all_runs(logs):
+    """Returns the result of each run once: first runs, replications, and those on other devices."""
     again = logs / 'again'
     runs = {}
     for path in (*sorted(logs.glob('*/results.csv')), logs / 'depth' / 'cpu.csv',
@@ -82,10 +90,7 @@ def all_runs(logs):
         for record in read_results(path):
             if again in path.parents:
                 record['log'] = f'again/{record["log"]}'
-            identical = record['test_acc_percent'], record['train_loss']
-            if record['ended'] == 'diverged':
-                identical = record['device'], record['threads'], record['torch']
-            runs.setdefault((record['dataset'], record['run'], *identical), record)
+            runs.setdefault(run_key(record), record)
     return [*runs.values()]
 
 
@@ -187,6 +192,12 @@ def int8_drop(record, form='int8'):
 
 def column(records, name):
     return [record[name] for record in records]
+
+
+def dtypes_of(records):
+    """Returns the dtypes of records as text, such as 'float32, bfloat16'."""
+    names = dict.fromkeys(column(records, 'dtype'))
+    return ', '.join('float32' if name == 'float' else name for name in names if name)
 
 
 def format_mean(values, digits=2):

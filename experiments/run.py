@@ -248,8 +248,8 @@ def check_same_images(paths):
     logs = (paths.logs / record['log'] for experiment in EXPERIMENTS
             for record in read_csv(paths.results(experiment))
             if record['dataset'] == 'Folder' and record['log'])
-    first_epochs = (read_log(log)[0] for log in logs if log.exists())
-    logged = next((stats['files'] for stats in first_epochs if 'files' in stats), None)
+    logged = next((stats['files'] for log in logs if log.exists()
+                   for stats in read_log(log)[:1] if 'files' in stats), None)
     files = files_of(paths.dataroot, DATASETS['Folder'].test_folders)
     if logged not in (None, files):
         raise ValueError(f'{paths.dataroot}: {files}; the results in {paths.logs} are of {logged}; '
@@ -315,7 +315,8 @@ def parse_options(argv):
              '5 seeds; tiny: a test of the code (default: %(default)s)')
     add('--only', default='*', metavar='PATTERN',
         help="train only these runs, such as 'plain*' or '*seed 1' (default: all)")
-    add('--dataset', choices=DATASETS, help="dataset (default: Folder; Digits for budget tiny)")
+    add('--dataset', choices=('Folder', 'CIFAR10', 'Digits'),
+        help='dataset; a Folder contains CIFAR-10 (default: Folder; Digits for budget tiny)')
     add('--dataroot', default='.',
         help='folder of its files: train/CLASS and test/CLASS of a Folder (default: .)')
     add('--logs', type=Path,
@@ -325,6 +326,10 @@ def parse_options(argv):
     opt = parser.parse_args(argv)
     if not opt.experiment and not opt.list:
         parser.error(f'no experiment: use one of {", ".join((*EXPERIMENTS, *SCRIPTS))}, or --list')
+    ignored = [name for name in ('budget', 'only', 'dataset', 'logs', 'runs')
+               if getattr(opt, name) != parser.get_default(name)]
+    if opt.experiment in SCRIPTS and ignored:
+        parser.error(f'--{ignored[0]}: not for the script {opt.experiment}')
     return opt
 
 
@@ -335,7 +340,7 @@ def main(argv=None):
         if opt.list:
             show_list(budget)
         elif opt.experiment in SCRIPTS:
-            run_script(SCRIPTS[opt.experiment](opt.dataroot))
+            run_script(SCRIPTS[opt.experiment](os.path.abspath(opt.dataroot)))
         else:
             logs = opt.logs or ROOT / 'logs' / ('' if opt.budget == 'small' else opt.budget)
             paths = Paths(logs, opt.runs, opt.dataset or budget.dataset, opt.dataroot)

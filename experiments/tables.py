@@ -10,7 +10,6 @@ tables of docs/results.md are in experiments/claims.py and result_tables.py.
 import functools
 import re
 import statistics
-from pathlib import Path
 
 import torch
 
@@ -240,7 +239,7 @@ def gpu_profile(logs):
 def gpu_inference(logs):
     """Rates of a folded DiracNet on a GPU, and of the ResNet of the same depth."""
     rates = read_results(logs / 'gpu' / 'rates.csv')
-    comparisons = gpu_results.latest_gpu_comparisons(rates, 'inference')
+    comparisons = gpu_results.gpu_comparisons(rates, 'inference')
     lines = [[settings, record['what'], f'{record["n"]:.0f}',
               f'{record["images_per_second"]:,.0f}', RATIO.format(**record),
               f'{record["percent_of_product"]:.0f}']
@@ -252,8 +251,8 @@ def gpu_inference(logs):
 
 
 LEFT_ALIGNED = (  # columns of text
-    'model', 'variant', 'source', 'change', 'passed', 'baseline', 'images',
-    'command', 'quantity', 'verdict', 'section', 'parameters, millions', 'block', 'device', 'step')
+    'variant', 'source', 'change', 'passed', 'baseline', 'images',
+    'command', 'quantity', 'verdict', 'section', 'parameters, millions', 'device', 'step')
 TABLES = {
     'claims': claims, 'search': search, 'search-once': functools.partial(search, repeated=False),
     'tried': tried, 'bench': bench, 'gpu-checks': gpu_checks,
@@ -282,13 +281,10 @@ def fill(page, logs):
 
 
 def main(argv=None):
-    parser = ArgumentParser(prog='experiments.tables', description=__doc__.splitlines()[0])
-    parser.add_argument('--logs', default=ROOT / 'logs', type=Path,
-                        help='folder of the CSV files (default: logs)')
-    opt = parser.parse_args(argv)
+    ArgumentParser(prog='experiments.tables', description=__doc__.splitlines()[0]).parse_args(argv)
     with exit_on_error('experiments.tables'):
         for page in PAGES:
-            page.write_text(fill(page.read_text(), opt.logs))
+            page.write_text(fill(page.read_text(), ROOT / 'logs'))
             print(page)
 
 

@@ -93,13 +93,6 @@ def draw_mistakes(records, images, title):
     return figure
 
 
-def middle_filters(model):
-    """Returns (number, weight) of the middle convolution of a folded model."""
-    convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
-    middle = len(convolutions) // 2
-    return middle + 1, convolutions[middle].weight.detach()
-
-
 def draw_layers(records, title):
     """Draws alpha, beta and the ratio of the norms of W_hat's terms over the Dirac layers."""
     figure = Figure((11, 3.6), dpi=120, layout='constrained')
@@ -124,7 +117,7 @@ def parse_options(argv):
 
 def main(argv=None):
     opt = parse_options(argv)
-    with exit_on_error('experiments.visualize', (ValueError, OSError)):
+    with exit_on_error('experiments.visualize'):
         loaded = diracnets.load(opt.model)
         splits = match_splits(
             data.load_splits(opt.dataset, opt.dataroot, loaded.preprocess, training=False), loaded)
@@ -137,9 +130,11 @@ def main(argv=None):
         new.replace(table)
         draw_confusion(records, splits.classes, title).savefig(save / 'confusion.png')
         draw_mistakes(records, splits.test, title).savefig(save / 'mistakes.png')
-        number, weight = middle_filters(model)
-        plot_filters(weight, f'{title}, folded: convolution {number}').savefig(
-            save / 'filters.png', dpi=120)
+        convolutions = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+        if convolutions:  # an ONNX file has none
+            middle = len(convolutions) // 2
+            plot_filters(convolutions[middle].weight, f'{title}, folded: convolution {middle + 1}'
+                         ).savefig(save / 'filters.png', dpi=120)
         layers = layer_statistics(loaded.model.state_dict())
         if layers:
             draw_layers(layers, title).savefig(save / 'layers.png')

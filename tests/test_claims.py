@@ -91,8 +91,10 @@ def test_claims_on_width(tmp_path):
               ('depth 16', 1): 75}
     texts = 'width raises the accuracy', 'depth raises the accuracy, up to 28 layers'
     middle = {('depth 13', width): 61 + 10 * width for width in (0.5, 1)}  # 66 and 71
+    beyond = {('depth 52', 1): 70, ('depth 10', 2.5): 50}  # no claim, no doubling
     for changed, expected in (({}, ('yes', 'yes')), ({('depth 16', 1): 65}, ('no', 'no')),
-                              ({('depth 16', 1): 70}, ('yes', 'no')), (middle, ('yes', 'no'))):
+                              ({('depth 16', 1): 70}, ('yes', 'no')), (middle, ('yes', 'no')),
+                              (beyond, ('yes', 'yes'))):
         write_csv(tmp_path / 'width' / 'results.csv', run_records(
             {key: around(mean) for key, mean in {**rising, **changed}.items()}))
         assert tuple(answers(text, tmp_path)[0].verdict for text in texts) == expected

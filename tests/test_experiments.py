@@ -74,7 +74,8 @@ def test_results_of_other_images_are_refused(tmp_path):
     files = files_of(images, ('test',))
     write_csv(logs / 'depth' / 'results.csv', [
         {'series': 'plain', 'dataset': 'Folder', 'run': 'a', 'log': f'{name}.txt'}
-        for name in ('old', 'new')])
+        for name in ('empty', 'old', 'new')])
+    write_log([], logs / 'empty.txt')
     write_log([{'epoch': 1}], logs / 'old.txt')  # of a version that did not list the files
     write_log([{'epoch': 1, 'files': files}], logs / 'new.txt')
     paths = run.Paths(logs, tmp_path / 'runs', 'Folder', str(images))
@@ -646,6 +647,12 @@ def test_options_of_scripts_are_valid():
             parse_options(arguments[arguments.index('train.py') + 1 :])
         elif arguments[:2] == ['-m', 'experiments.run']:
             run.parse_options(arguments[2:])
+
+
+def test_scripts_refuse_the_options_of_experiments(capsys):
+    with pytest.raises(SystemExit):
+        run.main(['dtype', '--runs', 'elsewhere'])
+    assert '--runs: not for the script dtype' in capsys.readouterr().err
 
 
 def test_run_script_stops_at_a_command_that_fails(monkeypatch):

@@ -67,6 +67,8 @@ def test_legend_shows_the_accuracy_of_the_last_epoch(tmp_path):
     log = write(tmp_path / 'run', record(1, test_acc=60.0), record(2, test_acc=55.0))
     figure = plot.plot_logs({'run': plot.read_log(log)})
     assert 'run (55.00 % at epoch 2)' in [text.get_text() for text in figure.legends[0].texts]
+    figure = plot.plot_logs({'run': [*plot.read_log(log), {'epoch': 3}]})
+    assert 'run (55.00 % at epoch 2)' in [text.get_text() for text in figure.legends[0].texts]
 
 
 def test_plot_logs_leaves_a_gap_when_a_record_lacks_a_metric(tmp_path):

@@ -112,6 +112,16 @@ def test_tables_show_runs_that_diverged_in_their_first_epoch(tmp_path):
     assert claims.claims(tmp_path)[1]
 
 
+def test_ablations_count_runs_of_equal_accuracy(tmp_path):
+    first, = run_records({('diracnet', 28): [70.]})
+    first['parameters'] = 368_730
+    write_csv(tmp_path / 'delta' / 'results.csv', [first])
+    write_csv(tmp_path / 'versions' / 'results.csv', [first])
+    write_csv(tmp_path / 'again' / 'delta' / 'results.csv', [{**first, 'train_loss': 1.1}])
+    assert tables.TABLES['ablations'](tmp_path)[1][0][:3] == [
+        'diracnet', '70.00 ± 0.00 (2)', '1.050 ± 0.071']
+
+
 def test_all_runs_counts_diverged_runs_on_other_machines(tmp_path):
     record, = run_records({('plain', 10): [None]})
     write_csv(tmp_path / 'depth' / 'results.csv', [record])
@@ -156,6 +166,9 @@ def test_gpu_tables_show_the_latest_gpu(tmp_path):
                       '+100 (+50 to +200)', '+4 (-20 to +50)']]  # 28-1 is incomplete
     assert tables.gpu_inference(tmp_path)[1] == [
         ['18, batch 1', 'DiracNet-18, deploy()', '16', '1,430', '1.00 (1.00 to 1.00)', '1']]
+    newer = '"training 10-1, batch 8",train.py,20,9,1,1,1,train.py,1,7,newer\n'
+    (tmp_path / 'gpu' / 'rates.csv').write_text(RATES + newer)  # with --no-compile
+    assert tables.gpu_training(tmp_path)[1] == lines
 
 
 def test_claims_on_the_cost_of_w_hat_on_a_gpu(tmp_path):
@@ -218,7 +231,7 @@ def test_depth_table_shows_losses_and_differences(tmp_path):
         ('plain', 16): around(70), ('plain', 100): (None, None), ('diracnet', 16): around(68),
         ('diracnet', 100): (66, 66, None), ('diracnet', 202): (40,)})))
     header, lines = result_tables.depth(tmp_path)
-    assert header[-2:] == ['202 layers', 'lost, pp (95 % CI)']
+    assert header[-2:] == ['202 layers', 'accuracy loss, pp (95 % CI)']
     # diverged runs are left out of the mean, and have 10 % in the loss
     assert lines[0][:4] == ['plain', '70.00 ± 0.10 (3)', '2 diverged', '']
     assert lines[0][4] == '+60.0 (+59.8 to +60.2)'
@@ -301,8 +314,8 @@ def test_int8_and_cost_show_first_runs_and_replication(tmp_path):
         timed('plain, folded', 1000, 1, 'float32'), timed('other', 2000, 2, 'float32')])
     write_csv(tmp_path / 'again' / 'cost' / 'measured.csv', [timed('other', 4000, 0.5, 'bfloat16')])
     assert result_tables.cost(tmp_path) == (
-        ['128 images', 'float32, ms', 'time / first (95 % CI)', 'bfloat16, ms',
-         'time / first (95 % CI)'],
+        ['128 images', 'float32, ms', 'time / baseline (95 % CI)', 'bfloat16, ms',
+         'time / baseline (95 % CI)'],
         [['inference, 28-1: plain, folded', '128.0', '', '', ''],
          ['inference, 28-1: other', '64.0', '0.500 (0.250 to 0.500)', '32.0',
           '2.000 (1.000 to 2.000)']])
@@ -338,20 +351,24 @@ def test_hours_separates_core_hours_from_hours_of_a_gpu(tmp_path):
     first = with_parameters([{**record, **change} for record, change in zip(large, changes)])
     write_csv(tmp_path / 'large' / 'results.csv', first)
     write_csv(tmp_path / 'int8' / 'results.csv', first[2:])  # a shared run
+    depth = {**first[0], 'run': 'plain-10-1-s1'}
+    write_csv(tmp_path / 'depth' / 'results.csv', [depth])
+    write_csv(tmp_path / 'depth' / 'cpu.csv', [{**depth, 'device': 'CPU', 'train_loss': 2.}])
     write_csv(tmp_path / 'again' / 'large' / 'results.csv', with_parameters(
         run_records({('plain', 0): (75,)})))
     write_csv(tmp_path / 'medium' / 'depth' / 'results.csv', with_parameters(
         run_records({('plain', 28): (80,)}, epochs=30)))
     header, lines = result_tables.hours(tmp_path)
-    assert header[1:] == ['large', 'int8', 'depth, medium', 'all, once']
+    assert header[1:] == ['depth', 'large', 'int8', 'depth, medium', 'all, once']
     estimates, *measured = [line[1:] for line in lines]
     # three runs of each of three networks of 28 layers at width 4: 868 million multiply-adds
-    hours, count = estimates[0].split()
+    hours, count = estimates[1].split()
     assert float(hours) == pytest.approx(
         9 * 3 * 200_000 * 868e6 / definitions.RATES[4] / 3600, abs=0.06)
     assert count == '(9)'
-    assert measured == [['1.00 (1)', '1.00 (1)', '1.00 (1)', '2.00 (2)'],
-                        ['1.00 (1)', '', '', '1.00 (1)'], ['0.50 (2)', '', '', '0.50 (2)']]
+    assert measured == [['0.25 (1)', '1.00 (1)', '1.00 (1)', '1.00 (1)', '2.25 (3)'],
+                        ['', '1.00 (1)', '', '', '1.00 (1)'],
+                        ['0.25 (1)', '0.50 (2)', '', '', '0.75 (3)']]
 
 
 # ---------------------------------------------------------------- figures
@@ -373,9 +390,23 @@ def test_replication_figure_compares_the_runs_of_each_seed(tmp_path):
     means, deviations = figure.axes
     labels = [text.get_text() for text in deviations.get_legend().get_texts()]
     # deviations -2, -1, 3 and 3, -1, -2: the sum of products -11 over the sum of squares 14
-    assert labels == ['10 and 16 layers: r = 1.00', f'28 layers: r = {-11 / 14:.2f}']
+    assert labels == ['10 layers: r = 1.00', f'28 layers: r = {-11 / 14:.2f}']
     assert [*means.lines[0].get_xdata()] == [61]
     assert [*means.lines[0].get_ydata()] == [62]
+    assert figure.get_suptitle().endswith('(n = 3 seeds each)')
+
+
+def test_replication_figure_needs_a_configuration_with_a_depth(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / 'again'):
+        write_csv(folder / 'speedrun' / 'results.csv', [
+            {**record, 'run': f'diracnet-fast-8ep-s{record["seed"]}'}
+            for record in run_records({('full recipe', 8): (88, 89)})])
+    with pytest.raises(SystemExit):
+        figures.main(['replication', '--logs', str(tmp_path)])
+    assert 'again: no configuration' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        figures.main(['typo'])
+    assert 'typo: no figure; use one of depth' in capsys.readouterr().err
 
 
 def test_results_page_states_the_correlations_of_the_replication_figure():

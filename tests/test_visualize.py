@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import diracnets
+import export
 from diracnets.preprocessing import normalize
 from experiments import measures, visualize
 from experiments.results import read_csv
@@ -68,6 +69,17 @@ def test_figures_are_drawn(visualized):
         picture = cv2.imread(str(drawn / name))
         assert min(picture.shape[:2]) > 200
         assert picture.std() > 5  # something is drawn
+
+
+def test_exported_models_are_drawn_without_filters(visualized, tmp_path):
+    images, folder, drawn = visualized
+    file = str(tmp_path / 'model.onnx')
+    export.main([str(folder), '--to', file, '--dataset', 'Folder', '--dataroot', str(images)])
+    visualize.main([file, '--dataroot', str(images), '--save', str(tmp_path / 'seen')])
+    seen = sorted(path.name for path in (tmp_path / 'seen').iterdir())
+    assert seen == ['confusion.png', 'mistakes.png', 'predictions.csv']
+    assert [row['labelled'] for row in read_csv(tmp_path / 'seen' / 'predictions.csv')] == [
+        row['labelled'] for row in read_csv(drawn / 'predictions.csv')]
 
 
 @pytest.mark.parametrize('model', ['plain', 'diracnet-v1', 'diracnet-fast'])
