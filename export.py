@@ -26,7 +26,7 @@ from cli import (
     say,
     table,
 )
-from training.options import DATASETS
+from diracnets.preprocessing import DATASETS
 
 EXTENSIONS = {  # of diracnets.formats.FORMATS: the packages required in addition to torch
     '.onnx': ('onnx', 'onnxruntime', 'onnxscript'), '.pt2': (), '.safetensors': ('safetensors',),
@@ -45,7 +45,7 @@ def parse_options(argv=None):
         help='write an .onnx file that accepts inputs of any height and width')
     add('--int8', metavar='FOLDER',
         help='quantize the .onnx file to int8, calibrated on the images in this folder')
-    add('--equalise', '--equalize', nargs='?', const='', metavar='FOLDER', dest='equalize',
+    add('--equalize', '--equalise', nargs='?', const='', metavar='FOLDER', dest='equalize',
         help='equalize the channel ranges on the images of --int8, or without --int8 on those in '
              'this folder, which improves the int8 accuracy of DiracNets; float outputs do not '
              'change')
@@ -59,9 +59,9 @@ def parse_options(argv=None):
         if getattr(opt, name) and opt.extension != '.onnx':
             parser.error(f'--to {opt.to}: --{name} needs a file name that ends in .onnx')
     if opt.equalize == '' and not opt.int8:
-        parser.error('--equalise: needs calibration images; use --equalise FOLDER or add --int8')
+        parser.error('--equalize: needs calibration images; use --equalize FOLDER or add --int8')
     if opt.equalize and opt.int8:
-        parser.error(f'--equalise {opt.equalize}: the images are those of --int8; omit the folder')
+        parser.error(f'--equalize {opt.equalize}: the images are those of --int8; omit the folder')
     if os.path.realpath(opt.to) == os.path.realpath(opt.checkpoint):
         parser.error(f'--to {opt.to}: would overwrite the checkpoint; use another name')
     if opt.dataroot != parser.get_default('dataroot') and not opt.dataset:
@@ -99,7 +99,8 @@ TOLERANCE, INT8_TOLERANCE = 1e-4, 0.5  # of logits, relative to the largest logi
 
 def load_test_set(opt, loaded):
     """Loads the test set of --dataset; raises ValueError for classes that the model lacks."""
-    splits = data.load_splits(opt.dataset, opt.dataroot, loaded.preprocess, training=False)
+    splits = data.load_splits(opt.dataset, opt.dataroot, loaded.preprocess, training=False,
+                              classes=loaded.classes or ())
     return splits.test.relabeled(match_classes(
         loaded.path, loaded.num_classes, loaded.classes, splits.classes))
 

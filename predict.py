@@ -3,7 +3,7 @@
     python predict.py cat.jpg dog.jpg --model logs/diracnet-28-2
     python predict.py cat.jpg --model diracnet-int8.onnx    # a file of export.py
     python predict.py cat.jpg --model diracnet18            # the authors' ImageNet model
-    python predict.py photos --model diracnet18 --json photos.json  # a folder, and its folders
+    python predict.py photos --model diracnet18 --json photos.json  # a folder and its subfolders
 
 Unreadable images are reported on stderr and skipped; the exit status is then 2.
 """
@@ -35,6 +35,8 @@ def parse_options(argv=None):
             parser.error(f'--{name} {path}: its folder does not exist; use another path')
         if path and os.path.isdir(path):
             parser.error(f'--{name} {path}: is a folder; use the path of a file')
+        if path and not os.access(os.path.dirname(path) or '.', os.W_OK):
+            parser.error(f'--{name} {path}: its folder is not writable; use another path')
     return opt
 
 
@@ -72,7 +74,7 @@ def read_input(preprocess, path):
 def predict(paths, name):
     """Yields (path, [(class, probability), ...] or DataError) of each image file, in order.
 
-    name: of the model. The list contains the TOP classes, the most probable first.
+    name: name of the model. The list contains the TOP classes, the most probable first.
     """
     model, preprocess, classes = load_classifier(name)
     for start in range(0, len(paths), BATCH):
@@ -122,18 +124,21 @@ def predict_all(opt):
     predictions, unreadable = [], 0
     results = tqdm(predict(paths, opt.model), total=len(paths), unit='img', disable=None,
                    leave=False)
-    for path, top in results:
-        if isinstance(top, DataError):
-            with tqdm.external_write_mode(sys.stderr):
-                warn(f'predict.py: {top}')
-            unreadable += 1
-            continue
-        predictions.append((path, top))
-        with tqdm.external_write_mode():
-            say(path, *(f'  {100 * p:6.2f} %  {name}' for name, p in top))
-    for path, write in ((opt.json, to_json), (opt.csv, to_csv)):
-        if path:  # surrogates stand for bytes of file names that are not UTF-8
-            atomic_write(path, write(predictions).encode('utf-8', 'backslashreplace'))
+    try:
+        for path, top in results:
+            if isinstance(top, DataError):
+                with tqdm.external_write_mode(sys.stderr):
+                    warn(f'predict.py: {top}')
+                unreadable += 1
+                continue
+            predictions.append((path, top))
+            with tqdm.external_write_mode():
+                say(path, *(f'  {100 * p:6.2f} %  {name}' for name, p in top))
+    finally:  # a signal or an error loses no predictions
+        for path, write in ((opt.json, to_json), (opt.csv, to_csv)):
+            if path and (predictions or unreadable):
+                # surrogates stand for bytes of file names that are not UTF-8
+                atomic_write(path, write(predictions).encode('utf-8', 'backslashreplace'))
     return unreadable
 
 

@@ -54,8 +54,8 @@ from training.setup import load_for_evaluation, prepare
 def train_one_epoch(run, model, loader, size, title, signals):
     """Trains on the remaining batches of an epoch; returns its log entries.
 
-    model: run.model, or its compiled or distributed form; size: of the images, in pixels; title: of
-    the progress bar; signals: a SignalHandler.
+    model: run.model, or its compiled or distributed form; size: image size in pixels; title: title
+    of the progress bar; signals: a SignalHandler.
     """
     opt, optimizer = run.opt, run.optimizer
     loader.sampler.set_epoch(run.epoch + 1, run.step)
@@ -133,7 +133,7 @@ def train(run, resume_command):
 
 def test(opt, loaded, forward, splits):
     """Prints and returns the loss and accuracies of a loaded model on the test images."""
-    settings = {'file': loaded.path, 'network': loaded.title, 'image_size': loaded.preprocess.size,
+    settings = {'file': loaded.path, 'model': loaded.title, 'image_size': loaded.preprocess.size,
                 'batch_size': opt.batch_size, 'nthread': opt.nthread}
     print_settings(settings, loaded.model, splits, forward)
     meters = Meters(loaded.num_classes, len(splits.test), 'test')
@@ -157,7 +157,8 @@ def main(argv=None, splits=None, on_epoch=None):
     opt = options.parse_options(argv, splits)
     resume_argv = argv if opt.resume == 'auto' else [*argv, '--resume', 'auto']
     with checkpoint.Lock(opt.save) as lock:
-        with exit_on_error('train.py', (ValueError, OSError)), out_of_memory_as_os_error():
+        with (exit_on_error('train.py', (ValueError, OSError)),
+              out_of_memory_as_os_error('use fewer images, or a smaller --image_size or model')):
             if opt.gpu_id:
                 os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id  # read when CUDA is first used
             device = distributed.init(opt.deterministic)
@@ -174,7 +175,7 @@ def main(argv=None, splits=None, on_epoch=None):
         try:
             # from here on other errors are bugs, and keep their traceback
             with (exit_on_error('train.py', (DataError, DivergedError, OSError)),
-                  out_of_memory_as_os_error()):
+                  out_of_memory_as_os_error('use a smaller --batch_size')):
                 if opt.evaluate:
                     return test(opt, loaded, forward, splits)
                 print_settings(run.args, run.model, run.splits, run.forward)

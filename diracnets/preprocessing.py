@@ -202,8 +202,8 @@ def normalize(images: torch.Tensor, preprocess: Preprocessing,
               dtype: torch.dtype | None = None) -> torch.Tensor:
     """Converts uint8 images (N, C, H, W) to inputs: (images / 255 - mean) / std.
 
-    dtype: of the inputs (default: torch.float32). Raises ValueError if the number of channels is
-    not that of the preprocessing.
+    dtype: dtype of the inputs (default: torch.float32). Raises ValueError if the number of channels
+    is not that of the preprocessing.
     """
     import torch
 

@@ -146,8 +146,8 @@ def quantize(content: bytes, paths: Sequence[str], preprocess: Callable[[str], T
     """Quantizes a float32 ONNX file to int8: activations per tensor, filters per channel.
 
     content: the bytes of the file; paths: the calibration images, which `preprocess` turns into
-    inputs (C, S, S); metadata: of the int8 file. Returns the bytes of the float32 file, with the
-    same graph optimizations, and of the int8 file.
+    inputs (C, S, S); metadata: metadata of the int8 file. Returns the bytes of the float32 file,
+    with the same graph optimizations, and of the int8 file.
     """
     import onnx
     from onnxruntime.quantization import quantize_static

@@ -111,7 +111,9 @@ def test_out_of_memory_is_one_line(
     with pytest.raises(SystemExit) as stopped:
         run(images, tmp_path)
     assert stopped.value.code == 1
-    assert capsys.readouterr().err == f'train.py: {reason}; use a smaller --batch_size\n'
+    fix = ('use a smaller --batch_size' if function == 'train_one_epoch' else
+           'use fewer images, or a smaller --image_size or model')
+    assert capsys.readouterr().err == f'train.py: {reason}; {fix}\n'
 
 
 def test_log_error_names_the_file(tmp_path, monkeypatch):

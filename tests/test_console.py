@@ -179,7 +179,7 @@ def test_top_5_accuracy_is_printed_with_100_classes(tmp_path, capsys):
 def test_run_names_a_step_schedule_without_a_drop(
         images, tmp_path, capsys, epochs, schedule, printed):
     run(images, tmp_path / 'run', '--epochs', epochs, *schedule)
-    line = '--epoch_step [2, 3]: none of 1 epochs; the learning rate stays 0.1\n'
+    line = '--epoch_step [2, 3]: no drop in 1 epochs, the learning rate stays 0.1; '
     assert (line in capsys.readouterr().out) == printed
 
 
@@ -201,7 +201,7 @@ def test_resume_of_a_finished_run_writes_nothing(images, tmp_path, capsys, elsew
     capsys.readouterr()
     run(images, save, '--resume', first)
     *_, last = capsys.readouterr().out.splitlines()
-    assert last.startswith('nothing was left to train, and nothing was written: '
-                           f'{first} is at epoch 2, --epochs is 2; best test_acc ')
+    assert last.startswith(f'already finished, nothing was written: {first} is at epoch 2 of 2; '
+                           'best test_acc ')
     assert sorted(tmp_path.iterdir()) == [first]
     assert {path: path.read_bytes() for path in first.iterdir()} == before

@@ -100,6 +100,15 @@ def test_freeze_finds_the_first_convolution_and_the_last_layer(name, block):
     assert len(norms) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
+def test_freeze_without_pretrained_parameters_is_named(images, before, tmp_path, capsys):
+    line = '--freeze stem: without --pretrained, layers keep their initial values\n'
+    run(images, tmp_path / 'new', '--epochs', 1, '--freeze', 'stem')
+    assert line in capsys.readouterr().out
+    run(images, tmp_path / 'tuned', '--epochs', 1, '--freeze', 'stem', '--pretrained',
+        before('diracnet'))
+    assert line not in capsys.readouterr().out
+
+
 def test_freeze_features_is_rejected_with_muon(images, tmp_path, capsys):
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--model', 'plain',
                     '--depth', 10, '--freeze', 'features', '--optimizer', 'muon', '--save',
@@ -290,13 +299,15 @@ def test_force_does_not_resume_with_another_optimizer(images, before, tmp_path, 
     assert 'optimizer was sgd, is muon; use the same optimizer, or start' in error
 
 
-def test_force_selects_the_best_epoch_anew_on_other_images(images, tmp_path):
+def test_force_selects_the_best_epoch_anew_on_other_images(images, tmp_path, capsys):
     run(images, tmp_path / 'run')
     saved = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
     torch.save({**saved, 'best': 100.0}, tmp_path / 'run' / 'model.pt7')
     run(images, tmp_path / 'run', '--resume', 'auto', '--epochs', 3)
     assert torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)['best'] == 100
+    assert 'replaces best.pt7' not in capsys.readouterr().out
     run(images, tmp_path / 'run', '--resume', 'auto', '--epochs', 4, '--val', 6, '--force')
+    assert 'the next epoch replaces best.pt7' in capsys.readouterr().out
     last = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
     assert last['best'] == stats_of(tmp_path / 'run')[-1]['val_acc']
 

@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+import export
 import train
 from corruption import jpeg_segment, png_of
 from diracnets import image_files, preprocessing
@@ -173,6 +175,16 @@ def test_held_out_images_take_the_place_of_val(both, tmp_path, capsys):
     assert stats['images_per_second'] == pytest.approx(7 / stats['train_time'])
 
 
+def test_export_uses_the_test_set_that_train_evaluates(both, tmp_path):
+    root = tmp_path / 'images'
+    shutil.copytree(both, root)
+    shutil.rmtree(root / 'test' / 'dog')  # one class folder is left, and is a class of the model
+    loaded = SimpleNamespace(path='run', num_classes=2, classes=['cat', 'dog'],
+                             preprocess=Preprocessing.for_dataset('Folder'))
+    opt = SimpleNamespace(dataset='Folder', dataroot=str(root))
+    assert export.load_test_set(opt, loaded).labels.tolist() == [0] * 4
+
+
 # ---------------------------------------------------------------- listing
 
 
@@ -261,7 +273,7 @@ def test_corrupt_files_are_listed_at_once_or_left_out(tmp_path, capsys, size):
 
     run(root, tmp_path / 'run', '--skip_corrupt', *small_options(size))
     assert capsys.readouterr().err.splitlines() == [
-        *errors, f'{root}/train: left out 2 of 10 files', f'{root}/test: left out 1 of 6 files']
+        *errors, f'{root}/train: skipped 2 of 10 files', f'{root}/test: skipped 1 of 6 files']
     for name in names:
         (clean / name).unlink()
     run(clean, tmp_path / 'whole', *small_options(size))

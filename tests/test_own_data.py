@@ -177,10 +177,16 @@ def test_sample_aug_params_is_the_same_with_cutout():
 
 
 def test_cutout_is_rejected_for_large_files_and_without_augmentation(capsys):
-    for words in (['--dataset', 'ImageNet'], ['--no-augment']):
-        error = refused(capsys, *words, '--cutout', '8')
-        assert re.search('--cutout 8: .*64 pixels', error)
+    error = refused(capsys, '--dataset', 'ImageNet', '--cutout', '8')
+    assert '--cutout 8: expected --image_size of at most 64' in error
+    error = refused(capsys, '--no-augment', '--cutout', '8')
+    assert '--no-augment and --cutout 8 contradict each other' in error
     assert re.search('--cutout 32: .* 32', refused(capsys, '--cutout', '32'))
+
+
+def test_padding_is_checked_only_if_images_are_cropped(capsys):
+    assert '--randomcrop_pad 70: ' in refused(capsys, '--randomcrop_pad', '70')
+    assert options.parse_options(['--randomcrop_pad', '70', '--no-crop']).randomcrop_pad == 70
 
 
 def test_flip_and_crop_are_separate_options(capsys):
@@ -297,7 +303,7 @@ def test_normalise_option_is_stored_in_checkpoints_and_exported_files(pairs, tmp
     evaluate += ['--resume', tmp_path / 'run', '--normalise']
     assert 'mean is [0.2, 0.4, 0.6], not [0.5, 0.5, 0.5]; std is' in refused(
         capsys, *evaluate, '[0.5,0.5,0.5,1,1,1]')
-    assert '--normalise measured: ' in refused(capsys, *evaluate, 'measured')
+    assert '--normalize measured: ' in refused(capsys, *evaluate, 'measured')
 
 
 def test_resume_keeps_the_measured_normalization(pairs, tmp_path):
@@ -332,7 +338,7 @@ def test_normalise_option_rejects_invalid_values(capsys, numbers):
 def test_normalise_option_rejects_another_number_of_channels(pairs, tmp_path, capsys):
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', pairs[0], '--depth', 10,
                     '--normalise', '[0.5,0.5]', '--save', tmp_path / 'run')
-    assert re.search('--normalise .*1 channels: expected 3', error)
+    assert re.search('--normalize .*1 channels: expected 3', error)
     assert not (tmp_path / 'run').exists()
 
 
@@ -485,7 +491,7 @@ def test_batch_of_one_image_that_batch_norm_rejects_ends_before_training(tmp_pat
         train.main(['--model', 'resnet18', '--batch_size', '16', '--grow', '[32]',
                     '--save', str(tmp_path / 'run')], splits)
     assert exit.value.code == 2
-    assert ('--batch_size 16: leaves a batch of one image of 17, too few for batch norm at 32 '
+    assert ('--batch_size 16: leaves a batch of one of the 17 images, too few for batch norm at 32 '
             'pixels; use another') in capsys.readouterr().err
     assert not (tmp_path / 'run').exists()
 

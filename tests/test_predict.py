@@ -143,6 +143,25 @@ def test_predict_writes_its_files_when_stdout_is_closed(photos, run_folder, tmp_
     assert len(json.loads((tmp_path / 'p.json').read_text())) == 1
 
 
+def test_predict_writes_the_finished_images_when_it_is_interrupted(
+    photos, run_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(predict, 'BATCH', 1)
+    read = predict.read_input
+
+    def interrupted(preprocess, path):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(path)
+        return read(preprocess, path)
+
+    calls = []
+    monkeypatch.setattr(predict, 'read_input', interrupted)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        predict.main([str(photos), '--model', str(run_folder), '--json', str(tmp_path / 'p.json')])
+    assert [entry['path'] for entry in json.loads((tmp_path / 'p.json').read_text())] == calls
+
+
 def test_predict_writes_no_file_when_the_model_fails(photos, run_folder, tmp_path, capsys):
     path = tmp_path / 'p.json'
     path.write_text('before')

@@ -57,7 +57,7 @@ def test_load_pretrained_prints_another_normalization(before, tmp_path, capsys):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if 'normalized' in line]
     assert line.startswith(f'--pretrained {tmp_path / "a"}: ')
     assert f'{given}, now by {now}; ' in line
-    assert line.endswith(f'--normalise {given}')
+    assert line.endswith(f'--normalize {given}')
     run(before[1], tmp_path / 'c', '--epochs', 1, '--pretrained', tmp_path / 'a', '--normalise',
         given)
     assert 'normalized by' not in capsys.readouterr().out

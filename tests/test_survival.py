@@ -322,7 +322,13 @@ def test_unreadable_image_saves_before_the_error(tmp_path, capsys, content, mess
     broken = tmp_path / 'train' / 'dog' / '1.png'
     good = broken.read_bytes()
     broken.write_bytes(content)
-    assert f'{broken}: {message}' in refused(capsys, *options_('run'))
+    with pytest.raises(SystemExit):
+        train.main([str(option) for option in options_('run')])
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1].startswith(f'train.py: {broken}: {message}')
+    assert re.search(r'stopped in epoch 1 after \d steps; checkpoint saved; resume with: python '
+                     r'train.py .* --resume auto .*\(if you remove the image below, add --force\)',
+                     printed.out.splitlines()[-1])
     saved = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
     assert 0 <= saved['step'] < 4
     broken.write_bytes(good)
@@ -517,7 +523,7 @@ def test_restart_resumes_only_the_run_of_its_own_launcher(
     saved = torch.load(path, weights_only=True)
     torch.save({**saved, 'launcher': other(saved['launcher'])}, path)
     error = refused(capsys, *SMALL, '--dataroot', images, '--save', tmp_path)
-    assert f'{tmp_path} contains a run' in error
+    assert f'--save {tmp_path}: contains a run' in error
     torch.save(saved, path)
     run(images, tmp_path, '--epochs', 3)
     assert_same_run(tmp_path, whole)

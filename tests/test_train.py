@@ -474,13 +474,25 @@ def test_resume_does_not_overwrite_another_run(trained, images, tmp_path, capsys
     before = (tmp_path / 'other' / 'log.txt').read_text()
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10,
                     '--resume', trained, '--save', tmp_path / 'other')
-    assert 'other contains a run; ' in error
+    assert 'other: contains a run; ' in error
     for name in ('model.pt7', 'best.pt7', 'previous.pt7'):  # as in a clone: the log alone
         (tmp_path / 'other' / name).unlink(missing_ok=True)
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', images,
                     '--save', tmp_path / 'other')
     assert 'contains a run' in error
     assert (tmp_path / 'other' / 'log.txt').read_text() == before
+
+
+def test_older_checkpoint_of_a_run_does_not_replace_the_newest_one(images, tmp_path, capsys):
+    run(images, tmp_path / 'run', '--epochs', 2, '--keep_every', 1)
+    before = {path: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
+    older = ['--resume', tmp_path / 'run' / 'epoch-1.pt7', '--epochs', 2, '--keep_every', 1]
+    error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--save',
+                    tmp_path / 'run', *older)
+    assert 'run: contains a run; add --resume auto, or use another --save' in error
+    assert {path: path.read_bytes() for path in (tmp_path / 'run').iterdir()} == before
+    run(images, tmp_path / 'other', *older)
+    assert len(stats_of(tmp_path / 'other')) == 1  # of the second epoch
 
 
 def test_evaluate_rejects_another_architecture(images, tmp_path, capsys):
@@ -685,17 +697,17 @@ def test_meters_weight_every_image_equally():
     (['--save=--'], '--save=--: expected a value other than --'),
     (['--image_size', '1000000', '--dataset', 'Folder'], 'at least 8 and at most 4096'),
     (['--lr_decay_ratio', '1e9'], "'1e9': expected a number of at least 0 and at most 1"),
-    (['--save', 'x' * 300], f"--save {'x' * 300!r}: expected a folder that can be written"),
-    (['--save', f'a/{"x" * 300}/b'], 'expected a folder that can be written'),
-    (['--save', 'x/' * 3000], 'expected a folder that can be written'),
-    (['--save', 'a/b\0'], r"--save 'a/b\x00': expected a folder that can be written"),
-    (['--save', '\ud800'], r"--save '\ud800': expected a folder that can be written"),
+    (['--save', 'x' * 300], f"--save {'x' * 300!r}: expected a writable folder"),
+    (['--save', f'a/{"x" * 300}/b'], 'expected a writable folder'),
+    (['--save', 'x/' * 3000], 'expected a writable folder'),
+    (['--save', 'a/b\0'], r"--save 'a/b\x00': expected a writable folder"),
+    (['--save', '\ud800'], r"--save '\ud800': expected a writable folder"),
     (['--image_size', '48'], '--image_size 48: expected 32'),
     (['--randomcrop_pad', '32'], '--randomcrop_pad 32: expected less than the image, 32'),
     (['--gpu_id', '99'], '--gpu_id 99: no such CUDA device'),
     (['--gpu_id', 'first'], "--gpu_id 'first': expected "),
-    (['--save', '/dev/null/x'], "--save '/dev/null/x': expected a folder that can be written"),
-    (['--save', ''], "--save '': expected a folder"),
+    (['--save', '/dev/null/x'], "--save '/dev/null/x': expected a writable folder"),
+    (['--save', ''], "--save '': expected a writable folder"),
     (['--name', 'a', '--save', 'b'], '--name and --save both given'),
     (['--recipe', 'mine'], 'mine'),
     (['--ngpu', '2'], 'torchrun --nproc_per_node=2 train.py --ngpu 2'),
@@ -736,7 +748,7 @@ def test_resume_rejects_corrupt_checkpoints(content, capsys, tmp_path):
 def test_train_does_not_overwrite_a_run(trained, images, capsys):
     before = (trained / 'model.pt7').read_bytes()
     error = refused(capsys, '--dataset', 'Folder', '--dataroot', images, '--save', trained)
-    assert f'{trained} contains a run; ' in error
+    assert f'--save {trained}: contains a run; ' in error
     assert (trained / 'model.pt7').read_bytes() == before
 
 

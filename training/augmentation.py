@@ -58,8 +58,8 @@ def alternating_flip(indices, seed):
 def sample_aug_params(indices, local_indices, augmentation, seed):
     """Samples the parameters of a global batch from its seed: returns AugParams of this rank.
 
-    indices: of the images of the global batch (n,); local_indices: positions in the batch of this
-    rank's images (m,).
+    indices: indices of the images of the global batch (n,); local_indices: positions in the batch
+    of this rank's images (m,).
     """
     n, generator = len(indices), torch.Generator().manual_seed(seed)
     max_shift, flip = augmentation.shift, augmentation.flip
@@ -97,7 +97,7 @@ def crop_and_flip(images, indices, shifts, flips, reflect):
 def cutout(images, centers, side):
     """Makes a square of each image (n, S, S, C) gray; squares are clipped at the image border.
 
-    centers: as in AugParams; side: of the square, in pixels.
+    centers: as in AugParams; side: side of the square in pixels.
     """
     size = images.shape[1]
     first = (size * centers).long() - side // 2
@@ -160,7 +160,7 @@ def read_random_crop(path, size):
 def flip_image(image, flip, index, seed):
     """Flips an image, an array (S, S, C), at random by one of FLIPS.
 
-    index: of the image; seed: of the batch. Samples from torch's global generator.
+    index: index of the image; seed: seed of the batch. Samples from torch's global generator.
     """
     if flip == 'alternating':
         return image[:, ::-1] if alternating_flip(index, seed) else image

@@ -2,9 +2,9 @@
 
 A checkpoint is a plain dict that loads with `weights_only=True`: `params` (flat name to tensor,
 running statistics included), `ema` (with --ema, their average, which `diracnets.load` reads in
-place of `params`), `optimizer`, `epoch` (finished epochs), `step` (finished steps of the next
-epoch), `totals` (sums of the meters over these steps), `rng`, `best`, `classes`, `args`, `versions`
-and `launcher` (see `distributed.launcher`; it identifies restarts by torchrun).
+place of `params`), `optimizer`, `epoch` (finished epochs), `step` (finished steps of the epoch in
+progress), `totals` (sums of the meters over these steps), `rng`, `best`, `classes`, `args`,
+`versions` and `launcher` (see `distributed.launcher`; it identifies restarts by torchrun).
 """
 
 import fcntl

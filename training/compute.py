@@ -134,7 +134,7 @@ def compile_model(model: nn.Module, device: torch.device) -> Callable:
 def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, Callable, dict]:
     """Compiles the models for training and for evaluation of a run.
 
-    train_model: run.model or its distributed form; sizes: of the training images, in pixels.
+    train_model: run.model or its distributed form; sizes: training image sizes in pixels.
     Returns the two models and the log entry `compile_time`, in seconds. If this version of
     torch, or this machine, cannot compile them, it prints a warning, and returns the uncompiled
     models and no entry. With several processes it raises OSError, because the others may compile.
@@ -160,7 +160,7 @@ def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, C
 def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> None:
     """Calls the compiled models of a run with every batch size, which compiles them.
 
-    sizes: of the training images, in pixels. Leaves the model, the optimizer and the random number
+    sizes: training image sizes in pixels. Leaves the model, the optimizer and the random number
     generators as they were, also after an error.
     """
     buffers = {name: buffer.clone() for name, buffer in run.model.named_buffers()}

@@ -80,7 +80,7 @@ class DataSplits:
         return replace(self, train=train)
 
     def with_classes(self, classes, positions):
-        """Returns splits with class names `classes`; positions: of the present classes in these."""
+        """Returns splits with class names `classes`; positions: those of the old names."""
         if classes == self.classes:
             return self
         splits = {split: getattr(self, split) for split in ('train', 'val', 'test')}

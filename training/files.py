@@ -22,7 +22,7 @@ def replacement(path):
 
     The block creates the file. An error removes it; an OSError is raised again naming `path`.
     """
-    temporary = f'{path}.tmp'
+    temporary, exists = f'{path}.tmp', os.path.exists(path)
     try:
         if os.path.lexists(temporary):  # left by a killed process; a link is not followed
             os.remove(temporary)
@@ -32,8 +32,8 @@ def replacement(path):
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         if isinstance(error, OSError) and error.strerror:  # else it names a file already
-            raise OSError(f'{path}: cannot be written ({error.strerror}); the previous file is '
-                          'unchanged') from error
+            kept = '; the previous file is unchanged' * exists
+            raise OSError(f'{path}: cannot be written ({error.strerror}){kept}') from error
         raise
 
 

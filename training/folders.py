@@ -85,7 +85,7 @@ def _count_by_extension(names):
 def _find_corrupt(numbers, read, title, nthread):
     """Calls read(i) for each of `numbers` by threads, with a progress bar: returns {i: error}.
 
-    The errors are the messages of DataErrors, in all ranks those of all ranks.
+    The errors are the messages of DataErrors. Every rank returns those of all ranks.
     """
     stopped = threading.Event()
 
@@ -126,7 +126,7 @@ def _read_images(folder, paths, labels, size, nthread, check):
 
 
 def _report_corrupt(root, errors, total, skip_corrupt):
-    """Lists corrupt files on stderr; raises DataError unless they are left out."""
+    """Lists corrupt files on stderr; raises DataError unless they are skipped."""
     if len(errors) == 1 and not skip_corrupt:
         raise DataError(errors[0])
     if errors and rank() == 0:
@@ -135,16 +135,16 @@ def _report_corrupt(root, errors, total, skip_corrupt):
             warn(line)
     if errors and not skip_corrupt:
         raise DataError(f'{root}: {len(errors)} of {total} files are corrupt; repair or remove '
-                        'them, or leave them out by --skip_corrupt')
+                        'them, or skip them by --skip_corrupt of train.py')
 
 
-def _leave_out(folder, images, errors):
+def _without_corrupt(folder, images, errors):
     """Returns images without the corrupt ones; raises DataError if a class has no others."""
     rest = images.subset([i for i in range(len(images)) if i not in errors])
     if len(rest.labels.unique()) < len(images.labels.unique()):
         raise DataError(f'{folder}: all files of a class are corrupt')
     if rank() == 0:
-        warn(f'{folder}: left out {len(errors)} of {len(images)} files')
+        warn(f'{folder}: skipped {len(errors)} of {len(images)} files')
     return rest
 
 
@@ -179,17 +179,17 @@ def load_folder(root, test_folders, size, nthread=4, training=True, classes=(), 
     """Loads class folders of a dataset: returns the fields of DataSplits.
 
     test_folders: their names, in order of preference; the first with class folders is the test set,
-    another one the validation set, if `use_val`. training: False loads the test set
-    only; classes: of the model to test. A test set may have some of the training set's classes.
-    check: check large image files, which are read on demand. skip_corrupt: leave out corrupt files;
-    otherwise they are listed and raise DataError.
+    another one the validation set, if `use_val`. training: False loads the test set only; classes:
+    class names of the model to test. A test set may have some of the training set's classes. check:
+    check large image files, which are read on demand. skip_corrupt: skip corrupt files; otherwise
+    they are listed and raise DataError.
     """
     listed, classes = _list_splits(root, test_folders, training, classes, use_val)
     read = {split: _read_images(*files, size, nthread, check) for split, files in listed.items()}
     errors_of = {split: errors for split, (_, errors) in read.items()}
     _report_corrupt(root, [errors[i] for errors in errors_of.values() for i in sorted(errors)],
                     sum(len(images) for images, _ in read.values()), skip_corrupt)
-    splits = {split: _leave_out(listed[split][0], images, errors) if errors else images
+    splits = {split: _without_corrupt(listed[split][0], images, errors) if errors else images
               for split, (images, errors) in read.items()}
     return {**splits, 'classes': classes, 'files': _fingerprint(listed, errors_of)}
 

@@ -99,17 +99,21 @@ def interruptible(run, resume_command: str):
     resume_command: the command that resumes the run, for the message. After a signal the process
     exits with status 128 + its number.
     """
-    with SignalHandler() as signals, _save_at_the_end(run, resume_command):
+    with SignalHandler() as signals, _save_on_stop(run, resume_command):
         yield signals
 
 
 @contextlib.contextmanager
-def _save_at_the_end(run, resume_command):
+def _save_on_stop(run, resume_command):
     try:
         yield
-    except (DataError, WorkerError):  # image files are read during training
+    except (DataError, WorkerError) as error:  # image files are read during training
         if run.meters and world_size() == 1:
             run.save()
+            unreadable = isinstance(error, DataError)
+            say(f'stopped in epoch {run.epoch + 1} after {run.step} steps; checkpoint saved; '
+                f'resume with: {resume_command}'
+                + ' (if you remove the image below, add --force)' * unreadable)
         raise
     except DivergedError as error:
         raise DivergedError(
@@ -127,8 +131,8 @@ def _save_at_the_end(run, resume_command):
 
 
 @contextlib.contextmanager
-def out_of_memory_as_os_error():
-    """Turns an out-of-memory error into an OSError that suggests a smaller batch size."""
+def out_of_memory_as_os_error(fix: str):
+    """Turns an out-of-memory error into an OSError that suggests a fix."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -136,4 +140,4 @@ def out_of_memory_as_os_error():
         if not is_full and "can't allocate memory" not in str(error):  # torch's message on the CPU
             raise
         reason = str(error).split('DefaultCPUAllocator: ')[-1].split('. ')[0] or 'out of memory'
-        raise OSError(f'{reason}; use a smaller --batch_size') from error
+        raise OSError(f'{reason}; {fix}') from error

@@ -24,7 +24,7 @@ class BatchSampler(Sampler):
 
     `BatchDataset` describes the items. seed: with a seed, the order and the seeds of the batches
     follow from it and from the epoch, which `set_epoch` sets; with None, images come in order and
-    are not augmented. Each of `world_size` ranks gets an equal part of a batch, up to one image.
+    are not augmented. The parts of a batch of the `world_size` ranks differ by at most one image.
     labels: with labels (N,), each image is sampled with replacement, and each class equally often.
     """
 

@@ -22,9 +22,9 @@ def topk(num_classes):
 class Meters:
     """Loss and top-k accuracies of one epoch, summed over all ranks, with a progress `bar`.
 
-    totals: of the first `steps` steps of this epoch, from a resumed checkpoint. In evaluation steps
-    is None, and a non-finite loss raises no error. Use `bar` as a context manager, so that it is
-    closed before another line is printed.
+    totals: sums over the first `steps` steps of this epoch, from a resumed checkpoint. In
+    evaluation steps is None, and a non-finite loss raises no error. Use `bar` as a context manager,
+    so that it is closed before another line is printed.
     """
 
     def __init__(self, num_classes, length, description, totals=None, steps=None):

@@ -186,20 +186,20 @@ def _add_data_options(group):
     add('--grow', default='[]', type=size_list,
         help='progressive resizing: sizes of the training images, in pixels, such as '
              '[20,24,28,32], each for an equal part of the epochs')
-    add('--normalise', '--normalize', default='', type=normalization, metavar='LIST',
+    add('--normalize', '--normalise', default='', type=normalization, metavar='LIST',
+        dest='normalise',  # in logs and checkpoints
         help='mean and std of the channels of images in [0, 1], [MEAN,...,STD,...], or measured: '
              'those of the training images (default: those of CIFAR-10, or of ImageNet above '
              f'{MAX_SMALL} pixels)')
     add('--whiten', default=False, action=argparse.BooleanOptionalAction,
-        help='initialize the first convolution with filters that whiten patches of the training '
-             'images, each with both signs, and freeze it; with --pretrained freeze the filters of '
-             'the file')
+        help='initialize the first convolution with whitening filters of the training patches and '
+             'their negatives, and freeze it; with --pretrained only freeze the loaded filters')
     add('--balance', default=False, action=argparse.BooleanOptionalAction,
         help='sample the training images of each class equally often, with replacement: for class '
              'folders of different sizes')
     add('--val', default=0, type=at_least(0, int),
-        help='number of training images to hold out for validation; best.pt7 is then selected by '
-             'their accuracy, not by that of the test set')
+        help='number of training images to hold out for validation, whose accuracy, not that of '
+             'the test set, then selects best.pt7')
     add('--check', default=True, action=argparse.BooleanOptionalAction,
         help=f'with --image_size above {MAX_SMALL}, check header and end of image files before '
              'training; smaller images are read into memory anyway')
@@ -212,7 +212,7 @@ def _add_data_options(group):
 def _add_training_options(group):
     add = functools.partial(_add, group)
     add('--epochs', default=200, type=at_least(1, int),
-        help='total number of epochs, those before --resume included')
+        help='total number of epochs, including those before a resume')
     add('--batch_size', '--batchSize', default=128, type=at_least(1, int),
         help='images per step, over all processes')
     add('--optimizer', default='sgd', choices=OPTIMIZERS,
@@ -239,10 +239,11 @@ def _add_training_options(group):
         help='maximum norm of the gradient of all parameters; 0: no limit')
     add('--ema', default=0, type=at_least(0, float, 1), metavar='DECAY',
         help='decay of an exponential moving average (EMA) of the weights, such as 0.999; the '
-             'average is evaluated and deployed, the run resumes from the weights; 0: no average')
+             'average is evaluated and exported, and a resumed run continues from the weights; '
+             '0: no average')
     add('--freeze', default='none', choices=('none', 'stem', 'features'),
-        help='keep parameters and running statistics unchanged: stem: of the first convolution and '
-             'its batch norm; features: of all layers but the last')
+        help='freeze parameters and running statistics: stem: the first convolution and its batch '
+             'norm; features: all layers but the last')
     add('--dtype', default='auto', choices=DTYPES,
         help='precision; bfloat16: autocast, with float32 parameters; auto: bfloat16 where the '
              'hardware supports it, else float')
@@ -278,7 +279,8 @@ def _add_run_options(group):
     add('--tensorboard', default=False, action='store_true',
         help='also write TensorBoard events to --save')
     add('--gpu_id', default='', metavar='LIST',
-        help='indices of the CUDA devices to use, such as 0 or 0,1 (default: all)')
+        help='indices of the visible CUDA devices, such as 0,1; a process uses one of them, so '
+             'several need torchrun (default: all)')
     add('--ngpu', default=1, type=at_least(1, int), help=argparse.SUPPRESS)
 
 
@@ -312,7 +314,7 @@ def parse_options(argv, splits=None):
     if opt.name:
         opt.save = os.path.join('runs', opt.name)
     if not opt.save or not opt.evaluate and not _is_writable(opt.save):
-        parser.error(f'--save {opt.save!r}: expected a folder that can be written')
+        parser.error(f'--save {opt.save!r}: expected a writable folder')
     return _resolve_defaults(parser, opt, splits)
 
 
@@ -345,7 +347,7 @@ def _resolve_defaults(parser, opt, splits):
     if splits and not splits.train and not opt.evaluate:
         parser.error('no training images; add some, or use --evaluate')
     if opt.evaluate and opt.normalise == 'measured':
-        parser.error('--normalise measured: not possible with --evaluate; use a list of numbers')
+        parser.error('--normalize measured: not possible with --evaluate; use a list of numbers')
     if opt.evaluate:
         given = {name: value for name, value in vars(opt).items() if value is not None}
         return argparse.Namespace(**given)
@@ -377,12 +379,16 @@ def _check_augmentation(parser, opt, size, from_python):
         parser.error(f'--grow {opt.grow}: expected at most the size of the images, {size}')
     if not opt.augment and opt.flip not in (None, 'none'):
         parser.error(f'--no-augment and --flip {opt.flip} contradict each other; use one of them')
-    if opt.cutout and (not from_python and size > MAX_SMALL or not opt.augment):
+    if opt.cutout and not opt.augment:
+        parser.error(f'--no-augment and --cutout {opt.cutout} contradict each other; use one of '
+                     'them')
+    if opt.cutout and not from_python and size > MAX_SMALL:
         parser.error(f'--cutout {opt.cutout}: expected --image_size of at most '
-                     f'{MAX_SMALL}, or images from Python, augmented')
+                     f'{MAX_SMALL}, or images from Python')
     if opt.cutout >= size:
         parser.error(f'--cutout {opt.cutout}: expected less than the image, {size}')
-    if (from_python or size <= MAX_SMALL) and opt.randomcrop_pad >= size:
+    pads = opt.augment and opt.crop and (from_python or size <= MAX_SMALL)
+    if pads and opt.randomcrop_pad >= size:
         parser.error(f'--randomcrop_pad {opt.randomcrop_pad}: expected less than the image, {size}')
 
 

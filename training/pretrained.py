@@ -40,7 +40,7 @@ def load_pretrained(model, opt, preprocess, classes):
         before, now = _normalization(file_inputs or preprocess), _normalization(preprocess)
         if before != now:
             say(f'--pretrained {contents.path}: inputs were normalized by {before}, now by {now}; '
-                f'for the same normalization use --normalise {before}')
+                f'for the same normalization use --normalize {before}')
 
 
 def _normalization(preprocess):
@@ -68,7 +68,7 @@ def _read(source):
 def _compare_classes(num_classes, file_classes, classes):
     """Returns whether the classes of a file are those of the training set, and the reason.
 
-    num_classes, file_classes: of the file, whose names may be None.
+    num_classes, file_classes: number and names of the file's classes; the names may be None.
     """
     if num_classes != len(classes):
         return False, f'the training set has {len(classes)} classes'

@@ -49,7 +49,7 @@ class Run:
     frozen: list[torch.nn.Module]  # batch norms that stay in evaluation mode
     average: AveragedModel | None  # of the model over all steps, with --ema
     epoch: int = 0  # finished epochs
-    step: int = 0  # finished steps of the next epoch
+    step: int = 0  # finished steps of the epoch in progress
     totals: list = None  # of the meters in these steps, if a checkpoint was resumed within an epoch
     meters: Meters = None  # of training in the current epoch
     best: float = 0.0  # best accuracy so far, in per cent, on the first of `eval_splits`
@@ -79,8 +79,8 @@ class Run:
         best = f'best {self.eval_splits[0]}_acc {self.best:.2f}'
         if self.meters:
             return f'{best}; log and checkpoints in {self.opt.save}'
-        return (f'nothing was left to train, and nothing was written: {self.resumed_from} is at '
-                f'epoch {self.epoch}, --epochs is {self.opt.epochs}; {best}')
+        return (f'already finished, nothing was written: {self.resumed_from} is at epoch '
+                f'{self.epoch} of {self.opt.epochs}; {best}')
 
     def result(self):
         log = os.path.join(self.opt.save, LOG_FILE)
@@ -191,9 +191,12 @@ class Run:
         self.optimizer.load_state_dict({**state['optimizer'], 'param_groups': groups})
         self.epoch, self.step = state['epoch'], state.get('step', 0)
         has_best = os.path.exists(os.path.join(self.opt.save, BEST_FILE))  # not in another --save
-        has_best &= all(state['args'].get(name, now) == now for name, now in vars(self.opt).items()
-                        if name in ('val', 'files'))  # of other images, with --force
-        self.best = state.get('best', 0.0) if has_best or self.done else 0.0
+        same_images = all(state['args'].get(name, now) == now
+                          for name, now in vars(self.opt).items() if name in ('val', 'files'))
+        if has_best and not same_images and rank() == 0:  # with --force
+            say('--force: the images differ, so the best accuracy starts at 0, and the next epoch '
+                'replaces best.pt7')
+        self.best = state.get('best', 0.0) if has_best and same_images or self.done else 0.0
         if self.average and 'ema' in state:
             check_params(state['ema'], self.average.module.state_dict())
             self.average.module.load_state_dict(state['ema'])

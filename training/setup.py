@@ -11,7 +11,7 @@ import torch.distributed as dist
 import diracnets
 from cli import say
 from diracnets.architectures import ARCHITECTURES
-from diracnets.checkpoint import BEST_FILE
+from diracnets.checkpoint import BEST_FILE, MODEL_FILE, PREVIOUS_FILE
 from diracnets.loading import class_positions, match_classes
 from diracnets.preprocessing import DATASETS, Preprocessing, normalize
 from training import checkpoint, data, distributed, options
@@ -29,7 +29,8 @@ from training.whitening import PIXELS, whiten
 def find_checkpoint(opt):
     """Returns the checkpoint to resume from, or its folder; '' to start a new run.
 
-    Raises ValueError if --save contains a run that would be overwritten, or no regular files.
+    Raises ValueError if --save contains a run that would be overwritten, or a file of a run that is
+    not a regular file.
     """
     check_files(opt.save)
     saved, log = checkpoint.exists(opt.save), os.path.join(opt.save, LOG_FILE)
@@ -42,12 +43,14 @@ def find_checkpoint(opt):
     if path == 'auto':
         path = opt.save if saved else ''
         epochs = max(0, epochs - 1)  # a crash may come between the first log line and checkpoint
+    # an older checkpoint, such as epoch-N.pt7, would replace the newest one and the log
+    is_newest = os.path.isdir(path) or os.path.basename(path) in (MODEL_FILE, PREVIOUS_FILE)
     source = path if os.path.isdir(path) else os.path.dirname(path) or '.'
-    resumes_here = bool(path) and os.path.realpath(source) == os.path.realpath(opt.save)
+    resumes_here = is_newest and os.path.realpath(source) == os.path.realpath(opt.save)
     has_best = opt.resume != 'auto' and os.path.exists(os.path.join(opt.save, BEST_FILE))
     if (saved or epochs or has_best) and not resumes_here:
         fix = 'add --resume auto, or use' if saved else 'it has no checkpoint to resume; use'
-        raise ValueError(f'{opt.save} contains a run; {fix} another --save')
+        raise ValueError(f'--save {opt.save}: contains a run; {fix} another --save')
     return path
 
 
@@ -136,7 +139,7 @@ def resolve_normalization(preprocess, opt, images, saved_args):
         mean, std = preprocess.mean, preprocess.std
     preprocess = Preprocessing.for_dataset(opt.dataset, opt.image_size, mean, std)
     if preprocess.channels != images.shape[-1]:
-        raise ValueError(f'--normalise of {preprocess.channels} channels: expected '
+        raise ValueError(f'--normalize of {preprocess.channels} channels: expected '
                          f'{images.shape[-1]}, as the images have')
     return preprocess
 
@@ -169,7 +172,7 @@ def check_model_options(opt, preprocess):
 
 
 def check_batches_of_one(opt, preprocess, n):
-    """Raises ValueError if batch norm gets one value per channel in a batch of one of n images.
+    """Raises ValueError if a batch of one of n images leaves batch norm one value per channel.
 
     The last batch may have a single image, and its feature maps in the last layers a single pixel.
     """
@@ -181,9 +184,9 @@ def check_batches_of_one(opt, preprocess, n):
     try:
         model.train()(image)
     except ValueError as error:
-        raise ValueError(f'--batch_size {opt.batch_size}: leaves a batch of one image of {n}, too '
-                         f'few for batch norm at {image.shape[-1]} pixels; use another batch size'
-                         ) from error
+        raise ValueError(f'--batch_size {opt.batch_size}: leaves a batch of one of the {n} images, '
+                         f'too few for batch norm at {image.shape[-1]} pixels; use another batch '
+                         'size') from error
 
 
 def build_model(opt, splits, forward):
@@ -208,8 +211,8 @@ def build_model(opt, splits, forward):
 def prepare(opt, device, lock, splits=None):
     """Starts a run, or resumes the one in a checkpoint; returns a Run.
 
-    lock: of --save, acquired before its files are read; splits: DataSplits from Python, in place of
-    --dataset. Raises ValueError or OSError.
+    lock: lock of --save, acquired before its files are read; splits: DataSplits from Python, in
+    place of --dataset. Raises ValueError or OSError.
     """
     preprocess = Preprocessing.for_dataset(opt.dataset, opt.image_size)
     check_model_options(opt, preprocess)
@@ -228,8 +231,8 @@ def prepare(opt, device, lock, splits=None):
         raise ValueError(f'{path}: optimizer was {optimizer}, is {opt.optimizer}; use the same '
                          'optimizer, or start from the checkpoint by --pretrained')
     if rank() == 0 and opt.lr_schedule == 'step' and min(opt.epoch_step, default=0) > opt.epochs:
-        say(f'--epoch_step {opt.epoch_step}: none of {opt.epochs} epochs; the learning rate stays '
-            f'{opt.lr:g}')
+        say(f'--epoch_step {opt.epoch_step}: no drop in {opt.epochs} epochs, the learning rate '
+            f'stays {opt.lr:g}; use earlier epochs, or --lr_schedule cosine')
     splits = load_training_splits(opt, splits, preprocess)
     splits = match_checkpoint(opt, splits, state, path)
     preprocess = resolve_normalization(preprocess, opt, splits.train, state['args'])
@@ -239,6 +242,8 @@ def prepare(opt, device, lock, splits=None):
     model = build_model(opt, splits, forward)
     if opt.pretrained and not path:
         load_pretrained(model, opt, preprocess, splits.classes)
+    elif opt.freeze != 'none' and not path and rank() == 0:
+        say(f'--freeze {opt.freeze}: without --pretrained, layers keep their initial values')
     frozen = freeze(model, opt.freeze)
     run = Run(opt, forward, splits, model, make_optimizer(model, opt), lock, frozen,
               make_average(model, opt.ema), resumed_from=path)

@@ -14,7 +14,7 @@ def whitening_filters(inputs, size):
     """Returns filters (C * size**2, C, size, size) whose outputs on patches are whitened.
 
     The outputs have second moment 1, up to MIN_VARIANCE, and cross moments 0; the mean is not
-    subtracted. inputs: (N, C, H, W), floating point; size: of a patch, in pixels. Filters are
+    subtracted. inputs: (N, C, H, W), floating point; size: patch size in pixels. Filters are
     sorted by decreasing variance; they are computed in float64.
     """
     dim, n = inputs.shape[1] * size**2, 0
@@ -33,7 +33,7 @@ def whiten(model, inputs):
 
     inputs: as for `whitening_filters`. Raises ValueError if the first convolution is a block of
     branches, if the model's first parameter is not a tensor of square filters, or if it has more
-    filters than there are.
+    filters than signed components.
     """
     if isinstance(stem(model)[0], MultiBranchBlock):
         raise ValueError('--whiten: the first convolution trains as several branches; use --block '
