@@ -102,8 +102,7 @@ def _fold_module(module, dtype):
                 setattr(parametrized, name, nn.Parameter(tensor.clone()))
             parametrize.remove_parametrizations(layer, 'weight')
     _replace(root, folded_layers)
-    _check_reads(root[0], folded_layers.values())
-    pairs = _conv_bn_pairs(root[0])
+    pairs = _conv_bn_pairs(root[0], folded_layers.values())
     for conv, bn in pairs:
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
@@ -209,20 +208,6 @@ def _replace(root, replacements):
                 setattr(parent, name, replacements[child])
 
 
-def _check_reads(module, replaced):
-    """Raises ValueError if a forward reads the weight of a replaced layer, which is W_hat now."""
-    convs = {layer for layer in replaced if type(layer) in PLAIN_CONVS} - {module}
-    try:
-        graphs = traces(module) if convs else []
-    except ValueError:  # without batch norm, also modules that cannot be traced are folded
-        return
-    layers = dict(module.named_modules(remove_duplicate=False))
-    for node in itertools.chain(*(graph.nodes for graph in graphs)):
-        if node.op == 'get_attr' and layers[node.target.rpartition('.')[0]] in convs:
-            raise ValueError(f'{node.target} is used outside its layer: folding would change its '
-                             'values; use a copy of it there')
-
-
 # ---------------------------------------------------------------- batch norms
 
 
@@ -305,24 +290,39 @@ def _with_called_convs(module):
     return fx.GraphModule(module, graph, type(module).__name__)
 
 
-def _conv_bn_pairs(module):
+def _conv_bn_pairs(module, replaced):
     """Returns the pairs (convolution, batch norm) that can be fused.
 
     In every call of the two, the batch norm is the only consumer of the convolution's output, or of
-    the output of a max-pool after it that commutes with the batch norm.
+    the output of a max-pool after it that commutes with the batch norm. Raises ValueError if a
+    forward reads the weight of a layer in `replaced`, which is W_hat now.
     """
+    convs = {layer for layer in replaced if type(layer) in PLAIN_CONVS} - {module}
     norms = {  # without running statistics a batch norm uses those of the batch, also in evaluation
         layer for layer in module.modules()
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None
     }
-    if not norms:
-        return []
+    try:
+        graphs = traces(module) if convs or norms else []
+    except ValueError:
+        if norms:
+            raise
+        graphs = []  # without batch norm, also modules that cannot be traced are folded
     layers = dict(module.named_modules(remove_duplicate=False))
     uses, pairs = Counter(), Counter()
-    for graph in traces(module):
+    for graph in graphs:
+        _check_reads(graph, layers, convs)
         uses += count_uses(graph, layers)
         pairs += _count_pairs(graph, layers, norms)
     return [pair for pair, count in pairs.items() if all(uses[layer] == count for layer in pair)]
+
+
+def _check_reads(graph, layers, convs):
+    """Raises ValueError if the graph reads a tensor of one of `convs` outside this layer."""
+    for node in graph.nodes:
+        if node.op == 'get_attr' and layers[node.target.rpartition('.')[0]] in convs:
+            raise ValueError(f'{node.target} is used outside its layer: folding would change its '
+                             'values; use a copy of it there')
 
 
 def count_uses(graph: fx.Graph, layers: Mapping[str, nn.Module]) -> Counter:
