@@ -139,7 +139,12 @@ def draw_over_layers(axes, records, value, ylabel, **style):
 
 
 def over_x(figure, results, measured, logs, xlabel):
+    """Draws accuracy and loss over x, or over the epochs if all runs have one x."""
     test, train = figure.subplots(1, 2)
+    if len({record['x'] for record in results}) == 1:
+        draw_curves(test, results, logs, 'test_acc', f'{ACCURACY}, mean ± std')
+        draw_curves(train, results, logs, 'train_loss', 'training loss, mean ± std')
+        return
     draw_lines(test, results, 'test_acc_percent', xlabel, ACCURACY, log=True)
     draw_lines(train, results, 'train_loss', xlabel, LOSS, log=True)
 

@@ -4,6 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import claims, definitions, figures, result_tables, results, tables
+from experiments.release import write_log
 from records import around, run_records, write_csv, write_speedrun
 
 
@@ -416,6 +417,19 @@ def test_results_page_states_the_correlations_of_the_replication_figure():
     assert [label.partition(':')[0] for label in labels] == ['10 and 16 layers', '28 layers']
     page = (tables.ROOT / 'docs' / 'results.md').read_text()
     assert all(f'({label.partition(": ")[2]})' in page for label in labels)
+
+
+def test_figure_of_one_depth_draws_the_epochs(tmp_path):
+    write_csv(tmp_path / 'depth' / 'results.csv', [
+        {**record, 'log': f'{record["seed"]}.txt'} for record in run_records({
+            ('plain', 28): (60, 62)})])
+    for seed, accuracies in ((1, (40, 60)), (2, (42, 62))):
+        write_log([{'epoch': i, 'test_acc': accuracy, 'train_loss': 1 / i}
+                   for i, accuracy in enumerate(accuracies, 1)], tmp_path / f'{seed}.txt')
+    accuracy, loss = figures.draw('depth', tmp_path).axes
+    assert [*accuracy.lines[0].get_xdata()] == [1, 2]
+    assert [*accuracy.lines[0].get_ydata()] == [41, 61]
+    assert [*loss.lines[0].get_ydata()] == [1, 0.5]
 
 
 def test_figures_pool_the_runs_of_the_replication(tmp_path):
