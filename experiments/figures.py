@@ -141,7 +141,8 @@ def draw_over_layers(axes, records, value, ylabel, **style):
 def over_x(figure, results, measured, logs, xlabel):
     """Draws accuracy and loss over x, or over the epochs if all runs have one x."""
     test, train = figure.subplots(1, 2)
-    if len({record['x'] for record in results}) == 1:
+    if len(xs := {record['x'] for record in results}) == 1:
+        test.set_title(f'{xlabel}: {xs.pop():g}')
         draw_curves(test, results, logs, 'test_acc', f'{ACCURACY}, mean ± std')
         draw_curves(train, results, logs, 'train_loss', 'training loss, mean ± std')
         return
