@@ -387,7 +387,7 @@ def test_docs_example_trains_on_arrays(tmp_path, monkeypatch, capsys):
     assert '1500 training and 297 test images, 10 classes' in capsys.readouterr().out
     with pytest.raises(SystemExit):
         exec(text, names)
-    assert re.search('runs/mine .*--resume auto', capsys.readouterr().err)
+    assert re.search('runs/mine: .*--resume auto', capsys.readouterr().err)
     train.main(['--evaluate', '--resume', 'runs/mine'], splits)
     accuracy = capsys.readouterr().out.splitlines()[-1]
     assert accuracy == f'test_acc: {stats[-1]["test_acc"]:.2f}'

@@ -565,7 +565,7 @@ def test_evaluate_uses_the_dataset_of_the_run(tmp_path, capsys):
     train.main(['--evaluate', '--resume', save])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f'test_acc: {logged:.2f}'
-    assert ['network', 'DiracNet-10-1'] in [line.split() for line in lines]
+    assert ['model', 'DiracNet-10-1'] in [line.split() for line in lines]
 
 
 def test_resume_accepts_older_checkpoints_of_imagenet(tmp_path):
