@@ -327,8 +327,8 @@ def replication(figure, logs):
             by_depth.setdefault(int(layers[1]), []).append(pair)
     if not by_depth:
         raise ValueError(f'{logs / "again"}: no configuration with the seeds of its first runs')
-    shallow = [depth for depth in sorted(by_depth) if depth < 28]
-    for style, depths in zip(STYLES, filter(None, (shallow, sorted({*by_depth} - {*shallow})))):
+    shallow_first = grouped_by(lambda depth: depth >= 28, sorted(by_depth))
+    for style, depths in zip(STYLES, shallow_first.values()):
         name = f'{" and ".join(map(str, depths))} layers'
         pairs = [pair for depth in depths for pair in by_depth[depth]]
         style = {**style, 'linestyle': 'none', 'markersize': 5}

@@ -85,7 +85,7 @@ def all_runs(logs):
     """Returns the result of each run once: first runs, replications, and those on other devices."""
     again = logs / 'again'
     runs = {}
-    for path in (*sorted(logs.glob('*/results.csv')), logs / 'depth' / 'cpu.csv',
+    for path in (*sorted(logs.glob('*/results.csv')), *sorted(logs.glob('*/cpu.csv')),
                  *sorted(again.glob('*/results.csv'))):
         for record in read_results(path):
             if again in path.parents:
