@@ -17,8 +17,8 @@ from experiments import gpu_results
 from experiments.intervals import Estimate, verdict_above, verdict_at_most, welch
 from experiments.measures import layer_statistics
 from experiments.results import (
+    budget_epochs,
     budget_folders,
-    completed,
     grouped,
     read_pooled,
     read_results,
@@ -107,9 +107,8 @@ def by_accuracy(experiment, compare, decide):
             if estimates:
                 again = read_results(folder / 'again' / experiment / 'results.csv')
                 keys = {key for terms in comparisons for _, key in terms}
-                epochs = max((record['epochs'] for record in completed(results)), default=0)
                 found.append(Answer(
-                    f'{epochs:.0f}', f'{quantity}, pp', estimates,
+                    budget_epochs(results), f'{quantity}, pp', estimates,
                     estimated(accuracies(again), comparisons), run_counts(results, keys),
                     decide(estimates, MARGIN)))
         return found

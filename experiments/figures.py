@@ -8,7 +8,6 @@ error bars one std; n is the number of runs. `replication` compares first runs a
 Markers and dashes identify the series too, for printing in black and white.
 """
 
-import functools
 import itertools
 import math
 import operator
@@ -20,9 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from cli import ArgumentParser, exit_on_error
-from experiments.definitions import COMPARED_BLOCKS, EXPERIMENTS
+from experiments.definitions import COMPARED_BLOCKS, COMPARED_MODELS, EXPERIMENTS
 from experiments.results import (
     ROOT,
+    budget_epochs,
     budget_folders,
     column,
     completed,
@@ -53,6 +53,7 @@ STYLES = [  # of the series of a figure, in order; hollow markers do not hide wh
 ]
 LAST_EPOCH = {'fmt': 'o-', 'color': 'black', 'markersize': 3, 'capsize': 2}
 ACCURACY, LOSS = 'test accuracy (%)', 'training loss, last epoch'
+LAST_EPOCH_METRICS = (('test_acc_percent', ACCURACY), ('train_loss', LOSS))
 LAYER_STATISTICS = {  # axis label: value of a record of measures.layer_statistics
     'mean of alpha': lambda record: record['alpha_mean'],
     'root mean square of beta':
@@ -62,9 +63,9 @@ LAYER_STATISTICS = {  # axis label: value of a record of measures.layer_statisti
 }
 
 
-def styled(groups):
+def styled(groups, styles=STYLES):
     """Yields (style, key, records) of each group; styles repeat where there are many groups."""
-    for style, (key, records) in zip(itertools.cycle(STYLES), groups.items()):
+    for style, (key, records) in zip(itertools.cycle(styles), groups.items()):
         yield style, key, records
 
 
@@ -92,9 +93,9 @@ def draw_means(axes, records, x, value, **style):
     axes.errorbar([key for (key,), _ in points], means, stds, **style)
 
 
-def draw_lines(axes, results, metric, xlabel, ylabel, log=False):
+def draw_lines(axes, results, metric, xlabel, ylabel, log=False, styles=STYLES):
     """Draws the mean of a metric over x with error bars of one std, one line per series."""
-    for style, (series,), records in styled(grouped(results, 'series')):
+    for style, (series,), records in styled(grouped(results, 'series'), styles):
         draw_means(axes, records, 'x', operator.itemgetter(metric), label=series, **style)
     finish(axes, xlabel, f'{ylabel}, mean ± std')
     if log:
@@ -118,9 +119,9 @@ def draw_points(axes, results, metric, xlabel):
     axes.grid(alpha=0.25, axis='x')
 
 
-def draw_curves(axes, results, logs, metric, ylabel):
+def draw_curves(axes, results, logs, metric, ylabel, styles=STYLES):
     """Draws a metric of the logs over epochs: mean ± std over runs, one line per series."""
-    for style, (series,), records in styled(grouped(results, 'series')):
+    for style, (series,), records in styled(grouped(results, 'series'), styles):
         epochs = [stats for record in records for stats in read_log(logs / record['log'])]
         draw_means(axes, epochs, 'epoch', operator.itemgetter(metric), label=series, **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -138,16 +139,50 @@ def draw_over_layers(axes, records, value, ylabel, **style):
 # ---------------------------------------------------------------- figures
 
 
-def over_x(figure, results, measured, logs, xlabel):
-    """Draws accuracy and loss over x, or over the epochs if all runs have one x."""
-    test, train = figure.subplots(1, 2)
-    if len(xs := {record['x'] for record in results}) == 1:
-        test.set_title(f'{xlabel}: {xs.pop():g}')
-        draw_curves(test, results, logs, 'test_acc', f'{ACCURACY}, mean ± std')
-        draw_curves(train, results, logs, 'train_loss', 'training loss, mean ± std')
-        return
-    draw_lines(test, results, 'test_acc_percent', xlabel, ACCURACY, log=True)
-    draw_lines(train, results, 'train_loss', xlabel, LOSS, log=True)
+def by_model(runs):
+    """Returns runs in the order of COMPARED_MODELS, and the styles of these models."""
+    def index(record):
+        return COMPARED_MODELS.index(record['series'])
+
+    runs = sorted(runs, key=index)
+    return runs, [STYLES[i] for i in dict.fromkeys(map(index, runs))]
+
+
+def depth(figure, results, measured, logs):
+    """Draws all budgets over depth, or runs of one or two depths over their epochs."""
+    depths = sorted(grouped(results, 'x').items())
+    if len(depths) > 2:
+        over_depth(figure, logs)
+    else:
+        over_epochs(figure, depths, logs)
+
+
+def over_depth(figure, logs):
+    budgets = [completed(read_pooled('depth', folder)) for folder in budget_folders(logs)]
+    for axes, (metric, ylabel) in zip(figure.subplots(1, 2), LAST_EPOCH_METRICS):
+        for results in filter(None, budgets):
+            runs, styles = by_model(results)
+            named = [{**record, 'series': f'{record["series"]}, {budget_epochs(runs)} epochs'}
+                     for record in runs]
+            draw_lines(axes, named, metric, 'depth (layers)', ylabel, log=True, styles=styles)
+        axes.get_legend().remove()
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc='outside right upper')
+
+
+def over_epochs(figure, depths, logs):
+    figure.set_size_inches(11, 4.2 * len(depths))
+    rows = figure.subplots(len(depths), 2, squeeze=False)
+    for (test, train), ((layers,), results) in zip(rows, depths):
+        runs, styles = by_model(results)
+        draw_curves(test, runs, logs, 'test_acc', f'{ACCURACY}, mean ± std', styles)
+        draw_curves(train, runs, logs, 'train_loss', 'training loss, mean ± std', styles)
+        test.set_title(f'{layers:.0f} layers (n = {run_counts(runs)})')
+
+
+def init(figure, results, measured, logs):
+    for axes, (metric, ylabel) in zip(figure.subplots(1, 2), LAST_EPOCH_METRICS):
+        draw_lines(axes, results, metric, "initial std of the filters / Kaiming's std", ylabel,
+                   log=True)
 
 
 def width(figure, results, measured, logs):
@@ -352,11 +387,9 @@ def replication(figure, logs):
 
 
 FIGURES = {
-    'depth': functools.partial(over_x, xlabel='depth (layers)'),
-    'init': functools.partial(over_x, xlabel="initial std of the filters / Kaiming's std"),
-    'width': width, 'alpha-beta': alpha_beta, 'delta': one_depth, 'versions': versions,
-    'large': one_depth, 'reference': one_depth, 'cost': cost, 'int8': int8, 'thousand': thousand,
-    'blocks': blocks, 'speedrun': speedrun,
+    'depth': depth, 'init': init, 'width': width, 'alpha-beta': alpha_beta, 'delta': one_depth,
+    'versions': versions, 'large': one_depth, 'reference': one_depth, 'cost': cost, 'int8': int8,
+    'thousand': thousand, 'blocks': blocks, 'speedrun': speedrun,
 }
 TWO_ROWS = {'versions', 'alpha-beta'}
 FROM_MEASURED = {'alpha-beta', 'cost', 'int8', 'speedrun'}  # drawn from measured.csv alone

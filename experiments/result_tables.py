@@ -4,7 +4,6 @@ The cells of an accuracy are the mean and std over runs, with the number of runs
 Intervals of differences are 95 % Welch intervals over seeds, as in experiments/claims.py.
 """
 
-import itertools
 import statistics
 
 from experiments.claims import (
@@ -21,6 +20,7 @@ from experiments.claims import (
 from experiments.definitions import (
     BUDGETS,
     COMPARED_BLOCKS,
+    COMPARED_MODELS,
     EXPERIMENTS,
     INIT_SCALES,
     estimated_hours,
@@ -31,6 +31,7 @@ from experiments.results import (
     CPU,
     LONGER_BUDGETS,
     all_runs,
+    budget_epochs,
     budget_folders,
     column,
     completed,
@@ -77,6 +78,11 @@ DEPTH_DIFFERENCES = [('diracnet', 'plain'), ('diracnet', 'dirac-init'), ('diracn
                      ('dirac-init', 'plain')]
 
 
+def models_of(groups):
+    """Returns the models of groups {(model, depth): runs}, in the order of COMPARED_MODELS."""
+    return sorted({name for name, _ in groups}, key=COMPARED_MODELS.index)
+
+
 def depth(logs):
     """Accuracies over depth, the loss from the best depth to 100 layers, and differences."""
     results = read_pooled('depth', logs)
@@ -84,7 +90,7 @@ def depth(logs):
     depths = sorted({x for _, x in groups})
     lines = [[name, *(cell(groups.get((name, x), [])) for x in depths),
               show(estimated(points, lost_with_depth(points, name)[1]))]
-             for name in dict.fromkeys(name for name, _ in groups)]
+             for name in models_of(groups)]
     sizes = [parameter_count([run for run in results if run['x'] == x], '.2g', 1e6)
              for x in depths]
     lines.append(['parameters, millions', *sizes, ''])
@@ -99,11 +105,13 @@ def depth(logs):
 
 
 def by_depth(logs):
-    """The first lines of `depth`: the accuracies of the models."""
-    header, lines = depth(logs)
-    columns = 1 + sum(name.endswith(' layers') for name in header)
-    models = itertools.takewhile(lambda line: not line[0].startswith('parameters'), lines)
-    return header[:columns], [line[:columns] for line in models]
+    """Accuracies over depth after all budgets, the longest first."""
+    budgets = [(budget_epochs(results), grouped(results, 'series', 'x'))
+               for folder in budget_folders(logs) if (results := read_pooled('depth', folder))]
+    depths = sorted({x for _, groups in budgets for _, x in groups})
+    return ['model', 'epochs', *(f'{x:.0f} layers' for x in depths)], [
+        [name, epochs, *(cell(groups.get((name, x), [])) for x in depths)]
+        for epochs, groups in budgets for name in models_of(groups)]
 
 
 def width(logs):

@@ -209,6 +209,11 @@ def format_mean(values, digits=2):
     return f'{mean:.{digits}f}' + (f' ± {std:.{digits}f}' if len(values) > 1 else '')
 
 
+def budget_epochs(results):
+    """Returns the epochs of the runs of one budget as text; a diverged run has fewer."""
+    return f'{max((record["epochs"] for record in completed(results)), default=0):.0f}'
+
+
 def span(values):
     """Returns the smallest and the largest of integers as text, such as '3' or '3 to 9'."""
     return ' to '.join(dict.fromkeys(f'{value:.0f}' for value in (min(values), max(values))))

@@ -432,6 +432,27 @@ def test_figure_of_one_depth_draws_the_epochs(tmp_path):
     assert [*loss.lines[0].get_ydata()] == [1, 0.5]
 
 
+def test_depth_table_and_figure_show_all_budgets(tmp_path):
+    short = run_records({('resnet', x): (accuracy,) for x, accuracy in (
+        (10, 71), (28, 75), (52, 74))} | {('plain', 28): (63, None)})
+    short[-1]['epochs'] = 1  # diverged
+    write_csv(tmp_path / 'depth' / 'results.csv', short)
+    write_csv(tmp_path / 'medium' / 'depth' / 'results.csv', run_records(
+        {('plain', 28): (83, 85), ('plain', 100): (80,)}, epochs=30))
+    assert result_tables.by_depth(tmp_path) == (
+        ['model', 'epochs', '10 layers', '28 layers', '52 layers', '100 layers'],
+        [['plain', '30', '', '84.00 ± 1.41 (2)', '', '80.00 (1)'],
+         ['plain', '4', '', '63.00 (1, 1 diverged)', '', ''],
+         ['resnet', '4', '71.00 (1)', '75.00 (1)', '74.00 (1)', '']])
+    figure = figures.draw('depth', tmp_path)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ['plain, 30 epochs', 'plain, 4 epochs', 'resnet, 4 epochs']
+    lines = {container.get_label(): container.lines[0] for container in figure.axes[0].containers}
+    assert [[*line.get_ydata()] for line in lines.values()] == [[84, 80], [63], [71, 75, 74]]
+    colors = [line.get_color() for line in lines.values()]
+    assert colors[0] == colors[1] != colors[2]
+
+
 def test_figures_pool_the_runs_of_the_replication(tmp_path):
     write_csv(tmp_path / 'delta' / 'results.csv', run_records({('diracnet', 0): (70, 72)}))
     write_csv(tmp_path / 'again' / 'delta' / 'results.csv', run_records({('diracnet', 0): (80,)}))
