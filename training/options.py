@@ -232,8 +232,7 @@ def _add_training_options(group):
     add('--nesterov', default=False, action=argparse.BooleanOptionalAction,
         help='use Nesterov momentum in sgd (muon always does)')
     add('--weight_decay', '--weightDecay', default=5e-4, type=at_least(0, float),
-        help='weight decay of sgd, on filters and matrices; on all parameters for architectures '
-             'whose papers do so')
+        help='weight decay of sgd, on filters and matrices (diracnet-v1: on all parameters)')
     add('--label_smoothing', default=0, type=at_least(0, float), help='label smoothing, below 1')
     add('--clip_grad', default=0, type=at_least(0, float),
         help='maximum norm of the gradient of all parameters; 0: no limit')
