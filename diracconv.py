@@ -249,9 +249,9 @@ def dirac(model: nn.Module, which: Callable[[str, nn.Module], bool] | None = Non
     Returns the model. A selected nn.Conv1d, nn.Conv2d or nn.Conv3d becomes a DiracConv1d, 2d or 3d:
     the same object, with its weight as W, its hooks, and new parameters `alpha` (initially 1) and
     `beta` (initially 0.1), which have the dtype, device and requires_grad of the weight. A subclass
-    keeps its forward method and gets a DiracParametrization. Transposed convolutions and layers
-    that are already Dirac-parametrized do not change. Create the optimizer and wrappers such as DDP
-    afterwards, because they must register the new parameters.
+    or a layer with a replaced `forward` keeps this method and gets a DiracParametrization.
+    Transposed convolutions and layers that are already Dirac-parametrized do not change. Create the
+    optimizer and wrappers such as DDP afterwards, because they must register the new parameters.
 
     The outputs change because W is normalized; with alpha = 0 and beta = the norm of each filter,
     W_hat is W. A module that reads the weight of a convolution, and does not call it, gets W.
@@ -272,7 +272,7 @@ def dirac(model: nn.Module, which: Callable[[str, nn.Module], bool] | None = Non
         for conv in convs if not (isinstance(conv, _DiracConv) or is_parametrized(conv))
     }
     for conv, parametrization in parametrizations.items():
-        if type(conv) in LAYERS:
+        if type(conv) in LAYERS and 'forward' not in vars(conv):
             conv.__class__ = LAYERS[type(conv)]  # every reference to this module stays valid
             conv.alpha, conv.beta = parametrization.alpha, parametrization.beta
         else:

@@ -101,15 +101,14 @@ def read_checkpoint(path: str | os.PathLike) -> CheckpointContents:
     and a common prefix of all names are removed. The parameters of a DiracNet that are named after
     its modules, as in diracnets.timm, get flat names. path and errors are those of `load_dict`.
     """
-    contents = load_dict(path)
-    ema = contents.get('ema')
-    if isinstance(ema, Mapping) and ema:  # the average of train.py --ema, in place of the weights
-        contents = {**contents, 'params': ema}
-    return parse_checkpoint(contents, path)
+    return parse_checkpoint(load_dict(path), path)
 
 
 def parse_checkpoint(contents: Mapping, path: str | os.PathLike) -> CheckpointContents:
     """Parses a dict that was loaded from a file; see `read_checkpoint`. path: for errors."""
+    ema = contents.get('ema')
+    if isinstance(ema, Mapping) and ema:  # the average of train.py --ema, in place of the weights
+        contents = {**contents, 'params': ema}
     if not isinstance(contents.get('params'), Mapping):  # a state dict
         texts = getattr(contents, '_metadata', None)
         metadata = parse_metadata(texts if isinstance(texts, Mapping) else {}, path)

@@ -270,6 +270,9 @@ def _with_called_convs(module):
             name = targets[1].rpartition('.')[0] or 'conv'
             name += f'_{len(converted)}' * (name in converted.values())
             stride, padding, dilation, groups = arguments
+            if not params.keys() >= {*targets}:
+                raise ValueError(f'{name}.weight is computed from other tensors: make it a '
+                                 'parameter by prune.remove or remove_weight_norm before tracing')
             weight, alpha, beta, *bias = (params[target] for target in targets)
             conv = CONV_FUNCTIONS[node.target](
                 weight.shape[1] * groups, len(weight), weight.shape[2:], stride, padding, dilation,
@@ -304,8 +307,9 @@ def _conv_bn_pairs(module, replaced):
     }
     try:
         graphs = traces(module) if convs or norms else []
-    except ValueError:
-        if norms:
+    except ValueError as error:
+        # a NameError: a forward calls a layer that is not a submodule, so it was not replaced
+        if norms or isinstance(error.__cause__, NameError):
             raise
         graphs = []  # without batch norm, also modules that cannot be traced are folded
     layers = dict(module.named_modules(remove_duplicate=False))

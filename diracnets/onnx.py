@@ -17,9 +17,9 @@ from torch import Tensor, nn
 NAME_SCOPES = 'pkg.torch.onnx.name_scopes'  # of the exporter's node metadata
 OPERATORS = {  # that export.py writes, or wrote
     'Add', 'AveragePool', 'BatchNormalization', 'Clip', 'Concat', 'Constant', 'Conv',
-    'DequantizeLinear', 'Div', 'Flatten', 'Gemm', 'GlobalAveragePool', 'Identity', 'Max', 'MaxPool',
-    'Min', 'Mul', 'Pad', 'Pow', 'QuantizeLinear', 'ReduceMax', 'ReduceMean', 'Relu', 'Reshape',
-    'Shape', 'Sigmoid', 'Squeeze', 'Tanh',
+    'DequantizeLinear', 'Div', 'Flatten', 'Gemm', 'GlobalAveragePool', 'HardSwish', 'Identity',
+    'Max', 'MaxPool', 'Min', 'Mul', 'Pad', 'Pow', 'QuantizeLinear', 'ReduceMax', 'ReduceMean',
+    'Relu', 'Reshape', 'Shape', 'Sigmoid', 'Squeeze', 'Tanh',
 }
 FATAL = 4  # log level of ONNX Runtime; its errors are raised as exceptions
 
@@ -148,7 +148,7 @@ def _use_global_average_pool(graph):
     for node in graph.node:
         nodes.append(node)
         before, after = (shapes.get(name, []) for name in ([*node.input, ''][0], node.output[0]))
-        if node.op_type == 'Reshape' and before == [*after, 1, 1]:
+        if node.op_type == 'Reshape' and len(after) == 2 and before == [*after, 1, 1]:
             node.op_type = 'Flatten'
         elif (node.op_type == 'ReduceMean' and len(before) == 4 and node.input[-1] in constants
               and sorted(to_array(constants[node.input[-1]]) % 4) == [2, 3]):

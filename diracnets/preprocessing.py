@@ -229,7 +229,8 @@ def image_to_array(image: str | bytes | os.PathLike | np.ndarray | torch.Tensor,
     tensor (C, H, W), uint8 or floating point in [0, 1]. rgb: require or convert to RGB; otherwise
     arrays and tensors may have any number of channels or be (H, W), and grayscale PIL images keep
     one channel. PIL images are transposed by their EXIF orientation, as OpenCV does for files other
-    than AVIF.
+    than AVIF. PIL drops an alpha channel, as OpenCV does for files other than TIFF, whose colors it
+    multiplies by alpha.
     Raises DataError for another type, shape or mode, and for an unreadable file.
     """
     if isinstance(image, (str, bytes, os.PathLike)):
@@ -243,8 +244,11 @@ def image_to_array(image: str | bytes | os.PathLike | np.ndarray | torch.Tensor,
 
         if image.mode.startswith(('I', 'F')):  # convert() would clip these to 8 bits
             raise DataError(f'a PIL image of mode {image.mode}: expected 8 bits a channel')
-        image = ImageOps.exif_transpose(image)
-        image = np.array(image if image.mode == 'L' and not rgb else image.convert('RGB'))
+        try:
+            image = ImageOps.exif_transpose(image)
+            image = np.array(image if image.mode == 'L' and not rgb else image.convert('RGB'))
+        except (OSError, ValueError) as error:  # a truncated file, which PIL reads here; a mode
+            raise DataError(f'a PIL image: not readable ({error})') from error
     elif not isinstance(image, torch.Tensor):
         image = np.asarray(image)
     dtype, shape = str(image.dtype).removeprefix('torch.'), tuple(image.shape)

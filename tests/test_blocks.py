@@ -352,7 +352,8 @@ def test_fuse_bn_equals_convolution_and_batch_norm():
 
 
 @pytest.mark.parametrize('conv', [
-    nn.Conv2d(3, 4, (3, 1), padding=(1, 0)), nn.Conv2d(3, 4, 3, padding=(1, 0)),
+    nn.Conv2d(3, 4, (3, 1), padding=(1, 0)), nn.Conv2d(3, 4, (1, 3), padding=(0, 1)),
+    nn.Conv2d(3, 4, 3, padding=(1, 0)),
     nn.Conv2d(3, 4, 3, stride=(2, 1), padding=1), nn.Conv2d(3, 4, 3, padding=2, dilation=(2, 1)),
     nn.Conv2d(3, 4, 3, padding=1, padding_mode='reflect')])
 def test_with_block_raises_for_convolutions_that_branches_cannot_replace(conv):

@@ -1,6 +1,7 @@
 """dirac(): W_hat in any model, against equation 3, trained and folded."""
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -134,6 +135,16 @@ def test_dirac_keeps_forward_when_conv_is_subclass():
     folded = fold(network, torch.float64)
     assert set(folded.state_dict()) == {'0.weight', '0.bias'}
     torch.testing.assert_close(folded(inputs), expected)
+
+
+def test_dirac_keeps_forward_when_it_was_replaced_in_the_layer():
+    conv = nn.Conv2d(3, 4, 3, dtype=torch.float64)
+    replaced = functools.partial(nn.Conv2d.forward, conv)
+    conv.forward = lambda x: 2 * replaced(x)
+    weight, inputs = conv.weight.detach().clone(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    w_hat = slow_w_hat(weight, torch.ones(4), torch.full((4,), 0.1).double(), 1)
+    expected = 2 * F.conv2d(inputs, w_hat, conv.bias)
+    torch.testing.assert_close(dirac(conv)(inputs), expected)
 
 
 def test_dirac_keeps_hooks_and_references():

@@ -457,6 +457,8 @@ def test_preprocessing_of_path_pil_image_and_array_is_equal(tmp_path):
         (pixels[:, :, 0], r'uint8 \(90, 130\)'),
         (pixels[:0], 'image'),
         (image_of.fromarray(pixels[:, :, 0].astype(np.uint16)), 'I;16'),
+        (image_of.new('La', (9, 9)), 'not readable .*La'),
+        (image_of.open(io.BytesIO(path.read_bytes()[:-1000])), 'not readable .*truncated'),
     ):
         with pytest.raises(ValueError, match=message):
             read(wrong)

@@ -498,6 +498,9 @@ def test_fold_module_raises_for_pruned_weight_until_prune_remove(kind, trains):
         fold(module)
     with pytest.raises(ValueError, match='^weight is computed from other tensors'):
         fold(module[0])
+    if kind is DiracConv2d:
+        with pytest.raises(ValueError, match='^0.weight is computed from other tensors.*tracing'):
+            fold(fx.symbolic_trace(module))
     prune.remove(module[0], 'weight')
     assert (module[0].weight == 0).sum() == module[0].weight.numel() // 2
     folded = fold(module, torch.float64)
@@ -564,6 +567,20 @@ def test_fold_module_raises_when_batch_norm_is_in_untraceable_module():
     folded = fold(module, torch.float64)
     assert count(folded, DiracConv2d) == 0
     assert relative(folded(inputs), module(inputs)) < 1e-12
+
+
+def test_fold_module_raises_when_forward_calls_layers_that_are_not_submodules():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = DiracConv2d(3, 3, 3)
+            self.layers = [self.conv]
+
+        def forward(self, x):
+            return self.layers[0](x)
+
+    with pytest.raises(ValueError, match='Listed cannot be traced .NameError.* not installed as'):
+        fold(Listed())
 
 
 @pytest.mark.parametrize('container', [nn.Identity, nn.Sequential])

@@ -12,6 +12,7 @@ from torch import nn
 
 import diracnets
 import export
+from diracnets.architectures import ACTIVATIONS
 from diracnets.onnx import OnnxModel, to_onnx
 from diracnets.quantization import quantize
 from test_export import error_of, run_onnx, table_of
@@ -44,6 +45,7 @@ def dynamic(run_folder, tmp_path_factory):
     (lambda x: x.mean((1, 2)), ['ReduceMean']),  # 8 channels and 8 rows
     (lambda x: x.mean((0, 3)), ['ReduceMean']),
     (lambda x: x.flatten(2).mean(2), ['ReduceMean']),
+    (lambda x: x.reshape(2, 8, 64, 1, 1).reshape(2, 8, 64).amax(2), []),
 ])
 def test_to_onnx_writes_global_average_pool_for_means_over_pixels(tmp_path, pool, operators):
     model, inputs = Pooled(pool).eval(), torch.randn(2, 3, 10, 10)
@@ -56,6 +58,15 @@ def test_to_onnx_writes_global_average_pool_for_means_over_pixels(tmp_path, pool
     used = {name for node in graph.node for name in node.input}
     assert {tensor.name for tensor in graph.initializer} <= used
     torch.testing.assert_close(run_onnx(path, inputs), model(inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('activation', ACTIVATIONS)
+def test_onnx_file_of_each_activation_is_loaded(tmp_path, activation):
+    model = diracnets.fold(diracnets.create_model(
+        'diracnet-fast', 'CIFAR10', width=0.05, activation=activation).eval())
+    inputs, path = torch.randn(2, 3, 32, 32), tmp_path / 'model.onnx'
+    path.write_bytes(to_onnx(model, inputs, {}))
+    torch.testing.assert_close(OnnxModel(path)(inputs), model(inputs), rtol=1e-4, atol=1e-5)
 
 
 def test_export_names_nodes_after_modules_and_initializers_after_parameters(dynamic, run_folder):

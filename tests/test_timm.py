@@ -166,6 +166,11 @@ def test_timm_checkpoints_are_read_by_both_sides(params, tmp_path):
         model, torch.optim.SGD(model.parameters(), 0.1), checkpoint_dir=str(tmp_path),
         args=args)
     saver.save_checkpoint(0, metric=90.0)
+    average = {name: tensor.neg() for name, tensor in params.items()}  # of train.py --ema
+    torch.save({'params': params, 'ema': average, 'epoch': 3}, tmp_path / 'ema.pt7')
+    averaged = timm.create_model('diracnet18', pretrained=True, pretrained_cfg_overlay={
+        'file': str(tmp_path / 'ema.pt7')})
+    assert torch.equal(averaged.fc.weight, average['fc.weight'])
     saved = tmp_path / 'checkpoint-0.pth.tar'
     loaded = diracnets.load(saved)
     assert loaded.title == 'DiracNet-18-1'
