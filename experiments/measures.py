@@ -33,6 +33,7 @@ IMAGES = 1000  # of the test set, for activations
 BINS, BIN = 48, 0.25  # of a histogram: their number, and their width in std
 REPETITIONS, STEPS = 20, 5  # of the timings, and steps per repetition
 DEPTH = 28  # of the models that are timed, and of the blocks that are quantized
+STATISTICS = {'mean': torch.mean, 'deviation': functools.partial(torch.std, correction=0)}
 GRADIENT_IMAGES = 16  # digits, for the gradients at initialization
 
 
@@ -48,17 +49,20 @@ def layer_statistics(params):
     """Returns records of the Dirac layers: alpha, beta and the norms of the terms of W_hat.
 
     `params` is the flat state dict of a functional DiracNet; for other models the result is [].
+    The alphas of filters without a one in delta have no effect, and are left out. Deviations are
+    those of the layer's values, not estimates: sqrt(mean^2 + deviation^2) is a root mean square.
     """
     records = []
     names = [name.removesuffix('.alpha') for name in params if name.endswith('.alpha')]
     for layer, name in enumerate((n for n in names if f'{n}.conv' in params), 1):
         alpha, beta, weight = (params[f'{name}.{part}'] for part in ('alpha', 'beta', 'conv'))
-        ones = min(weight.shape[:2])  # filters in which delta has a one
+        alpha = alpha[:min(weight.shape[:2])]  # of the filters in which delta has a one
+        values = {'alpha': alpha.double(), 'beta': beta.double()}
         records.append({
             'layer': layer,
-            'alpha_mean': alpha.mean().item(), 'alpha_deviation': alpha.std().item(),
-            'beta_mean': beta.mean().item(), 'beta_deviation': beta.std().item(),
-            'dirac_norm': alpha[:ones].norm().item(),  # of diag(alpha) delta
+            **{f'{key}_{statistic}': compute(value).item() for key, value in values.items()
+               for statistic, compute in STATISTICS.items()},
+            'dirac_norm': alpha.norm().item(),  # of diag(alpha) delta
             'free_norm': beta.norm().item(),  # of diag(beta) W_norm, whose filters have norm 1
         })
     return records

@@ -90,6 +90,15 @@ def test_layer_statistics_are_of_diracnets_alone(model):
     assert len(measures.layer_statistics(diracnet.state_dict())) == 6
 
 
+def test_layer_statistics_leave_out_alpha_without_a_one_in_delta():
+    alpha, beta = torch.tensor([2., 4., 100.]), torch.tensor([3., 0., 3.])
+    record, = measures.layer_statistics({
+        'a.alpha': alpha, 'a.beta': beta, 'a.conv': torch.zeros(3, 2, 3, 3)})
+    assert (record['alpha_mean'], record['alpha_deviation']) == (3, 1)
+    assert record['dirac_norm'] == pytest.approx(20 ** 0.5)
+    assert record['beta_mean']**2 + record['beta_deviation']**2 == pytest.approx(6)
+
+
 def test_command_exits_with_one_line_when_the_model_is_missing(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         visualize.main([str(tmp_path / 'none'), '--save', str(tmp_path / 'seen')])
