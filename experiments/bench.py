@@ -41,6 +41,7 @@ from experiments.variants import BATCH, NATIVE, diracnet, multiply_adds, repeate
 from training import data, folders, options
 from training.choices import available_cores
 from training.evaluation import compute_logits
+from training.setup import match_splits
 
 DEPLOYED_IMAGES = 64  # per repetition of a deployed model
 STEPS = 5  # training steps per repetition, to measure the cost of W_hat
@@ -134,7 +135,8 @@ def bench_deploy(args):
         raise ValueError('deploy: no model; use --run RUN')
     loaded, batch = diracnets.load(args.run), 500
     preprocess = loaded.preprocess
-    test = data.load_splits(args.dataset, args.dataroot, preprocess, training=False).test
+    splits = data.load_splits(args.dataset, args.dataroot, preprocess, training=False)
+    test = match_splits(splits, loaded).test
     model = fold(loaded.model)
     deployed = deploy(model, (batch, *preprocess.shape))
 

@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import multiprocessing
-import resource
 import statistics
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -40,6 +40,15 @@ class Variant:
         return 2 * self.multiply_adds * statistics.median(self.rates)
 
 
+def peak_resident_memory():
+    """Returns the peak resident memory of this process in MB.
+
+    `ru_maxrss` would include that of the parent process, before this one was executed.
+    """
+    status = dict(line.split(':') for line in Path('/proc/self/status').read_text().splitlines())
+    return int(status['VmHWM'].removesuffix('kB')) * 1024 / 1e6  # KiB to MB
+
+
 def serve(pipe, variant):
     """Prepares a variant in this process, then runs its work once per request from the pipe."""
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # the parent closed the pipe; Ctrl-C
@@ -49,9 +58,7 @@ def serve(pipe, variant):
             work()
         pipe.send('ready')
         while pipe.recv():
-            seconds = seconds_per_call(work)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # KiB to MB
-            pipe.send((seconds, peak))
+            pipe.send((seconds_per_call(work), peak_resident_memory()))
 
 
 @contextlib.contextmanager

@@ -31,8 +31,9 @@ def write_log(epochs, path):
 def release(run, folder):
     """Writes the checkpoint and log of a run into a folder; returns the checkpoint's path.
 
-    The checkpoint is that of the last epoch, as best.pt7 was selected on test images. Raises
-    ValueError for an incomplete run or the same folder, OSError for a run that cannot be read.
+    The checkpoint is that of the last epoch, as best.pt7 was selected on test images; with --ema,
+    its parameters are the average, whose accuracy is in the log. Raises ValueError for an
+    incomplete run or the same folder, OSError for a run that cannot be read.
     """
     if run.resolve() == folder.resolve():
         raise ValueError(f'--to {folder}: is the run itself; use another folder')
@@ -43,7 +44,9 @@ def release(run, folder):
                          f'its log, of {epochs}; finish the run first')
     args = {name: strip_folders(value) for name, value in checkpoint['args'].items()}
     write_log(log, folder / LOG_FILE)
-    torch.save({**{key: checkpoint[key] for key in KEYS}, 'args': args}, folder / MODEL_FILE)
+    params = checkpoint.get('ema') or checkpoint['params']
+    torch.save({**{key: checkpoint[key] for key in KEYS}, 'params': params, 'args': args},
+               folder / MODEL_FILE)
     return folder / MODEL_FILE
 
 

@@ -46,6 +46,15 @@ def test_time_in_processes_interleaves_variants_each_in_its_own_process(tmp_path
     assert all(variant.memory > 10 for variant in variants)
 
 
+@pytest.mark.slow
+def test_peak_memory_is_that_of_the_worker_process():
+    filled = torch.ones(10**8)  # 400 MB, in this process
+    variant = Variant('lasting', lasting, (), 1)
+    with interleaved.worker(variant) as timer:
+        timer()
+    assert interleaved.peak_resident_memory() - variant.memory > filled.nbytes / 1e6 / 2
+
+
 def writing(path, name):
     import os
 

@@ -8,7 +8,7 @@ import torch
 import diracnets
 import hubconf
 from diracnet import check_hash
-from diracnets.checkpoint import load_params
+from diracnets.checkpoint import load_params, read_checkpoint
 from experiments import release
 from experiments.results import read_csv
 from runs import params_of, run, stats_of, write_sets
@@ -54,9 +54,10 @@ def test_hub_refuses_other_sizes_and_another_hash(tmp_path, monkeypatch):
         hubconf.diracnet_cifar(int(depth), int(width), pretrained=True)
 
 
-def test_release_keeps_parameters_and_log_without_local_paths(tmp_path, capsys):
+@pytest.mark.parametrize('ema', ['0', '0.9'])
+def test_release_keeps_parameters_and_log_without_local_paths(tmp_path, capsys, ema):
     images = write_sets(tmp_path / 'images', 4, 4)
-    run(images, tmp_path / 'run')
+    run(images, tmp_path / 'run', '--ema', ema)
     capsys.readouterr()
     release.main([str(tmp_path / 'run'), '--to', str(tmp_path / 'kept')])
     path, digest = capsys.readouterr().out.strip().rsplit(': SHA-256 ', 1)
@@ -64,7 +65,8 @@ def test_release_keeps_parameters_and_log_without_local_paths(tmp_path, capsys):
     contents = torch.load(path, weights_only=True)
     assert 'optimizer' not in contents
     assert str(tmp_path) not in (tmp_path / 'kept' / 'log.txt').read_text() + str(contents['args'])
-    before, after = params_of(tmp_path / 'run'), params_of(tmp_path / 'kept')
+    before = read_checkpoint(tmp_path / 'run').params  # the average, with --ema
+    after = params_of(tmp_path / 'kept')
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     for epoch, kept in zip(stats_of(tmp_path / 'run'), stats_of(tmp_path / 'kept')):
         assert {n: v for n, v in epoch.items() if kept[n] != v}.keys() == {'dataroot', 'save'}

@@ -4,8 +4,10 @@ The images are in memory, in files, or items of any torch Dataset. A batch is a 
 indices and of its own seed: the seed of a run fixes every pixel, for any number of workers.
 """
 
+import contextlib
 import copy
 import operator
+import random
 
 import numpy as np
 import torch
@@ -124,13 +126,26 @@ class ImageFiles(BatchDataset):
         return torch.from_numpy(images), self.labels[indices[local_indices]]
 
 
+@contextlib.contextmanager
+def _restored_rng():
+    """Restores the global generators of torch (on the CPU), NumPy and `random` at the end."""
+    numpy_state, state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(state)
+
+
 class DatasetImages(BatchDataset):
     """The items (image, label) of a torch Dataset, loaded on demand.
 
     An image is anything that `image_to_array` converts, with any number of channels; all images
     have the size of the first. They are augmented like images in memory, after the Dataset's own
-    transforms. Random transforms that use torch's generator follow the seed of the run in training;
-    in evaluation each item has a seed of its own. Raises DataError that names an invalid item.
+    transforms. Random transforms that use the global generators of torch, NumPy or `random` follow
+    the seed of the run in training; in evaluation each item has a seed of its own. Raises DataError
+    that names an invalid item.
     """
 
     def __init__(self, items, num_classes, augmentation=NO_AUGMENTATION):
@@ -168,11 +183,13 @@ class DatasetImages(BatchDataset):
 
     def load_batch(self, indices, seed, local_indices):
         images, labels = [], []
-        with torch.random.fork_rng(devices=[]):
+        with _restored_rng():
             for position in local_indices.tolist():
                 index = int(indices[position])
                 own_seed = index if seed is None else seed + position
                 torch.default_generator.manual_seed(own_seed)  # not CUDA's generators
+                np.random.seed(own_seed % 2**32)
+                random.seed(own_seed)
                 image, label = self._load_item(index)
                 if image.shape != self.shape:
                     raise DataError(f'item {index} of the Dataset is {image.shape}: '

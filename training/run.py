@@ -146,7 +146,7 @@ class Run:
                               if name.startswith(tuple(accuracies)))  # top-5 too
             say(f'==> id: {self.opt.save} ({self.epoch}/{self.opt.epochs}), {shown}')
             if self.board:
-                self.board.write(stats, self.model)
+                self.board.write(stats, self.eval_model)
             if self.on_epoch:
                 self.on_epoch(stats)
 
