@@ -233,7 +233,7 @@ def draw_speedups(table):
     """Draws the latest results of each comparison in a CSV file; returns a matplotlib Figure."""
     from matplotlib.figure import Figure
 
-    from experiments.figures import log_scale
+    from experiments.axes import log_scale
 
     results = read_results(table)
     depths = [record for title, records in latest_comparisons(results).items()
