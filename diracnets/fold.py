@@ -13,12 +13,14 @@ import inspect
 import itertools
 from collections import Counter
 from collections.abc import Mapping
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -149,10 +151,15 @@ def _check_copyable(module):
     """Raises ValueError for a tensor that is computed from others, and so cannot be copied.
 
     torch.nn.utils.prune, weight_norm and spectral_norm create such tensors. Without requires_grad
-    they can be copied, except into the layer that a `fold()` returns. Also raises ValueError for
-    programs of torch.export and torch.jit, which contain operators in place of layers.
+    they can be copied, except into the layer that a `fold()` returns. Also raises ValueError for a
+    replaced forward, and for programs of torch.export and torch.jit, which contain operators in
+    place of layers.
     """
     for name, layer in module.named_modules():
+        if isinstance(layer, (_ConvNd, _BatchNorm)) and isinstance(
+                vars(layer).get('forward'), FunctionType):
+            raise ValueError(f'{name or "the module"} has a forward that was replaced by a '
+                             'function, in which a copy would call the original layer: restore it')
         if isinstance(layer, torch.jit.ScriptModule):
             raise ValueError(f'{name or "the module"} is a program of torch.jit, which cannot be '
                              'folded: fold the model, then compile it')
@@ -256,7 +263,8 @@ def _with_called_convs(module):
     The usual tracers, as in torchvision's create_feature_extractor, trace through DiracConv layers.
     """
     graph = copy.deepcopy(module.graph)
-    params = dict(module.named_parameters(remove_duplicate=False))
+    params = {**dict(module.named_parameters(remove_duplicate=False)),
+              **dict(module.named_buffers(remove_duplicate=False))}
     converted = {}  # by the parameters and arguments of a layer: its name
     for node in graph.nodes:
         w_hat = node.args[1] if node.target in CONV_FUNCTIONS else None
@@ -271,8 +279,8 @@ def _with_called_convs(module):
             name += f'_{len(converted)}' * (name in converted.values())
             stride, padding, dilation, groups = arguments
             if not params.keys() >= {*targets}:
-                raise ValueError(f'{name}.weight is computed from other tensors: make it a '
-                                 'parameter by prune.remove or remove_weight_norm before tracing')
+                raise ValueError(f'a tensor of {name} is computed from others: make it a parameter '
+                                 'by prune.remove or remove_weight_norm before tracing')
             weight, alpha, beta, *bias = (params[target] for target in targets)
             conv = CONV_FUNCTIONS[node.target](
                 weight.shape[1] * groups, len(weight), weight.shape[2:], stride, padding, dilation,
@@ -308,8 +316,10 @@ def _conv_bn_pairs(module, replaced):
     try:
         graphs = traces(module) if convs or norms else []
     except ValueError as error:
-        # a NameError: a forward calls a layer that is not a submodule, so it was not replaced
-        if norms or isinstance(error.__cause__, NameError):
+        if 'not installed as a submodule' in str(error.__cause__):  # so it was not replaced
+            raise ValueError(f'{type(module).__name__} calls a layer that is not a submodule: use '
+                             'nn.ModuleList or nn.Sequential in place of a list') from error
+        if norms:
             raise
         graphs = []  # without batch norm, also modules that cannot be traced are folded
     layers = dict(module.named_modules(remove_duplicate=False))

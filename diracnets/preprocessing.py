@@ -229,8 +229,8 @@ def image_to_array(image: str | bytes | os.PathLike | np.ndarray | torch.Tensor,
     tensor (C, H, W), uint8 or floating point in [0, 1]. rgb: require or convert to RGB; otherwise
     arrays and tensors may have any number of channels or be (H, W), and grayscale PIL images keep
     one channel. PIL images are transposed by their EXIF orientation, as OpenCV does for files other
-    than AVIF. PIL drops an alpha channel, as OpenCV does for files other than TIFF, whose colors it
-    multiplies by alpha.
+    than AVIF. PIL drops an alpha channel; OpenCV does so too, except for TIFF files, where it
+    multiplies the colors by alpha.
     Raises DataError for another type, shape or mode, and for an unreadable file.
     """
     if isinstance(image, (str, bytes, os.PathLike)):

@@ -60,7 +60,10 @@ class Claim:
 
 
 def show(estimates, form='+.1f'):
-    """Returns an estimate with its interval, or the ranges of several, as text."""
+    """Returns an estimate with its interval, or the ranges of several, as text.
+
+    Estimates of a single seed have no interval.
+    """
     def text(*values):
         values = [value if float(f'{value:{form}}') else 0.0 for value in values]  # never -0.0
         return ' to '.join(dict.fromkeys(f'{value:{form}}' for value in values))
@@ -68,9 +71,11 @@ def show(estimates, form='+.1f'):
     if not estimates:
         return ''
     values = [e.value for e in estimates]
-    ends = [*(e.low for e in estimates), *(e.high for e in estimates)]
-    interval = '' if math.inf in ends or all(e.low == e.high for e in estimates) else (
-        f' ({text(min(ends), max(ends))})')
+    bounded = [e for e in estimates if math.isfinite(e.high)]
+    interval = ''
+    if any(e.low != e.high for e in bounded):
+        without = f'; {len(estimates) - len(bounded)} without' * (len(bounded) < len(estimates))
+        interval = f' ({text(min(e.low for e in bounded), max(e.high for e in bounded))}{without})'
     return text(min(values), max(values)) + interval
 
 

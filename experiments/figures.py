@@ -76,15 +76,19 @@ def depth(figure, results, measured, logs):
 
 
 def over_depth(figure, logs):
-    budgets = [completed(read_pooled('depth', folder)) for folder in budget_folders(logs)]
+    """Draws all budgets in the same axes, those longer than that of `logs` with thick lines."""
     for axes, (metric, ylabel) in zip(figure.subplots(1, 2), LAST_EPOCH_METRICS):
-        for results in filter(None, budgets):
-            runs, styles = by_model(results)
-            named = [{**record, 'series': f'{record["series"]}, {budget_epochs(runs)} epochs'}
+        for folder in budget_folders(logs):
+            runs, styles = by_model(completed(read_pooled('depth', folder)))
+            epochs = budget_epochs(runs)
+            named = [{**record, 'series': f'{record["series"]}, {epochs} epochs'}
                      for record in runs]
-            draw_lines(axes, named, metric, 'depth (layers)', ylabel, log=True, styles=styles)
+            styles = [{**style, 'linewidth': 1.5 if folder == logs else 4} for style in styles]
+            if named:
+                draw_lines(axes, named, metric, 'depth (layers)', ylabel, log=True, styles=styles)
         axes.get_legend().remove()
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc='outside right upper')
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8,
+                  loc='outside right upper')
 
 
 def over_epochs(figure, depths, logs):

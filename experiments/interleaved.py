@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import multiprocessing
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,8 +46,8 @@ def peak_resident_memory():
 
     `ru_maxrss` would include that of the parent process, before this one was executed.
     """
-    status = dict(line.split(':') for line in Path('/proc/self/status').read_text().splitlines())
-    return int(status['VmHWM'].removesuffix('kB')) * 1024 / 1e6  # KiB to MB
+    kib = re.search(r'VmHWM:\s*(\d+) kB', Path('/proc/self/status').read_text())[1]
+    return int(kib) * 1024 / 1e6  # in MB
 
 
 def serve(pipe, variant):

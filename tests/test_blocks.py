@@ -353,7 +353,7 @@ def test_fuse_bn_equals_convolution_and_batch_norm():
 
 @pytest.mark.parametrize('conv', [
     nn.Conv2d(3, 4, (3, 1), padding=(1, 0)), nn.Conv2d(3, 4, (1, 3), padding=(0, 1)),
-    nn.Conv2d(3, 4, 3, padding=(1, 0)),
+    nn.Conv2d(3, 4, (3, 7), padding=(1, 3)), nn.Conv2d(3, 4, 3, padding=(1, 0)),
     nn.Conv2d(3, 4, 3, stride=(2, 1), padding=1), nn.Conv2d(3, 4, 3, padding=2, dilation=(2, 1)),
     nn.Conv2d(3, 4, 3, padding=1, padding_mode='reflect')])
 def test_with_block_raises_for_convolutions_that_branches_cannot_replace(conv):
@@ -379,7 +379,7 @@ def test_with_block_keeps_shape_and_dtype_with_padding_same():
 
 
 def test_with_block_dirac_keeps_the_first_convolution():
-    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, (1, 3)))
     model = with_block(nn.Sequential(OrderedDict(body=body, head=nn.Conv2d(8, 5, 3))), 'dirac')
     assert [type(layer) for layer in (body[0], body[2], model.head)] == [
         nn.Conv2d, DiracConv2d, DiracConv2d]

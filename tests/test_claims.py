@@ -23,7 +23,9 @@ def test_show_gives_the_ranges_of_values_and_intervals():
     assert claims.show([Estimate(2.34, -1, 5.06)]) == '+2.3 (-1.0 to +5.1)'
     assert claims.show([Estimate(2, 1, 3), Estimate(-1, -2, 4)]) == '-1.0 to +2.0 (-2.0 to +4.0)'
     assert claims.show([Estimate(0.031, 0.031, 0.031)], '.2f') == '0.03'
-    assert claims.show([Estimate(10.5, -math.inf, math.inf)]) == '+10.5'
+    one_seed = Estimate(10.5, -math.inf, math.inf)
+    assert claims.show([one_seed]) == '+10.5'
+    assert claims.show([one_seed, Estimate(2, 1, 3)]) == '+2.0 to +10.5 (+1.0 to +3.0; 1 without)'
     assert claims.show([Estimate(1, -0.04, 3)]) == '+1.0 (+0.0 to +3.0)'
     assert claims.show([]) == ''
 
@@ -152,11 +154,10 @@ def test_claims_on_layers_show_the_longest_run_first():
     assert (long.epochs, long.n, long.verdict) == ('100 and 40', '1 and 1', 'yes')
     assert (medium.epochs, short.epochs) == ('30', '4')
     params = torch.load(logs / 'diracnet-28-2' / 'model.pt7', weights_only=True)['params']
-    alphas = [value for name, value in params.items() if name.endswith('.alpha')]
-    assert len(alphas) == 24
-    # sum of (a - 1)^2 over n, but with the std of n - 1
-    expected = statistics.mean(
-        math.sqrt((a.double().mean() - 1) ** 2 + a.double().var()) for a in alphas)
+    names = [name.removesuffix('alpha') for name in params if name.endswith('.alpha')]
+    assert len(names) == 24
+    used = [params[f'{name}alpha'][:params[f'{name}conv'].shape[1]].double() for name in names]
+    expected = statistics.mean((a - 1).square().mean().sqrt().item() for a in used)
     assert long.estimates[0].value == pytest.approx(expected, rel=1e-5)
 
 

@@ -449,8 +449,9 @@ def test_depth_table_and_figure_show_all_budgets(tmp_path):
     assert labels == ['plain, 30 epochs', 'plain, 4 epochs', 'resnet, 4 epochs']
     lines = {container.get_label(): container.lines[0] for container in figure.axes[0].containers}
     assert [[*line.get_ydata()] for line in lines.values()] == [[84, 80], [63], [71, 75, 74]]
-    colors = [line.get_color() for line in lines.values()]
-    assert colors[0] == colors[1] != colors[2]
+    long, short, other = lines.values()
+    assert long.get_color() == short.get_color() != other.get_color()
+    assert long.get_linewidth() > short.get_linewidth()
 
 
 def test_figures_pool_the_runs_of_the_replication(tmp_path):

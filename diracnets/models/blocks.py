@@ -29,7 +29,7 @@ def _convs_and_norms(model: nn.Module) -> Iterator[tuple[nn.Module, str, str | N
 
 
 def _is_replaced(conv: nn.Conv2d) -> bool:
-    return 1 < max(conv.kernel_size) < MIN_LARGE_KERNEL
+    return any(1 < size < MIN_LARGE_KERNEL for size in conv.kernel_size)
 
 
 def _block_arguments(conv: nn.Conv2d, name: str) -> tuple[int, ...]:
