@@ -26,6 +26,7 @@ from training.data import DataSplits
 from training.freezing import freeze, last_layer, stem
 from training.loader import BatchSampler, make_loader
 from training.run import Run
+from training.tensorboard import TensorBoardWriter
 
 ALL = ['--model', 'plain', '--freeze', 'stem', '--clip_grad', 0.5, '--balance', '--ema', 0.9]
 
@@ -246,6 +247,15 @@ def test_ema_is_the_average_of_parameters_and_running_statistics(
     run(images, tmp_path / 'tuned', *flags, '--pretrained', tmp_path / 'run', '--lr', 0,
         '--epochs', 1)
     assert torch.equal(params_of(tmp_path / 'tuned')['fc.weight'], saved['ema']['fc.weight'])
+
+
+def test_tensorboard_shows_the_average_of_ema(images, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(TensorBoardWriter, 'write',
+                        lambda self, stats, model: shown.append(model.state_dict()))
+    run(images, tmp_path, '--ema', 0.75, '--tensorboard', '--epochs', 1)
+    average = torch.load(tmp_path / 'model.pt7', weights_only=True)['ema']
+    assert all(torch.equal(tensor, average[name]) for name, tensor in shown[0].items())
 
 
 def test_ema_does_not_change_the_weights(images, tmp_path):
