@@ -83,7 +83,7 @@ def over_depth(figure, logs):
             epochs = budget_epochs(runs)
             named = [{**record, 'series': f'{record["series"]}, {epochs} epochs'}
                      for record in runs]
-            styles = [{**style, 'linewidth': 1.5 if folder == logs else 4} for style in styles]
+            styles = [{**style, 'linewidth': 1.5 if folder == logs else 3} for style in styles]
             if named:
                 draw_lines(axes, named, metric, 'depth (layers)', ylabel, log=True, styles=styles)
         axes.get_legend().remove()
