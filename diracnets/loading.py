@@ -28,7 +28,7 @@ class LoadedModel:
     """A model from a file, with its preprocessing and its class names."""
 
     path: str
-    model: nn.Module  # in evaluation mode, float32
+    model: nn.Module  # in evaluation mode, float32; float64 for a file of --dtype double
     options: dict  # the architecture, as 'model', and the options that set its size
     preprocess: Preprocessing
     num_classes: int
@@ -83,7 +83,8 @@ def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) ->
             build = _build_diracnet if options['model'] == 'diracnet' else _build_other
             model, num_classes, sizes, preprocess = build(contents, preprocess, options)
             model.load_state_dict(contents.params, assign=True)
-            model.float()  # the dtype of preprocessed images
+            if all(parameter.dtype != torch.float64 for parameter in model.parameters()):
+                model.float()  # the dtype of preprocessed images
         if contents.classes is not None and len(contents.classes) != num_classes:
             raise ValueError(f'contains {len(contents.classes)} class names for {num_classes} '
                              'classes: expected one for each')
