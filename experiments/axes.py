@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarForm
 from experiments.results import column, grouped, mean_std
 from training.log import read_log
 
-STYLES = [  # of the series of a figure, in order; hollow markers do not hide what is under them
+STYLES = [  # of the series of a figure, in order; hollow markers keep other points visible
     {'color': color, 'marker': marker, 'linestyle': line, 'capsize': 3,
      'fillstyle': fill, 'markersize': size}
     for color, marker, line, fill, size in (

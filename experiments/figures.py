@@ -54,8 +54,6 @@ from experiments.results import (
 
 LAST_EPOCH_METRICS = (('test_acc_percent', ACCURACY), ('train_loss', LOSS))
 
-# ---------------------------------------------------------------- figures
-
 
 def by_model(runs):
     """Returns runs in the order of COMPARED_MODELS, and the styles of these models."""
@@ -77,18 +75,18 @@ def depth(figure, results, measured, logs):
 
 def over_depth(figure, logs):
     """Draws all budgets in the same axes, those longer than that of `logs` with thick lines."""
-    for axes, (metric, ylabel) in zip(figure.subplots(1, 2), LAST_EPOCH_METRICS):
-        for folder in budget_folders(logs):
-            runs, styles = by_model(completed(read_pooled('depth', folder)))
-            epochs = budget_epochs(runs)
-            named = [{**record, 'series': f'{record["series"]}, {epochs} epochs'}
-                     for record in runs]
-            styles = [{**style, 'linewidth': 1.5 if folder == logs else 3} for style in styles]
+    panels = figure.subplots(1, 2)
+    for folder in budget_folders(logs):
+        runs, styles = by_model(completed(read_pooled('depth', folder)))
+        epochs = budget_epochs(runs)
+        named = [{**record, 'series': f'{record["series"]}, {epochs} epochs'} for record in runs]
+        styles = [{**style, 'linewidth': 1.5 if folder == logs else 3} for style in styles]
+        for axes, (metric, ylabel) in zip(panels, LAST_EPOCH_METRICS):
             if named:
                 draw_lines(axes, named, metric, 'depth (layers)', ylabel, log=True, styles=styles)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc='outside right upper')
+    for axes in panels:
         axes.get_legend().remove()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8,
-                  loc='outside right upper')
 
 
 def over_epochs(figure, depths, logs):

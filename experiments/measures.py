@@ -33,7 +33,6 @@ IMAGES = 1000  # of the test set, for activations
 BINS, BIN = 48, 0.25  # of a histogram: their number, and their width in std
 REPETITIONS, STEPS = 20, 5  # of the timings, and steps per repetition
 DEPTH = 28  # of the models that are timed, and of the blocks that are quantized
-STATISTICS = {'mean': torch.mean, 'deviation': functools.partial(torch.std, correction=0)}
 GRADIENT_IMAGES = 16  # digits, for the gradients at initialization
 
 
@@ -57,11 +56,10 @@ def layer_statistics(params):
     for layer, name in enumerate((n for n in names if f'{n}.conv' in params), 1):
         alpha, beta, weight = (params[f'{name}.{part}'] for part in ('alpha', 'beta', 'conv'))
         alpha = alpha[:min(weight.shape[:2])]  # of the filters in which delta has a one
-        values = {'alpha': alpha.double(), 'beta': beta.double()}
         records.append({
             'layer': layer,
-            **{f'{key}_{statistic}': compute(value).item() for key, value in values.items()
-               for statistic, compute in STATISTICS.items()},
+            'alpha_mean': alpha.mean().item(), 'alpha_deviation': alpha.std(correction=0).item(),
+            'beta_mean': beta.mean().item(), 'beta_deviation': beta.std(correction=0).item(),
             'dirac_norm': alpha.norm().item(),  # of diag(alpha) delta
             'free_norm': beta.norm().item(),  # of diag(beta) W_norm, whose filters have norm 1
         })

@@ -14,7 +14,7 @@ import torch
 
 from cli import ArgumentParser, exit_on_error
 from diracnet import sha256
-from diracnets.checkpoint import MODEL_FILE, load_dict
+from diracnets.checkpoint import MODEL_FILE, load_dict, parse_checkpoint
 from diracnets.metadata import strip_folders
 from training.log import LOG_FILE, LOG_PREFIX, read_log
 
@@ -44,7 +44,7 @@ def release(run, folder):
                          f'its log, of {epochs}; finish the run first')
     args = {name: strip_folders(value) for name, value in checkpoint['args'].items()}
     write_log(log, folder / LOG_FILE)
-    params = checkpoint.get('ema') or checkpoint['params']
+    params = parse_checkpoint(checkpoint, run).params
     torch.save({**{key: checkpoint[key] for key in KEYS}, 'params': params, 'args': args},
                folder / MODEL_FILE)
     return folder / MODEL_FILE
