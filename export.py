@@ -77,9 +77,9 @@ if __name__ == '__main__':  # --help and errors come before the imports that tak
 import torch
 import torch.nn.functional as F
 
+from diracnets.class_names import match_classes
 from diracnets.fold import fold
 from diracnets.formats import FORMATS
-from diracnets.loading import match_classes
 from diracnets.onnx import OnnxModel
 from diracnets.preprocessing import normalize
 from diracnets.published import load_by_name

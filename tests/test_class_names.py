@@ -6,8 +6,8 @@ import torch
 from torch.utils.data import Dataset
 
 import train
+from diracnets.class_names import match_classes
 from diracnets.image_files import DataError
-from diracnets.loading import match_classes
 from runs import assert_same_run
 from training.data import DataSplits
 

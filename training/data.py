@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torchvision
 
+from diracnets.class_names import class_positions
 from diracnets.image_files import DataError
-from diracnets.loading import class_positions
 from diracnets.preprocessing import DATASETS, Preprocessing
 from training.choices import MIN_PIXELS
 from training.datasets import IGNORED, BatchDataset, DatasetImages, MemoryImages

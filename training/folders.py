@@ -10,8 +10,8 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 
 from cli import say, warn
+from diracnets.class_names import class_positions
 from diracnets.image_files import DataError, check_image
-from diracnets.loading import class_positions
 from diracnets.preprocessing import MAX_SMALL, image_extensions, list_files, read_test_image
 from training.datasets import ImageFiles, MemoryImages
 from training.distributed import merge_dicts, rank, world_size

@@ -25,12 +25,6 @@ RECIPES = sorted(file.stem for file in RECIPE_FOLDER.glob('*.txt'))
 NETWORKS_BY_SIZE = (f'images of up to {MAX_SMALL} pixels use the CIFAR networks, larger ones the '
                     'ImageNet networks')
 MODEL_OPTIONS = sorted({name for row in ARCHITECTURES.values() for name in row.options})
-# may differ when a run is resumed; every other option changes its result
-FREE_ON_RESUME = {
-    'check', 'checkpointing', 'compile', 'dataroot', 'deterministic', 'epochs', 'evaluate', 'force',
-    'gpu_id', 'keep_every', 'name', 'ngpu', 'nthread', 'pretrained', 'recipe', 'resume', 'save',
-    'save_every', 'skip_corrupt', 'tensorboard',
-}
 
 
 # ---------------------------------------------------------------- types of values
@@ -407,25 +401,3 @@ def _is_writable(path):
 def model_options(opt):
     """Returns the options of the architecture; with --evaluate, the given ones."""
     return {name: value for name, value in vars(opt).items() if name in MODEL_OPTIONS}
-
-
-def changed_options(now, before):
-    """Lists the options that change the result of a run and differ between two `args`.
-
-    now, before: the `args` of the checkpoint to write and of the one to resume.
-    """
-    free = set(FREE_ON_RESUME)
-    if now['lr_schedule'] != 'step' or now['grow']:
-        free -= {'epochs'}  # other schedules and progressive resizing stretch over all epochs
-    if 'dataset' in before:  # fill in what older checkpoints lack
-        older = {'crop': True, 'flip': default_flip(before['dataset']), 'normalise': '',
-                 'optimizer': 'sgd', 'grow': [], 'whiten': False, 'cutout': 0,
-                 'balance': False, 'clip_grad': 0, 'ema': 0, 'freeze': 'none'}
-        before = {**older, **before, 'image_size': Preprocessing.from_args(before).size}
-        # data from Python differ from a named dataset, where `given` is missing
-        now, before = ({**args, 'given': args.get('given')} for args in (now, before))
-    return [
-        f'{name} was {before[name]}, is {value}'
-        for name, value in now.items()
-        if name not in free and name in before and before[name] != value
-    ]

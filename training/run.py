@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 from cli import say
 from diracnet import check_params
 from diracnets.checkpoint import BEST_FILE, MODEL_FILE
-from diracnets.loading import check_classes
+from diracnets.class_names import check_classes
 from training import checkpoint
 from training.checkpoint import DivergedError
 from training.compute import Forward
