@@ -296,8 +296,8 @@ def test_resume_of_an_older_checkpoint_has_the_options_off(images, before, tmp_p
     flags = ['--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--batch_size', 12,
              '--epoch_step', '[2]', '--resume', tmp_path / 'older.pt7', '--save', tmp_path / 'run']
     error = refused(capsys, *flags, *ALL)
-    for change in ('freeze was none, is stem', 'clip_grad was 0, is 0.5', 'ema was 0, is 0.9',
-                   'balance was False, is True'):
+    for change in ('freeze changed from none to stem', 'clip_grad changed from 0 to 0.5',
+                   'ema changed from 0 to 0.9', 'balance changed from False to True'):
         assert change in error
     run(images, tmp_path / 'run', '--model', 'plain', '--resume', tmp_path / 'older.pt7')
 
@@ -306,7 +306,7 @@ def test_force_does_not_resume_with_another_optimizer(images, before, tmp_path, 
     options = ['--dataset', 'Folder', '--dataroot', images, '--depth', 10, '--batch_size', 12,
                '--epoch_step', '[2]', '--model', 'plain', '--resume', before('plain'), '--force']
     error = refused(capsys, *options, '--optimizer', 'muon', '--save', tmp_path / 'run')
-    assert 'optimizer was sgd, is muon; use the same optimizer, or start' in error
+    assert 'optimizer changed from sgd to muon; use the same optimizer, or start' in error
 
 
 def test_force_selects_the_best_epoch_anew_on_other_images(images, tmp_path, capsys):

@@ -226,10 +226,10 @@ def test_resume_of_an_older_run_keeps_its_augmentation(by_folder, pairs, tmp_pat
     torch.save(older, tmp_path / 'model.pt7')
     with pytest.raises(SystemExit):
         run(pairs[0], tmp_path / 'new', '--flip', 'all', '--epochs', 3, '--resume', tmp_path)
-    assert 'flip was horizontal, is all' in capsys.readouterr().err
+    assert 'flip changed from horizontal to all' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run(pairs[0], tmp_path / 'new', '--cutout', 4, '--epochs', 3, '--resume', tmp_path)
-    assert 'cutout was 0, is 4' in capsys.readouterr().err
+    assert 'cutout changed from 0 to 4' in capsys.readouterr().err
     run(pairs[0], tmp_path / 'new', '--epochs', 3, '--resume', tmp_path)
     assert diracnets.load(tmp_path).preprocess == Preprocessing.for_dataset('Folder', 32)
 
@@ -537,10 +537,11 @@ def test_resume_rejects_other_data(pairs, tmp_path, capsys):
     train_on(DataSplits.from_arrays((images, labels), test_pair, names), tmp_path, '--epochs', 1)
     capsys.readouterr()
     fewer = DataSplits.from_arrays((images[4:], labels[4:]), test_pair, names)
-    assert 'given was 32 + 10 images (32, 32, 3), is 28 + 10 images (32, 32, 3)' in refusal(fewer)
+    assert ('given changed from 32 + 10 images (32, 32, 3) to 28 + 10 images (32, 32, 3)'
+            in refusal(fewer))
     small = DataSplits.from_arrays((images[:, :16, :16], labels),
                                    (test_pair[0][:, :16, :16], test_pair[1]), names)
-    assert 'image_size was 32, is 16; ' in refusal(small)
+    assert 'image_size changed from 32 to 16; ' in refusal(small)
     others = DataSplits.from_arrays((images, labels), test_pair, ['owl', 'yak'])
     assert 'the dataset 2 (owl to yak)' in refusal(others)
     with pytest.raises(SystemExit):

@@ -29,8 +29,8 @@ def images_of(folder, *classes):
 
 @pytest.mark.parametrize(('classes', 'outcome'), [
     (('cat', 'dog'), 'loaded: same classes'),
-    (('owl', 'yak'), 'randomly initialized: class 0 was cat, is owl'),
-    (('cat', 'emu'), 'randomly initialized: class 1 was dog, is emu'),
+    (('owl', 'yak'), 'randomly initialized: class 0 is cat in the file, owl in the dataset'),
+    (('cat', 'emu'), 'randomly initialized: class 1 is dog in the file, emu in the dataset'),
     (('cat', 'dog', 'emu'), 'randomly initialized: the training set has 3 classes'),
 ])
 def test_last_layer_is_loaded_only_for_the_same_classes(before, tmp_path, capsys, classes, outcome):

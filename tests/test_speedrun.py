@@ -193,7 +193,7 @@ def test_resume_rejects_more_epochs_with_progressive_resizing(images, tmp_path, 
     run(images, tmp_path, '--grow', '[16]', '--epochs', 1)
     with pytest.raises(SystemExit):
         run(images, tmp_path, '--grow', '[16]', '--epochs', 2, '--resume', 'auto')
-    assert 'epochs was 1, is 2; ' in capsys.readouterr().err
+    assert 'epochs changed from 1 to 2; ' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('sizes', ['[7,32]', '[33]', '20', '[20.5]', '['])

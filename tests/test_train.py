@@ -631,7 +631,7 @@ def test_resume_rejects_more_epochs_with_a_cosine_schedule(images, tmp_path, cap
     run(images, tmp_path, '--lr_schedule', 'cosine', '--epochs', 1)
     with pytest.raises(SystemExit):
         run(images, tmp_path, '--lr_schedule', 'cosine', '--epochs', 2, '--resume', 'auto')
-    assert 'epochs was 1, is 2; ' in capsys.readouterr().err
+    assert 'epochs changed from 1 to 2; ' in capsys.readouterr().err
 
 
 def test_weight_decay_applies_to_all_tensors_of_v1():
@@ -729,7 +729,7 @@ def test_resume_rejects_another_architecture(trained, images, capsys, tmp_path):
     options = ['--dataset', 'Folder', '--dataroot', images, '--resume', trained]
     options += ['--save', tmp_path / 'new', '--batch_size', 12]
     error = refused(capsys, *options, '--depth', 10, '--width', 2)
-    assert 'width was 1, is 2.0; epoch_step was [2], is [60, 120, 160]' in error
+    assert 'width changed from 1 to 2.0; epoch_step changed from [2] to [60, 120, 160]' in error
     options.append('--force')
     error = refused(capsys, *options, '--depth', 10, '--width', 2)
     assert 'bn.bias is (16,), expected (32,)' in error

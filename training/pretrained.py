@@ -76,7 +76,7 @@ def _compare_classes(num_classes, file_classes, classes):
         return True, 'the file has no class names'
     for number, (before, now) in enumerate(zip(file_classes, classes)):
         if before != now:
-            return False, f'class {number} was {before}, is {now}'
+            return False, f'class {number} is {before} in the file, {now} in the dataset'
     return True, 'same classes'
 
 

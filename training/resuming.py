@@ -23,7 +23,7 @@ def find_checkpoint(opt):
     Raises ValueError if --save contains a run that would be overwritten, or a file of a run that is
     not a regular file.
     """
-    check_files(opt.save)
+    check_file_types(opt.save)
     saved, log = checkpoint.exists(opt.save), os.path.join(opt.save, LOG_FILE)
     epochs = len(read_log(log)) if os.path.exists(log) else 0
     path = opt.resume
@@ -45,7 +45,7 @@ def find_checkpoint(opt):
     return path
 
 
-def check_files(folder):
+def check_file_types(folder):
     """Raises ValueError if a file of a run is a folder, or a FIFO, which would block its reader."""
     for entry in os.scandir(folder) if os.path.isdir(folder) else ():
         is_of_run = entry.name.endswith(('.pt7', '.pt7.tmp', LOG_FILE, f'{LOG_FILE}.tmp'))
@@ -69,23 +69,39 @@ def changed_options(now, before):
         # data from Python differ from a named dataset, where `given` is missing
         now, before = ({**args, 'given': args.get('given')} for args in (now, before))
     return [
-        f'{name} was {before[name]}, is {value}'
+        f'{name} changed from {before[name]} to {value}'
         for name, value in now.items()
         if name not in free and name in before and before[name] != value
     ]
 
 
-def match_checkpoint(opt, splits, state, path):
-    """Returns splits with the order of the class names in the checkpoint to resume, if any.
+def check_options(opt, dtype, saved_args, path):
+    """Raises ValueError for options that change the result of the run to resume, without --force.
 
-    Records the fingerprint of class folders in `opt`; raises ValueError if it was another one.
+    dtype: resolved --dtype; saved_args: the `args` of the checkpoint at `path`.
     """
-    if splits.files:
-        opt.files, before = splits.files, state['args'].get('files', splits.files)
-        if opt.files != before and not opt.force:
-            raise ValueError(f'{path}: the images were {before}, are {opt.files}; use the same '
-                             'images, or --force')
-    saved = state.get('classes') or []
+    changed = changed_options({**vars(opt), 'dtype': dtype}, saved_args)
+    if changed and not opt.force:
+        raise ValueError(f'{path}: {"; ".join(changed)}; use the same options, or --force')
+    optimizer = saved_args.get('optimizer', 'sgd')
+    if optimizer != opt.optimizer:  # its state does not fit, also with --force
+        raise ValueError(f'{path}: optimizer changed from {optimizer} to {opt.optimizer}; use the '
+                         'same optimizer, or start from the checkpoint with --pretrained')
+
+
+def check_files(files, opt, saved_args, path):
+    """Raises ValueError if the images of the run to resume were others, without --force.
+
+    files: fingerprint of the class folders, or '' for other data.
+    """
+    saved = saved_args.get('files', files)
+    if files and files != saved and not opt.force:
+        raise ValueError(f'{path}: the images changed from {saved} to {files}; use the same '
+                         'images, or --force')
+
+
+def match_saved_classes(splits, saved):
+    """Returns splits with the order of the class names in the checkpoint to resume, if any."""
     positions = class_positions(splits.classes, saved)
     if not positions or len(saved) != len(positions):
         return splits  # Run.restore raises for other classes

@@ -20,6 +20,7 @@ from training.freezing import freeze
 from training.log import truncate_log
 from training.optimizers import make_average, make_optimizer
 from training.pretrained import load_pretrained
+from training.resuming import check_files, check_options, find_checkpoint, match_saved_classes
 from training.run import Run
 from training.tensorboard import TensorBoardWriter
 from training.whitening import PIXELS, whiten
@@ -168,19 +169,16 @@ def prepare(opt, device, lock, splits=None):
     state = checkpoint.load(path) if path else {'args': {}}
     dtype = choose_dtype(opt.dtype, device, state['args'])
     opt.compile = choose_compile(opt.compile, device, opt.deterministic)
-    changed = [] if opt.force else options.changed_options(
-        {**vars(opt), 'dtype': dtype}, state['args'])
-    if changed:
-        raise ValueError(f'{path}: {"; ".join(changed)}; use the same options, or --force')
-    optimizer = state['args'].get('optimizer', 'sgd')
-    if path and optimizer != opt.optimizer:  # with --force
-        raise ValueError(f'{path}: optimizer was {optimizer}, is {opt.optimizer}; use the same '
-                         'optimizer, or start from the checkpoint by --pretrained')
+    if path:
+        check_options(opt, dtype, state['args'], path)
     if rank() == 0 and opt.lr_schedule == 'step' and min(opt.epoch_step, default=0) > opt.epochs:
         say(f'--epoch_step {opt.epoch_step}: no drop in {opt.epochs} epochs, the learning rate '
             f'stays {opt.lr:g}; use earlier epochs, or --lr_schedule cosine')
     splits = load_training_splits(opt, splits, preprocess)
-    splits = match_checkpoint(opt, splits, state, path)
+    if splits.files:
+        check_files(splits.files, opt, state['args'], path)
+        opt.files = splits.files
+    splits = match_saved_classes(splits, state.get('classes') or [])
     preprocess = resolve_normalization(preprocess, opt, splits.train, state['args'])
     check_batches_of_one(opt, preprocess, len(splits.train))
     forward = Forward(preprocess, dtype, device)
