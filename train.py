@@ -41,7 +41,8 @@ from diracnets.preprocessing import DataError
 from training import checkpoint, distributed
 from training.augmentation import progressive_sizes
 from training.checkpoint import DivergedError
-from training.compute import compile_models, cross_entropy, keep_freed_memory
+from training.compilation import compile_models
+from training.compute import cross_entropy, keep_freed_memory
 from training.distributed import rank, world_size
 from training.interruption import interruptible, out_of_memory_as_os_error
 from training.loader import iterate_batches, make_loader

@@ -48,7 +48,8 @@ from experiments.variants import (
 )
 from training import folders
 from training.choices import available_cores
-from training.compute import Forward, compile_model
+from training.compilation import compile_model
+from training.compute import Forward
 from training.options import at_least
 from training.timing import interleave, matmul_gflops, seconds_per_call, synchronize
 

@@ -23,7 +23,8 @@ from diracnets.models.registry import count_multiply_adds
 from diracnets.network import Network
 from diracnets.preprocessing import Preprocessing
 from training import data, folders
-from training.compute import Forward, compile_model, cross_entropy, keep_freed_memory
+from training.compilation import compile_model
+from training.compute import Forward, cross_entropy, keep_freed_memory
 from training.loader import make_loader
 from training.meters import Meters
 from training.optimizers import make_optimizer

@@ -20,9 +20,10 @@ from diracnets.fold import fold
 from diracnets.network import Network
 from diracnets.preprocessing import Preprocessing, normalize
 from runs import assert_same_run, params_of, run, stats_of, write_sets
-from training import compute, data, options
+from training import compilation, data, options
 from training.choices import available_cores
-from training.compute import Forward, choose_dtype, cross_entropy, param_dtype, warm_up
+from training.compilation import warm_up
+from training.compute import Forward, choose_dtype, cross_entropy, param_dtype
 from training.loader import make_loader
 
 ROOT = Path(train.__file__).parent
@@ -173,13 +174,13 @@ def test_training_continues_with_a_warning_when_torch_cannot_compile(
 
 def test_compile_error_ends_the_run_of_several_processes(monkeypatch):
     """Otherwise one of them would train, and the others wait for it in their warm-up."""
-    monkeypatch.setattr(compute, 'world_size', lambda: 2)
-    monkeypatch.setattr(compute, 'warm_up', lambda *_: 1 / 0)
+    monkeypatch.setattr(compilation, 'world_size', lambda: 2)
+    monkeypatch.setattr(compilation, 'warm_up', lambda *_: 1 / 0)
     model = torch.nn.Linear(2, 2)
     compiled_run = SimpleNamespace(forward=SimpleNamespace(device=torch.device('cpu')),
                                    eval_model=model)
     with pytest.raises(OSError, match='cannot compile the model .ZeroDivisionError.*omit --comp'):
-        compute.compile_models(compiled_run, model, set())
+        compilation.compile_models(compiled_run, model, set())
 
 
 def test_compile_model_compiles_each_shape_and_model():
@@ -193,7 +194,7 @@ def test_compile_model_compiles_each_shape_and_model():
     with torch._dynamo.config.patch(recompile_limit=1), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, 'compile', functools.partial(torch.compile, backend=backend))
         for model in (torch.nn.Flatten(), torch.nn.Flatten()):
-            call = compute.compile_model(model, torch.device('cpu'))
+            call = compilation.compile_model(model, torch.device('cpu'))
             for n in (2, 3, 4, 3):
                 assert call(torch.ones(n, 2, 2)).shape == (n, 4)
     assert compiled == 2 * [(2, 2, 2), (3, 2, 2), (4, 2, 2)]
@@ -216,8 +217,8 @@ def test_compile_auto_compiles_on_cuda_in_one_process(
     machine |= changes
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: machine['capability'])
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: machine[name])
-    monkeypatch.setattr(compute, 'world_size', lambda: machine['world_size'])
-    resolved = compute.choose_compile('auto', torch.device(device), machine['deterministic'])
+    monkeypatch.setattr(compilation, 'world_size', lambda: machine['world_size'])
+    resolved = compilation.choose_compile('auto', torch.device(device), machine['deterministic'])
     assert resolved == (not reason)
     state = f'off ({reason})' if reason else 'on (cuda: captures each step as a CUDA graph)'
     assert capsys.readouterr().out == f'--compile auto: {state}\n'

@@ -14,7 +14,8 @@ from diracnets.architectures import ARCHITECTURES
 from diracnets.class_names import match_classes
 from diracnets.preprocessing import DATASETS, Preprocessing, normalize
 from training import checkpoint, data, distributed, options
-from training.compute import Forward, choose_compile, choose_dtype, param_dtype
+from training.compilation import choose_compile
+from training.compute import Forward, choose_dtype, param_dtype
 from training.distributed import all_reduce, rank, world_size
 from training.freezing import freeze
 from training.log import truncate_log
