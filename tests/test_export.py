@@ -45,7 +45,9 @@ OPTIONS = {'depth': 10, 'width': 0.5, 'dataset': 'CIFAR10', 'num_classes': 10}
 
 
 def run_onnx(path, inputs):
-    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry('session.x64quantprecision', '1')  # see docs/deploying.md
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return torch.from_numpy(session.run(['logits'], {'inputs': inputs.numpy()})[0])
 
 

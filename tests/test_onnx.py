@@ -6,6 +6,7 @@ import io
 import cv2
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -148,3 +149,18 @@ def test_int8_of_a_dynamic_size_accepts_other_sizes(dynamic, run_folder, digits,
     inputs = nn.functional.interpolate(digits[0][:100], (40, 48))
     expected = diracnets.load(run_folder).model(inputs).argmax(1)
     assert (run_onnx(path, inputs).argmax(1) == expected).float().mean() > 0.9
+
+
+@pytest.mark.slow
+def test_int8_sums_do_not_saturate(dynamic, digits, tmp_path):
+    """As ONNX Runtime does by default on x86 CPUs without VNNI."""
+    images = dict(enumerate(digits[0][:32]))
+    _, int8 = quantize(dynamic[0].read_bytes(), list(images), images.get, {})
+    path = tmp_path / 'int8.onnx'
+    path.write_bytes(int8)
+    options = onnxruntime.SessionOptions()  # dequantizes weights and activations, and uses float32
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    expected, = session.run(['logits'], {'inputs': digits[0][:100].numpy()})
+    error = OnnxModel(path)(digits[0][:100]).numpy() - expected
+    assert np.square(error).mean() < 1e-3 * np.square(expected).mean()
