@@ -212,7 +212,8 @@ def normalize(images: torch.Tensor, preprocess: Preprocessing,
                          f'{preprocess.channels}, the channels of the model')
     dtype = dtype or torch.float32
     mean, std = (
-        torch.tensor(values, dtype=dtype, device=images.device).mul_(255).view(-1, 1, 1)
+        torch.tensor(values, dtype=dtype).mul_(255).view(-1, 1, 1).to(
+            images.device, non_blocking=True)  # a blocking copy waits for the step in progress
         for values in (preprocess.mean, preprocess.std)
     )
     return images.to(dtype).sub_(mean).div_(std)

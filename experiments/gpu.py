@@ -5,14 +5,16 @@
     python -m experiments.gpu --no-checks --no-compile --minutes 2   # the shortest run
     python -m experiments.gpu --device cpu    # a dry run with small models, saved in runs/gpu
 
-It first runs `python test.py -m gpu`, which compares the GPU with the CPU; if that fails, the exit
-status is 1. It needs no network and no files: images are random. Results are appended to files in
-logs/gpu: rates.csv (images per second), runs.csv (cost of a run of 200 epochs) and profile.csv
-(kernels of a step).
+It first runs the tests of tests/test_cuda.py, which compare the GPU with the CPU; if one fails, the
+exit status is 1. It needs no network and no files: images are random. Results are appended to files
+in logs/gpu: rates.csv (images per second), runs.csv (cost of a run of 200 epochs) and profile.csv
+(kernels of a step). Call it again to continue: what the same device and commit have measured is
+skipped.
 """
 
 import argparse
 import functools
+import gc
 import itertools
 import os
 import subprocess
@@ -35,7 +37,7 @@ from diracnets.preprocessing import Preprocessing
 from experiments.gpu_results import BASELINES, COMPILED, EAGER, FORMS, standard_convolutions
 from experiments.gpu_runs import profile_records, profile_step, run_cost
 from experiments.interleaved import Variant, print_records, timing_columns
-from experiments.results import ROOT, append_results, device_name, environment
+from experiments.results import ROOT, append_results, device_name, environment, read_csv
 from experiments.variants import (
     diracnet,
     folded_resnet,
@@ -48,7 +50,7 @@ from experiments.variants import (
 )
 from training import folders
 from training.choices import available_cores
-from training.compilation import compile_model
+from training.compilation import compile_model, error_line
 from training.compute import Forward
 from training.options import at_least
 from training.timing import interleave, matmul_gflops, seconds_per_call, synchronize
@@ -78,10 +80,9 @@ def training_step(make, dataset, batch, form, device):
     fused = device.type == 'cuda' and form not in (EAGER, 'optimizer of one kernel per tensor')
     optimizer = make_sgd(model, fused=fused)
     compiled = model
-    if form == 'max-autotune':
-        compiled = torch.compile(model, dynamic=False, mode='max-autotune')
-    elif form in (COMPILED, *CHANGES):
-        compiled = compile_model(model, device)
+    if form in (COMPILED, *CHANGES):
+        mode = 'max-autotune' if form == 'max-autotune' else 'reduce-overhead'
+        compiled = compile_model(model, device, mode)
     forward = Forward(preprocess, 'float' if eager else 'bfloat16', device)
     images = torch.randint(256, (batch, preprocess.size, preprocess.size, 3), dtype=torch.uint8,
                            device=device).permute(0, 3, 1, 2)  # (N, 3, H, W), channels last
@@ -197,6 +198,7 @@ def comparisons(device, folder):
 def prepare(variant, device):
     """Prepares and warms up a variant; returns its timer and fills its peak memory."""
     cuda = device.type == 'cuda'
+    gc.collect()  # models in reference cycles would be freed during the measurement
     before = torch.cuda.memory_allocated(device) if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -220,8 +222,8 @@ def time_variants(comparison, device, deadline):
             break
         try:
             timers[i] = prepare(variant, device)
-        except RuntimeError as error:  # out of memory, or the compiler: the others still count
-            say(f'{comparison.title}: {variant.name} skipped: {str(error).splitlines()[0]}')
+        except Exception as error:  # out of memory, or the compiler: the others still count
+            say(f'{comparison.title}: {variant.name} skipped: {error_line(error)}')
     seconds = interleave(
         timers.values(), MAX_REPETITIONS, comparison.title,
         lambda repetition: repetition >= MIN_REPETITIONS and time.monotonic() > deadline)
@@ -267,13 +269,26 @@ def without_compile(comparison):
     return replace(comparison, variants=variants)
 
 
+def is_measured(table, columns, **values):
+    """Returns whether a CSV file has a record with these values, of this device and commit."""
+    expected = {name: str(columns.get(name)) for name in ('device', 'torch', 'commit')} | values
+    return any(expected.items() <= record.items() for record in read_csv(table))
+
+
 def time_in_order(comparisons, peak, device, table, columns, deadline):
     """Measures the comparisons until the deadline and appends their results to a CSV file."""
     for comparison in comparisons:
+        if is_measured(table, columns, compared=comparison.title):
+            say(f'{comparison.title}: skipped, already in {table}')
+            continue
         if time.monotonic() > deadline:
             say(f'{comparison.title}: skipped, no time left')
             continue
-        time_variants(comparison, device, deadline)
+        try:
+            time_variants(comparison, device, deadline)
+        except Exception as error:  # of one comparison: the others still count
+            say(f'{comparison.title}: failed: {error_line(error)}')
+            continue
         records = comparison_records(comparison, peak, columns)
         if records:
             append_results(records, table)
@@ -288,24 +303,29 @@ def measure_runs(device, logs, columns, deadline):
     runs, images = (((28, 1), (34, 2), (28, 10)), 50_000) if device.type == 'cuda' else (
         ((10, 1),), 256)
     for depth, width in runs:
+        name, make = f'{depth}-{width:g}', functools.partial(diracnet, depth, width)
+        titles = {f'{name}, batch 128, {form}': form
+                  for form in FORMS[: 1 if device.type == 'cpu' else None]}
         if time.monotonic() > deadline:
-            say(f'run of {depth}-{width:g}: skipped, no time left')
+            say(f'run of {name}: skipped, no time left')
             continue
-        try:
-            cost = {'model': f'{depth}-{width:g}', **run_cost(depth, width, images)}
-        except SystemExit as stopped:  # of train.py, which printed the reason
-            say(f'run of {depth}-{width:g}: failed with exit status {stopped.code}')
-            continue
-        append_results([{**cost, **columns}], logs / 'runs.csv')
-        print_table([*cost], [[str(value) for value in cost.values()]], left=[*cost])
-        make = functools.partial(diracnet, depth, width)
-        for form in FORMS[: 1 if device.type == 'cpu' else None]:
-            title = f'{depth}-{width:g}, batch 128, {form}'
+        if not is_measured(logs / 'runs.csv', columns, model=name):
+            try:
+                cost = {'model': name, **run_cost(depth, width, images)}
+            except SystemExit as stopped:  # of train.py, which printed the reason
+                say(f'run of {name}: failed with exit status {stopped.code}')
+                continue
+            append_results([{**cost, **columns}], logs / 'runs.csv')
+            print_table([*cost], [[str(value) for value in cost.values()]], left=[*cost])
+        for title, form in titles.items():
+            if (time.monotonic() > deadline
+                    or is_measured(logs / 'profile.csv', columns, step=title)):
+                continue
             try:
                 work = training_step(make, 'CIFAR10', 128, form, device)
                 records = profile_records(title, profile_step(work, device))
-            except RuntimeError as error:  # the profiler has no permission, or no memory
-                say(f'profile of {title}: failed: {str(error).splitlines()[0]}')
+            except Exception as error:  # the profiler has no permission, or no memory
+                say(f'profile of {title}: failed: {error_line(error)}')
                 continue
             append_results([{**record, **columns} for record in records], logs / 'profile.csv')
             print_table([*records[0]], [[str(value) for value in record.values()]
@@ -314,7 +334,9 @@ def measure_runs(device, logs, columns, deadline):
 
 def run_checks():
     """Runs the tests that need a GPU in another process; returns its exit status."""
-    return subprocess.run([sys.executable, str(ROOT / 'test.py'), '-m', 'gpu']).returncode
+    tests = ROOT / 'tests' / 'test_cuda.py'  # other files import packages that are not needed
+    return subprocess.run([sys.executable, str(ROOT / 'test.py'), str(tests), '-m', 'gpu']
+                          ).returncode
 
 
 def parse_options(argv):

@@ -12,6 +12,7 @@ runs are resumed, and runs that another process trains are skipped.
 
 import argparse
 import fnmatch
+import gc
 import os
 import subprocess
 import sys
@@ -121,6 +122,10 @@ def train_one(run, paths):
         if stopped.code != DivergedError.status:
             raise
         return 'diverged'
+    finally:
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.compiler.reset()  # frees the CUDA graphs of the compiled model
     return 'complete'
 
 

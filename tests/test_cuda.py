@@ -223,3 +223,4 @@ def test_checkpoints_have_the_same_accuracy_on_gpu_and_cpu(tmp_path, device):
     assert abs(gpu_on_gpu - gpu_on_cpu) <= 0.6
     assert abs(cpu_on_gpu - cpu_on_cpu) <= 0.6
     assert [stats['epoch'] for stats in stats_of(tmp_path / 'launched')] == [1, 2]
+    assert 'compile_time' in stats_of(tmp_path / 'gpu')[-1]  # no fallback to the uncompiled model

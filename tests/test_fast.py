@@ -239,9 +239,13 @@ def test_warm_up_compiles_every_batch_size():
     def recording(shapes):
         def model(inputs):
             shapes.append((len(inputs), inputs.shape[-1]))
-            return linear(inputs.mean((2, 3)))
+            logits = linear(inputs.mean((2, 3)))
+            if logits.requires_grad:  # a CUDA graph would overwrite gradients of the last pass
+                logits.register_hook(lambda _: no_gradients.append(linear.weight.grad is None))
+            return logits
         return model
 
+    no_gradients = []
     linear, trained, evaluated = torch.nn.Linear(3, 2), [], []
     compiled_run = SimpleNamespace(
         model=linear, train=linear.train, eval=linear.eval, eval_splits=('val', 'test'),
@@ -252,6 +256,8 @@ def test_warm_up_compiles_every_batch_size():
     warm_up(compiled_run, recording(trained), recording(evaluated), {6, 8})
     assert set(trained) == {(4, 6), (2, 6), (4, 8), (2, 8)}
     assert set(evaluated) == {(4, 8), (3, 8), (1, 8)}
+    assert no_gradients == [True] * len(trained)
+    assert linear.weight.grad is None
 
 
 # ---------------------------------------------------------------- memory

@@ -29,7 +29,7 @@ def test_time_variants_leaves_out_a_variant_that_fails(capsys):
 
     variants = [Variant('large', fail, (), 10), Variant('small', lambda: lambda: None, (), 10)]
     gpu.time_variants(Comparison('two', variants), CPU, time.monotonic() - 1 + 600)
-    assert 'large skipped: CUDA out of memory' in capsys.readouterr().out
+    assert 'large skipped: RuntimeError: CUDA out of memory' in capsys.readouterr().out
     assert [len(variant.seconds) > 0 for variant in variants] == [False, True]
 
 

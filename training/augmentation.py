@@ -111,10 +111,10 @@ def augment(images, indices, params, augmentation):
 
     indices: (n,); params: AugParams of these images.
     """
-    shifts, flips = params.shifts.to(images.device), params.flips.to(images.device)
+    shifts, flips, centers = (values.to(images.device, non_blocking=True) for values in params)
     crops = crop_and_flip(images, indices, shifts, flips, augmentation.reflect)
     if augmentation.cutout:
-        crops = cutout(crops, params.centers.to(images.device), augmentation.cutout)
+        crops = cutout(crops, centers, augmentation.cutout)
     return crops
 
 

@@ -42,14 +42,17 @@ def _reason_against_compile(device, deterministic):
     return 'several processes: untested' if world_size() > 1 else ''
 
 
-def compile_model(model: nn.Module, device: torch.device) -> Callable:
+def compile_model(model: nn.Module, device: torch.device,
+                  cuda_mode: str = 'reduce-overhead') -> Callable:
     """Compiles a model, once for each shape of its inputs.
 
     On CUDA each compiled step is one CUDA graph: a step of a deep, narrow network has hundreds of
-    small kernels, which Python launches more slowly than a GPU runs them.
+    small kernels, which Python launches more slowly than a GPU runs them. cuda_mode: the mode of
+    torch.compile there, one with CUDA graphs. Gradients are outputs of a graph, which the next
+    step overwrites: set them to None before each backward pass.
     """
     on_cuda, graphs = device.type == 'cuda', {}
-    mode = 'reduce-overhead' if on_cuda else None
+    mode = cuda_mode if on_cuda else None
 
     def call(inputs):
         if inputs.shape not in graphs:  # torch.compile limits the graphs of one code object
@@ -79,10 +82,8 @@ def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, C
         warm_up(run, *models, sizes)
     except DataError:
         raise
-    except Exception as error:  # of a compiler, which raises almost any
-        lines = [line for line in str(error).splitlines() if line and not line.endswith('raised:')]
-        message = (f'torch {torch.__version__} cannot compile the model '
-                   f'({type(error).__name__}: {(lines or [""])[0]})')
+    except Exception as error:  # compilers raise almost any type
+        message = f'torch {torch.__version__} cannot compile the model ({error_line(error)})'
         if world_size() > 1:
             raise OSError(f'{message}; omit --compile') from error
         warn(f'{message}; training continues without --compile')
@@ -90,8 +91,16 @@ def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, C
     return *models, {'compile_time': time.perf_counter() - start}
 
 
+def error_line(error: Exception) -> str:
+    """Returns the type of an error and the first informative line of its message."""
+    lines = [line for line in str(error).splitlines() if line and not line.endswith('raised:')]
+    return f'{type(error).__name__}: {(lines or [""])[0]}'
+
+
 def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> None:
     """Calls the compiled models of a run with every batch size, which compiles them.
+
+    On CUDA, the first call of a graph allocates its memory, and the second captures it.
 
     sizes: training image sizes in pixels. Leaves the model, the optimizer and the random number
     generators as they were, also after an error.
@@ -106,6 +115,7 @@ def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> Non
         passes += [(images, model, size, batch_size) for size in sizes_of_images
                    for batch_size in {full, last} - {0}]
     device = run.forward.device
+    calls = 3 if device.type == 'cuda' else 1  # the third replays the graph
     devices = [] if device.type == 'cpu' else [torch.accelerator.current_device_index()]
     try:
         with torch.random.fork_rng(devices, device_type=device.type):
@@ -114,11 +124,13 @@ def warm_up(run, train_model: Callable, eval_model: Callable, sizes: set) -> Non
                 run.train() if training else run.eval()
                 local_indices = torch.arange(batch_size).tensor_split(world_size())[rank()]
                 pixels, labels, _ = images[torch.arange(batch_size), None, local_indices]
-                with torch.set_grad_enabled(training):
-                    logits = run.forward(model, pixels, size)
-                    loss = cross_entropy(logits, labels, batch_size)
-                if training:
-                    loss.backward()
+                for _ in range(calls):
+                    with torch.set_grad_enabled(training):
+                        logits = run.forward(model, pixels, size)
+                        loss = cross_entropy(logits, labels, batch_size)
+                    run.optimizer.zero_grad()  # see `compile_model`
+                    if training:
+                        loss.backward()
     finally:
         run.optimizer.zero_grad()
         run.model.load_state_dict(buffers, strict=False)

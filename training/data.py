@@ -107,7 +107,8 @@ def _check_arrays(source):
     """Returns (images, labels) as arrays, the labels int64; raises DataError for other values."""
     if len(source) != 2:
         raise DataError(f'{len(source)} arrays: expected images and labels')
-    images, labels = map(np.asarray, source)
+    images, labels = (np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values)
+                      for values in source)
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(f'images are {images.dtype} {images.shape}: expected uint8 (N, S, S) or '
                         '(N, S, S, C)')

@@ -84,7 +84,7 @@ class MemoryImages(BatchDataset):
         return MemoryImages(self.images.to(device), self.labels.to(device), self.augmentation)
 
     def load_batch(self, indices, seed, local_indices):
-        selected = indices[local_indices].to(self.images.device)
+        selected = indices[local_indices].to(self.images.device, non_blocking=True)
         if seed is None:
             return self.images[selected], self.labels[selected]
         # sampled on the CPU, whose generator is the same on every machine

@@ -26,9 +26,10 @@ def init(deterministic=False):
     torch.backends.cudnn.benchmark = device.type == 'cuda' and not deterministic
     if deterministic and accelerator:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS reads it at first use
+    if accelerator:
         # only a warning: the backward pass of max-pooling has no deterministic kernel, but its
         # windows do not overlap on small images, so that the order of additions does not matter
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if 'LOCAL_RANK' not in os.environ:
         return device
     store, rank, world_size = next(dist.rendezvous('env://'))
