@@ -140,9 +140,9 @@ class _DiracConv:
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
             self.dilation, self.groups, self.bias is not None, self.padding_mode, 'meta',
         )  # on the meta device: no random initialization that is discarded
-        conv.weight = nn.Parameter(self.transform_weight())
+        conv.weight = nn.Parameter(self.transform_weight(), self.weight.requires_grad)
         if self.bias is not None:
-            conv.bias = nn.Parameter(self.bias.clone())
+            conv.bias = nn.Parameter(self.bias.clone(), self.bias.requires_grad)
         return conv.train(self.training)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

@@ -57,10 +57,17 @@ def log_file(path):
 
 
 def read_logs(files):
-    """Reads log.txt files: {short name: records}. Raises ValueError for a log without records."""
-    logs = dict(zip(short_names(files), map(read_log, files)))
-    for path, records in zip(files, logs.values()):
-        if not records:
+    """Reads the plotted numbers of log.txt files: {short name: records}.
+
+    Raises ValueError for a log without any.
+    """
+    keys = {key for _, styles in PANELS for key in styles}
+    logs = {}
+    for name, path in zip(short_names(files), files):
+        logs[name] = [{key: value for key, value in stats.items()
+                       if key == 'epoch' or key in keys and isinstance(value, (int, float))}
+                      for stats in read_log(path)]
+        if not any(len(stats) > 1 for stats in logs[name]):
             raise ValueError(f'{path}: no epochs; expected lines that start with {LOG_PREFIX}{{')
     return logs
 
@@ -106,7 +113,8 @@ def plot_logs(logs):
     for i, (name, records) in enumerate(logs.items()):
         tested = [stats for stats in records if 'test_acc' in stats]
         last = ' ({test_acc:.2f} % at epoch {epoch})'.format(**tested[-1]) if tested else ''
-        handles.append(Line2D([], [], color=colors[i % len(colors)], label=name + last))
+        label = (name + last).replace('$', r'\$')  # not a formula
+        handles.append(Line2D([], [], color=colors[i % len(colors)], label=label))
     figure.legend(handles=handles, loc='outside lower center', ncols=min(len(handles), 4),
                   frameon=False)
     return figure

@@ -30,14 +30,27 @@ def parse_options(argv=None):
     add('--json', metavar='FILE', help='write paths, classes and probabilities to this JSON file')
     add('--csv', metavar='FILE', help='write paths, classes and probabilities to this CSV file')
     opt = parser.parse_args(argv)
-    for name, path in (('json', opt.json), ('csv', opt.csv)):
-        if path and not os.path.isdir(os.path.dirname(path) or '.'):
-            parser.error(f'--{name} {path}: its folder does not exist; use another path')
-        if path and os.path.isdir(path):
-            parser.error(f'--{name} {path}: is a folder; use the path of a file')
-        if path and not os.access(os.path.dirname(path) or '.', os.W_OK):
-            parser.error(f'--{name} {path}: its folder is not writable; use another path')
+    others = [*opt.images, opt.model]
+    for name in ('json', 'csv'):
+        path = getattr(opt, name)
+        problem = path and _output_problem(path, others)
+        if problem:
+            parser.error(f'--{name} {path}: {problem}; use another path')
+        others.append(path or '')
     return opt
+
+
+def _output_problem(path, others):
+    """Returns why a file cannot be written there, or ''; others: paths that it must not replace."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        return 'its folder does not exist'
+    if not os.access(folder, os.W_OK):
+        return 'its folder is not writable'
+    if os.path.exists(path) and not os.path.isfile(path):
+        return 'not a regular file'
+    used = {os.path.realpath(other) for other in others if other}
+    return 'an input, or another output' if os.path.realpath(path) in used else ''
 
 
 if __name__ == '__main__':  # --help and errors come before the imports that take seconds
@@ -138,7 +151,8 @@ def predict_all(opt):
         for path, write in ((opt.json, to_json), (opt.csv, to_csv)):
             if path and (predictions or unreadable):
                 # surrogates stand for bytes of file names that are not UTF-8
-                atomic_write(path, write(predictions).encode('utf-8', 'backslashreplace'))
+                content = write(predictions).encode('utf-8', 'backslashreplace')
+                atomic_write(os.path.realpath(path), content)
     return unreadable
 
 

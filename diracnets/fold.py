@@ -11,6 +11,7 @@ Komodakis, arXiv 1706.00388, eq. 3) does not depend on the input, so folding is 
 import copy
 import inspect
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from types import FunctionType
@@ -35,6 +36,7 @@ CONV_FUNCTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # torch.compile adds _orig_mod
 MAX_FLAGS = 6  # arguments with the default True or False: their combinations are traced
 VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+_TRACING = threading.Lock()  # torch.fx patches nn.Module for all threads while it traces
 MOVED_HOOKS = (
     '_forward_hooks', '_forward_pre_hooks', '_forward_hooks_always_called',
     '_forward_hooks_with_kwargs', '_forward_pre_hooks_with_kwargs',
@@ -63,7 +65,8 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
     layer that another forward uses, for a remaining tensor that is computed from others (such as a
     weight under torch.nn.utils.prune), for a program of torch.jit or, with batch norm, of
     torch.export, and for a module with batch norm that torch.fx cannot trace, such as one with
-    control flow that depends on its inputs; fold its submodules instead.
+    control flow that depends on its inputs; fold its submodules instead. Of a forward that tests
+    the type of its input, torch.fx may follow another branch than the one in use.
     """
     if isinstance(source, Mapping):
         if is_folded(source):
@@ -106,9 +109,12 @@ def _fold_module(module, dtype):
     _replace(root, folded_layers)
     pairs = _conv_bn_pairs(root[0], folded_layers.values())
     for conv, bn in pairs:
+        has_bias = conv.bias is not None
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
         )
+        if not has_bias:  # torch makes the new bias a parameter that does not require grad
+            conv.bias.requires_grad_(conv.weight.requires_grad)
     _replace(root, {bn: nn.Identity() for _, bn in pairs})
     model = _as_diracnet(root[0]) if is_network else root[0]
     # unlike .to(dtype), this leaves complex tensors complex
@@ -121,8 +127,11 @@ def _as_diracnet(network):
         return [(type(layer), repr(layer)) for layer in model.modules()  # repr: all arguments
                 if not layer._modules and not isinstance(layer, (nn.Identity, nn.Flatten))]
 
-    params = {name if name.startswith('fc.') else f'features.{name}': tensor
-              for name, tensor in network.state_dict().items()}
+    def in_diracnet(tensors):
+        return {name if name.startswith('fc.') else f'features.{name}': tensor
+                for name, tensor in tensors}
+
+    params = in_diracnet(network.state_dict().items())
     try:
         topology = Topology.from_params(params)
     except ValueError:
@@ -135,6 +144,9 @@ def _as_diracnet(network):
             or has_hooks(*list(network.modules())[1:]) or 'forward' in vars(network)):
         return network
     model.load_state_dict(params, assign=True)
+    originals = in_diracnet(network.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(originals[name].requires_grad)
     _move_hooks(network, model)
     return model
 
@@ -218,6 +230,24 @@ def _replace(root, replacements):
 # ---------------------------------------------------------------- batch norms
 
 
+class _Tracer(fx.Tracer):
+    """A Tracer of the calls in its own thread: those of other threads run as usual."""
+
+    def __init__(self):
+        super().__init__()
+        self.thread = threading.get_ident()
+
+    def call_module(self, m, forward, args, kwargs):
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr, attr_val, parameter_proxy_cache):
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
 def traces(module: nn.Module) -> list[fx.Graph]:
     """Returns the torch.fx graphs of a module: all that its forward may take by its arguments.
 
@@ -231,9 +261,10 @@ def traces(module: nn.Module) -> list[fx.Graph]:
         flags = [name for name, default in defaults.items() if type(default) is bool]
         if len(flags) > MAX_FLAGS:
             raise ValueError(f'{len(flags)} flags: expected at most {MAX_FLAGS}')
-        return [fx.Tracer().trace(module, {**arguments, **dict(zip(flags, values))})
-                for arguments in ([{}, optional] if optional else [{}])
-                for values in itertools.product((False, True), repeat=len(flags))]
+        with _TRACING:
+            return [_Tracer().trace(module, {**arguments, **dict(zip(flags, values))})
+                    for arguments in ([{}, optional] if optional else [{}])
+                    for values in itertools.product((False, True), repeat=len(flags))]
     except Exception as error:  # the traced code may raise anything when it gets proxies
         reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         raise ValueError(

@@ -94,6 +94,7 @@ def check_pixels(path, height, width, suffix=''):
 
 _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
 _PNG_START, _PNG_END = b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'
+_PNM_HEADER = re.compile(rb'P[56]' + 3 * rb'(?:\s|#[^\n]*\n)+(\d+)')  # width, height, maximum
 _JPEG_MARKER = re.compile(rb'\xff([^\x00\xff])')
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
 _STANDALONE = {0x01, *range(0xD0, 0xDA)}  # markers without a segment: TEM, RST0-7, SOI, EOI
@@ -174,6 +175,10 @@ def _read_header(content, path):
     if content.startswith(_PNG_START):  # Pillow rejects chunks that libpng ignores
         height, width = (int.from_bytes(content[i : i + 4], 'big') for i in (20, 16))
         return (height, width), content.rfind(_PNG_END) < 0
+    pnm = _PNM_HEADER.match(content)
+    if pnm and int(pnm[3]) not in (255, 65535):  # OpenCV ignores it
+        raise DataError(f'{path}: the maximum of its pixels is {int(pnm[3])}: expected 255 or '
+                        '65535; convert the file')
     return _pillow_size(content, path), False
 
 

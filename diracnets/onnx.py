@@ -36,17 +36,12 @@ class OnnxModel(nn.Module):
     def __init__(self, path: str | os.PathLike):
         super().__init__()
         try:
-            import onnxruntime
+            import onnxruntime  # noqa: F401
             from onnx import load_model_from_string
         except ImportError as error:
             raise ValueError(
                 f'{path}: {error.name} is not installed; pip install onnxruntime onnx'
             ) from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = FATAL
-        # int8: on x86 CPUs without VNNI, the faster sums of products saturate at 16 bits
-        options.add_session_config_entry('session.x64quantprecision', '1')
         with open(path, 'rb') as file:
             content = file.read()
         try:
@@ -58,9 +53,7 @@ class OnnxModel(nn.Module):
         except ValueError as error:
             raise ValueError(f'{path}: {error}; use an ONNX file of export.py') from error
         try:
-            self.session = onnxruntime.InferenceSession(
-                content, options, providers=['CPUExecutionProvider']
-            )
+            self.session = _open_session(content)
             metadata = self.session.get_modelmeta().custom_metadata_map
         except Exception as error:  # corrupt bytes make it raise almost any exception
             raise ValueError(f'{path}: corrupt, or not an ONNX file') from error
@@ -87,6 +80,28 @@ class OnnxModel(nn.Module):
             reason = str(error).splitlines()[0]
             raise RuntimeError(f'{self.path}: ONNX Runtime failed ({reason})') from error
         return torch.from_numpy(logits).to(inputs.device)
+
+
+def _open_session(content):
+    """Opens an ONNX Runtime session on the CPU whose int8 sums of products do not saturate.
+
+    On x86 CPUs without VNNI, ONNX Runtime adds them in 16 bits by default. The first option selects
+    slower, exact sums; version 1.32 cannot apply it to constants that several nodes share. The
+    second one computes in float32.
+    """
+    import onnxruntime
+
+    def session(entry):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = FATAL
+        options.add_session_config_entry(entry, '1')
+        return onnxruntime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
+
+    try:
+        return session('session.x64quantprecision')
+    except Exception:  # also for corrupt content, for which the other one fails too
+        return session('session.disable_quant_qdq')
 
 
 def _check_nodes_and_tensors(model):

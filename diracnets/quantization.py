@@ -50,19 +50,18 @@ def _pairs_of_graph(graph, layers):
     pairs, uses = [], count_uses(graph, layers)
 
     def is_conv(node):
-        layer = layers.get(node.target) if node.op == 'call_module' and node.args else None
+        layer = layers.get(node.target) if node.op == 'call_module' else None
         return type(layer) is nn.Conv2d and layer.groups == 1 and uses[layer] == 1
 
-    for node in graph.nodes:
-        before = node.args[0] if is_conv(node) else None
-        while (before is not None and len(before.users) == 1 and before.op == 'call_module'
-               and before.args):
+    for node in filter(is_conv, graph.nodes):
+        before, = node.all_input_nodes
+        while len(before.users) == 1 and before.op == 'call_module':
             if is_conv(before):
                 pairs.append((layers[before.target], layers[node.target]))
                 break
             if not isinstance(layers[before.target], SCALE_EQUIVARIANT):
                 break
-            before = before.args[0]
+            before, = before.all_input_nodes
     return pairs
 
 
@@ -72,13 +71,17 @@ def equalize(model: nn.Module, inputs: Tensor) -> nn.Module:
 
     model: (N, C, H, W) to logits, in evaluation mode; inputs: examples (N, C, H, W). The outputs
     are those of the model up to rounding (the arithmetic is float64), and the dtype stays. Raises
-    ValueError like `diracnets.fold.traces`, and for a model without parameters.
+    ValueError like `diracnets.fold.traces`, and for a model without parameters or without two
+    convolutions whose channels can be rescaled.
     """
     dtype = next((parameter.dtype for parameter in model.parameters()), None)
     if dtype is None:
         raise ValueError(f'{type(model).__name__} has no parameters: expected a PyTorch model')
     model = copy.deepcopy(model).double()
     pairs, ranges = conv_pairs(model), {}
+    if not pairs:
+        raise ValueError(f'{type(model).__name__} cannot be equalized: it has no two convolutions '
+                         'with only ReLU and pooling between them')
 
     def record_range(conv, args):
         channel_max = args[0].abs().amax((0, 2, 3))  # (C,)

@@ -157,6 +157,9 @@ def test_onnx_of_a_gpu_model_matches_on_the_cpu(model, inputs, device):
 @on_gpu
 def test_augmented_batch_equals_that_of_the_cpu(device):
     splits = data.load_splits('Digits', pad=4, flip='all', cutout=8)
+    moved = splits.train.to(device)
+    arrays = [(moved.images, moved.labels)] * 2
+    assert torch.equal(data.DataSplits.from_arrays(*arrays).train.images, splits.train.images)
     batch = torch.arange(64), 1, torch.arange(64)
     for expected, tensor in zip(splits.train[batch][:2], splits.train.to(device)[batch][:2]):
         assert torch.equal(tensor.cpu(), expected)

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -20,6 +22,7 @@ from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrizatio
 from diracnet import DiracNet, Topology, define_diracnet, make_topology
 from diracnets.checkpoint import checkpoint_path, load_params, pretrained_params
 from diracnets.fold import fold
+from diracnets.models.registry import create_model
 from diracnets.network import Network
 from diracnets.preprocessing import preprocess
 
@@ -789,11 +792,11 @@ class Keywords(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv, self.pool = nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)
-        self.bn, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)
+        self.bn, self.relu, self.last = nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)
         self.bn.running_mean.normal_()
 
     def forward(self, x):
-        return self.last(input=self.bn(self.pool(input=self.conv(input=x))).relu())
+        return self.last(input=self.relu(input=self.bn(self.pool(input=self.conv(input=x)))))
 
 
 def test_fold_and_equalize_accept_layers_that_are_called_with_keywords():
@@ -802,7 +805,9 @@ def test_fold_and_equalize_accept_layers_that_are_called_with_keywords():
     folded = fold(model)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
     torch.testing.assert_close(folded(inputs), model(inputs))
-    torch.testing.assert_close(diracnets.equalize(folded, inputs)(inputs), model(inputs))
+    equalized = diracnets.equalize(folded, inputs)
+    assert not torch.equal(equalized.conv.weight, folded.conv.weight)
+    torch.testing.assert_close(equalized(inputs), model(inputs))
 
 
 def test_load_params_detaches_and_fold_refuses_a_whole_checkpoint(trained, tmp_path):
@@ -812,3 +817,33 @@ def test_load_params_detaches_and_fold_refuses_a_whole_checkpoint(trained, tmp_p
     assert not any(tensor.requires_grad for tensor in load_params(tmp_path / 'model.pt7').values())
     with pytest.raises(ValueError, match='expected the parameters of a DiracNet'):
         fold(torch.load(tmp_path / 'model.pt7'))
+
+
+@pytest.mark.parametrize('name', ['plain', 'resnet', 'diracnet'])
+@pytest.mark.parametrize('trains', [True, False])
+def test_parameters_of_a_folded_model_require_grad_as_its_filters_did(name, trains):
+    model = create_model(name, depth=10).requires_grad_(trains)
+    assert {p.requires_grad for p in fold(model).parameters()} == {trains}
+
+
+def test_fold_in_several_threads_leaves_other_models_alone():
+    torch.manual_seed(0)
+    model = create_model('plain', depth=10, width=0.25).eval()
+    served, inputs = fold(model), torch.randn(1, 3, 32, 32)
+    expected, errors, done = served(inputs), [], threading.Event()
+
+    def serve():
+        while not done.is_set():
+            errors.append((served(inputs) - expected).abs().max().item())
+
+    with ThreadPoolExecutor() as pool:
+        serving = pool.submit(serve)
+        try:
+            folded = list(pool.map(lambda _: fold(model), range(8)))
+        finally:
+            done.set()
+        serving.result()
+    assert errors
+    assert max(errors) <= 1e-5
+    for other in folded:
+        torch.testing.assert_close(other(inputs), expected)

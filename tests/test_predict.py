@@ -79,7 +79,7 @@ def test_predict_refuses_a_folder_without_images(run_folder, tmp_path, capsys):
 
 def test_predict_refuses_a_folder_as_output(capsys, tmp_path):
     error = error_of(predict.main, ['a.jpg', '--model', 'a', '--json', str(tmp_path)], capsys)
-    assert f'--json {tmp_path}: is a folder; use the path of a file' in error
+    assert f'--json {tmp_path}: not a regular file; use another path' in error
 
 
 def test_predict_gives_equal_probabilities_for_any_batch_size(
@@ -234,3 +234,25 @@ def test_expand_home_replaces_a_leading_tilde(monkeypatch, word, expected):
     assert cli.expand_home(word) == expected.replace('HOME', '/home/\\1')
     user = pwd.getpwuid(os.getuid())
     assert cli.expand_home(f'--to=~{user.pw_name}/a') == f'--to={user.pw_dir}/a'
+
+
+@pytest.mark.parametrize('option', ['--json', '--csv'])
+def test_predict_refuses_an_output_that_would_replace_something_else(option, tmp_path, capsys):
+    os.mkfifo(tmp_path / 'fifo')
+    (tmp_path / 'cat.png').write_bytes(b'image')
+    (tmp_path / 'link').symlink_to('cat.png')
+    for path, problem in (('fifo', 'not a regular file'), ('cat.png', 'an input'),
+                          ('link', 'an input'), ('missing/file', 'its folder does not exist')):
+        arguments = [tmp_path / 'cat.png', '--model', 'run', option, tmp_path / path]
+        assert f'{option} {tmp_path / path}: {problem}' in run_predict(arguments, capsys).err
+    same = ['cat.png', '--model', 'run', '--json', tmp_path / 'out', '--csv', tmp_path / 'out']
+    assert '--csv' in run_predict(same, capsys).err
+
+
+def test_predict_writes_through_a_link(photos, run_folder, tmp_path, capsys):
+    (tmp_path / 'target.csv').write_text('old')
+    (tmp_path / 'link.csv').symlink_to('target.csv')
+    predict.main([str(photos / 'b.png'), '--model', str(run_folder),
+                  '--csv', str(tmp_path / 'link.csv')])
+    assert (tmp_path / 'link.csv').is_symlink()
+    assert (tmp_path / 'target.csv').read_text().startswith('path,class_1')

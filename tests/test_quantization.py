@@ -107,6 +107,12 @@ def test_equalize_and_deploy_refuse_an_onnx_model(uneven, tmp_path):
             refuse()
 
 
+def test_equalize_refuses_a_model_without_pairs_of_convolutions():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Conv2d(4, 4, 3))
+    with pytest.raises(ValueError, match='Sequential cannot be equalized'):
+        equalize(model, torch.zeros(1, 3, 8, 8))
+
+
 @pytest.mark.slow
 def test_equalize_reduces_the_int8_error(uneven, tmp_path):
     inputs = torch.randn(16, 3, 32, 32)

@@ -525,6 +525,12 @@ def test_evaluate_uses_the_settings_in_the_file(tmp_path, capsys):
         assert message in refused(capsys, *evaluate, *flags)
 
 
+def test_evaluate_refuses_options_that_would_select_another_model_or_other_images(capsys):
+    for option in (['--pretrained', 'model.pt7'], ['--val', '50']):
+        error = refused(capsys, '--evaluate', '--resume', 'run', *option)
+        assert f'{option[0]} is for training; omit it' in error
+
+
 def test_evaluate_uses_the_command_line_for_a_bare_state_dict(images, tmp_path, capsys):
     run(images, tmp_path, '--model', 'wide-resnet', '--width', 1, '--epochs', 1, '--dtype', 'float')
     torch.save(params_of(tmp_path), tmp_path / 'bare.pth')

@@ -44,11 +44,12 @@ class DataSplits:
 
         train, test: pairs of images, uint8 (N, S, S) or (N, S, S, C), and labels (N,), from 0, as
         arrays or tensors; or torch Datasets (see DatasetImages). train: None for testing only.
-        classes: class names, by default those of the first Dataset or the numbers of the labels.
-        Datasets with `classes` of their own are matched by name: a test set may lack classes, or
-        have them in another order. If all names of the Datasets differ from `classes`, these rename
-        the classes of the first Dataset by position. Raises DataError for invalid images and
-        labels, and for a class that is not in `classes` or in the first Dataset.
+        classes: class names, by default those of the first Dataset, or the numbers from 0 to the
+        largest label of train (of test without it). Datasets with `classes` of their own are
+        matched by name: a test set may lack classes, or have them in another order. If all names of
+        the Datasets differ from `classes`, these rename the classes of the first Dataset by
+        position. Raises DataError for invalid images and labels, and for a class that is not in
+        `classes` or in the first Dataset.
         """
         sources = [_check_arrays(source) if isinstance(source, (tuple, list)) else source
                    for source in (train, test) if source is not None]
@@ -96,11 +97,12 @@ def _own_classes(sources):
 
 
 def _class_names(sources):
-    """Returns the class names of Datasets, or the numbers of the labels of pairs."""
+    """Returns the class names of Datasets, or the numbers of the first pair's labels."""
     names = _own_classes(sources)
     if names is None and not all(isinstance(source, (tuple, list)) for source in sources):
         raise DataError('a Dataset without classes: expected class names')
-    return names or range(max(int(labels.max(initial=-1)) for _, labels in sources) + 1)
+    return names or range(max([int(labels.max()) for _, labels in sources if len(labels)][:1],
+                              default=-1) + 1)
 
 
 def _check_arrays(source):

@@ -289,6 +289,9 @@ def parse_options(argv, splits=None):
         opt = _parse_with_recipe(parser, argv, opt.recipe, splits)
     if opt.evaluate and not opt.resume:
         parser.error('--evaluate: no model; use --resume with a checkpoint to evaluate')
+    for name in ('pretrained', 'val'):
+        if opt.evaluate and getattr(opt, name):
+            parser.error(f'--{name} is for training; omit it, or --evaluate')
     if opt.skip_corrupt and not opt.check:
         parser.error('--no-check and --skip_corrupt contradict each other; use one of them')
     if opt.label_smoothing >= 1:
