@@ -83,11 +83,13 @@ def equalize(model: nn.Module, inputs: Tensor) -> nn.Module:
         raise ValueError(f'{type(model).__name__} cannot be equalized: it has no two convolutions '
                          'with only ReLU and pooling between them')
 
-    def record_range(conv, args):
-        channel_max = args[0].abs().amax((0, 2, 3))  # (C,)
+    def record_range(conv, args, kwargs):
+        x, = *args, *kwargs.values()  # (N, C, H, W)
+        channel_max = x.abs().amax((0, 2, 3))  # (C,)
         ranges[conv] = torch.maximum(channel_max, ranges.get(conv, channel_max))
 
-    hooks = [second.register_forward_pre_hook(record_range) for _, second in pairs]
+    hooks = [second.register_forward_pre_hook(record_range, with_kwargs=True)
+             for _, second in pairs]
     for batch in inputs.double().split(EQUALIZATION_BATCH):
         model(batch)
     for hook in hooks:
