@@ -78,7 +78,7 @@ import torch
 import torch.nn.functional as F
 
 from diracnets.class_names import match_classes
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.formats import FORMATS
 from diracnets.onnx import OnnxModel
 from diracnets.preprocessing import normalize

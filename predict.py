@@ -60,7 +60,7 @@ if __name__ == '__main__':  # --help and errors come before the imports that tak
 import torch
 from tqdm import tqdm
 
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.preprocessing import DataError, find_images
 from diracnets.published import imagenet_classes, load_by_name
 from training.files import atomic_write

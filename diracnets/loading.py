@@ -16,7 +16,7 @@ from torch import nn
 from diracnet import DiracNet, check_params, is_folded
 from diracnets.architectures import get_architecture
 from diracnets.checkpoint import CheckpointContents, make_contents, read_checkpoint
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.metadata import make_metadata, parse_metadata
 from diracnets.models.registry import build_diracnet, create_model
 from diracnets.onnx import OnnxModel

@@ -4,8 +4,8 @@ from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrizatio
 from diracnet import DiracNet, define_diracnet, diracnet18, diracnet34
 from diracnets.architectures import list_models
 from diracnets.checkpoint import load_params, pretrained_params
-from diracnets.deploy import deploy
-from diracnets.fold import fold
+from diracnets.deployment import deploy
+from diracnets.folding import fold
 from diracnets.loading import LoadedModel, load
 from diracnets.models.registry import create_model
 from diracnets.network import Network

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diracnets.fold import count_uses, traces
+from diracnets.folding import count_uses, traces
 from diracnets.onnx import add_metadata
 from diracnets.preprocessing import find_images
 
@@ -39,7 +39,7 @@ def conv_pairs(model: nn.Module) -> list[tuple[nn.Conv2d, nn.Conv2d]]:
 
     The second one is the only user of the first one's output, with only SCALE_EQUIVARIANT layers
     between the two, whether optional arguments are given or not. model: a folded model. Raises
-    ValueError like `diracnets.fold.traces`.
+    ValueError like `diracnets.folding.traces`.
     """
     layers = dict(model.named_modules(remove_duplicate=False))
     pairs, *others = [_pairs_of_graph(graph, layers) for graph in traces(model)]
@@ -71,7 +71,7 @@ def equalize(model: nn.Module, inputs: Tensor) -> nn.Module:
 
     model: (N, C, H, W) to logits, in evaluation mode; inputs: examples (N, C, H, W). The outputs
     are those of the model up to rounding (the arithmetic is float64), and the dtype stays. Raises
-    ValueError like `diracnets.fold.traces`, and for a model without parameters or without two
+    ValueError like `diracnets.folding.traces`, and for a model without parameters or without two
     convolutions whose channels can be rescaled.
     """
     dtype = next((parameter.dtype for parameter in model.parameters()), None)

@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 import diracnets
 from cli import ArgumentParser, exit_on_error
 from diracnet import DiracNet
-from diracnets.deploy import deploy
-from diracnets.fold import fold
+from diracnets.deployment import deploy
+from diracnets.folding import fold
 from experiments import variants
 from experiments.interleaved import (
     Variant,

@@ -12,7 +12,7 @@ from torch import nn
 import diracnets
 from cli import say
 from diracnets.checkpoint import MODEL_FILE, load_params
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.models.diracnet_v1 import NCReLU
 from diracnets.onnx import OnnxModel, to_onnx
 from diracnets.preprocessing import Preprocessing, normalize

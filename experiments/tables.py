@@ -16,7 +16,7 @@ import torch
 import cli
 from cli import ArgumentParser, exit_on_error
 from diracnet import DiracNet
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.models.registry import create_model
 from diracnets.preprocessing import Preprocessing
 from experiments import gpu_results

@@ -17,8 +17,8 @@ from torchvision import transforms
 import diracnets
 from diracconv import DiracConv2d
 from diracnet import DiracNet, define_diracnet
-from diracnets.deploy import deploy, native_bfloat16
-from diracnets.fold import fold
+from diracnets.deployment import deploy, native_bfloat16
+from diracnets.folding import fold
 from diracnets.models.registry import count_multiply_adds
 from diracnets.network import Network
 from diracnets.preprocessing import Preprocessing

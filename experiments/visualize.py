@@ -17,7 +17,7 @@ from torch import nn
 
 import diracnets
 from cli import ArgumentParser, exit_on_error
-from diracnets.fold import fold
+from diracnets.folding import fold
 from experiments.axes import LAST_EPOCH, LAYER_STATISTICS, draw_over_layers
 from experiments.measures import layer_statistics
 from experiments.results import append_results

@@ -10,7 +10,7 @@ import onnx
 import torch
 from safetensors.torch import load_file, save_file
 
-from diracnets.fold import fold
+from diracnets.folding import fold
 
 
 class Evil:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from diracconv import DiracConv2d
 from diracnet import define_diracnet
-from diracnets.deploy import deploy
-from diracnets.fold import fold
+from diracnets.deployment import deploy
+from diracnets.folding import fold
 from diracnets.fused_weights import dirac_weights
 from diracnets.network import Network
 from diracnets.onnx import to_onnx

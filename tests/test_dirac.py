@@ -19,7 +19,7 @@ from diracconv import (
     DiracParametrization,
     dirac,
 )
-from diracnets.fold import fold
+from diracnets.folding import fold
 from reference import slow_w_hat
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

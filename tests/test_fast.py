@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 import train
 from diracnet import define_diracnet
-from diracnets.deploy import deploy, native_bfloat16
-from diracnets.fold import fold
+from diracnets.deployment import deploy, native_bfloat16
+from diracnets.folding import fold
 from diracnets.network import Network
 from diracnets.preprocessing import Preprocessing, normalize
 from runs import assert_same_run, params_of, run, stats_of, write_sets

@@ -30,7 +30,7 @@ import export
 import predict
 import train
 from corruption import with_metadata
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.preprocessing import Preprocessing
 from diracnets.quantization import quantize
 from runs import write_images

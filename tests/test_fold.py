@@ -21,7 +21,7 @@ from corruption import DAMAGES, damaged
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization, dirac
 from diracnet import DiracNet, Topology, define_diracnet, make_topology
 from diracnets.checkpoint import checkpoint_path, load_params, pretrained_params
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.models.registry import create_model
 from diracnets.network import Network
 from diracnets.preprocessing import preprocess

@@ -22,17 +22,17 @@ MAY_IMPORT = {  # module or package: the modules and packages of this project th
     'diracnets.architectures': {'diracnets.preprocessing'},
     'diracnets.models': {'diracconv', 'diracnet', 'diracnets.architectures', 'diracnets.models',
                          'diracnets.network'},
-    'diracnets.fold': {'diracconv', 'diracnet', 'diracnets.network'},
-    'diracnets.deploy': set(),
+    'diracnets.folding': {'diracconv', 'diracnet', 'diracnets.network'},
+    'diracnets.deployment': set(),
     'diracnets.metadata': {'diracnet'},
     'diracnets.checkpoint': {'diracnet', 'diracnets.metadata', 'diracnets.network'},
     'diracnets.image_files': set(),
     'diracnets.preprocessing': {'diracnet', 'diracnets.image_files'},
     'diracnets.onnx': {'diracnets.metadata'},
-    'diracnets.quantization': {'diracnets.fold', 'diracnets.onnx', 'diracnets.preprocessing'},
+    'diracnets.quantization': {'diracnets.folding', 'diracnets.onnx', 'diracnets.preprocessing'},
     'diracnets.formats': {'diracnets.checkpoint', 'diracnets.metadata', 'diracnets.onnx'},
     'diracnets.loading': {
-        'diracnet', 'diracnets.architectures', 'diracnets.checkpoint', 'diracnets.fold',
+        'diracnet', 'diracnets.architectures', 'diracnets.checkpoint', 'diracnets.folding',
         'diracnets.metadata', 'diracnets.models', 'diracnets.onnx', 'diracnets.preprocessing',
     },
     'diracnets.timm': {'diracconv', 'diracnet', 'diracnets.checkpoint', 'diracnets.models.plain',
@@ -168,7 +168,7 @@ def test_import_diracnets_loads_no_other_package_than_torch():
 
 def test_public_names_of_diracnets_are_not_hidden_by_modules():
     script = '\n'.join([
-        'from diracnets.loading import load', 'import diracnets.deploy', 'import types',
+        'from diracnets.loading import load', 'import diracnets.deployment', 'import types',
         'assert "create_model" in dir(diracnets)', 'assert not hasattr(diracnets, "create")',
         'assert diracnets.load is load',
         'for name in diracnets.__all__:',

@@ -14,7 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d
 from diracnet import DiracNet, define_diracnet
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.network import Network
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import diracnet
 from diracnet import DiracNet, define_diracnet, diracnet18, init_params, make_topology
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.network import Network
 from pages import text_of
 from reference import slow_w_hat

@@ -21,7 +21,7 @@ import diracnets
 import export
 import predict
 import train
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.preprocessing import Preprocessing, normalize
 from pages import blocks
 from runs import assert_same_run, params_of, refused, run, stats_of, write_images

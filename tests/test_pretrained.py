@@ -6,7 +6,7 @@ import torch
 import diracnets
 import train
 from diracnets.architectures import ARCHITECTURES
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.preprocessing import Preprocessing
 from runs import params_of, refused, run, write_images
 from training import options, pretrained

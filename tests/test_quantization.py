@@ -8,7 +8,7 @@ from torch import nn
 
 import diracnets
 import export
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.onnx import to_onnx
 from diracnets.quantization import MAX_SCALE, MIN_RANGE, conv_pairs, equalize, quantize
 from runs import write_images

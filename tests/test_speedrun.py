@@ -9,7 +9,7 @@ from torch import nn
 
 import diracnets
 import train
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.models import diracnet_fast
 from diracnets.models.registry import count_multiply_adds
 from diracnets.preprocessing import Preprocessing

@@ -23,7 +23,7 @@ from diracconv import (
     dirac_weight,
 )
 from diracnet import define_diracnet
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.network import Network
 from reference import slow_w_hat
 

@@ -15,7 +15,7 @@ import train
 import training.run
 from diracnet import define_diracnet
 from diracnets.architectures import ARCHITECTURES
-from diracnets.fold import fold
+from diracnets.folding import fold
 from diracnets.formats import to_pth
 from diracnets.network import Network
 from runs import params_of, refused, run, stats_of, write_images, write_sets

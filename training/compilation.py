@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cli import say, warn
-from diracnets.deploy import with_own_code_object
+from diracnets.deployment import with_own_code_object
 from diracnets.preprocessing import DataError
 from training.compute import cross_entropy
 from training.distributed import rank, world_size

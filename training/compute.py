@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cli import say
-from diracnets.deploy import native_bfloat16
+from diracnets.deployment import native_bfloat16
 from diracnets.preprocessing import Preprocessing, normalize
 from training.datasets import IGNORED
 from training.distributed import rank, world_size
