@@ -136,7 +136,7 @@ def _one_line(error):
 
 
 def printable(text: str) -> str:
-    """Returns text on one line, with backslash escapes for what must not or cannot be printed.
+    """Returns text on one line, with backslash escapes for unprintable characters.
 
     These are control characters, which could forge a line or change the terminal, and characters
     that the encoding of stdout lacks.

@@ -54,7 +54,7 @@ class CheckpointContents:
     args: dict  # the options of the training run, or empty
     classes: list[str] | None
     inputs: dict | None  # the fields of the Preprocessing
-    origin: dict  # of diracnets.metadata.ORIGIN_KEYS, those that the file contains
+    origin: dict  # values by metadata.ORIGIN_KEYS; keys missing in the file are absent
 
     def topology(self) -> Topology:
         """Infers the Topology of a DiracNet, functional or folded, from the parameter shapes.

@@ -186,7 +186,7 @@ def _check_copyable(module):
             )):
                 raise ValueError(
                     f'{f"{name}.{key}".lstrip(".")} is computed from other tensors: make it a '
-                    'parameter by prune.remove, remove_weight_norm or remove_spectral_norm, or '
+                    'parameter with prune.remove, remove_weight_norm or remove_spectral_norm, or '
                     'delete it'
                 )
 
@@ -311,7 +311,7 @@ def _with_called_convs(module):
             stride, padding, dilation, groups = arguments
             if not params.keys() >= {*targets}:
                 raise ValueError(f'a tensor of {name} is computed from others: make it a parameter '
-                                 'by prune.remove or remove_weight_norm before tracing')
+                                 'with prune.remove or remove_weight_norm before tracing')
             weight, alpha, beta, *bias = (params[target] for target in targets)
             conv = CONV_FUNCTIONS[node.target](
                 weight.shape[1] * groups, len(weight), weight.shape[2:], stride, padding, dilation,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 2**28 // 3  # of an image, decoded or resized: 256 MiB, the limit of Pillow
 MAX_BYTES = 2**30  # of an image file
-START_BYTES, END_BYTES = 2**16, 64  # that `check_image` reads; EXIF data take up to 2^16 bytes
+START_BYTES, END_BYTES = 2**16, 64  # bytes that `check_image` reads; EXIF data take up to 2^16
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, 'O_BINARY', 0) | getattr(os, 'O_NONBLOCK', 0)  # for FIFOs
 
 

@@ -34,7 +34,7 @@ class LoadedModel:
     num_classes: int
     classes: list[str] | None
     args: dict  # the options of the training run, or empty
-    origin: dict  # of diracnets.metadata.ORIGIN_KEYS, those that the file contains
+    origin: dict  # values by metadata.ORIGIN_KEYS; keys missing in the file are absent
 
     def metadata(self, **origin: Any) -> dict[str, str]:
         """Returns the metadata of a file exported from this model; see `make_metadata`.
@@ -170,10 +170,8 @@ def _check_onnx(model, preprocess):
                          f'{model.input_shape}, the inputs of its graph')
 
 
-# Both return (model on the meta device, num_classes, sizes, Preprocessing).
-
-
 def _build_diracnet(contents, preprocess, options):
+    """Returns (model on the meta device, num_classes, size options, Preprocessing)."""
     topology = contents.topology()  # from the shapes of the parameters
     sizes = {'depth': topology.depth, 'width': topology.width}
     if not topology.matches(*(options.get(name, size) for name, size in sizes.items())):
@@ -194,6 +192,7 @@ def _build_diracnet(contents, preprocess, options):
 
 
 def _build_other(contents, preprocess, options):
+    """Returns what `_build_diracnet` does, for another architecture."""
     name, sizes = options['model'], _size_options(options)
     preprocess = _resolve_preprocess(preprocess, options)
     with torch.device('meta'):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 NAME_SCOPES = 'pkg.torch.onnx.name_scopes'  # of the exporter's node metadata
-OPERATORS = {  # that export.py writes, or wrote
+OPERATORS = {  # operators in files of this and earlier versions of export.py
     'Add', 'AveragePool', 'BatchNormalization', 'Clip', 'Concat', 'Constant', 'Conv',
     'DequantizeLinear', 'Div', 'Flatten', 'Gemm', 'GlobalAveragePool', 'HardSwish', 'Identity',
     'Max', 'MaxPool', 'Min', 'Mul', 'Pad', 'Pow', 'QuantizeLinear', 'ReduceMax', 'ReduceMean',

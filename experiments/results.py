@@ -70,7 +70,7 @@ def configuration(record):
 
 
 def run_key(record):
-    """Returns what identifies a run: its configuration and seed, and its result.
+    """Returns the key of a run: its configuration and seed, and its result.
 
     Experiments share runs, and a repetition may be bit-identical: results of one seed with equal
     accuracy and loss are one run.

@@ -15,9 +15,8 @@ import torch
 
 import cli
 from cli import ArgumentParser, exit_on_error
-from diracnet import DiracNet
 from diracnets.folding import fold
-from diracnets.models.registry import create_model
+from diracnets.models.registry import count_multiply_adds, create_model
 from diracnets.preprocessing import Preprocessing
 from experiments import gpu_results
 from experiments.claims import claims, show
@@ -34,7 +33,6 @@ from experiments.results import (
     read_results,
     speedrun_runs,
 )
-from experiments.variants import multiply_adds
 
 PAGES = [ROOT / name for name in (
     'README.md', 'docs/networks.md', 'docs/results.md', 'docs/speed.md', 'docs/speedrun.md')]
@@ -148,13 +146,11 @@ def size_cells(name, dataset, options, recipe):
     """Returns the cells of a model: its sizes, training and deployed, and its command."""
     with torch.device('meta'):
         model = create_model(name, dataset, **options)
-        # the functional form folds into DiracNet, module-based models into themselves
-        deployed = DiracNet(dataset=dataset, **options) if name == 'diracnet' else fold(model)
     pixels = Preprocessing.for_dataset(dataset).size
     sizes = []
-    for form in (model, deployed):
+    for form in (model, fold(model)):
         sizes += [f'{sum(p.numel() for p in form.parameters()):,}',
-                  f'{multiply_adds(lambda form=form: form, pixels=pixels) / 1e6:,.1f}']
+                  f'{count_multiply_adds(form, pixels) / 1e6:,.1f}']
     title = ', '.join([name, *(f'{option} {value}' for option, value in options.items())])
     command = ['python train.py', *command_line({'recipe': recipe, 'model': name, **options})]
     return [title, dataset, *sizes, f'`{" ".join(command)}`']

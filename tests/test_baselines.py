@@ -14,11 +14,12 @@ from torch import nn
 from diracconv import DiracConv2d
 from diracnet import DiracNet, define_diracnet
 from diracnets import create_model, fold
-from diracnets.architectures import ACTIVATIONS
-from diracnets.models import ARCHITECTURES, BLOCKS, count_multiply_adds, densenet, diracnet_v1
+from diracnets.architectures import ACTIVATIONS, ARCHITECTURES, BLOCKS
+from diracnets.models import densenet, diracnet_v1
 from diracnets.models.blocks import REPLACEMENTS
 from diracnets.models.diracnet_fast import ACTIVATION_LAYERS
 from diracnets.models.plain import PlainNet
+from diracnets.models.registry import count_multiply_adds
 from experiments.tables import SIZES
 from reference import batch_norm
 from training.options import RECIPE_FOLDER

@@ -23,7 +23,7 @@ from runs import (
     write_images,
 )
 from training.data import DataSplits
-from training.freezing import freeze, last_layer, stem
+from training.freezing import freeze, last_layer_params, stem
 from training.loader import BatchSampler, make_loader
 from training.run import Run
 from training.tensorboard import TensorBoardWriter
@@ -97,7 +97,7 @@ def test_freeze_finds_the_first_convolution_and_the_last_layer(name, block):
     norms = freeze(model, 'features')
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert list(map(id, trained)) == list(map(id, linear.parameters()))
-    assert len(last_layer(model)) == len(trained)
+    assert len(last_layer_params(model)) == len(trained)
     assert len(norms) == sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 

@@ -74,17 +74,16 @@ def check_finite(state):
         raise DivergedError(f'{name} is not finite after step {state["step"]}')
 
 
-def save(folder, state, names=(MODEL_FILE,), checked=False):
+def save(folder, state, names=(MODEL_FILE,)):
     """Writes a checkpoint once and links it under each of the names, synced to disk on return.
 
     names: such as ['epoch-3.pt7', 'best.pt7', 'model.pt7'], replaced atomically in this order; an
-    existing model.pt7 becomes previous.pt7. checked: `check_finite` passed already.
+    existing model.pt7 becomes previous.pt7.
 
     Raises DivergedError and writes nothing if a tensor is not finite; raises OSError if the file
     cannot be written. After an error or a crash the last checkpoint is complete.
     """
-    if not checked:
-        check_finite(state)
+    check_finite(state)
     serialized = io.BytesIO()  # torch.save to a file hides the reason of an OSError
     torch.save(state, serialized)
     *copies, last = (os.path.join(folder, name) for name in names)

@@ -83,7 +83,7 @@ def _count_by_extension(names):
 
 
 def _find_corrupt(numbers, read, title, nthread):
-    """Calls read(i) for each of `numbers` by threads, with a progress bar: returns {i: error}.
+    """Calls read(i) for each of `numbers` in threads, with a progress bar: returns {i: error}.
 
     The errors are the messages of DataErrors. Every rank returns those of all ranks.
     """
@@ -135,7 +135,7 @@ def _report_corrupt(root, errors, total, skip_corrupt):
             warn(line)
     if errors and not skip_corrupt:
         raise DataError(f'{root}: {len(errors)} of {total} files are corrupt; repair or remove '
-                        'them, or skip them by --skip_corrupt of train.py')
+                        'them, or skip them with train.py --skip_corrupt')
 
 
 def _without_corrupt(folder, images, errors):

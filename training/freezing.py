@@ -8,7 +8,7 @@ from diracnets.models.diverse_branch import MultiBranchBlock
 CONVOLUTIONS = (nn.Conv2d, MultiBranchBlock)
 
 
-def last_layer(model: nn.Module) -> list[str]:
+def last_layer_params(model: nn.Module) -> list[str]:
     """Returns the names of the parameters of the last layer, with or without a bias."""
     names = [name for name, _ in model.named_parameters()]
     layer = names[-1].rpartition('.')[0]
@@ -39,7 +39,7 @@ def freeze(model: nn.Module, part: str) -> list[nn.Module]:
         modules = stem(model)
         frozen = [parameter for module in modules for parameter in module.parameters()]
     else:
-        modules, last = [model], last_layer(model)
+        modules, last = [model], last_layer_params(model)
         frozen = [parameter for name, parameter in model.named_parameters() if name not in last]
     for parameter in frozen:
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Loss and accuracy of an epoch, by torchnet's meters, summed over all ranks."""
+"""Loss and accuracy of an epoch, with torchnet's meters, summed over all ranks."""
 
 import time
 

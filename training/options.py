@@ -243,7 +243,7 @@ def _add_training_options(group):
     add('--deterministic', default=False, action='store_true',
         help='use deterministic CUDA kernels where they exist; the CPU is always deterministic')
     add('--compile', default='auto', nargs='?', const=True, choices=('auto',), metavar='auto',
-        help='compile the model by torch.compile; auto: on a CUDA GPU, in one process')
+        help='compile the model with torch.compile; auto: on a CUDA GPU, in one process')
     add('--no-compile', default=argparse.SUPPRESS, dest='compile', action='store_const',
         const=False, help='do not compile the model')
     add('--seed', default=1, type=at_least(0, int),

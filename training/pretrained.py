@@ -7,7 +7,7 @@ from diracnets.loading import file_preprocess
 from diracnets.preprocessing import MAX_SMALL, Preprocessing
 from training import options
 from training.distributed import rank, rank_zero_first
-from training.freezing import last_layer
+from training.freezing import last_layer_params
 
 NO_PARAMETERS = {'checkpointing', 'droprate'}  # model options that do not change the parameters
 
@@ -22,7 +22,7 @@ def load_pretrained(model, opt, preprocess, classes):
     """
     contents, file_inputs = _read(opt.pretrained)
     expected = model.state_dict()
-    last = last_layer(model)
+    last = last_layer_params(model)
     params = contents.params
     num_classes = max(params[last[0]].shape[:1], default=0) if last[0] in params else len(classes)
     same_classes, reason = _compare_classes(num_classes, contents.classes, classes)

@@ -47,7 +47,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     lock: checkpoint.Lock  # of the folder, held by rank 0
     frozen: list[torch.nn.Module]  # batch norms that stay in evaluation mode
-    average: AveragedModel | None  # of the model over all steps, with --ema
+    average: AveragedModel | None  # EMA of the weights, with --ema
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the epoch in progress
     totals: list = None  # of the meters in these steps, if a checkpoint was resumed within an epoch
@@ -140,7 +140,7 @@ class Run:
         self.best = max(self.best, accuracy)
         keep = self.opt.keep_every and self.epoch % self.opt.keep_every == 0
         names = [f'epoch-{self.epoch}.pt7'] * keep + [BEST_FILE] * improved + [MODEL_FILE]
-        self.save(names, checked=True)
+        self.save(names)
         if rank() == 0:
             shown = ', '.join(f'{name}: {value:.2f}' for name, value in stats.items()
                               if name.startswith(tuple(accuracies)))  # top-5 too
@@ -160,17 +160,16 @@ class Run:
             'versions': checkpoint.versions(), 'launcher': launcher(),
         }
 
-    def save(self, names=(MODEL_FILE,), checked=False):
+    def save(self, names=(MODEL_FILE,)):
         """Writes a checkpoint into the folder, under one or several names; all ranks call this.
 
-        checked: `checkpoint.check_finite` has passed. Otherwise raises DivergedError, and writes
-        nothing, for a non-finite loss or parameter.
+        Raises DivergedError, and writes nothing, for a non-finite loss or parameter.
         """
         totals = self.meters.totals() if self.step else None
         self.last_save = time.monotonic()
         if rank() == 0:
             self.lock.check()
-            checkpoint.save(self.opt.save, {**self.state(), 'totals': totals}, names, checked)
+            checkpoint.save(self.opt.save, {**self.state(), 'totals': totals}, names)
 
     def restore(self, state, path):
         """Restores the state from a checkpoint; raises ValueError if it is not of this run."""
