@@ -34,7 +34,14 @@ import diracnets
 from cli import ArgumentParser, exit_on_error, print_table, say
 from diracnet import DiracNet
 from diracnets.preprocessing import Preprocessing
-from experiments.gpu_results import BASELINES, COMPILED, EAGER, FORMS, standard_convolutions
+from experiments.gpu_results import (
+    BASELINES,
+    COMPILED,
+    EAGER,
+    FORMS,
+    UNCOMPILED,
+    standard_convolutions,
+)
 from experiments.gpu_runs import profile_records, profile_step, run_cost
 from experiments.interleaved import Variant, print_records, timing_columns
 from experiments.results import ROOT, append_results, device_name, environment, read_csv
@@ -265,7 +272,7 @@ def comparison_records(comparison, peak, columns):
 def without_compile(comparison):
     """Removes the compiled variants: compilation takes a minute per model."""
     variants = [v for v in comparison.variants
-                if '--compile' not in v.name and v.name not in CHANGES]
+                if COMPILED not in v.name and v.name not in CHANGES]
     return replace(comparison, variants=variants)
 
 
@@ -305,7 +312,7 @@ def measure_runs(device, logs, columns, deadline):
     for depth, width in runs:
         name, make = f'{depth}-{width:g}', functools.partial(diracnet, depth, width)
         titles = {f'{name}, batch 128, {form}': form
-                  for form in FORMS[: 1 if device.type == 'cpu' else None]}
+                  for form in ([UNCOMPILED] if device.type == 'cpu' else FORMS)}
         if time.monotonic() > deadline:
             say(f'run of {name}: skipped, no time left')
             continue

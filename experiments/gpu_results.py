@@ -4,8 +4,8 @@ from collections import defaultdict
 
 from experiments.results import CPU
 
-COMPILED = 'train.py --compile'
-FORMS = 'train.py', COMPILED
+UNCOMPILED, COMPILED = 'train.py', 'train.py --compile'  # stored names, from before --compile auto
+FORMS = UNCOMPILED, COMPILED
 EAGER = 'float32, NCHW, eager'
 
 

@@ -1,4 +1,4 @@
-"""Gradients of the first training steps, on any number of ranks: see test_survival.py."""
+"""Gradients of the first training steps, on any number of ranks: see test_interruption.py."""
 
 import torch
 from torch.nn.parallel import DistributedDataParallel

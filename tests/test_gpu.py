@@ -61,6 +61,28 @@ def test_nothing_is_measured_when_the_time_is_over(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_comparisons_that_the_same_commit_measured_are_skipped(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, 'MIN_SECONDS', 0)
+    table, calls = tmp_path / 'rates.csv', []
+
+    def measure(commit, work):
+        comparison = Comparison('two', [Variant('variant', lambda: work, (), 1)])
+        columns = {'device': 'CPU', 'torch': '2', 'commit': commit}
+        gpu.time_in_order([comparison], 1.0, CPU, table, columns, time.monotonic() + 600)
+        return capsys.readouterr().out
+
+    def fail_later():
+        calls.append(1)
+        if len(calls) > 10:
+            raise ValueError('overwritten')
+
+    measure('a', lambda: None)
+    assert f'two: skipped, already in {table}' in measure('a', pytest.fail)
+    assert 'two: failed: ValueError: overwritten' in measure('b', fail_later)
+    measure('b', lambda: None)
+    assert [record['commit'] for record in read_csv(table)] == ['a', 'b']
+
+
 def test_no_checks_and_no_compile_leave_these_out(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, 'run_checks', lambda: pytest.fail('checked'))
     compared = []

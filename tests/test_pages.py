@@ -112,7 +112,7 @@ def test_python_blocks_of_the_readme_run(monkeypatch, capsys):
     for language, text in blocks('README.md'):
         assert language == 'python'
         exec(text, names)
-    assert float(capsys.readouterr().out) < 1e-5
+    assert float(capsys.readouterr().out) < 3e-5  # "about 1e-05": 7e-6 to 1.7e-5, by CPU and images
     assert names['logits'].shape == (16, 10)
     convolutions = [m for m in names['deployed'].modules() if isinstance(m, torch.nn.Conv2d)]
     assert {type(m) for m in convolutions} == {torch.nn.Conv2d}
