@@ -49,8 +49,11 @@ def _output_problem(path, others):
         return 'its folder is not writable'
     if os.path.exists(path) and not os.path.isfile(path):
         return 'not a regular file'
+    target = os.path.realpath(path)
+    if os.path.exists(path) and not target.endswith(('.json', '.csv', '.txt')):
+        return 'exists, and is not a .json, .csv or .txt file'
     used = {os.path.realpath(other) for other in others if other}
-    return 'an input, or another output' if os.path.realpath(path) in used else ''
+    return 'an input, or another output' if target in used else ''
 
 
 if __name__ == '__main__':  # --help and errors come before the imports that take seconds

@@ -36,7 +36,7 @@ CONV_FUNCTIONS = {F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d}
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)  # torch.compile adds _orig_mod
 MAX_FLAGS = 6  # arguments with the default True or False: their combinations are traced
 VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-_TRACING = threading.Lock()  # torch.fx patches nn.Module for all threads while it traces
+_TRACING = threading.RLock()  # torch.fx patches nn.Module for all threads while it traces
 MOVED_HOOKS = (
     '_forward_hooks', '_forward_pre_hooks', '_forward_hooks_always_called',
     '_forward_hooks_with_kwargs', '_forward_pre_hooks_with_kwargs',
@@ -65,8 +65,8 @@ def fold(source: Mapping[str, Tensor] | nn.Module, dtype: torch.dtype = torch.fl
     layer that another forward uses, for a remaining tensor that is computed from others (such as a
     weight under torch.nn.utils.prune), for a program of torch.jit or, with batch norm, of
     torch.export, and for a module with batch norm that torch.fx cannot trace, such as one with
-    control flow that depends on its inputs; fold its submodules instead. Of a forward that tests
-    the type of its input, torch.fx may follow another branch than the one in use.
+    control flow that depends on its inputs; fold its submodules instead. torch.fx may follow
+    another branch of a forward that tests the type of its input.
     """
     if isinstance(source, Mapping):
         if is_folded(source):
@@ -104,7 +104,7 @@ def _fold_module(module, dtype):
             parametrized = layer.parametrizations.weight
             for name, tensor in list(parametrized.named_parameters(recurse=False)):
                 # W_hat replaces the values of this tensor, which may be shared
-                setattr(parametrized, name, nn.Parameter(tensor.clone()))
+                setattr(parametrized, name, nn.Parameter(tensor.clone(), tensor.requires_grad))
             parametrize.remove_parametrizations(layer, 'weight')
     _replace(root, folded_layers)
     pairs = _conv_bn_pairs(root[0], folded_layers.values())
@@ -144,7 +144,7 @@ def _as_diracnet(network):
             or has_hooks(*list(network.modules())[1:]) or 'forward' in vars(network)):
         return network
     model.load_state_dict(params, assign=True)
-    originals = in_diracnet(network.named_parameters())
+    originals = in_diracnet(network.named_parameters(remove_duplicate=False))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(originals[name].requires_grad)
     _move_hooks(network, model)
@@ -317,9 +317,10 @@ def _with_called_convs(module):
                 weight.shape[1] * groups, len(weight), weight.shape[2:], stride, padding, dilation,
                 groups, bool(bias), device='meta',
             )
-            conv.weight = nn.Parameter(dirac_weight(weight, alpha, beta, groups))
+            conv.weight = nn.Parameter(dirac_weight(weight, alpha, beta, groups),
+                                       weight.requires_grad)
             if bias:
-                conv.bias = nn.Parameter(bias[0].clone())
+                conv.bias = nn.Parameter(bias[0].clone(), bias[0].requires_grad)
             parent, _, leaf = name.rpartition('.')
             setattr(module.get_submodule(parent), leaf, conv)
             converted[layer] = name

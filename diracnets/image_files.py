@@ -94,7 +94,7 @@ def check_pixels(path, height, width, suffix=''):
 
 _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
 _PNG_START, _PNG_END = b'\x89PNG\r\n\x1a\n', b'IEND\xaeB`\x82'
-_PNM_HEADER = re.compile(rb'P[56]' + 3 * rb'(?:\s|#[^\n]*\n)+(\d+)')  # width, height, maximum
+_PNM_HEADER = re.compile(rb'P[56]' + 3 * rb'(?:\s|#[^\n]*\n)+(\d{1,9})')  # width, height, maximum
 _JPEG_MARKER = re.compile(rb'\xff([^\x00\xff])')
 _APP1, _START_OF_SCAN = 0xE1, 0xDA
 _STANDALONE = {0x01, *range(0xD0, 0xDA)}  # markers without a segment: TEM, RST0-7, SOI, EOI

@@ -64,8 +64,8 @@ def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) ->
     path: a checkpoint of train.py or of another training script (see `diracnets.checkpoint`), or a
     .onnx, .safetensors or .pth file of export.py. The model of an ONNX file is an OnnxModel.
     overrides: options of train.py for what the file does not contain; they must not contradict the
-    file. A bare state dict is loaded as a DiracNet if it has the names and shapes of one, as that
-    of a folded plain network or ResNet for CIFAR has: name another model in overrides. Raises
+    file. A bare state dict with the names and shapes of a DiracNet is loaded as one. Those of a
+    folded plain network or ResNet for CIFAR are equal: name the model in overrides. Raises
     ValueError for invalid contents, for overrides that contradict the file, and for parameters that
     do not fit; OSError for a file that cannot be read.
     """

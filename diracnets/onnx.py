@@ -157,9 +157,9 @@ class _GlobalMaxPool(nn.Module):
 def _with_amax(model):
     """Returns the model, or a copy without nn.AdaptiveMaxPool2d(1), which torch 2.9 cannot export.
 
-    Training does not use amax, whose gradient is another one where several values are largest.
+    Training does not use amax, whose gradient differs where several values equal the maximum.
     """
-    names = [name for name, module in model.named_modules()
+    names = [name for name, module in model.named_modules(remove_duplicate=False)
              if isinstance(module, nn.AdaptiveMaxPool2d) and module.output_size in (1, (1, 1))]
     model = copy.deepcopy(model) if names else model
     for name in names:

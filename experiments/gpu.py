@@ -277,15 +277,20 @@ def without_compile(comparison):
 
 
 def is_measured(table, columns, **values):
-    """Returns whether a CSV file has a record with these values, of this device and commit."""
+    """Returns whether a CSV file has a record with these values, of this device and commit.
+
+    Without git, nothing counts as measured.
+    """
     expected = {name: str(columns.get(name)) for name in ('device', 'torch', 'commit')} | values
-    return any(expected.items() <= record.items() for record in read_csv(table))
+    return bool(columns.get('commit')) and any(
+        expected.items() <= record.items() for record in read_csv(table))
 
 
 def time_in_order(comparisons, peak, device, table, columns, deadline):
     """Measures the comparisons until the deadline and appends their results to a CSV file."""
     for comparison in comparisons:
-        if is_measured(table, columns, compared=comparison.title):
+        if all(is_measured(table, columns, compared=comparison.title, what=variant.name)
+               for variant in comparison.variants):
             say(f'{comparison.title}: skipped, already in {table}')
             continue
         if time.monotonic() > deadline:
@@ -325,8 +330,11 @@ def measure_runs(device, logs, columns, deadline):
             append_results([{**cost, **columns}], logs / 'runs.csv')
             print_table([*cost], [[str(value) for value in cost.values()]], left=[*cost])
         for title, form in titles.items():
-            if (time.monotonic() > deadline
-                    or is_measured(logs / 'profile.csv', columns, step=title)):
+            if is_measured(logs / 'profile.csv', columns, step=title):
+                say(f'profile of {title}: skipped, already in {logs / "profile.csv"}')
+                continue
+            if time.monotonic() > deadline:
+                say(f'profile of {title}: skipped, no time left')
                 continue
             try:
                 work = training_step(make, 'CIFAR10', 128, form, device)
@@ -353,7 +361,7 @@ def parse_options(argv):
     add('--minutes', type=at_least(0, float), default=8,
         help='time limit: no measurement starts after it (default: %(default)s)')
     add('--checks', default=True, action=argparse.BooleanOptionalAction,
-        help='run python test.py -m gpu first (default: yes)')
+        help='run the tests of tests/test_cuda.py first (default: yes)')
     add('--compile', default=True, action=argparse.BooleanOptionalAction,
         help='time train.py --compile too, one more minute per model (default: yes)')
     add('--device', choices=('cuda', 'cpu'), default='cuda',

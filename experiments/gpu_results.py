@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from experiments.results import CPU
 
-UNCOMPILED, COMPILED = 'train.py', 'train.py --compile'  # stored names, from before --compile auto
+UNCOMPILED, COMPILED = 'train.py', 'train.py --compile'  # the names in rates.csv
 FORMS = UNCOMPILED, COMPILED
 EAGER = 'float32, NCHW, eager'
 

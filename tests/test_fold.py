@@ -1,6 +1,7 @@
 """Folding, and reading the parameters to fold from files."""
 
 import copy
+import functools
 import itertools
 import os
 import threading
@@ -819,10 +820,16 @@ def test_load_params_detaches_and_fold_refuses_a_whole_checkpoint(trained, tmp_p
         fold(torch.load(tmp_path / 'model.pt7'))
 
 
-@pytest.mark.parametrize('name', ['plain', 'resnet', 'diracnet'])
+@pytest.mark.parametrize('make', [
+    *(functools.partial(create_model, name, depth=10) for name in ('plain', 'resnet', 'diracnet')),
+    *(functools.partial(create_model, 'plain', depth=10, block=block)
+      for block in ('dirac', 'dbb', 'acb', 'repvgg')),
+    lambda: dirac(create_model('plain', depth=10)),
+    lambda: fx.symbolic_trace(nn.Sequential(DiracConv2d(3, 4, 3), nn.BatchNorm2d(4))),
+])
 @pytest.mark.parametrize('trains', [True, False])
-def test_parameters_of_a_folded_model_require_grad_as_its_filters_did(name, trains):
-    model = create_model(name, depth=10).requires_grad_(trains)
+def test_parameters_of_a_folded_model_require_grad_as_its_filters_did(make, trains):
+    model = make().requires_grad_(trains)
     assert {p.requires_grad for p in fold(model).parameters()} == {trains}
 
 

@@ -81,6 +81,11 @@ def test_comparisons_that_the_same_commit_measured_are_skipped(capsys, tmp_path,
     assert 'two: failed: ValueError: overwritten' in measure('b', fail_later)
     measure('b', lambda: None)
     assert [record['commit'] for record in read_csv(table)] == ['a', 'b']
+    variants = [Variant(name, lambda: lambda: None, (), 1) for name in ('variant', 'new')]
+    columns = {'device': 'CPU', 'torch': '2', 'commit': 'a'}
+    gpu.time_in_order([Comparison('two', variants)], 1.0, CPU, table, columns,
+                      time.monotonic() + 600)
+    assert [record['what'] for record in read_csv(table)] == ['variant'] * 3 + ['new']
 
 
 def test_no_checks_and_no_compile_leave_these_out(monkeypatch, tmp_path):

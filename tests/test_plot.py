@@ -154,11 +154,13 @@ def test_plot_filters_accepts_one_weight_in_bfloat16():
     assert image.get_clim() == (-2, 2)
 
 
-def test_command_leaves_out_values_that_are_no_numbers(tmp_path, capsys):
+def test_command_leaves_out_non_numeric_values(tmp_path, capsys):
     run = tmp_path / 'a $x_$ run'
     run.mkdir()
     records = ({'epoch': 1, 'test_acc': None, 'train_loss': 'low'}, {'epoch': 2, 'test_acc': 50.0})
     (run / 'log.txt').write_text(''.join(f'json_stats: {json.dumps(r)}\n' for r in records))
+    assert plot.read_logs([run / 'log.txt']) == {
+        run.name: [{'epoch': 1}, {'epoch': 2, 'test_acc': 50.0}]}
     plot.main([str(run), '--save', str(tmp_path / 'plot.png')])
     (run / 'log.txt').write_text('json_stats: {"epoch": 1}\n')
     with pytest.raises(SystemExit):

@@ -241,12 +241,13 @@ def test_predict_refuses_an_output_that_would_replace_something_else(option, tmp
     os.mkfifo(tmp_path / 'fifo')
     (tmp_path / 'cat.png').write_bytes(b'image')
     (tmp_path / 'link').symlink_to('cat.png')
-    for path, problem in (('fifo', 'not a regular file'), ('cat.png', 'an input'),
-                          ('link', 'an input'), ('missing/file', 'its folder does not exist')):
+    replaced = 'exists, and is not a .json'
+    for path, problem in (('fifo', 'not a regular file'), ('cat.png', replaced),
+                          ('link', replaced), ('missing/file', 'its folder does not exist')):
         arguments = [tmp_path / 'cat.png', '--model', 'run', option, tmp_path / path]
         assert f'{option} {tmp_path / path}: {problem}' in run_predict(arguments, capsys).err
     same = ['cat.png', '--model', 'run', '--json', tmp_path / 'out', '--csv', tmp_path / 'out']
-    assert '--csv' in run_predict(same, capsys).err
+    assert f'--csv {tmp_path / "out"}: an input, or another' in run_predict(same, capsys).err
 
 
 def test_predict_writes_through_a_link(photos, run_folder, tmp_path, capsys):

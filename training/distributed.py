@@ -26,7 +26,7 @@ def init(deterministic=False):
     torch.backends.cudnn.benchmark = device.type == 'cuda' and not deterministic
     if deterministic and accelerator:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS reads it at first use
-    if accelerator:
+    if accelerator:  # also False, after a run that set it in this process
         # only a warning: the backward pass of max-pooling has no deterministic kernel, but its
         # windows do not overlap on small images, so that the order of additions does not matter
         torch.use_deterministic_algorithms(deterministic, warn_only=True)

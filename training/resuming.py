@@ -92,10 +92,10 @@ def check_options(opt, dtype, saved_args, path):
 def check_files(files, opt, saved_args, path):
     """Raises ValueError if the images of the run to resume were others, without --force.
 
-    files: fingerprint of the class folders, or '' for other data.
+    files: fingerprint of the class folders, as in DataSplits.
     """
     saved = saved_args.get('files', files)
-    if files and files != saved and not opt.force:
+    if files != saved and not opt.force:
         raise ValueError(f'{path}: the images changed from {saved} to {files}; use the same '
                          'images, or --force')
 

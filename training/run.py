@@ -163,7 +163,8 @@ class Run:
     def save(self, names=(MODEL_FILE,)):
         """Writes a checkpoint into the folder, under one or several names; all ranks call this.
 
-        Raises DivergedError, and writes nothing, for a non-finite loss or parameter.
+        Raises DivergedError, and writes nothing, for a non-finite parameter, running statistic or
+        momentum.
         """
         totals = self.meters.totals() if self.step else None
         self.last_save = time.monotonic()

@@ -176,7 +176,7 @@ def prepare(opt, device, lock, splits=None):
         say(f'--epoch_step {opt.epoch_step}: no drop in {opt.epochs} epochs, the learning rate '
             f'stays {opt.lr:g}; use earlier epochs, or --lr_schedule cosine')
     splits = load_training_splits(opt, splits, preprocess)
-    if splits.files:
+    if splits.files:  # of class folders
         check_files(splits.files, opt, state['args'], path)
         opt.files = splits.files
     splits = match_saved_classes(splits, state.get('classes') or [])

@@ -186,6 +186,7 @@ class MultiBranchBlock(nn.Module):
         conv = nn.Conv2d(*self.conv_args, device=kernel.device, dtype=kernel.dtype)
         conv.weight.copy_(kernel)
         conv.bias.copy_(bias)
+        conv.requires_grad_(any(parameter.requires_grad for parameter in self.parameters()))
         return conv.train(self.training)
 
     def switch_to_deploy(self) -> None:
