@@ -318,6 +318,9 @@ def test_resume_keeps_the_measured_normalization(pairs, tmp_path):
 
 def test_resume_rejects_an_invalid_measured_normalization(pairs, tmp_path, capsys):
     run(pairs[0], tmp_path, '--normalise', 'measured', '--epochs', 1)
+    with pytest.raises(SystemExit):
+        run(pairs[0], tmp_path, '--resume', 'auto')
+    assert "normalise changed from measured to ''; use" in capsys.readouterr().err
     saved = torch.load(tmp_path / 'model.pt7', weights_only=True)
     torch.save({**saved, 'args': {**saved['args'], 'std': [0.0] * 3}}, tmp_path / 'model.pt7')
     with pytest.raises(SystemExit) as stopped:

@@ -69,7 +69,7 @@ def changed_options(now, before):
         # data from Python differ from a named dataset, where `given` is missing
         now, before = ({**args, 'given': args.get('given')} for args in (now, before))
     return [
-        f'{name} changed from {before[name]} to {value}'
+        f'{name} changed from {before[name] or repr(before[name])} to {value or repr(value)}'
         for name, value in now.items()
         if name not in free and name in before and before[name] != value
     ]
