@@ -33,27 +33,26 @@ def parse_options(argv=None):
     others = [*opt.images, opt.model]
     for name in ('json', 'csv'):
         path = getattr(opt, name)
-        problem = path and _output_problem(path, others)
-        if problem:
-            parser.error(f'--{name} {path}: {problem}; use another path')
-        others.append(path or '')
+        if path:
+            if problem := _output_problem(path, others):
+                parser.error(f'--{name} {path}: {problem}; use another path')
+            others.append(path)
     return opt
 
 
 def _output_problem(path, others):
     """Returns why a file cannot be written there, or ''; others: paths that it must not replace."""
-    folder = os.path.dirname(os.path.realpath(path))
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
     if not os.path.isdir(folder):
         return 'its folder does not exist'
     if not os.access(folder, os.W_OK):
         return 'its folder is not writable'
-    if os.path.exists(path) and not os.path.isfile(path):
+    if os.path.exists(target) and not os.path.isfile(target):
         return 'not a regular file'
-    target = os.path.realpath(path)
-    if os.path.exists(path) and not target.endswith(('.json', '.csv', '.txt')):
+    if os.path.exists(target) and not target.endswith(('.json', '.csv', '.txt')):
         return 'exists, and is not a .json, .csv or .txt file'
-    used = {os.path.realpath(other) for other in others if other}
-    return 'an input, or another output' if target in used else ''
+    return 'an input, or another output' if target in map(os.path.realpath, others) else ''
 
 
 if __name__ == '__main__':  # --help and errors come before the imports that take seconds

@@ -36,7 +36,7 @@ class OnnxModel(nn.Module):
     def __init__(self, path: str | os.PathLike):
         super().__init__()
         try:
-            import onnxruntime  # noqa: F401
+            import onnxruntime
             from onnx import load_model_from_string
         except ImportError as error:
             raise ValueError(
@@ -53,7 +53,7 @@ class OnnxModel(nn.Module):
         except ValueError as error:
             raise ValueError(f'{path}: {error}; use an ONNX file of export.py') from error
         try:
-            self.session = _open_session(content)
+            self.session = _open_session(onnxruntime, content)
             metadata = self.session.get_modelmeta().custom_metadata_map
         except Exception as error:  # corrupt bytes make it raise almost any exception
             raise ValueError(f'{path}: corrupt, or not an ONNX file') from error
@@ -82,15 +82,13 @@ class OnnxModel(nn.Module):
         return torch.from_numpy(logits).to(inputs.device)
 
 
-def _open_session(content):
+def _open_session(onnxruntime, content):
     """Opens an ONNX Runtime session on the CPU whose int8 sums of products do not saturate.
 
     On x86 CPUs without VNNI, ONNX Runtime adds them in 16 bits by default. The first option selects
     slower, exact sums; version 1.32 cannot apply it to constants that several nodes share. The
     second one computes in float32.
     """
-    import onnxruntime
-
     def session(entry):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

@@ -57,7 +57,7 @@ from experiments.variants import (
 )
 from training import folders
 from training.choices import available_cores
-from training.compilation import compile_model, error_line
+from training.compilation import compile_model, error_line, free_compiled_models
 from training.compute import Forward
 from training.options import at_least
 from training.timing import interleave, matmul_gflops, seconds_per_call, synchronize
@@ -276,21 +276,21 @@ def without_compile(comparison):
     return replace(comparison, variants=variants)
 
 
-def is_measured(table, columns, **values):
-    """Returns whether a CSV file has a record with these values, of this device and commit.
+def measured(table, columns, **values):
+    """Returns the records in a CSV file with these values, of this device and commit.
 
-    Without git, nothing counts as measured.
+    Without git there are none: the code may have changed.
     """
-    expected = {name: str(columns.get(name)) for name in ('device', 'torch', 'commit')} | values
-    return bool(columns.get('commit')) and any(
-        expected.items() <= record.items() for record in read_csv(table))
+    values |= {name: str(columns.get(name)) for name in ('device', 'torch', 'commit')}
+    return [record for record in read_csv(table)
+            if columns.get('commit') and values.items() <= record.items()]
 
 
 def time_in_order(comparisons, peak, device, table, columns, deadline):
     """Measures the comparisons until the deadline and appends their results to a CSV file."""
     for comparison in comparisons:
-        if all(is_measured(table, columns, compared=comparison.title, what=variant.name)
-               for variant in comparison.variants):
+        done = {record['what'] for record in measured(table, columns, compared=comparison.title)}
+        if done >= {variant.name for variant in comparison.variants}:
             say(f'{comparison.title}: skipped, already in {table}')
             continue
         if time.monotonic() > deadline:
@@ -300,14 +300,11 @@ def time_in_order(comparisons, peak, device, table, columns, deadline):
             time_variants(comparison, device, deadline)
         except Exception as error:  # of one comparison: the others still count
             say(f'{comparison.title}: failed: {error_line(error)}')
-            continue
         records = comparison_records(comparison, peak, columns)
         if records:
             append_results(records, table)
             print_records(records, comparison.target, PRINTED)
-        torch.compiler.reset()  # it keeps only a few compiled models of the same code
-        if device.type == 'cuda':
-            torch.cuda.empty_cache()
+        free_compiled_models()
 
 
 def measure_runs(device, logs, columns, deadline):
@@ -321,7 +318,7 @@ def measure_runs(device, logs, columns, deadline):
         if time.monotonic() > deadline:
             say(f'run of {name}: skipped, no time left')
             continue
-        if not is_measured(logs / 'runs.csv', columns, model=name):
+        if not measured(logs / 'runs.csv', columns, model=name):
             try:
                 cost = {'model': name, **run_cost(depth, width, images)}
             except SystemExit as stopped:  # of train.py, which printed the reason
@@ -330,7 +327,7 @@ def measure_runs(device, logs, columns, deadline):
             append_results([{**cost, **columns}], logs / 'runs.csv')
             print_table([*cost], [[str(value) for value in cost.values()]], left=[*cost])
         for title, form in titles.items():
-            if is_measured(logs / 'profile.csv', columns, step=title):
+            if measured(logs / 'profile.csv', columns, step=title):
                 say(f'profile of {title}: skipped, already in {logs / "profile.csv"}')
                 continue
             if time.monotonic() > deadline:

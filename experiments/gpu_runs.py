@@ -3,7 +3,6 @@
 experiments/gpu.py calls both and appends their results to logs/gpu/runs.csv and profile.csv.
 """
 
-import gc
 import re
 import tempfile
 from collections import defaultdict
@@ -12,6 +11,7 @@ import torch
 
 import train
 from experiments.variants import random_images
+from training.compilation import free_compiled_models
 from training.data import DataSplits
 from training.timing import synchronize
 
@@ -40,10 +40,8 @@ def run_cost(depth, width, n=50_000):
     test = images[: n // 5], labels[: n // 5]
     splits = DataSplits.from_arrays((images, labels), test, classes=range(10))
     sizes = ['--depth', str(depth), '--width', f'{width:g}']
-    gc.collect()
-    torch.compiler.reset()  # its CUDA graphs hold memory
+    free_compiled_models()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
         stats = train.main([*sizes, '--epochs', '2', '--save', f'{folder}/run'], splits).history[-1]

@@ -12,7 +12,6 @@ runs are resumed, and runs that another process trains are skipped.
 
 import argparse
 import fnmatch
-import gc
 import os
 import subprocess
 import sys
@@ -40,6 +39,7 @@ from experiments.definitions import (
 from experiments.release import write_log
 from experiments.results import CPU, ROOT, append_results, device_name, environment, read_csv
 from training.checkpoint import DivergedError, Lock
+from training.compilation import free_compiled_models
 from training.folders import class_folders, files_of
 from training.log import LOG_FILE, read_log
 from training.options import DATASETS
@@ -124,8 +124,7 @@ def train_one(run, paths):
         return 'diverged'
     finally:
         if torch.cuda.is_available():
-            gc.collect()
-            torch.compiler.reset()  # frees the CUDA graphs of the compiled model
+            free_compiled_models()
     return 'complete'
 
 

@@ -111,9 +111,10 @@ def augment(images, indices, params, augmentation):
 
     indices: (n,); params: AugParams of these images.
     """
-    shifts, flips, centers = (values.to(images.device, non_blocking=True) for values in params)
+    shifts, flips = (values.to(images.device, non_blocking=True) for values in params[:2])
     crops = crop_and_flip(images, indices, shifts, flips, augmentation.reflect)
     if augmentation.cutout:
+        centers = params.centers.to(images.device, non_blocking=True)
         crops = cutout(crops, centers, augmentation.cutout)
     return crops
 

@@ -1,5 +1,6 @@
 """Compilation of the model of a run by torch.compile: the choice, the fallback and the warm-up."""
 
+import gc
 import importlib.util
 import time
 from collections.abc import Callable
@@ -89,6 +90,14 @@ def compile_models(run, train_model: nn.Module, sizes: set) -> tuple[Callable, C
         warn(f'{message}; training continues without --compile')
         return train_model, run.eval_model, {}
     return *models, {'compile_time': time.perf_counter() - start}
+
+
+def free_compiled_models() -> None:
+    """Frees the memory of compiled models that are no longer used, such as CUDA graphs."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def error_line(error: Exception) -> str:

@@ -101,8 +101,7 @@ def _class_names(sources):
     names = _own_classes(sources)
     if names is None and not all(isinstance(source, (tuple, list)) for source in sources):
         raise DataError('a Dataset without classes: expected class names')
-    return names or range(max([int(labels.max()) for _, labels in sources if len(labels)][:1],
-                              default=-1) + 1)
+    return names or range(next((int(labels.max()) for _, labels in sources if len(labels)), -1) + 1)
 
 
 def _check_arrays(source):
