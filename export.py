@@ -80,9 +80,9 @@ import torch.nn.functional as F
 from diracnets.class_names import match_classes
 from diracnets.folding import fold
 from diracnets.formats import FORMATS
+from diracnets.loading import load
 from diracnets.onnx import OnnxModel
 from diracnets.preprocessing import normalize
-from diracnets.published import load_by_name
 from diracnets.quantization import calibration_set, equalize, quantize
 from training import data
 from training.evaluation import top1
@@ -195,7 +195,7 @@ def export_bytes(opt, folded, loaded, paths, calibration):
 @torch.no_grad()
 def export(opt):
     """Loads, folds, exports, verifies and measures; --to is written only if all of it succeeds."""
-    loaded = load_by_name(opt.checkpoint)
+    loaded = load(opt.checkpoint)
     if isinstance(loaded.model, OnnxModel):
         raise ValueError(f'{loaded.path}: an ONNX file cannot be exported again; use the run or '
                          'another file that was exported from it')

@@ -62,15 +62,16 @@ if __name__ == '__main__':  # --help and errors come before the imports that tak
 import torch
 from tqdm import tqdm
 
+from diracnets.class_names import imagenet_classes
 from diracnets.folding import fold
+from diracnets.loading import load
 from diracnets.preprocessing import DataError, find_images
-from diracnets.published import imagenet_classes, load_by_name
 from training.files import atomic_write
 
 
 def load_classifier(name):
     """Returns (folded model, Preprocessing, class names or None) of a file or published model."""
-    loaded = load_by_name(name)
+    loaded = load(name)
     classes = loaded.classes
     if classes is None and (loaded.preprocess.kind, loaded.num_classes) == ('ImageNet', 1000):
         classes = imagenet_classes()

@@ -1,4 +1,4 @@
-"""Matching the class names of a dataset with those of a model."""
+"""Matching the class names of a dataset with those of a model, and the names of ImageNet."""
 
 from collections.abc import Sequence
 
@@ -43,3 +43,15 @@ def check_classes(path: str, num_classes: int, classes: list[str] | None,
 
 def _summary(number, names):
     return f'{number} ({names[0]} to {names[-1]})' if names else str(number)
+
+
+def imagenet_classes() -> list[str]:
+    """Returns the names of the 1000 classes of ILSVRC2012, in the order of their WordNet IDs.
+
+    Raises ValueError if torchvision, which contains the names, is not installed.
+    """
+    try:
+        from torchvision.models import ResNet18_Weights
+    except ImportError as error:
+        raise ValueError('torchvision is not installed; pip install torchvision') from error
+    return ResNet18_Weights.IMAGENET1K_V1.meta['categories']

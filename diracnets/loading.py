@@ -1,4 +1,4 @@
-"""Loads a model of any architecture from a file or from the folder of a run.
+"""Loads a model of any architecture from a file, from the folder of a run, or by a published name.
 
     loaded = load('logs/diracnet-28-2')            # LoadedModel
     inputs = loaded.preprocess('cat.jpg')[None]    # (1, 3, 32, 32)
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import diracnet
 from diracnet import DiracNet, check_params, is_folded
 from diracnets.architectures import get_architecture
 from diracnets.checkpoint import CheckpointContents, make_contents, read_checkpoint
@@ -22,12 +23,14 @@ from diracnets.models.registry import build_diracnet, create_model
 from diracnets.onnx import OnnxModel
 from diracnets.preprocessing import MAX_SMALL, Preprocessing
 
+PUBLISHED = {f'diracnet{depth}': depth for depth in diracnet.MODEL_URLS}  # name: depth
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model from a file, with its preprocessing and its class names."""
+    """A model, with its preprocessing and its class names."""
 
-    path: str
+    path: str  # or the name of a published model
     model: nn.Module  # in evaluation mode, float32; float64 for a file of --dtype double
     options: dict  # the architecture, as 'model', and the options that set its size
     preprocess: Preprocessing
@@ -59,17 +62,21 @@ class LoadedModel:
 
 
 def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> LoadedModel:
-    """Loads a model, in evaluation mode, from a file or from the folder of a run.
+    """Loads a model, in evaluation mode, from a file, from the folder of a run, or by its name.
 
-    path: a checkpoint of train.py or of another training script (see `diracnets.checkpoint`), or a
-    .onnx, .safetensors or .pth file of export.py. The model of an ONNX file is an OnnxModel.
+    path: a checkpoint of train.py or of another training script (see `diracnets.checkpoint`), a
+    .onnx, .safetensors or .pth file of export.py, or 'diracnet18' or 'diracnet34' for the authors'
+    ImageNet models ('./diracnet18' is a file). The model of an ONNX file is an OnnxModel.
     overrides: options of train.py for what the file does not contain; they must not contradict the
     file. A bare state dict with the names and shapes of a DiracNet is loaded as one. Those of a
     folded plain network or ResNet for CIFAR are equal: name the model in overrides. Raises
     ValueError for invalid contents, for overrides that contradict the file, and for parameters that
-    do not fit; OSError for a file that cannot be read.
+    do not fit; OSError for a file that cannot be read; RuntimeError, with the path for a manual
+    download, for published weights that cannot be loaded.
     """
     overrides = overrides or {}
+    if path in PUBLISHED:
+        return _load_by_name(path, overrides)
     if str(path).endswith('.onnx') and os.path.isfile(path):
         model = OnnxModel(path)
         contents = make_contents(path, parse_metadata(model.metadata, path), params={})
@@ -96,6 +103,18 @@ def load(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) ->
         contents.path, model.eval(), {'model': options['model'], **sizes}, preprocess, num_classes,
         contents.classes, contents.args, contents.origin,
     )
+
+
+def _load_by_name(name, overrides):
+    """Returns the LoadedModel of a published model; the names of its classes are not included."""
+    options = {'model': 'diracnet', 'depth': PUBLISHED[name], 'width': 1}
+    preprocess = Preprocessing.for_dataset('ImageNet')
+    try:
+        merge_options(options, preprocess, overrides)
+    except ValueError as error:
+        raise ValueError(f'{name}: {error}') from error
+    model = getattr(diracnet, name)(pretrained=True).eval()
+    return LoadedModel(name, model, options, preprocess, 1000, None, {}, {})
 
 
 # ---------------------------------------------------------------- options

@@ -455,7 +455,7 @@ def load_with_a_failed_import(argv):
         except KeyboardInterrupt:  # as C extensions do
             raise ValueError('onnxruntime is not installed') from None
 
-    predict.load_by_name = load
+    predict.load = load
     predict.main(argv)
 
 

@@ -19,7 +19,7 @@ import diracnets
 import export
 import plot
 import predict
-from diracnets import published
+from diracnets import class_names
 from test_export import error_of, images, torch_home  # noqa: F401 (fixtures)
 
 ROOT = Path(predict.__file__).parent
@@ -189,7 +189,7 @@ def test_predict_escapes_names_that_are_not_printable(photos, trained, tmp_path,
 # ---------------------------------------------------------------- published models, ~
 
 
-def test_export_and_predict_accept_the_name_of_a_published_model(
+def test_load_and_the_commands_accept_the_name_of_a_published_model(
     torch_home, images, tmp_path, monkeypatch, capsys  # noqa: F811
 ):
     monkeypatch.setenv('TORCH_HOME', str(torch_home))
@@ -209,7 +209,14 @@ def test_export_and_predict_accept_the_name_of_a_published_model(
         predict.main([str(next(images.rglob('*.png'))), '--model', name])
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
-    assert published.imagenet_classes()[0] == 'tench'
+    named = diracnets.load('diracnet18', {'depth': 18})
+    assert (named.title, named.preprocess) == (loaded.title, loaded.preprocess)
+    assert all(torch.equal(t, state[name]) for name, t in named.model.state_dict().items())
+    with pytest.raises(ValueError, match='diracnet18: depth is 18, not 34'):
+        diracnets.load('diracnet18', {'depth': 34})
+    with pytest.raises(FileNotFoundError):
+        diracnets.load('./diracnet18')
+    assert class_names.imagenet_classes()[0] == 'tench'
 
 
 def test_commands_expand_the_home_folder(run_folder, photos, tmp_path, capsys, monkeypatch):
