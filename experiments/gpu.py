@@ -49,7 +49,7 @@ from experiments.variants import (
     diracnet,
     folded_resnet,
     inference,
-    jpegs_by_opencv,
+    jpegs_for_gpu,
     make_sgd,
     multiply_adds,
     standard,
@@ -163,7 +163,7 @@ def compare_loading(folder, repeats):
     """Compares JPEG decoding by numbers of workers: training at 224 needs the same images/s."""
     n = repeats * len(folders.list_images(folder)[0])
     workers = [w for w in (1, 2, 4, 8, 16) if w <= available_cores()]
-    variants = [Variant(f'{w} worker{"s" * (w > 1)}', jpegs_by_opencv, (folder, repeats, w, 64), n)
+    variants = [Variant(f'{w} worker{"s" * (w > 1)}', jpegs_for_gpu, (folder, repeats, w, 64), n)
                 for w in workers]
     return Comparison('JPEG files', variants)
 

@@ -21,7 +21,7 @@ from diracnets.deployment import deploy, native_bfloat16
 from diracnets.folding import fold
 from diracnets.models.registry import count_multiply_adds
 from diracnets.network import Network
-from diracnets.preprocessing import Preprocessing
+from diracnets.preprocessing import Preprocessing, normalize
 from training import data, folders
 from training.compilation import compile_model
 from training.compute import Forward, cross_entropy, keep_freed_memory
@@ -63,15 +63,22 @@ def standard(depth, width, dataset='CIFAR10'):
     return network
 
 
+class LayerDiracConv2d(DiracConv2d):
+    """A DiracConv2d that computes its own W_hat: Network only groups those of the exact type."""
+
+
 def layer_by_layer(depth, width):
-    """Makes a DiracNet that computes W_hat in each layer."""
-    return nn.Sequential(*diracnet(depth, width))
+    """Makes a DiracNet that computes W_hat in each layer, and differs in nothing else."""
+    network = diracnet(depth, width)
+    for layer in network.modules():
+        if isinstance(layer, DiracConv2d):
+            layer.__class__ = LayerDiracConv2d
+    return network
 
 
 def multiply_adds(make, *sizes, pixels=32):
     """Counts the multiply-adds of one image of pixels x pixels in the model `make(*sizes)`."""
-    with torch.device('meta'):
-        return count_multiply_adds(make(*sizes), pixels)
+    return count_multiply_adds(make(*sizes), pixels)
 
 
 # ---------------------------------------------------------------- input
@@ -112,20 +119,38 @@ def iterate(loader):
     return epoch
 
 
+def iterate_and_normalize(loader, preprocess):
+    """Prepares an epoch of a loader of uint8 images, normalized as by train.py."""
+    def epoch():
+        for images, _, _ in loader:
+            normalize(images, preprocess)
+
+    return epoch
+
+
 def gathered(n):
     images = data.MemoryImages(*random_images(n)).augmented(pad=4)
-    return iterate(make_loader(images, BATCH, 0, seed=0))
+    return iterate_and_normalize(make_loader(images, BATCH, 0, seed=0), CIFAR)
 
 
 def by_pil(n):
     return iterate(pil_loader(n))
 
 
-def jpegs_by_opencv(folder, repeats, workers, batch=50):
-    """Loads JPEG files: decoded, cropped, in batches, without a model."""
+def jpeg_loader(folder, repeats, workers, batch=50):
+    """Makes a loader of JPEG files: decoded and cropped, in uint8 batches."""
     paths, labels, _ = folders.list_images(folder)
     images = folders.ImageFiles(paths * repeats, labels * repeats, 224).augmented()
-    return iterate(make_loader(images, batch, workers, seed=0))
+    return make_loader(images, batch, workers, seed=0)
+
+
+def jpegs_by_opencv(folder, repeats, workers):
+    return iterate_and_normalize(jpeg_loader(folder, repeats, workers), IMAGENET)
+
+
+def jpegs_for_gpu(folder, repeats, workers, batch):
+    """Prepares an epoch of uint8 images, which training normalizes on the GPU."""
+    return iterate(jpeg_loader(folder, repeats, workers, batch))
 
 
 def jpegs_by_pil(folder, repeats, workers):
