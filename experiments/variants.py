@@ -121,6 +121,8 @@ def iterate(loader):
 
 def iterate_and_normalize(loader, preprocess):
     """Prepares an epoch of a loader of uint8 images, normalized as by train.py."""
+    keep_freed_memory()
+
     def epoch():
         for images, _, _ in loader:
             normalize(images, preprocess)
