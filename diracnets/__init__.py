@@ -21,6 +21,7 @@ def __getattr__(name):
         namespace = importlib.import_module('diracnets.namespace')
         if hasattr(namespace, name):
             globals()[name] = getattr(namespace, name)
+        if name in globals():  # also a submodule, which its import in the namespace sets
             return globals()[name]
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 

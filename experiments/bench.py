@@ -38,10 +38,10 @@ from experiments.interleaved import (
 )
 from experiments.results import ROOT, read_results
 from experiments.variants import BATCH, NATIVE, diracnet, multiply_adds, repeated
-from training import data, folders, options
+from training import folders, options
 from training.choices import available_cores
 from training.evaluation import compute_logits
-from training.setup import match_splits
+from training.setup import load_test_splits
 
 DEPLOYED_IMAGES = 64  # per repetition of a deployed model
 STEPS = 5  # training steps per repetition, to measure the cost of W_hat
@@ -135,8 +135,7 @@ def bench_deploy(args):
         raise ValueError('deploy: no model; use --run RUN')
     loaded, batch = diracnets.load(args.run), 500
     preprocess = loaded.preprocess
-    splits = data.load_splits(args.dataset, args.dataroot, preprocess, training=False)
-    test = match_splits(splits, loaded).test
+    test = load_test_splits(loaded, args.dataset, args.dataroot).test
     model = fold(loaded.model)
     deployed = deploy(model, (batch, *preprocess.shape))
 

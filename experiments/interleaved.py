@@ -172,10 +172,10 @@ def latest_comparisons(results):
     """Returns {title: records of the last time it was measured}, the baseline first."""
     latest = {}
     for record in results:
-        is_baseline = all(float(record[name]) == 1 for name in ('ratio', 'ratio_low', 'ratio_high'))
-        if is_baseline:
-            latest[record['compared']] = []
-        latest[record['compared']].append(record)
+        records = latest.setdefault(record['compared'], [])
+        if records and record['what'] == records[0]['what']:  # the baseline: measured again
+            records.clear()
+        records.append(record)
     return latest
 
 

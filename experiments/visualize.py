@@ -22,10 +22,9 @@ from experiments.axes import LAST_EPOCH, LAYER_STATISTICS, draw_over_layers
 from experiments.measures import layer_statistics
 from experiments.results import append_results
 from plot import plot_filters
-from training import data
 from training.evaluation import compute_logits
 from training.options import DATASETS
-from training.setup import match_splits
+from training.setup import load_test_splits
 
 ROWS, COLUMNS = 4, 8  # of the sheet of mistakes
 
@@ -119,8 +118,7 @@ def main(argv=None):
     opt = parse_options(argv)
     with exit_on_error('experiments.visualize'):
         loaded = diracnets.load(opt.model)
-        splits = match_splits(
-            data.load_splits(opt.dataset, opt.dataroot, loaded.preprocess, training=False), loaded)
+        splits = load_test_splits(loaded, opt.dataset, opt.dataroot)
         model, save, title = fold(loaded.model), Path(opt.save), loaded.title
         records = predict(model, loaded.preprocess, splits.test, splits.classes)
         table = save / 'predictions.csv'

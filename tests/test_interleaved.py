@@ -164,6 +164,19 @@ def test_compare_appends_results_that_bench_draws(tmp_path, capsys, monkeypatch)
     assert matplotlib.image.imread(tmp_path / 'bench.png').std() > 0.05
 
 
+def test_latest_comparisons_start_with_the_baseline_when_another_ratio_is_rounded_to_one():
+    def records(comparison, *variants):
+        return [{'compared': comparison, 'what': what, 'ratio': ratio, 'ratio_low': ratio,
+                 'ratio_high': ratio} for what, ratio in variants]
+
+    first = records('a', ('slow', 1.0), ('fast', 2.0))
+    other = records('b', ('one', 1.0))
+    again = records('a', ('slow', 1.0), ('fast', 1.0), ('faster', 3.0))
+    assert interleaved.latest_comparisons(first + other + again) == {'a': again, 'b': other}
+    assert list(interleaved.pairs_with_baseline(first + again)) == [
+        (again[0], again[1]), (again[0], again[2])]
+
+
 @pytest.mark.parametrize('arguments', [['speed'], ['train', '--repetitions', '2'], ['deploy']])
 def test_bench_exits_with_one_line_when_arguments_are_wrong(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

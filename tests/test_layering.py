@@ -175,3 +175,10 @@ def test_public_names_of_diracnets_are_not_hidden_by_modules():
         '    assert not isinstance(getattr(diracnets, name), types.ModuleType), name',
     ])
     subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True)
+
+
+def test_modules_that_diracnets_imports_are_attributes_at_the_first_access():
+    script = 'import diracnets; print(diracnets.quantization.__name__)'
+    printed = subprocess.run([sys.executable, '-c', script], cwd=ROOT, check=True,
+                             capture_output=True, text=True).stdout
+    assert printed == 'diracnets.quantization\n'

@@ -1,5 +1,7 @@
 """experiments.visualize: predictions, confusion matrix, mistakes and figures of a trained model."""
 
+import shutil
+
 import cv2
 import pytest
 import torch
@@ -80,6 +82,22 @@ def test_exported_models_are_drawn_without_filters(visualized, tmp_path):
     assert seen == ['confusion.png', 'mistakes.png', 'predictions.csv']
     assert [row['labelled'] for row in read_csv(tmp_path / 'seen' / 'predictions.csv')] == [
         row['labelled'] for row in read_csv(drawn / 'predictions.csv')]
+
+
+def test_test_set_of_a_single_class_of_the_model_is_used_in_place_of_val(visualized, tmp_path):
+    images, folder, drawn = visualized
+    _, second = sorted(path.name for path in (images / 'test').iterdir())
+    shutil.copytree(images / 'train', tmp_path / 'val')
+    shutil.copytree(images / 'test' / second, tmp_path / 'test' / second)
+    visualize.main([str(folder), '--dataroot', str(tmp_path), '--save', str(tmp_path / 'seen')])
+    seen, expected = (
+        [(row['class'], row['labelled'], row['probability_percent'])
+         for row in read_csv(path / 'predictions.csv') if row['class'] == second]
+        for path in (tmp_path / 'seen', drawn))
+    assert len(read_csv(tmp_path / 'seen' / 'predictions.csv')) == len(seen) == 30
+    assert [row[:2] for row in seen] == [row[:2] for row in expected]
+    for (*_, probability), (*_, other) in zip(seen, expected):  # of batches of other images
+        assert float(probability) == pytest.approx(float(other), abs=0.01)
 
 
 @pytest.mark.parametrize('model', ['plain', 'diracnet-v1', 'diracnet-fast'])

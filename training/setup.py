@@ -217,6 +217,13 @@ def match_splits(splits, loaded, force=False):
     return splits.with_classes(loaded.classes, positions)
 
 
+def load_test_splits(loaded, name, dataroot):
+    """Loads the test images of a dataset by name, with the labels of a LoadedModel."""
+    splits = data.load_splits(name, dataroot, loaded.preprocess, training=False,
+                              classes=loaded.classes or ())
+    return match_splits(splits, loaded)
+
+
 def load_for_evaluation(opt, device, splits=None):
     """Loads --resume and test images; returns (LoadedModel, Forward, DataSplits).
 
