@@ -39,6 +39,7 @@ ARCHITECTURES = {
     'diracnet-fast': Architecture('diracnet_fast.diracnet_fast', FAST, CIFAR),
     'plain': Architecture('plain.plain', {**SIZE, **BLOCK}),
     'dirac-init': Architecture('plain.dirac_init', SIZE),
+    'default-init': Architecture('plain.default_init', SIZE),
     'resnet': Architecture('plain.resnet', SIZE),
     'wide-resnet': Architecture(
         'wide_resnet.WideResNet', {'depth': 28, 'width': 10, 'droprate': 0.0}, CIFAR

@@ -16,7 +16,7 @@ from training.options import model_options, parse_options
 COMPARED_MODELS = ('plain', 'dirac-init', 'diracnet', 'resnet')
 COMPARED_BLOCKS = {  # options of train.py; the first three share the runs of `depth`
     'base': {'model': 'plain'}, 'dirac-init': {'model': 'dirac-init'},
-    'dirac': {'model': 'diracnet'},
+    'dirac': {'model': 'diracnet'}, 'default-init': {'model': 'default-init'},
     **{block: {'model': 'plain', 'block': block} for block in ('acb', 'dbb', 'repvgg')},
 }
 REFERENCES = {  # options of train.py: networks of other papers with the papers' recipes

@@ -118,6 +118,7 @@ SIZES = [  # model, dataset, options, recipe
     ('plain', 'CIFAR10', {'depth': 28, 'width': 1, 'block': 'acb'}, 'diracnet-cifar'),
     ('plain', 'CIFAR10', {'depth': 28, 'width': 1, 'block': 'repvgg'}, 'diracnet-cifar'),
     ('dirac-init', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
+    ('default-init', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
     ('resnet', 'CIFAR10', {'depth': 28, 'width': 1}, 'diracnet-cifar'),
     ('wide-resnet', 'CIFAR10', {'depth': 16, 'width': 4}, 'wide-resnet'),
     ('wide-resnet', 'CIFAR10', {'depth': 28, 'width': 10}, 'wide-resnet'),

@@ -125,7 +125,7 @@ def test_plain_dirac_init_and_resnet_have_parameters_of_diracnet_without_alpha_a
         tensor.numel() for name, tensor in params.items()
         if tensor.requires_grad and not name.endswith(('alpha', 'beta'))
     )
-    for name in ('plain', 'dirac-init', 'resnet'):
+    for name in ('plain', 'dirac-init', 'default-init', 'resnet'):
         model = build_on_meta(name, dataset, depth=depth, width=width)
         assert count(model) == expected, name
 
@@ -235,6 +235,7 @@ SMALLEST = [
     ('plain', 'CIFAR10', {'depth': 10, 'block': 'dirac'}),
     ('plain', 'ImageNet', {'depth': 18, 'width': 0.25, 'block': 'dbb'}),
     ('dirac-init', 'CIFAR10', {'depth': 10}),
+    ('default-init', 'CIFAR10', {'depth': 10}),
     ('resnet', 'CIFAR10', {'depth': 10}),
     ('wide-resnet', 'CIFAR10', {'depth': 10, 'width': 1, 'droprate': 0.1}),
     ('densenet', 'CIFAR10', {'layers': 10, 'growth': 8}),
@@ -426,7 +427,8 @@ def test_plain_equals_diracnet_with_alpha_zero_and_beta_norm(dataset, depth):
 
 
 @pytest.mark.parametrize(('name', 'dataset', 'depth'), [
-    ('plain', 'CIFAR10', 16), ('dirac-init', 'CIFAR10', 16), ('plain', 'ImageNet', 18),
+    ('plain', 'CIFAR10', 16), ('dirac-init', 'CIFAR10', 16), ('default-init', 'CIFAR10', 16),
+    ('plain', 'ImageNet', 18),
 ])
 def test_diracnet_loads_folded_plain_and_dirac_init(name, dataset, depth):
     model = random_model(name, dataset, depth=depth, width=0.5)
@@ -456,6 +458,24 @@ def test_plain_initializes_batch_norms_and_linear_layer_like_diracnet():
     assert not any(bn.bias.any() for bn in norms)
     assert model.fc.weight.std().item() == pytest.approx(math.sqrt(2 / 256), rel=0.05)
     assert not model.fc.bias.any()
+
+
+@pytest.mark.parametrize(('name', 'options'), [
+    ('default-init', {}), *[('plain', {'block': block}) for block in ('acb', 'dbb', 'repvgg')]])
+def test_default_init_and_branches_have_the_initialization_of_torch(name, options):
+    model = create_model(name, 'CIFAR10', depth=16, width=4, **options)
+    kernels = [module.weight for module in model.features.modules()
+               if type(module) is nn.Conv2d and module.weight.shape[2:] == (3, 3)]
+    assert len(kernels) >= 13
+    for weight in kernels:  # uniform within 1 / sqrt(inputs of a filter)
+        bound = 1 / math.sqrt(weight[0].numel())
+        assert weight.abs().max().item() == pytest.approx(bound, rel=0.03)
+        assert weight.abs().max().item() <= bound
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+    for module in model.features.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert torch.all(module.weight == 1)
+            assert not module.bias.any()
 
 
 def test_dirac_init_passes_input_and_randomizes_new_channels():

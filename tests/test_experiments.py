@@ -139,11 +139,12 @@ def test_blocks_share_the_runs_of_depth():
     for budget, depths in (('small', (16, 28, 52)), ('medium', (28,))):
         runs = EXPERIMENTS['blocks'](BUDGETS[budget])
         assert {(spec.series, spec.x, spec.seed) for spec in runs} == set(itertools.product(
-            ('base', 'dirac-init', 'dirac', 'acb', 'dbb', 'repvgg'), depths, (1, 2, 3)))
+            ('base', 'dirac-init', 'dirac', 'default-init', 'acb', 'dbb', 'repvgg'), depths,
+            (1, 2, 3)))
         names = {spec.run_name for spec in EXPERIMENTS['depth'](BUDGETS[budget])}
         assert {spec.series for spec in runs if spec.run_name in names} == {
             'base', 'dirac-init', 'dirac'}
-        assert len({spec.run_name for spec in runs}) == len(runs) == 18 * len(depths)
+        assert len({spec.run_name for spec in runs}) == len(runs) == 21 * len(depths)
     trained = [spec for spec in EXPERIMENTS['blocks'](BUDGETS['small'])
                if not run.needs_training(spec, 'blocks', paths)]
     of_depth = {(row['series'], row['x'], row['seed'])
@@ -173,7 +174,8 @@ def test_blocks_time_the_models_that_are_trained(tmp_path, monkeypatch):
     pairs = [(3, 16), (16, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64)]
     base = sum(9 * cin * cout + 2 * cout for cin, cout in pairs) + 650
     expected = {
-        'base': base, 'dirac-init': base, 'dirac': base + sum(2 * cout for _, cout in pairs[1:]),
+        'base': base, 'dirac-init': base, 'default-init': base,
+        'dirac': base + sum(2 * cout for _, cout in pairs[1:]),
         'acb': base + sum(6 * cin * cout + 4 * cout for cin, cout in pairs),
         'repvgg': base + sum(cin * cout + 2 * cout + 2 * cin * (cin == cout)
                              for cin, cout in pairs),

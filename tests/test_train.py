@@ -418,6 +418,7 @@ SMALLEST = {  # the smallest model of each
     'plain, dirac': ['--depth', 10, '--block', 'dirac'],
     'plain, ImageNet': [*IMAGENET, '--depth', 18, '--width', 0.25],
     'dirac-init': ['--depth', 10],
+    'default-init': ['--depth', 10],
     'resnet': ['--depth', 10],
     'wide-resnet': ['--depth', 10, '--width', 1, '--droprate', 0.1],
     'densenet': ['--layers', 10, '--growth', 4, '--droprate', 0.1],

@@ -1,8 +1,8 @@
 """Models with the topology of a DiracNet: plain, with Dirac initialization, and with skips.
 
-Each differs from the DiracNet in one aspect only, after which it is named. The initialization of
-batch norm and of the other layers is that of the DiracNet. `diracnets.fold` folds `plain` and
-`dirac_init` into models with the state dict of a `diracnet.DiracNet`.
+Each differs from the DiracNet in one aspect only, after which it is named. Where the name does not
+say otherwise, the initialization is that of the DiracNet; branches of `with_block` keep their own.
+`diracnets.fold` folds all but `resnet` into models with the state dict of a `diracnet.DiracNet`.
 """
 
 import functools
@@ -78,6 +78,18 @@ def plain(topology: Topology, block: str) -> nn.Module:
 def dirac_init(topology: Topology) -> PlainNet:
     """Returns `plain` with Dirac initialization, but no parametrization (arXiv 2404.00498)."""
     return PlainNet(topology, _dirac_block)
+
+
+def default_init(topology: Topology) -> PlainNet:
+    """Returns `plain` with the initialization of PyTorch, except in the linear layer.
+
+    It is that of the convolutions and batch norms in the branches of `with_block`.
+    """
+    model = PlainNet(topology, _kaiming_block)
+    for layer in model.features.modules():
+        if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d)):
+            layer.reset_parameters()
+    return model
 
 
 def resnet(topology: Topology) -> PlainNet:
