@@ -64,8 +64,9 @@ from tqdm import tqdm
 
 from diracnets.class_names import imagenet_classes
 from diracnets.folding import fold
+from diracnets.image_files import DataError
 from diracnets.loading import load
-from diracnets.preprocessing import DataError, find_images
+from diracnets.preprocessing import find_images
 from training.files import atomic_write
 
 

@@ -37,7 +37,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from diracnets.preprocessing import DataError
+from diracnets.image_files import DataError
 from training import checkpoint, distributed
 from training.augmentation import progressive_sizes
 from training.checkpoint import DivergedError

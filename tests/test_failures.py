@@ -23,7 +23,8 @@ import export
 import predict
 import train
 from diracnets.checkpoint import load_dict, load_dict_file
-from diracnets.preprocessing import DataError, read_test_image
+from diracnets.image_files import DataError
+from diracnets.preprocessing import read_test_image
 from fault_injection import children_of
 from pages import ROOT
 from runs import (

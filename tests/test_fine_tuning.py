@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 import diracnets
 import train
 from diracnets.architectures import ARCHITECTURES
-from diracnets.preprocessing import DataError
+from diracnets.image_files import DataError
 from runs import (
     assert_same_run,
     on_ranks,

@@ -10,7 +10,7 @@ from torch import nn
 
 from cli import say, warn
 from diracnets.deployment import with_own_code_object
-from diracnets.preprocessing import DataError
+from diracnets.image_files import DataError
 from training.compute import cross_entropy
 from training.distributed import rank, world_size
 from training.progress import Progress

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from cli import say
-from diracnets.preprocessing import DataError
+from diracnets.image_files import DataError
 from training import checkpoint
 from training.checkpoint import DivergedError
 from training.distributed import all_reduce, rank, world_size
