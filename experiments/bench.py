@@ -80,16 +80,17 @@ def bench_train(args):
 
 
 def bench_data(args):
+    paths = folders.list_images(args.images)[0] if args.images else ()
     n = 10_000
     compare('32 x 32 images', [
         Variant('PIL, 4 workers', variants.by_pil, (n,), n),
         Variant('one gather per batch', variants.gathered, (n,), n),
     ], args.repetitions, TABLE)
-    if not args.images:
+    if not paths:
         print('JPEG files: skipped, because --images FOLDER is missing')
         return
     workers = min(available_cores(), options.MAX_WORKERS)
-    n = 3 * len(folders.list_images(args.images)[0])
+    n = 3 * len(paths)
     arguments = args.images, 3, workers
     compare('JPEG files', [
         Variant(f'ImageFolder with PIL, {workers} workers', variants.jpegs_by_pil, arguments, n),
