@@ -33,6 +33,21 @@ def test_images_per_second_interleaves_models():
     assert all(rate > 0 for rate in rates)
 
 
+def test_matmul_gflops_is_that_of_the_fastest_product(monkeypatch):
+    seconds, products = iter([0.02, *28 * [0.01], 0.005]), []
+
+    def timed(work, device):
+        products.append(work())
+        return next(seconds)
+
+    monkeypatch.setattr(timing, 'seconds_per_call', timed)
+    # two operations per multiply-add, of which there are 100^3 in 0.005 s
+    assert timing.matmul_gflops('bfloat16', size=100) == pytest.approx(0.4)
+    assert {(product.shape, product.dtype) for product in products} == {
+        ((100, 100), torch.bfloat16)}
+    assert next(seconds, None) is None
+
+
 @pytest.mark.slow
 def test_time_in_processes_interleaves_variants_each_in_its_own_process(tmp_path):
     path = tmp_path / 'calls.txt'
