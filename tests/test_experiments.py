@@ -18,6 +18,7 @@ from PIL import Image, JpegImagePlugin
 import diracnets
 import train
 from diracconv import dirac_weight
+from diracnets import quantization
 from diracnets.checkpoint import load_params
 from experiments import (
     definitions,
@@ -125,10 +126,12 @@ def test_tiny_budget_gives_results_and_figure(experiment, shared, monkeypatch):
 
 
 @pytest.mark.slow
-def test_int8_gives_accuracies_and_figure(digit_files, shared):
+def test_int8_gives_accuracies_and_figure(digit_files, shared, monkeypatch):
+    monkeypatch.setattr(quantization, 'CALIBRATION_IMAGES', 20)
     folder = tiny('int8', shared, '--dataset', 'Folder', '--dataroot', digit_files)
     row, *_ = rows = read(folder / 'measured.csv')
     assert {row['series'] for row in rows} == {'plain', 'diracnet', 'resnet'}
+    assert row['calibration_images'] == '20'
     # the log has the accuracy of the unfolded model in bfloat16 or float32
     trained = {row['run']: float(row['test_acc_percent']) for row in read(folder / 'results.csv')}
     assert abs(float(row['float32_test_acc_percent']) - trained[row['run']]) < 2
@@ -213,6 +216,7 @@ def test_blocks_measure_int8_of_the_checkpoints_of_their_results(
     digit_files, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(measures, 'DEPTH', 10)
+    monkeypatch.setattr(quantization, 'CALIBRATION_IMAGES', 20)
     write_blocks(tmp_path / 'logs', times={'repvgg': 1})
     folder = tmp_path / 'logs' / 'blocks'
     options = '--only', 'repvgg, *', '--dataset', 'Folder', '--dataroot', digit_files
