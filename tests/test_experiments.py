@@ -142,6 +142,7 @@ def test_int8_gives_accuracies_and_figure(digit_files, shared, monkeypatch):
 def test_cost_gives_times_and_figure(monkeypatch, shared):
     monkeypatch.setattr(measures, 'REPETITIONS', 2)
     monkeypatch.setattr(measures, 'STEPS', 1)
+    monkeypatch.setattr(measures, 'DEPTH', 10)
     folder = tiny('cost', shared)
     rows = read(folder / 'measured.csv')
     assert len(rows) == 8
