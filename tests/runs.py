@@ -2,12 +2,12 @@
 
 A new `python train.py` imports packages for seconds. `in_child` and `on_ranks` fork their processes
 from a server that has imported them. They stand for a command wherever the start of the interpreter
-or the launcher is not under test.
+or the launcher is not under test. `fork_workers` does the same for the processes of timings.
 """
 
 import contextlib
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -23,6 +24,7 @@ import pytest
 import torch
 
 import train
+from experiments import interleaved
 from fault_injection import children_of, compare
 from pages import ROOT
 
@@ -133,19 +135,32 @@ def _child(output, variables, function, arguments):
     sys.exit(status)
 
 
-def _start_child(output, variables, function, arguments):
+def _forkserver():
+    """Returns the context of processes that a server forks; the first call starts the server."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['train', 'export'])
-    output.mkdir(parents=True)
-    process = context.Process(target=_child, args=(output, variables, function, arguments))
     before = dict(os.environ)
-    os.environ.update(environment())  # of the server, which the first call starts
+    os.environ.update(environment())  # of the server
     try:
-        process.start()
+        multiprocessing.forkserver.ensure_running()
     finally:
         os.environ.clear()
         os.environ.update(before)
+    return context
+
+
+def _start_child(output, variables, function, arguments):
+    output.mkdir(parents=True)
+    process = _forkserver().Process(
+        target=_child, args=(output, variables, function, arguments))
+    process.start()
     return process
+
+
+def fork_workers(patch):
+    """Lets experiments/interleaved.py fork its processes instead of starting new ones."""
+    patch.setattr(interleaved, 'multiprocessing', SimpleNamespace(
+        get_context=lambda method: _forkserver()))
 
 
 def _end_children(processes, seconds):

@@ -34,7 +34,7 @@ from experiments.axes import draw_over_layers, draw_points
 from experiments.definitions import BUDGETS, EXPERIMENTS, SCRIPTS, RunSpec
 from experiments.release import write_log
 from records import run_records, write_csv, write_speedrun
-from runs import write_sets
+from runs import fork_workers, write_sets
 from training import data
 from training.folders import files_of
 from training.log import read_log
@@ -83,6 +83,7 @@ def tiny(experiment, folder, *options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, 'load_splits', load_few)
         patch.setitem(EXPERIMENTS, 'speedrun', narrow_speedrun)
+        fork_workers(patch)
         patch.setattr(measures, 'matmul_gflops', lambda dtype: 5e4)  # measuring it takes a minute
         run.main([experiment, '--budget', 'tiny', '--logs', str(folder / 'logs'),
                   '--runs', str(folder / 'runs'), *map(str, options)])

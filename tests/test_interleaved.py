@@ -14,6 +14,7 @@ import torch
 
 from experiments import bench, interleaved, results
 from experiments.interleaved import Variant
+from runs import fork_workers
 from training import timing
 
 
@@ -49,7 +50,10 @@ def test_matmul_gflops_is_that_of_the_fastest_product(monkeypatch):
 
 
 @pytest.mark.slow
-def test_time_in_processes_interleaves_variants_each_in_its_own_process(tmp_path):
+def test_time_in_processes_interleaves_variants_each_in_its_own_process(
+    tmp_path, monkeypatch
+):
+    fork_workers(monkeypatch)
     path = tmp_path / 'calls.txt'
     variants = [Variant(name, writing, (str(path), name), 1) for name in 'ab']
     interleaved.time_in_processes(variants, 13, 'letters')
@@ -81,7 +85,8 @@ def writing(path, name):
 
 
 @pytest.mark.slow
-def test_time_in_processes_raises_and_ends_the_other_processes_when_one_dies():
+def test_time_in_processes_raises_and_ends_the_other_processes_when_one_dies(monkeypatch):
+    fork_workers(monkeypatch)
     variants = [Variant('lasting', lasting, (), 1), Variant('dying', dying, (3,), 1)]
     with pytest.raises(RuntimeError, match='^dying: .* 9$'):
         interleaved.time_in_processes(variants, 5, 'deaths')
