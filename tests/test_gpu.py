@@ -90,9 +90,16 @@ def test_comparisons_that_the_same_commit_measured_are_skipped(capsys, tmp_path,
 
 def test_no_checks_and_no_compile_leave_these_out(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, 'run_checks', lambda: pytest.fail('checked'))
-    compared = []
-    monkeypatch.setattr(gpu, 'time_in_order', lambda comparisons, **_: compared.extend(comparisons))
+    compared, peaks = [], []
+
+    def record(comparisons, peak, **_):
+        compared.extend(comparisons)
+        peaks.append(peak)
+
+    monkeypatch.setattr(gpu, 'time_in_order', record)
+    monkeypatch.setattr(gpu, 'matmul_gflops', lambda *arguments: 7000)
     gpu.main(['--device', 'cpu', '--logs', str(tmp_path), '--no-checks', '--no-compile'])
+    assert peaks == [7]  # TFLOP/s
     names = [variant.name for comparison in compared for variant in comparison.variants]
     assert 'train.py' in names
     assert not any('--compile' in name for name in names)
