@@ -8,6 +8,7 @@ import torch
 from experiments import gpu, gpu_runs
 from experiments.gpu import Comparison, Variant
 from experiments.results import read_csv
+from training.compute import Forward
 from training.loader import make_loader
 
 CPU = torch.device('cpu')
@@ -135,7 +136,10 @@ def test_profile_counts_operators_of_each_step():
 
 
 @pytest.mark.slow
-def test_measured_run_states_its_command_and_minutes(tmp_path):
+def test_measured_run_states_its_command_and_minutes(tmp_path, monkeypatch):
+    # CPUs without bfloat16 emulate it slowly
+    monkeypatch.setattr(gpu, 'Forward', lambda preprocess, dtype, device: Forward(
+        preprocess, 'float', device))
     gpu.measure_runs(CPU, tmp_path, {'device': 'CPU'}, time.monotonic() + 600)
     cost, = read_csv(tmp_path / 'runs.csv')
     assert cost['command'] == 'python train.py --depth 10 --width 1'
