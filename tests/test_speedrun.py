@@ -371,7 +371,11 @@ def test_channels_and_convolutions_of_a_change(images):
 
 
 @pytest.mark.slow
-def test_search_records_each_run_once(images, tmp_path, capsys):
+def test_search_records_each_run_once(images, tmp_path, capsys, monkeypatch):
+    # CPUs without bfloat16, in which muon computes too, emulate it slowly
+    monkeypatch.setattr(search, 'Forward', lambda preprocess, dtype, device: Forward(
+        preprocess, 'float', device))
+    monkeypatch.setitem(search.PROXY, 'optimizer', 'sgd')
     results = tmp_path / 'search.csv'
     arguments = ['--dataroot', str(images), '--seeds', '1', '--results', str(results)]
     for only, expected in ((['recipe'], 1), (['recipe', 'hard half*', 'groups*'], 3)):
