@@ -128,30 +128,34 @@ OPTIONS = ['--dataset', 'Digits', '--depth', '10', '--dtype', 'float', '--epochs
 STATUSES = {'kill': {-signal.SIGKILL}, 'half': {-signal.SIGXFSZ, 0}, 'full': {1, 0}}
 
 
-def run_with_fault(save, point, fault):
+def run_with_fault(save, point, fault, *options):
     """Runs train.py with a fault at a file operation; returns (exit status, lines on stderr)."""
     command = [sys.executable, str(ROOT / 'tests' / 'faulty_train.py'), str(save), str(point),
-               fault, *OPTIONS]
+               fault, *OPTIONS, *options]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                           env={**os.environ, 'PYTHONPATH': str(ROOT)})
     return done.returncode, done.stderr.strip().splitlines()
 
 
-def inject_faults(folder, points=None):
-    """Injects each fault at the given file operations, or at all; returns (count, problems)."""
+def inject_faults(folder, points=None, *options):
+    """Injects each fault at the given file operations, or at all; returns (count, problems).
+
+    options: further ones of train.py.
+    """
     reference = folder / 'whole'
-    status, errors = run_with_fault(reference, 0, 'kill')
+    status, errors = run_with_fault(reference, 0, 'kill', *options)
     if status != 0:
         raise RuntimeError(f'the run without faults ended with {status}: {errors[-1:]}')
     cases = [(p, fault) for p in points or range(1, int(errors[-1]) + 1) for fault in STATUSES]
     problems = []
     for point, fault in tqdm(cases, 'faults', disable=None):
         save = folder / f'{point}-{fault}'
-        status, errors = run_with_fault(save, point, fault)
+        status, errors = run_with_fault(save, point, fault, *options)
         if status not in STATUSES[fault] or len(errors) > 1:
             problems.append(f'operation {point}, {fault}: status {status}, {errors[-2:]}')
-        resumed = subprocess.run([*TRAIN, *OPTIONS, '--save', str(save), '--resume', 'auto'],
-                                 capture_output=True, text=True)
+        resumed = subprocess.run(
+            [*TRAIN, *OPTIONS, *options, '--save', str(save), '--resume', 'auto'],
+            capture_output=True, text=True)
         differences = [resumed.stderr] if resumed.returncode else compare(reference, save)
         problems += [f'operation {point}, {fault}: {name}' for name in differences]
         shutil.rmtree(save)

@@ -97,7 +97,7 @@ def exit_at_file_operation(point, folder):
 @pytest.mark.slow
 def test_resume_after_a_fault_at_a_file_operation(tmp_path):
     """One of them; `python tests/fault_injection.py --points` tests all."""
-    count, problems = inject_faults(tmp_path, points=[9])
+    count, problems = inject_faults(tmp_path, [9], '--width', '0.25')
     assert (count, problems) == (3, [])
 
 
