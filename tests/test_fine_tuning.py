@@ -324,17 +324,20 @@ def test_force_selects_the_best_epoch_anew_on_other_images(images, tmp_path, cap
 
 @pytest.mark.slow
 def test_compile_does_not_change_the_run(images, before, tmp_path):
-    options = [*ALL, '--pretrained', before('plain'), '--dtype', 'double', '--epochs', 1]
+    options = [*ALL, '--model', 'diracnet', '--pretrained', before('diracnet'), '--dtype', 'double']
     run(images, tmp_path / 'eager', *options)
     run(images, tmp_path / 'compiled', *options, '--compile')
     eager, compiled = (torch.load(tmp_path / name / 'model.pt7', weights_only=True)
                        for name in ('eager', 'compiled'))
     for kind in ('params', 'ema'):
+        assert eager[kind].keys() == compiled[kind].keys()
         for name, tensor in eager[kind].items():
             torch.testing.assert_close(compiled[kind][name], tensor, rtol=1e-6, atol=1e-9)
-            if name.startswith(STEMS['plain']):
-                kept = params_of(before('plain'))[name].double()
+            if name.startswith(STEMS['diracnet']):
+                kept = params_of(before('diracnet'))[name].double()
                 assert torch.equal(compiled['params'][name], kept)
+    assert not any('compile_time' in stats for stats in stats_of(tmp_path / 'eager'))
+    assert all(stats['compile_time'] > 0 for stats in stats_of(tmp_path / 'compiled'))
 
 
 @pytest.mark.slow
