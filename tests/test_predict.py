@@ -21,6 +21,7 @@ import plot
 import predict
 from diracnets import class_names
 from test_export import error_of, images, torch_home  # noqa: F401 (fixtures)
+from training import timing
 
 ROOT = Path(predict.__file__).parent
 
@@ -192,6 +193,8 @@ def test_predict_escapes_names_that_are_not_printable(photos, trained, tmp_path,
 def test_load_and_the_commands_accept_the_name_of_a_published_model(
     torch_home, images, tmp_path, monkeypatch, capsys  # noqa: F811
 ):
+    monkeypatch.setattr(export, 'BATCH', 2)
+    monkeypatch.setattr(timing, 'REPETITIONS', 1)
     monkeypatch.setenv('TORCH_HOME', str(torch_home))
     (file,) = (torch_home / 'hub' / 'checkpoints').glob('diracnet18v2folded-*.pth')
     monkeypatch.setitem(diracnet.MODEL_URLS, 18, f'http://127.0.0.1:1/{file.name}')
