@@ -119,6 +119,9 @@ def started(*command):
 def _child(output, variables, function, arguments):
     """Runs function(*arguments) with stdout and stderr in files, and exits as a script does."""
     os.environ.update(variables)
+    # otherwise DataLoader workers of this process come from another server, which imports
+    # everything again, and outlives this process with them if it is killed
+    multiprocessing.set_start_method(None, force=True)
     for number, stream in ((1, 'stdout'), (2, 'stderr')):
         file = os.open(output / stream, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, number)
