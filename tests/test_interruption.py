@@ -602,17 +602,16 @@ def wait_for_epochs(agents, folder, epochs):
 @pytest.mark.slow
 def test_evaluate_does_not_depend_on_the_number_of_ranks(images, tmp_path):
     folder = tmp_path / 'run'
-    with agents_of(2, images, folder, '--epochs', 2) as agents:
-        outputs = [agent.communicate(timeout=300) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
-    printed = ''.join(out for out, _ in outputs)
-    assert printed.count('==> id: ') == 2  # printed by the first rank only
+    command = list(map(str, [*SMALL, '--dataroot', images, '--save', folder]))
+    printed = on_ranks(tmp_path / 'training', 2, train.main, [*command, '--epochs', '2'])
+    assert printed.count('==> id: ') == 2
+    assert (tmp_path / 'training' / 'rank1-of-2' / 'stdout').read_text() == ''
     assert 'computing on 2 x cpu' in printed
     assert [s['epoch'] for s in stats_of(folder)] == [1, 2]
 
-    command = [*SMALL, '--dataroot', images, '--save', folder, '--evaluate', '--resume', folder]
+    command += ['--evaluate', '--resume', str(folder)]
     lines = [
-        on_ranks(tmp_path, count, train.main, list(map(str, command))).splitlines()[-2:]
+        on_ranks(tmp_path, count, train.main, command).splitlines()[-2:]
         for count in (1, 2, 3)
     ]
     assert lines[0] == lines[1] == lines[2]
