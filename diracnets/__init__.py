@@ -21,7 +21,7 @@ def __getattr__(name):
         namespace = importlib.import_module('diracnets.namespace')
         if hasattr(namespace, name):
             globals()[name] = getattr(namespace, name)
-        if name in globals():  # also a submodule, which its import in the namespace sets
+        if name in globals():  # importing the namespace also sets submodules as attributes
             return globals()[name]
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 

@@ -80,13 +80,14 @@ def bench_train(args):
 
 
 def bench_data(args):
-    paths = folders.list_images(args.images)[0] if args.images else ()
+    # lists the images first: an invalid folder ends the command before it measures
+    paths = folders.list_images(args.images)[0] if args.images else None
     n = 10_000
     compare('32 x 32 images', [
         Variant('PIL, 4 workers', variants.by_pil, (n,), n),
         Variant('one gather per batch', variants.gathered, (n,), n),
     ], args.repetitions, TABLE)
-    if not paths:
+    if paths is None:
         print('JPEG files: skipped, because --images FOLDER is missing')
         return
     workers = min(available_cores(), options.MAX_WORKERS)

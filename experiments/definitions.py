@@ -16,8 +16,9 @@ from training.options import model_options, parse_options
 COMPARED_MODELS = ('plain', 'dirac-init', 'diracnet', 'resnet')
 COMPARED_BLOCKS = {  # options of train.py; the first three share the runs of `depth`
     'base': {'model': 'plain'}, 'dirac-init': {'model': 'dirac-init'},
-    'dirac': {'model': 'diracnet'}, 'default-init': {'model': 'default-init'},
+    'dirac': {'model': 'diracnet'},
     **{block: {'model': 'plain', 'block': block} for block in ('acb', 'dbb', 'repvgg')},
+    'default-init': {'model': 'default-init'},  # with the initialization of the branches
 }
 REFERENCES = {  # options of train.py: networks of other papers with the papers' recipes
     'WRN-16-4': {'recipe': 'wide-resnet', 'model': 'wide-resnet', 'depth': 16, 'width': 4},

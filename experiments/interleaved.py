@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from cli import print_table
-from experiments.results import append_results, environment
+from experiments.results import append_results, column, environment
 from training.timing import interleave, matmul_gflops, paired_ratio, seconds_per_call
 
 REPETITIONS_PER_PROCESS = 10  # the memory layout of one process shifts its speed by 1 to 2 %
@@ -170,12 +170,13 @@ def variant_record(title, variant, baseline, peak):
 
 def latest_comparisons(results):
     """Returns {title: records of the last time it was measured}, the baseline first."""
-    latest = {}
-    for record in results:
+    latest, previous = {}, None
+    for record in results:  # those of a comparison stand together
         records = latest.setdefault(record['compared'], [])
-        if records and record['what'] == records[0]['what']:  # the baseline: measured again
-            records.clear()
+        if record['compared'] != previous or record['what'] in column(records, 'what'):
+            records.clear()  # measured again
         records.append(record)
+        previous = record['compared']
     return latest
 
 

@@ -140,7 +140,7 @@ def run_with_fault(save, point, fault, *options):
 def inject_faults(folder, points=None, *options):
     """Injects each fault at the given file operations, or at all; returns (count, problems).
 
-    options: further ones of train.py.
+    options: additional options of train.py.
     """
     reference = folder / 'whole'
     status, errors = run_with_fault(reference, 0, 'kill', *options)

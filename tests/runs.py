@@ -2,7 +2,7 @@
 
 A new `python train.py` imports packages for seconds. `in_child` and `on_ranks` fork their processes
 from a server that has imported them. They stand for a command wherever the start of the interpreter
-or the launcher is not under test. `fork_workers` does the same for the processes of timings.
+or the launcher is not under test. `use_forkserver` does the same for the processes of timings.
 """
 
 import contextlib
@@ -160,10 +160,13 @@ def _start_child(output, variables, function, arguments):
     return process
 
 
-def fork_workers(patch):
-    """Lets experiments/interleaved.py fork its processes instead of starting new ones."""
-    patch.setattr(interleaved, 'multiprocessing', SimpleNamespace(
-        get_context=lambda method: _forkserver()))
+def use_forkserver(patch):
+    """Lets experiments/interleaved.py fork its processes from a server instead of spawning them."""
+    def get_context(method):
+        assert method == 'spawn'
+        return _forkserver()
+
+    patch.setattr(interleaved, 'multiprocessing', SimpleNamespace(get_context=get_context))
 
 
 def _end_children(processes, seconds):

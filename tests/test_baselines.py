@@ -117,7 +117,7 @@ def test_plain_equals_diracnet_when_block_is_dirac():
 
 
 @pytest.mark.parametrize(('dataset', 'depth', 'width'), [('CIFAR10', 28, 1), ('ImageNet', 18, 1)])
-def test_plain_dirac_init_and_resnet_have_parameters_of_diracnet_without_alpha_and_beta(
+def test_networks_of_the_same_topology_have_parameters_of_diracnet_without_alpha_and_beta(
     dataset, depth, width
 ):
     _, params = define_diracnet(depth, width, dataset)
@@ -403,7 +403,7 @@ def test_fold_v1_gives_published_layers():
     ]
 
 
-# ---------------------------------------------------------------- plain, dirac-init, resnet
+# ---------------------------------------------------------------- models of plain.py
 
 
 @pytest.mark.parametrize(('dataset', 'depth'), [('CIFAR10', 16), ('ImageNet', 18)])
@@ -430,7 +430,7 @@ def test_plain_equals_diracnet_with_alpha_zero_and_beta_norm(dataset, depth):
     ('plain', 'CIFAR10', 16), ('dirac-init', 'CIFAR10', 16), ('default-init', 'CIFAR10', 16),
     ('plain', 'ImageNet', 18),
 ])
-def test_diracnet_loads_folded_plain_and_dirac_init(name, dataset, depth):
+def test_diracnet_loads_folded_networks_without_skips(name, dataset, depth):
     model = random_model(name, dataset, depth=depth, width=0.5)
     folded = DiracNet(depth, 0.5, dataset).double().eval()
     folded.load_state_dict(fold(model, torch.float64).state_dict())
@@ -464,14 +464,13 @@ def test_plain_initializes_batch_norms_and_linear_layer_like_diracnet():
     ('default-init', {}), *[('plain', {'block': block}) for block in ('acb', 'dbb', 'repvgg')]])
 def test_default_init_and_branches_have_the_initialization_of_torch(name, options):
     model = create_model(name, 'CIFAR10', depth=16, width=4, **options)
-    kernels = [module.weight for module in model.features.modules()
-               if type(module) is nn.Conv2d and module.weight.shape[2:] == (3, 3)]
-    assert len(kernels) >= 13
-    for weight in kernels:  # uniform within 1 / sqrt(inputs of a filter)
+    weights = [module.weight for module in model.features.modules() if type(module) is nn.Conv2d]
+    assert len(weights) >= 13
+    for weight in weights:  # uniform within 1 / sqrt(inputs of a filter)
         bound = 1 / math.sqrt(weight[0].numel())
         assert weight.abs().max().item() == pytest.approx(bound, rel=0.03)
-        assert weight.abs().max().item() <= bound
-        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
+        assert weight.abs().max().item() <= bound + 1e-7
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
     for module in model.features.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert torch.all(module.weight == 1)

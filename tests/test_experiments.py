@@ -34,7 +34,7 @@ from experiments.axes import draw_over_layers, draw_points
 from experiments.definitions import BUDGETS, EXPERIMENTS, SCRIPTS, RunSpec
 from experiments.release import write_log
 from records import run_records, write_csv, write_speedrun
-from runs import fork_workers, write_sets
+from runs import use_forkserver, write_sets
 from training import data
 from training.folders import files_of
 from training.log import read_log
@@ -83,7 +83,7 @@ def tiny(experiment, folder, *options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, 'load_splits', load_few)
         patch.setitem(EXPERIMENTS, 'speedrun', narrow_speedrun)
-        fork_workers(patch)
+        use_forkserver(patch)
         patch.setattr(measures, 'matmul_gflops', lambda dtype: 5e4)  # measuring it takes a minute
         run.main([experiment, '--budget', 'tiny', '--logs', str(folder / 'logs'),
                   '--runs', str(folder / 'runs'), *map(str, options)])
@@ -160,7 +160,7 @@ def test_blocks_share_the_runs_of_depth():
     for budget, depths in (('small', (16, 28, 52)), ('medium', (28,))):
         runs = EXPERIMENTS['blocks'](BUDGETS[budget])
         assert {(spec.series, spec.x, spec.seed) for spec in runs} == set(itertools.product(
-            ('base', 'dirac-init', 'dirac', 'default-init', 'acb', 'dbb', 'repvgg'), depths,
+            ('base', 'dirac-init', 'dirac', 'acb', 'dbb', 'repvgg', 'default-init'), depths,
             (1, 2, 3)))
         names = {spec.run_name for spec in EXPERIMENTS['depth'](BUDGETS[budget])}
         assert {spec.series for spec in runs if spec.run_name in names} == {

@@ -12,9 +12,10 @@ import matplotlib.image
 import pytest
 import torch
 
-from experiments import bench, interleaved, results
+from diracnets import network
+from experiments import bench, interleaved, results, variants
 from experiments.interleaved import Variant
-from runs import fork_workers
+from runs import use_forkserver
 from training import timing
 
 
@@ -53,7 +54,7 @@ def test_matmul_gflops_is_that_of_the_fastest_product(monkeypatch):
 def test_time_in_processes_interleaves_variants_each_in_its_own_process(
     tmp_path, monkeypatch
 ):
-    fork_workers(monkeypatch)
+    use_forkserver(monkeypatch)
     path = tmp_path / 'calls.txt'
     variants = [Variant(name, writing, (str(path), name), 1) for name in 'ab']
     interleaved.time_in_processes(variants, 13, 'letters')
@@ -86,7 +87,7 @@ def writing(path, name):
 
 @pytest.mark.slow
 def test_time_in_processes_raises_and_ends_the_other_processes_when_one_dies(monkeypatch):
-    fork_workers(monkeypatch)
+    use_forkserver(monkeypatch)
     variants = [Variant('lasting', lasting, (), 1), Variant('dying', dying, (3,), 1)]
     with pytest.raises(RuntimeError, match='^dying: .* 9$'):
         interleaved.time_in_processes(variants, 5, 'deaths')
@@ -189,11 +190,14 @@ def test_latest_comparisons_start_with_the_baseline_when_another_ratio_is_rounde
         return [{'compared': comparison, 'what': what, 'ratio': ratio, 'ratio_low': ratio,
                  'ratio_high': ratio} for what, ratio in variants]
 
-    first = records('a', ('slow', 1.0), ('fast', 2.0))
+    first = records('a', ('2 workers', 1.0), ('fast', 2.0))
     other = records('b', ('one', 1.0))
-    again = records('a', ('slow', 1.0), ('fast', 1.0), ('faster', 3.0))
-    assert interleaved.latest_comparisons(first + other + again) == {'a': again, 'b': other}
-    assert list(interleaved.pairs_with_baseline(first + again)) == [
+    again = records('a', ('4 workers', 1.0), ('fast', 1.0), ('faster', 3.0))
+    expected = {'a': again, 'b': other}
+    assert interleaved.latest_comparisons(first + other + again) == expected
+    assert interleaved.latest_comparisons(first + other + again + other) == expected
+    assert interleaved.latest_comparisons(other + again + again) == expected
+    assert list(interleaved.pairs_with_baseline(first + other + again)) == [
         (again[0], again[1]), (again[0], again[2])]
 
 
@@ -203,3 +207,14 @@ def test_bench_exits_with_one_line_when_arguments_are_wrong(arguments, capsys):
         bench.main(arguments)
     assert stopped.value.code == 2
     assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_layer_by_layer_computes_the_weights_of_one_layer_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    model = variants.diracnet(10, 0.5).double().eval()
+    layered = variants.layer_by_layer(10, 0.5).double().eval()
+    layered.load_state_dict(model.state_dict())
+    inputs = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = model(inputs)
+    monkeypatch.setattr(network, 'dirac_weights', lambda *_: pytest.fail('computed at once'))
+    torch.testing.assert_close(layered(inputs), expected, rtol=1e-9, atol=1e-9)

@@ -103,7 +103,7 @@ def test_resume_after_a_fault_at_a_file_operation(tmp_path):
 
 @pytest.mark.slow
 def test_resume_after_kills_gives_the_uninterrupted_run(tmp_path):
-    alive, _, differences = kill_at_random(tmp_path, kills=2, epochs=3, seed=1)
+    alive, _, differences = kill_at_random(tmp_path, kills=2, epochs=5, seed=1)
     assert differences == []
     assert alive == 2
 

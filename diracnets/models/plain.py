@@ -1,7 +1,7 @@
-"""Models with the topology of a DiracNet: plain, with Dirac initialization, and with skips.
+"""Models with the topology of a DiracNet: plain, with other initializations, and with skips.
 
-Each differs from the DiracNet in one aspect only, after which it is named. Where the name does not
-say otherwise, the initialization is that of the DiracNet; branches of `with_block` keep their own.
+`plain` is the DiracNet without parametrization; each of the others differs from `plain` in one
+aspect only, after which it is named. The initialization of `plain` is that of the DiracNet.
 `diracnets.fold` folds all but `resnet` into models with the state dict of a `diracnet.DiracNet`.
 """
 
@@ -83,7 +83,8 @@ def dirac_init(topology: Topology) -> PlainNet:
 def default_init(topology: Topology) -> PlainNet:
     """Returns `plain` with the initialization of PyTorch, except in the linear layer.
 
-    It is that of the convolutions and batch norms in the branches of `with_block`.
+    The convolutions and batch norms in the branches of `with_block` are initialized in this way,
+    except for the identity branch of DBB, whose learned part starts at zero.
     """
     model = PlainNet(topology, _kaiming_block)
     for layer in model.features.modules():
