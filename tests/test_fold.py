@@ -39,8 +39,8 @@ def relative(a, b):
     (16, 1, 'CIFAR10', None, 32),
     (34, 0.5, 'CIFAR100', None, 16),
     (100, 0.25, 'CIFAR10', 7, 16),
-    pytest.param(18, 1, 'ImageNet', None, 64, marks=pytest.mark.slow),
-    pytest.param(34, 1, 'ImageNet', None, 64, marks=pytest.mark.slow),
+    (18, 0.25, 'ImageNet', None, 64),
+    (34, 0.25, 'ImageNet', None, 64),
 ])
 def test_fold_params_keeps_logits(train_a_little, depth, width, dataset, num_classes, size):
     generator = torch.Generator().manual_seed(1)
