@@ -342,12 +342,12 @@ def test_commands_refuse_a_corrupt_file(trained, tmp_path, capsys, kind):
 @pytest.mark.slow
 def test_export_refuses_a_malicious_pickle(trained, tmp_path):
     path = damaged('malicious', trained[1], tmp_path)
-    command = [sys.executable, 'export.py', path, '--to', str(tmp_path / 'x.onnx')]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stdout == ''
-    assert done.stderr.count('\n') == 1
-    assert 'refused' in done.stderr
+    status, printed, error = in_child(
+        tmp_path, export.main, [path, '--to', str(tmp_path / 'x.onnx')])
+    assert status == 2
+    assert printed == ''
+    assert error.count('\n') == 1
+    assert 'refused' in error
 
 
 @pytest.mark.parametrize(('options', 'message'), [
