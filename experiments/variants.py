@@ -54,13 +54,17 @@ def diracnet(depth, width, dataset='CIFAR10', checkpointing=False):
     return Network(f, params, checkpointing)
 
 
-def standard(depth, width, dataset='CIFAR10'):
-    """Makes the same network with W in place of W_hat; alpha and beta are unused."""
-    network = diracnet(depth, width, dataset)
+def with_layers(network, layer_type):
+    """Changes the class of the DiracConv2d layers of a model in place; returns the model."""
     for layer in network.modules():
         if isinstance(layer, DiracConv2d):
-            layer.__class__ = nn.Conv2d
+            layer.__class__ = layer_type
     return network
+
+
+def standard(depth, width, dataset='CIFAR10'):
+    """Makes the same network with W in place of W_hat; alpha and beta are unused."""
+    return with_layers(diracnet(depth, width, dataset), nn.Conv2d)
 
 
 class LayerDiracConv2d(DiracConv2d):
@@ -69,11 +73,7 @@ class LayerDiracConv2d(DiracConv2d):
 
 def layer_by_layer(depth, width):
     """Makes a DiracNet that computes W_hat in each layer."""
-    network = diracnet(depth, width)
-    for layer in network.modules():
-        if isinstance(layer, DiracConv2d):
-            layer.__class__ = LayerDiracConv2d
-    return network
+    return with_layers(diracnet(depth, width), LayerDiracConv2d)
 
 
 def multiply_adds(make, *sizes, pixels=32):
